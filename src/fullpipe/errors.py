@@ -1,0 +1,91 @@
+"""Every error that Fullpipe raises on purpose.
+
+    FullpipeError
+    ├── UsageError (also ValueError)      something asked for cannot be done as asked
+    │   ├── PromptError                   empty, or longer than the context
+    │   └── DraftMismatch                 the draft does not fit the target
+    ├── ModelError                        a model that cannot be used
+    │   ├── ModelNotFound
+    │   ├── UnsupportedModel              architecture, tensor type or option we do not implement
+    │   └── DamagedModel                  missing, truncated or altered weights
+    ├── CacheError                        the cache folder: not writable, disk full
+    ├── FetchError                        a download that failed
+    ├── MissingExtra                      an optional part that is not installed
+    └── PipelineError
+        └── StationFailed                 a stage or draft process died or hangs
+
+A message says what happened; `hint` says what to do about it. Programming mistakes of our own are
+assertions, not errors.
+"""
+
+from __future__ import annotations
+
+
+class FullpipeError(Exception):
+    """Base of all errors a user may meet. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class UsageError(FullpipeError, ValueError):
+    exit_code = 2
+
+
+class PromptError(UsageError):
+    pass
+
+
+class DraftMismatch(UsageError):
+    pass
+
+
+class ModelError(FullpipeError):
+    exit_code = 3
+
+
+class ModelNotFound(ModelError):
+    pass
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class DamagedModel(ModelError):
+    pass
+
+
+class CacheError(FullpipeError):
+    exit_code = 4
+
+
+class FetchError(FullpipeError):
+    exit_code = 5
+
+
+class MissingExtra(FullpipeError):
+    exit_code = 6
+
+
+class PipelineError(FullpipeError):
+    exit_code = 7
+
+
+class StationFailed(PipelineError):
+    """A stage or draft process died, hangs, or reported an error.
+
+    `station` is its name ("stage 3", "draft"); text emitted so far is still with the caller.
+    """
+
+    def __init__(self, station: str, reason: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{station} failed: {reason}", hint=hint)
+        self.station = station
+        self.reason = reason

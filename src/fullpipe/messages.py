@@ -1,0 +1,191 @@
+"""All that is handed from one part to another: flights, landings, drafts, events. No torch.
+
+A flight is a handful of small integers. What a stage must know to compute a row is in the row itself,
+or came earlier in the same first-in-first-out channel:
+
+- `Part.commits` extends the request's committed path (in order of position). Committed tokens are
+  ancestors of everything that follows.
+- `Part.paths[i]` lists the slots of row i's *uncommitted* ancestors, its own slot last (empty when the
+  row is itself committed: prompt tokens and the root).
+
+So row i attends to `{committed slots at positions <= positions[i]} + paths[i]`. Compared with keeping a
+mask row per possible parent at every stage this sends a few more integers, but a station holds no state
+that must be freed when a node dies, and a batch of masks is two vectorised writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fullpipe.request import SamplingParams
+
+
+@dataclass(slots=True)
+class Opening:
+    """Tells every station to make an arena for a request. Filled by the engine.
+
+    capacity: number of KV slots in the arena.
+    prompt_len: positions below it are prompt (presence and frequency penalties do not count them).
+    """
+
+    request: int
+    capacity: int
+    prompt_len: int
+    params: SamplingParams
+
+
+@dataclass(slots=True)
+class Part:
+    """The rows of one request in a flight, parents before children. All lists but `commits` run in parallel.
+
+    commits: slots that joined the committed path since the last flight of this channel.
+    nodes: node ids (-1: a prompt token, which nobody asks about later).
+    wants: True where an answer is wanted: the token that follows (stages), guesses of it (draft).
+    """
+
+    request: int
+    commits: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    paths: list[list[int]] = field(default_factory=list)
+    wants: list[bool] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def keep(self, rows: list[int]) -> Part:
+        """The same part with only these rows; `commits` stay, for they must arrive whatever dies."""
+        pick = lambda values: [values[i] for i in rows]  # noqa: E731
+        return Part(self.request, self.commits, pick(self.nodes), pick(self.tokens), pick(self.positions),
+                    pick(self.slots), pick(self.paths), pick(self.wants))
+
+
+@dataclass(slots=True)
+class Flight:
+    """Rows that enter a station together and travel as one; also the form of a draft job.
+
+    id: unique within its channel (stages and draft count separately) and rising.
+    opens, closes: requests that begin before and end after this flight.
+    top_k: (draft jobs) children wanted per row at most.
+    """
+
+    id: int
+    parts: list[Part] = field(default_factory=list)
+    opens: list[Opening] = field(default_factory=list)
+    closes: list[int] = field(default_factory=list)
+    top_k: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+
+@dataclass(slots=True)
+class Leg:
+    """A flight's stay at one station. Times in seconds of the pipeline's clock."""
+
+    station: str
+    start: float
+    end: float
+    nodes: list[int]  # rows really computed, after early cancellation
+
+
+@dataclass(slots=True)
+class Expansion:
+    """Guesses of what follows one node.
+
+    logprobs: natural logarithm of the probability that the target picks this token, given the parent.
+    parents: -1 where the guess follows the node itself, else the index of the guess that it follows
+    (sources that see several tokens ahead, such as n-gram, answer with whole chains).
+    """
+
+    node: int
+    tokens: list[int]
+    logprobs: list[float]
+    parents: list[int]
+
+
+@dataclass(slots=True)
+class Event:
+    """Something that happened at `time` (seconds of the pipeline's clock)."""
+
+    time: float
+
+
+@dataclass(slots=True)
+class Ready(Event):
+    """Stage 0 can take another flight: it is free, or about to be and nothing waits there."""
+
+
+@dataclass(slots=True)
+class Landed(Event):
+    """The last stage's word on a flight: for each live row that wanted it, the token that follows.
+
+    margins: how far the picked token's (noisy) logit stands above the second best; empty unless the
+    pipeline was built to report it.
+    """
+
+    flight: int
+    nodes: list[int]
+    tokens: list[int]
+    margins: list[float]
+    legs: list[Leg]
+
+
+@dataclass(slots=True)
+class Drafted(Event):
+    """The draft station's answer to a job."""
+
+    job: int
+    expansions: list[Expansion]
+    leg: Leg
+
+
+@dataclass(slots=True)
+class Failed(Event):
+    """A station is gone. The engine raises `StationFailed`; nothing more comes from this pipeline."""
+
+    station: str
+    reason: str
+
+
+# What the engine adds to the stream, for recorders and traces.
+
+
+@dataclass(slots=True)
+class Launched(Event):
+    flight: int
+    nodes: list[int]
+    parents: list[int]
+    tokens: list[int]
+    positions: list[int]
+
+
+@dataclass(slots=True)
+class Emitted(Event):
+    """A token became part of the text. `hit` says whether it was already in flight."""
+
+    request: int
+    node: int
+    token: int
+    position: int
+    hit: bool
+    margin: float | None = None
+
+
+@dataclass(slots=True)
+class Died(Event):
+    """These nodes will never be committed; those in flight are cancelled."""
+
+    request: int
+    nodes: list[int]
+
+
+@dataclass(slots=True)
+class Finished(Event):
+    request: int
+    reason: str  # "stop", "length", "abort", "error"
+    detail: dict[str, Any] = field(default_factory=dict)

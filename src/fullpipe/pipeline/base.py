@@ -1,0 +1,61 @@
+"""The promise that every pipeline keeps. The engine knows nothing else about it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self
+
+from fullpipe.messages import Event, Flight
+
+
+class Pipeline(ABC):
+    """Stations in a row (stages), and one beside them (draft).
+
+    Promises:
+    - Flights leave every station in the order in which they entered it; so do draft jobs. `Landed` and
+      `Drafted` events arrive when they arrive, in any order between the two kinds.
+    - Every launched flight lands, even one whose rows were all cancelled (its `commits` must arrive).
+      `Landed` reports rows with `wants`; cancelled rows may be missing.
+    - `Ready` comes once before the first launch and once per launched flight, never twice in between.
+      The engine launches at most one flight per `Ready`.
+    - `events` blocks until something happened, and returns everything that happened up to one instant,
+      in order of time. It never returns an empty list. Times never run backwards.
+    - `cancel` overtakes. Nothing depends on its arriving in time, or at all.
+    - A station that dies or hangs is reported by one `Failed` event; afterwards only `close` may be called.
+    - `close` may be called at any time and more than once; it leaves no process, socket or file behind.
+    """
+
+    num_stages: int
+    has_draft: bool
+
+    @abstractmethod
+    def launch(self, flight: Flight) -> None:
+        """Send a flight to stage 0. Takes ownership of `flight`."""
+
+    @abstractmethod
+    def draft(self, job: Flight) -> None:
+        """Send a job to the draft station. Takes ownership of `job`."""
+
+    @abstractmethod
+    def cancel(self, nodes: list[int]) -> None:
+        """Nobody needs these rows any more: a station that has not computed them yet may drop them."""
+
+    @abstractmethod
+    def events(self) -> list[Event]:
+        """Wait for what happens next."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds on this pipeline's clock."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End everything that the pipeline started."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,113 @@
+"""What a user asks for: prompt, sampling parameters, seed. No torch, no tokenizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fullpipe.errors import PromptError, UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is picked; names and defaults as vLLM has them, except temperature.
+
+    Processors act on the target's logits in the order of transformers: bias, repetition penalty,
+    frequency and presence penalty, temperature, top-k, top-p, min-p. Then the token is
+    `argmax(logits + gumbel(seed, position))`, or the plain argmax at temperature 0.
+
+    temperature: 0 (the default here: greedy) or more.
+    top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+    top_p, min_p: nucleus and minimum-probability filters; 1 and 0 keep all.
+    repetition_penalty: over prompt and output, as in transformers; 1 is none.
+    presence_penalty, frequency_penalty: over the output only, as in vLLM; 0 is none.
+    logit_bias: token id -> number added to its logit.
+    seed: the text is a function of model, prompt, parameters and seed.
+    max_tokens: stop after so many new tokens.
+    stop: strings that end the text; they are not part of it.
+    stop_token_ids: tokens that end the text, beside the model's own end tokens.
+    ignore_eos: do not stop at the model's end tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int = 0
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for ok, what in (
+            (math.isfinite(self.temperature) and self.temperature >= 0, "temperature must be 0 or more"),
+            (self.top_k >= -1, "top_k must be -1, 0 (both: off) or more"),
+            (0 < self.top_p <= 1, "top_p must be in (0, 1]"),
+            (0 <= self.min_p <= 1, "min_p must be in [0, 1]"),
+            (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
+            (-2 <= self.presence_penalty <= 2, "presence_penalty must be in [-2, 2]"),
+            (-2 <= self.frequency_penalty <= 2, "frequency_penalty must be in [-2, 2]"),
+            (0 <= self.seed < 2**64, "seed must be in [0, 2**64)"),
+            (self.max_tokens >= 1, "max_tokens must be 1 or more"),
+            (all(self.stop), "stop strings must not be empty"),
+        ):
+            if not ok:
+                raise UsageError(f"{what} (got {self._shown(what.split()[0])})")
+
+    def _shown(self, name: str) -> object:
+        return getattr(self, name, self.stop)
+
+    @property
+    def plain_greedy(self) -> bool:
+        """True when the pick is the argmax of the raw logits: no processor, no noise."""
+        return self.temperature == 0 and not self.needs_history and not self.logit_bias
+
+    @property
+    def needs_history(self) -> bool:
+        """True when the pick depends on which tokens stand on the path."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` reads them back on another process."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["logit_bias"] = [[k, v] for k, v in self.logit_bias.items()]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UsageError(f"unknown sampling parameters: {', '.join(unknown)}",
+                             hint=f"Known are: {', '.join(sorted(known))}.")
+        values = dict(values)
+        if "logit_bias" in values:
+            values["logit_bias"] = {int(k): float(v) for k, v in values["logit_bias"]}
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt on its way through the engine.
+
+    id: unique within the engine.
+    prompt: token ids, at least one.
+    params: how to pick; `params.max_tokens` bounds the answer.
+    eos: token ids that end the text (empty when `params.ignore_eos`).
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    eos: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise PromptError("the prompt is empty", hint="Give at least one token of text.")

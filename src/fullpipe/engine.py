@@ -1,0 +1,325 @@
+"""The one loop: events in, flights out.
+
+Knows requests, trees, slots and a policy. Knows no torch, no processes and no kind of clock: whether the
+pipeline is this process, eight machines or a simulation cannot be told from here. Read `Engine.step`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from itertools import count
+
+from fullpipe.errors import StationFailed, UsageError
+from fullpipe.messages import (
+    Died,
+    Drafted,
+    Emitted,
+    Event,
+    Failed,
+    Finished,
+    Flight,
+    Landed,
+    Launched,
+    Opening,
+    Part,
+    Ready,
+)
+from fullpipe.pipeline.base import Pipeline
+from fullpipe.policies.base import Policy
+from fullpipe.request import Request
+from fullpipe.track import Track
+from fullpipe.tree.token_tree import Node
+
+log = logging.getLogger(__name__)
+
+Judge = Callable[[int], str | None]
+"""Looks at each emitted token and returns a finish reason to end the request there, or None."""
+
+Listener = Callable[[Event], None]
+
+
+class Engine:
+    """Drives requests through a pipeline under a policy.
+
+    chunk: prompt tokens per flight. top_k: children the draft may propose per node.
+    spare: slots per request beyond prompt and answer, for speculation.
+    listeners: called with every event, the engine's own included; one that raises is dropped and logged.
+    """
+
+    def __init__(self, pipeline: Pipeline, policy: Policy, *, chunk: int = 512, top_k: int = 16,
+                 spare: int | None = None, listeners: Iterable[Listener] = ()) -> None:
+        if policy.needs_draft and not pipeline.has_draft:
+            raise UsageError(f"the method {policy.name} needs a draft",
+                             hint="Name one (a model, or ngram), or use the method pp.")
+        self.pipeline = pipeline
+        self.policy = policy
+        self._chunk = chunk
+        self._top_k = top_k
+        self._spare = spare if spare is not None else 64 + 4 * pipeline.num_stages * policy.width
+        self._listeners = list(listeners)
+        self._tracks: dict[int, Track] = {}
+        self._judges: dict[int, Judge] = {}
+        self._node_ids, self._flight_ids, self._job_ids = count(), count(), count()
+        self._launched: dict[int, tuple[Track, Node]] = {}  # by node id, until they land or die
+        self._asked: dict[int, tuple[Track, Node]] = {}  # by node id, until the draft answers
+        self._flights: dict[int, list[tuple[Track, Node | None]]] = {}  # rows of what is under way
+        self._closes: dict[str, list[int]] = {"stages": [], "draft": []}
+        self._stage_ready = False
+        self._draft_ready = True
+        self._now = pipeline.now()
+        self._news: list[Emitted | Finished] = []
+
+    # ---- the front ---------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tracks)
+
+    def submit(self, request: Request, judge: Judge | None = None) -> Track:
+        """Take a request in. The track's `stats` grow while it runs and stay valid after its end."""
+        assert request.id not in self._tracks, "request ids must be unique"
+        capacity = len(request.prompt) + request.params.max_tokens + self._spare
+        track = Track.begin(request, capacity, self._node_ids, self.pipeline.now())
+        self._tracks[request.id] = track
+        if judge is not None:
+            self._judges[request.id] = judge
+        return track
+
+    def abort(self, request: int) -> None:
+        """End a request now; what it had in flight is cancelled. Unknown or finished ids are ignored."""
+        if track := self._tracks.get(request):
+            self._finish(track, "abort")
+
+    def step(self) -> list[Emitted | Finished]:
+        """Send what can be sent, wait for the next events, act on them. Returns what users want to know.
+
+        Raises StationFailed when a stage or the draft is gone; what was emitted before has been returned.
+        """
+        self._send()
+        for event in self.pipeline.events():
+            self._now = event.time
+            self._tell(event)
+            match event:
+                case Ready():
+                    self._stage_ready = True
+                case Landed():
+                    self._on_landed(event)
+                case Drafted():
+                    self._on_drafted(event)
+                case Failed():
+                    raise StationFailed(event.station, event.reason)
+        self._send()
+        news, self._news = self._news, []
+        return news
+
+    # ---- out: flights and draft jobs ---------------------------------------------------------------------
+
+    def _send(self) -> None:
+        if self._stage_ready and (flight := self._next_flight()):
+            self._stage_ready = False
+            self.pipeline.launch(flight)
+        if self._draft_ready and self.policy.needs_draft and (job := self._next_job()):
+            self._draft_ready = False
+            self.pipeline.draft(job)
+
+    def _next_flight(self) -> Flight | None:
+        flight = Flight(next(self._flight_ids), opens=self._openings("stages"), closes=self._closings("stages"))
+        rows: list[tuple[Track, Node | None]] = []
+        for track in self._tracks.values():
+            part = self._flight_part(track, rows)
+            if len(part):
+                track.seal(part, track.stages)
+                flight.parts.append(part)
+        if not (flight.parts or flight.opens or flight.closes):
+            return None
+        self._flights[flight.id] = rows
+        if self._listeners:
+            self._tell_launched(flight, [node for _, node in rows if node is not None])
+        return flight
+
+    def _flight_part(self, track: Track, rows: list[tuple[Track, Node | None]]) -> Part:
+        """The rest of the prompt, or its next chunk, and then what the policy says."""
+        part = track.committed_rows(track.stages, self._chunk)
+        rows += [(track, None)] * len(part)
+        if track.stages.rows < track.tree.root.position:
+            return part
+        nodes = self.policy.launch(track.tree, track.room)
+        for node in nodes:
+            track.tree.launch(node)
+            track.add_node(part, track.stages, node, wants=True)
+            self._launched[node.id] = (track, node)
+            rows.append((track, node))
+        if nodes:
+            track.stats.on_launch(self._now, len(nodes))
+        return part
+
+    def _next_job(self) -> Flight | None:
+        job = Flight(next(self._job_ids), opens=self._openings("draft"), closes=self._closings("draft"),
+                     top_k=self._top_k)
+        for track in self._tracks.values():
+            part = self._job_part(track)
+            if len(part):
+                track.seal(part, track.draft)
+                job.parts.append(part)
+                track.stats.draft_calls += 1
+                track.stats.draft_rows += len(part)
+        return job if job.parts or job.opens or job.closes else None
+
+    def _job_part(self, track: Track) -> Part:
+        """What the draft has not seen of the committed path, and then the nodes to propose children for,
+        each after those of its ancestors that the draft has not computed."""
+        part = track.committed_rows(track.draft, self._chunk)
+        root = track.tree.root
+        if track.draft.rows < root.position:
+            return part
+        nodes = self.policy.expand(track.tree, track.room)
+        wanted = {node.id for node in nodes}
+        sent: set[int] = set()
+        for node in nodes:
+            missing = [other for other in (root, *node.branch())
+                       if other.id not in sent and (other is node or not other.in_draft)]
+            if sum(other.slot is None for other in missing) > track.room:
+                track.tree.return_unasked(node)
+                continue
+            for other in missing:
+                track.add_node(part, track.draft, other, wants=other.id in wanted)
+                other.in_draft = True
+                sent.add(other.id)
+                if other.id in wanted:
+                    other.asked = True
+                    self._asked[other.id] = (track, other)
+        return part
+
+    def _openings(self, channel: str) -> list[Opening]:
+        openings = []
+        for track in self._tracks.values():
+            state = track.stages if channel == "stages" else track.draft
+            if not state.opened:
+                state.opened = True
+                openings.append(track.opening())
+        return openings
+
+    def _closings(self, channel: str) -> list[int]:
+        closes, self._closes[channel] = self._closes[channel], []
+        return closes
+
+    # ---- in: landings and drafts -------------------------------------------------------------------------
+
+    def _on_landed(self, event: Landed) -> None:
+        self._count(self._flights.pop(event.flight), event)
+        touched: dict[int, Track] = {}
+        margins = dict(zip(event.nodes, event.margins))
+        for node_id, token in zip(event.nodes, event.tokens):
+            if entry := self._launched.pop(node_id, None):
+                track, node = entry
+                track.tree.land(node, token)
+                touched[track.request.id] = track
+        for track in touched.values():
+            self._commit(track, margins)
+
+    def _commit(self, track: Track, margins: dict[int, float]) -> None:
+        """Apply the commit rule for as long as the root has landed."""
+        while track.finished is None:
+            root = track.tree.root
+            step = track.advance()
+            if step is None:
+                return
+            self._bury(track, step.dead)
+            reason = self._verdict(track, step.token)
+            track.stats.on_emit(self._now, step.hit, last=reason is not None)
+            news = Emitted(self._now, track.request.id, root.id, step.token, root.position + 1, step.hit,
+                           margins.get(root.id))
+            self._news.append(news)
+            self._tell(news)
+            if reason is not None:
+                self._finish(track, reason)
+
+    def _verdict(self, track: Track, token: int) -> str | None:
+        request = track.request
+        if token in request.eos or token in request.params.stop_token_ids:
+            return "stop"
+        if (judge := self._judges.get(request.id)) and (reason := judge(token)):
+            return reason
+        if len(track.tokens) - track.num_prompt >= request.params.max_tokens:
+            return "length"
+        return None
+
+    def _on_drafted(self, event: Drafted) -> None:
+        self._draft_ready = True
+        for expansion in event.expansions:
+            if entry := self._asked.pop(expansion.node, None):
+                track, node = entry
+                track.tree.propose(node, expansion)
+
+    def _finish(self, track: Track, reason: str) -> None:
+        track.finished = reason
+        dead = track.tree.clear()
+        track.release([node for node in dead if node is not track.tree.root])
+        self._bury(track, dead)
+        del self._tracks[track.request.id]
+        self._judges.pop(track.request.id, None)
+        for channel, state in (("stages", track.stages), ("draft", track.draft)):
+            if state.opened:
+                self._closes[channel].append(track.request.id)
+        news = Finished(self._now, track.request.id, reason)
+        self._news.append(news)
+        self._tell(news)
+
+    def _bury(self, track: Track, dead: list[Node]) -> None:
+        """Dead nodes: call those in flight back, forget what was asked about them."""
+        launched = []
+        for node in dead:
+            if self._launched.pop(node.id, None):
+                node.died_at = self._now
+                launched.append(node.id)
+            self._asked.pop(node.id, None)
+        if launched:
+            self.pipeline.cancel(launched)
+        if dead and self._listeners:
+            self._tell(Died(self._now, track.request.id, [node.id for node in dead]))
+
+    # ---- counting and telling ----------------------------------------------------------------------------
+
+    def _count(self, rows: list[tuple[Track, Node | None]], event: Landed) -> None:
+        """Whose rows were alive at each stage. A row that was dropped before a stage is not in its leg."""
+        nodes = {node.id: node for _, node in rows if node is not None}
+        tracks = {id(track): track for track, _ in rows}
+        if len(nodes) == len(rows):
+            for track in tracks.values():
+                track.stats.on_period(event.legs[0])
+        owners = {node.id: track for track, node in rows if node is not None}
+        prompt_rows = [track for track, node in rows if node is None]
+        for leg in event.legs:
+            alive: dict[int, int] = {}
+            for track in prompt_rows:
+                alive[id(track)] = alive.get(id(track), 0) + 1
+            for node_id in leg.nodes:
+                if node_id >= 0 and ((died := nodes[node_id].died_at) is None or died >= leg.end):
+                    key = id(owners[node_id])
+                    alive[key] = alive.get(key, 0) + 1
+            for key, number in alive.items():
+                tracks[key].stats.on_leg(leg, number)
+
+    def _tell_launched(self, flight: Flight, nodes: list[Node]) -> None:
+        self._tell(Launched(self._now, flight.id, [node.id for node in nodes],
+                            [node.parent.id if node.parent else -1 for node in nodes],
+                            [node.token for node in nodes], [node.position for node in nodes]))
+
+    def _tell(self, event: Event) -> None:
+        for listener in list(self._listeners):
+            try:
+                listener(event)
+            except Exception:
+                log.exception("a listener failed and is dropped")
+                self._listeners.remove(listener)
+
+    # ---- invariants --------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError unless every tree, slot and table is as it must be (tests, idle servers)."""
+        for track in self._tracks.values():
+            track.check()
+        flying = {node.id for track in self._tracks.values() for node in track.tree.flying.values()}
+        assert flying == set(self._launched), "launched nodes and trees disagree"
+        assert all(node.asked and not node.answered for _, node in self._asked.values())

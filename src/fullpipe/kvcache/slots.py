@@ -1,0 +1,102 @@
+"""Cache slots: who owns which (the engine's side), and what stands in them (a station's side).
+
+A slot is an index into a request's arena, the same on every station. Nothing is ever moved: a node gets
+a slot when it first enters a station, and the slot is free again when the node dies. Stations are
+first-in-first-out, so a later owner's write always follows the dead one's. No torch here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fullpipe.messages import Opening, Part
+
+
+class SlotAllocator:
+    """Hands out the lowest free slot, so that the used part of an arena stays short: attention looks at
+    slots up to the highest one in use."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._fresh = 0  # slots from here on have never been used
+        self._returned: list[int] = []  # a heap
+
+    @property
+    def num_free(self) -> int:
+        return self.capacity - self._fresh + len(self._returned)
+
+    def take(self) -> int | None:
+        """The lowest free slot, or None when the arena is full."""
+        if self._returned:
+            return heapq.heappop(self._returned)
+        if self._fresh == self.capacity:
+            return None
+        self._fresh += 1
+        return self._fresh - 1
+
+    def give(self, slot: int) -> None:
+        heapq.heappush(self._returned, slot)
+
+    def check(self, owned: Iterable[int]) -> None:
+        """Raise AssertionError unless every slot is either free or owned once: free + owned = all."""
+        taken = list(owned)
+        assert len(taken) == len(set(taken)), "a slot has two live owners"
+        assert len(self._returned) == len(set(self._returned)), "a slot was returned twice"
+        free = set(self._returned) | set(range(self._fresh, self.capacity))
+        assert not free & set(taken), "a free slot has an owner"
+        assert len(free) + len(taken) == self.capacity, "a slot was lost"
+
+
+class SlotTable:
+    """What a station knows of one request's slots: token, position, and the committed path.
+
+    Filled from the parts that arrive, in order; `apply` comes before anything is asked about a part.
+    """
+
+    def __init__(self, opening: Opening) -> None:
+        self.params = opening.params
+        self.prompt_len = opening.prompt_len
+        self.capacity = opening.capacity
+        self.width = 0  # highest slot in use, plus one
+        self._token = np.zeros(opening.capacity, np.int64)
+        self._position = np.zeros(opening.capacity, np.int64)
+        self._committed = np.zeros(opening.capacity, np.bool_)
+        self._order = np.zeros(opening.capacity, np.int64)  # committed slots by position
+        self.num_committed = 0
+
+    def apply(self, part: Part) -> None:
+        """Take over the part's rows and commits."""
+        if part.slots:
+            slots = np.asarray(part.slots, np.int64)
+            self._token[slots] = part.tokens
+            self._position[slots] = part.positions
+            self.width = max(self.width, int(slots.max()) + 1)
+        if part.commits:
+            end = self.num_committed + len(part.commits)
+            self._order[self.num_committed : end] = part.commits
+            self._committed[part.commits] = True
+            self.num_committed = end
+
+    def mask(self, part: Part) -> NDArray[np.bool_]:
+        """Which slots each row attends to: bool [rows, width], True = attend, own slot included."""
+        positions = np.asarray(part.positions, np.int64)
+        mask = self._committed[: self.width] & (self._position[: self.width] <= positions[:, None])
+        lengths = [len(path) for path in part.paths]
+        rows = np.repeat(np.arange(len(part)), lengths)
+        columns = [slot for path in part.paths for slot in path]
+        mask[rows, columns] = True
+        return mask
+
+    def committed_tokens(self) -> NDArray[np.int64]:
+        """The committed path's tokens in order, prompt included."""
+        return self._token[self._order[: self.num_committed]]
+
+    def path(self, part: Part, row: int) -> list[int]:
+        """All tokens on the path of a row of `part`, in order, its own last."""
+        shared = self._order[: min(self.num_committed, part.positions[row] + 1)]
+        tokens: list[int] = self._token[shared].tolist()
+        return tokens + [int(self._token[slot]) for slot in part.paths[row]]

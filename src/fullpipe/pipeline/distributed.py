@@ -1,0 +1,202 @@
+"""The pipeline whose stations are processes on this machine, on wall-clock time.
+
+Flights go to the first stage, and jobs to the draft station, over their control connections; from stage
+to stage they travel with their hidden states, unseen by this process; landings and drafts come back
+over the control connections. There is no thread on this side's token path: `events` itself waits on the
+connections, so a message is one wake-up away from the engine.
+
+See `worker` for the other end of the connections and `launch` for the processes' birth and death.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+from fullpipe.errors import PipelineError, UsageError
+from fullpipe.messages import Drafted, Event, Expansion, Failed, Flight, Landed, Leg, Ready
+from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.launch import Fleet, Worker
+from fullpipe.pipeline.spec import StationSpec
+from fullpipe.pipeline.wire import Frame, dump_flight
+
+_BEAT_S = 1.0
+_BEATS = 4  # per time-out at least, so that a late one does not count as none
+_GRACE_S = 1.0  # between losing a neighbour and that neighbour's own end being seen
+
+
+class _Track:
+    """What is under way on one road (the stages, or the draft station), and since when nothing moved."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self.workers = workers
+        self.under_way: deque[int] = deque()
+        self.moved = 0.0  # seconds of `time.monotonic`
+
+    def enter(self, number: int) -> None:
+        if not self.under_way:
+            self.moved = time.monotonic()
+        self.under_way.append(number)
+
+    def leave(self, number: int) -> None:
+        arrived = self.under_way.popleft()
+        assert arrived == number, f"{number} came back before {arrived}"
+        self.moved = time.monotonic()
+
+    def overdue(self, timeout: float) -> bool:
+        return bool(self.under_way) and time.monotonic() - self.moved > timeout
+
+    def holder(self) -> Worker:
+        """The worker that has the oldest of what is under way."""
+        return next((worker for worker in self.workers if worker.done < self.under_way[0]), self.workers[-1])
+
+
+class DistributedPipeline(Pipeline):
+    """Starts one process per station and returns when all are ready.
+
+    stages: one spec per stage, in order, at least one.
+    source: the draft station's spec; None for a pipeline without one.
+    threads: compute threads of each process.
+    heartbeat_timeout: seconds without a sign of life after which a process counts as hung.
+    timeout: seconds without any progress, while flights or jobs are under way, after which the station
+        that holds the oldest counts as hung.
+    start_timeout: seconds that starting may take, the loading of weights included.
+
+    Times of events and legs are seconds of `time.monotonic`; an event's time is that of its arrival here.
+    The pipeline closes itself when it is garbage-collected and when the interpreter exits.
+
+    Raises `UsageError` for arguments out of range, what a station raised while it was built (the message
+    begins with the station's name), and `StationFailed` when a process died or did not start in time.
+    """
+
+    def __init__(self, stages: Sequence[StationSpec], source: StationSpec | None = None, *,
+                 threads: int = 1, heartbeat_timeout: float = 10.0, timeout: float = 60.0,
+                 start_timeout: float = 300.0) -> None:
+        if not stages:
+            raise UsageError("a pipeline needs at least one stage")
+        if threads < 1 or min(heartbeat_timeout, timeout, start_timeout) <= 0:
+            raise UsageError("threads and all time-outs must be above 0")
+        self.num_stages, self.has_draft = len(stages), source is not None
+        self._heartbeat_timeout, self._timeout = heartbeat_timeout, timeout
+        self._fleet = Fleet(stages, source, threads=threads, send_timeout=heartbeat_timeout,
+                            beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS),
+                            start_timeout=start_timeout)
+        self._finalizer = weakref.finalize(self, self._fleet.close)
+        self._flights = _Track(self._fleet.workers[:self.num_stages])
+        self._jobs = _Track(self._fleet.workers[self.num_stages:])
+        self._happened: list[Event] = [Ready(self.now())]
+        self._failure: Failed | None = None
+        self._bereft: tuple[float, Worker, str] | None = None  # since when, who lost a neighbour, words
+
+    def launch(self, flight: Flight) -> None:
+        self._check_open()
+        self._flights.enter(flight.id)
+        self._send(self._flights.workers[0], {"kind": "flight", "flight": dump_flight(flight)})
+
+    def draft(self, job: Flight) -> None:
+        assert self.has_draft, "this pipeline has no draft station"
+        self._check_open()
+        self._jobs.enter(job.id)
+        self._send(self._jobs.workers[0], {"kind": "flight", "flight": dump_flight(job)})
+
+    def cancel(self, nodes: list[int]) -> None:
+        self._check_open()
+        if nodes:
+            for worker in self._fleet.workers:
+                self._send(worker, {"kind": "cancel", "nodes": nodes})
+
+    def events(self) -> list[Event]:
+        self._check_open()
+        self._collect(0.0)
+        while not self._happened:
+            self._collect(self._patience())
+        happened, self._happened = self._happened, []
+        return happened
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise PipelineError("the pipeline is closed", hint="Make a new one.")
+        if self._failure and not self._happened:  # it has been told
+            raise PipelineError(f"the pipeline has failed: {self._failure.station}", hint="Make a new one.")
+
+    def _send(self, worker: Worker, frame: Frame) -> None:
+        try:
+            worker.channel.send(frame)
+        except TimeoutError:
+            self._fail(worker, f"it has read no message for {self._heartbeat_timeout:g} s")
+        except OSError:
+            pass  # it died; `events` meets the end of its connection and says so
+
+    def _collect(self, wait: float) -> None:
+        """Take in what has arrived after waiting for up to `wait` seconds, then look for who is silent."""
+        for worker, frame in self._fleet.receive(wait):
+            self._take(worker, frame)
+            if self._failure:
+                return
+        if not self._finalizer.alive:  # closed from another thread while we waited
+            raise PipelineError("the pipeline was closed")
+        self._judge()
+
+    def _take(self, worker: Worker, frame: Frame) -> None:
+        now = self.now()
+        match frame["kind"]:
+            case "ready":
+                self._happened.append(Ready(now))
+            case "landed":
+                self._flights.leave(frame["flight"])
+                self._happened.append(Landed(now, frame["flight"], frame["nodes"], frame["tokens"],
+                                             frame["margins"], [Leg(*leg) for leg in frame["legs"]]))
+            case "drafted":
+                self._jobs.leave(frame["job"])
+                self._happened.append(Drafted(now, frame["job"],
+                                              [Expansion(*values) for values in frame["expansions"]],
+                                              Leg(*frame["leg"])))
+            case "beat":
+                self._note_beat(worker, frame["done"])
+            case "lost":
+                self._bereft = self._bereft or (now, worker, frame["message"])
+            case "failed":
+                self._fail(worker, f"{frame['error']}: {frame['message']}{worker.log_tail()}")
+            case "end":
+                self._fail(worker, worker.epitaph())
+
+    def _note_beat(self, worker: Worker, done: int) -> None:
+        if done > worker.done:
+            worker.done = done
+            track = self._jobs if worker in self._jobs.workers else self._flights
+            track.moved = self.now()
+
+    def _judge(self) -> None:
+        now = self.now()
+        for worker in self._fleet.workers:
+            if now - worker.heard > self._heartbeat_timeout:
+                return self._fail(worker, f"no sign of life for {self._heartbeat_timeout:g} s")
+        for track, what in ((self._flights, "flight"), (self._jobs, "job")):
+            if track.overdue(self._timeout):
+                return self._fail(track.holder(), f"no progress for {self._timeout:g} s "
+                                                  f"with {what} {track.under_way[0]}")
+        if self._bereft and now - self._bereft[0] > _GRACE_S:
+            _, worker, reason = self._bereft
+            return self._fail(worker, reason)
+        return None
+
+    def _patience(self) -> float:
+        """Seconds until `_judge` may have something to say."""
+        until = [worker.heard + self._heartbeat_timeout for worker in self._fleet.workers]
+        until += [track.moved + self._timeout for track in (self._flights, self._jobs) if track.under_way]
+        if self._bereft:
+            until.append(self._bereft[0] + _GRACE_S)
+        return max(0.0, min(until) - self.now())
+
+    def _fail(self, worker: Worker, reason: str) -> None:
+        if not self._failure:
+            self._failure = Failed(self.now(), worker.name, reason)
+            self._happened.append(self._failure)

@@ -1,0 +1,252 @@
+"""Starting worker processes, hearing from them, and ending them without a trace.
+
+A `Fleet` is one process per station on this machine. What it holds has no name anywhere that could be
+left behind: workers are reached through socket pairs that they inherit (nobody else can connect, so
+there is nothing to authenticate), the workers' meeting point for gloo is an inherited socket listening
+on 127.0.0.1, and their logs are files that have no path.
+
+However this process ends, its workers end: they die with the thread that started them (Linux), and
+anywhere when their control connection closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from fullpipe import errors
+from fullpipe.errors import FullpipeError, StationFailed
+from fullpipe.pipeline.spec import StationSpec
+from fullpipe.pipeline.wire import Channel, Frame
+
+_STOP_SEND_S = 0.01  # a stopped worker with a full socket is not waited for
+_STOP_S = 1.0  # what a worker gets to leave by itself,
+_TERM_S = 0.4  # and then after SIGTERM, before SIGKILL
+_LOG_LINES, _LOG_BYTES = 12, 4096
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(slots=True)
+class Worker:
+    """One process as its fleet sees it.
+
+    name: "stage 0", "stage 1", ..., "draft".
+    heard: when its last frame arrived, seconds of `time.monotonic`.
+    done: id of the last flight or job that it finished; -1 before the first.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    log: IO[bytes]
+    heard: float
+    done: int = -1
+
+    def epitaph(self) -> str:
+        """How a process whose connection closed came to its end, with the tail of what it printed."""
+        try:
+            code = self.process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            return "closed its connection but still runs" + self.log_tail()
+        if code >= 0:
+            return f"its process exited with code {code}" + self.log_tail()
+        name = signal.Signals(-code).name
+        memory = " (the system does this when memory runs out)" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{memory}" + self.log_tail()
+
+    def log_tail(self) -> str:
+        """The last lines that the process printed, ready to be appended to a reason; "" if none."""
+        size = os.fstat(self.log.fileno()).st_size
+        text = os.pread(self.log.fileno(), _LOG_BYTES, max(0, size - _LOG_BYTES)).decode(errors="replace")
+        lines = text.strip().splitlines()[-_LOG_LINES:]
+        return "\n".join(["; it printed:", *(f"    {line}" for line in lines)]) if lines else ""
+
+
+class Fleet:
+    """The worker processes of one pipeline, started and known to be ready.
+
+    stages: one spec per stage, in order.
+    source: the draft station's spec, or None for none.
+    threads: compute threads of each worker.
+    beat_s: seconds between the signs of life that each worker sends.
+    send_timeout: seconds after which sending to a worker that does not read raises `TimeoutError`.
+    start_timeout: seconds that all of this may take, the loading of weights included.
+
+    Raises what a worker raised while building its station, by type when it is one of ours, its message
+    beginning with the station's name; `StationFailed` for anything else. Nothing is left behind then.
+    """
+
+    def __init__(self, stages: Sequence[StationSpec], source: StationSpec | None, *, threads: int,
+                 beat_s: float, send_timeout: float, start_timeout: float) -> None:
+        self.workers: list[Worker] = []
+        self._owner = os.getpid()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._released = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        try:
+            self._spawn(stages, source, threads, beat_s, start_timeout)
+            self._await_ready(start_timeout)
+            self._set_send_timeout(send_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def receive(self, timeout: float) -> Iterator[tuple[Worker, Frame]]:
+        """Everything that has arrived, after waiting up to `timeout` seconds for the first of it.
+
+        The end of a connection is a last frame of kind "end".
+        """
+        while ready := self._selector.select(timeout):
+            timeout = 0.0
+            for key, _ in ready:
+                worker: Worker = key.data
+                worker.heard = time.monotonic()
+                try:
+                    frames = worker.channel.receive()
+                except EOFError:
+                    self._selector.unregister(worker.channel)
+                    frames = [{"kind": "end"}]
+                for frame in frames:
+                    yield worker, frame
+
+    def close(self) -> None:
+        """End every process and wait until it is gone: at most about two seconds. May be called again,
+        and from any thread."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            if self._owner == os.getpid():  # not in a fork, to which these processes do not belong
+                self._end_processes()
+            for worker in self.workers:
+                worker.channel.close()
+                worker.log.close()
+            self._selector.close()
+            self._released.set()
+
+    def _set_send_timeout(self, seconds: float) -> None:
+        for worker in self.workers:
+            worker.channel.set_timeout(seconds)
+
+    def _end_processes(self) -> None:
+        self._set_send_timeout(_STOP_SEND_S)
+        for worker in self.workers:
+            with contextlib.suppress(OSError):
+                worker.channel.send({"kind": "stop"})
+        self._wait(_STOP_S)
+        for worker in self._running():
+            worker.process.terminate()
+        self._wait(_TERM_S)
+        for worker in self._running():
+            worker.process.kill()
+        for worker in self.workers:
+            worker.process.wait()
+
+    def _running(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.process.poll() is None]
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for worker in self.workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+
+    def _spawn(self, stages: Sequence[StationSpec], source: StationSpec | None, threads: int, beat_s: float,
+               start_timeout: float) -> None:
+        specs = [*stages, source] if source else list(stages)
+        meeting = socket.create_server(("127.0.0.1", 0), backlog=128)
+        configs = [{"name": "draft" if rank == len(stages) else f"stage {rank}", "rank": rank,
+                    "world": len(specs), "stages": len(stages), "spec": spec.to_dict(), "threads": threads,
+                    "beat_s": beat_s, "start_timeout": start_timeout, "parent": os.getpid(),
+                    "port": meeting.getsockname()[1], "listener": meeting.fileno() if rank == 0 else None}
+                   for rank, spec in enumerate(specs)]
+        with meeting:  # the first stage has its own copy by the end
+            self._start_processes(configs, meeting)
+        for worker, config in zip(self.workers, configs):
+            with contextlib.suppress(OSError):  # a process that died at once is seen by _await_ready
+                worker.channel.send(config)
+
+    def _start_processes(self, configs: list[dict[str, Any]], meeting: socket.socket) -> None:
+        """Start all processes from a thread that lives as long as the fleet.
+
+        Linux sends the parent-death signal when the *thread* that started a child ends; a user may well
+        build a pipeline in a thread that does not last.
+        """
+        outcome: list[BaseException] = []
+        started = threading.Event()
+
+        def nursery() -> None:
+            try:
+                for config in configs:
+                    self._start_process(config, [meeting.fileno()] if config["rank"] == 0 else [])
+            except BaseException as error:
+                outcome.append(error)
+            finally:
+                started.set()
+            self._released.wait()
+
+        threading.Thread(target=nursery, name="fullpipe-nursery", daemon=True).start()
+        started.wait()
+        if outcome:
+            raise outcome[0]
+
+    def _start_process(self, config: dict[str, Any], pass_fds: list[int]) -> None:
+        ours, theirs = socket.socketpair()
+        log = tempfile.TemporaryFile(prefix="fullpipe-")  # noqa: SIM115 - closed by `close`
+        environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(config["threads"]))
+        if sys.platform == "linux":
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        try:
+            process = subprocess.Popen(
+                # -P: files in the current folder must not shadow modules of the worker.
+                [sys.executable, "-P", "-m", "fullpipe.pipeline.worker"],
+                stdin=theirs, stdout=log, stderr=log, pass_fds=pass_fds, env=environment,
+                start_new_session=True)  # so that Ctrl-C in the terminal reaches the user's process alone
+        except BaseException:
+            ours.close()
+            log.close()
+            raise
+        finally:
+            theirs.close()
+        ours.settimeout(config["start_timeout"])
+        worker = Worker(config["name"], process, Channel(ours), log, time.monotonic())
+        self.workers.append(worker)
+        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
+
+    def _await_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        missing = {worker.name for worker in self.workers}
+        while missing:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                names = ", ".join(worker.name for worker in self.workers if worker.name in missing)
+                raise StationFailed(names, f"not ready after {timeout:g} s",
+                                    hint="Loading may just be slow here: give a longer start_timeout.")
+            for worker, frame in self.receive(remaining):
+                match frame["kind"]:
+                    case "up":
+                        missing.discard(worker.name)
+                    case "failed":
+                        raise _as_error(worker, frame)
+                    case "end":
+                        raise StationFailed(worker.name, worker.epitaph())
+
+
+def _as_error(worker: Worker, frame: Frame) -> FullpipeError:
+    """The error that a worker reported, of the same type when it is one of ours."""
+    kind = getattr(errors, frame["error"], None)
+    if isinstance(kind, type) and issubclass(kind, FullpipeError) and kind is not StationFailed:
+        return kind(f"{worker.name}: {frame['message']}", hint=frame["hint"])
+    return StationFailed(worker.name, f"{frame['error']}: {frame['message']}{worker.log_tail()}")

@@ -1,0 +1,172 @@
+"""How messages travel between processes. Torch is imported only when a torch tensor passes.
+
+Two kinds of road:
+
+- **Control**: `Channel`, a stream socket with length-prefixed JSON frames, between the engine's process
+  and each worker.
+- **Data**: one hop from stage to stage. `pack` makes a single byte array of a header and the hidden
+  rows, `unpack` reads it back:
+
+      uint32 header length | header, JSON | zeros up to a multiple of 64 | raw tensor bytes
+
+  The raw bytes start at a multiple of 64 so that the receiver views them in place, without a copy,
+  whatever their dtype.
+
+Flights, legs and expansions are written as JSON lists in field order: half the size of objects, and
+twice as fast to write.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fullpipe.messages import Expansion, Flight, Leg, Opening, Part
+from fullpipe.request import SamplingParams
+
+Frame = dict[str, Any]
+Bytes = NDArray[np.uint8]
+
+_ALIGN = 64
+_LENGTH = struct.Struct("<I")
+_READ = 1 << 16
+
+
+def dump_flight(flight: Flight) -> list[Any]:
+    """A flight, or draft job, as plain JSON values."""
+    return [flight.id, [_dump_part(part) for part in flight.parts],
+            [[o.request, o.capacity, o.prompt_len, o.params.to_dict()] for o in flight.opens],
+            flight.closes, flight.top_k]
+
+
+def load_flight(values: list[Any]) -> Flight:
+    """What `dump_flight` wrote."""
+    number, parts, opens, closes, top_k = values
+    return Flight(number, [Part(*part) for part in parts],
+                  [Opening(*rest, SamplingParams.from_dict(params)) for *rest, params in opens],
+                  closes, top_k)
+
+
+def _dump_part(part: Part) -> list[Any]:
+    return [part.request, part.commits, part.nodes, part.tokens, part.positions, part.slots, part.paths,
+            part.wants]
+
+
+def dump_leg(leg: Leg) -> list[Any]:
+    """A leg as plain JSON values; `Leg(*values)` reads it back."""
+    return [leg.station, leg.start, leg.end, leg.nodes]
+
+
+def dump_expansion(expansion: Expansion) -> list[Any]:
+    """An expansion as plain JSON values; `Expansion(*values)` reads it back."""
+    return [expansion.node, expansion.tokens, expansion.logprobs, expansion.parents]
+
+
+class Channel:
+    """JSON frames over a connected stream socket. One thread may receive while any number send."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._unread = bytearray()
+        self._sending = threading.Lock()
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long `send` may wait for the other end to read."""
+        self._sock.settimeout(seconds)
+
+    def send(self, frame: Frame) -> None:
+        """Write one frame whole. Raises `OSError` when the other end is gone, and `TimeoutError` (an
+        `OSError` too) when it does not read for as long as the socket's timeout says."""
+        body = json.dumps(frame, separators=(",", ":")).encode()
+        with self._sending:
+            self._sock.sendall(_LENGTH.pack(len(body)) + body)
+
+    def receive(self) -> list[Frame]:
+        """Wait for bytes and return the frames that are whole by now: maybe none. `EOFError` at the end."""
+        try:
+            data = self._sock.recv(_READ)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise EOFError("the other end closed the connection")
+        self._unread += data
+        frames: list[Frame] = []
+        at, end = 0, len(self._unread)
+        while end - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._unread, at)
+            body = at + _LENGTH.size
+            if end - body < length:
+                break
+            at = body + length
+            frames.append(json.loads(self._unread[body:at]))
+        del self._unread[:at]
+        return frames
+
+    def close(self) -> None:
+        """Close the socket; a `select` or `receive` waiting on it in another thread wakes."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other end went first
+            pass
+        self._sock.close()
+
+
+def pack(header: Any, hidden: Any) -> Bytes:
+    """One hop as bytes, uint8 [n].
+
+    header: plain JSON values.
+    hidden: a NumPy array or torch tensor of any shape and dtype, zero rows included, or None.
+    """
+    described, raw = _describe(hidden)
+    head = json.dumps([header, described], separators=(",", ":")).encode()
+    start = _padded(_LENGTH.size + len(head))
+    message = np.zeros(start + raw.nbytes, dtype=np.uint8)
+    _LENGTH.pack_into(message.data, 0, len(head))
+    message[_LENGTH.size:_LENGTH.size + len(head)] = np.frombuffer(head, dtype=np.uint8)
+    message[start:] = raw
+    return message
+
+
+def unpack(message: Bytes) -> tuple[Any, Any]:
+    """The header and the hidden rows that `pack` was given; the rows share the message's memory."""
+    (length,) = _LENGTH.unpack_from(message.data, 0)
+    head = message[_LENGTH.size:_LENGTH.size + length].tobytes()
+    header, described = json.loads(head)
+    return header, _restore(described, message[_padded(_LENGTH.size + length):])
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _describe(hidden: Any) -> tuple[list[Any] | None, Bytes]:
+    """What the receiver must know to view the raw bytes again, and those bytes, flat."""
+    if hidden is None:
+        return None, np.zeros(0, dtype=np.uint8)
+    if isinstance(hidden, np.ndarray):
+        flat = np.ascontiguousarray(hidden).reshape(-1).view(np.uint8)
+        return ["numpy", hidden.dtype.str, list(hidden.shape)], flat
+    torch = sys.modules["torch"]  # whoever made the tensor has imported it
+    flat = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return ["torch", str(hidden.dtype).removeprefix("torch."), list(hidden.shape)], flat
+
+
+def _restore(described: list[Any] | None, raw: Bytes) -> Any:
+    if described is None:
+        return None
+    kind, dtype, shape = described
+    if kind == "numpy":
+        return raw.view(np.dtype(dtype)).reshape(shape)
+    import torch
+
+    return torch.from_numpy(raw).view(getattr(torch, dtype)).reshape(shape)

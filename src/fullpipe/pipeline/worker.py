@@ -1,0 +1,371 @@
+"""One station's process: `python -m fullpipe.pipeline.worker`, started by `launch.Fleet`.
+
+Standard input is the control connection, a socket; its first frame is the configuration. Four threads:
+
+- the main thread takes flights (at the draft station: jobs) from an inbox and runs them;
+- the control thread reads what the engine sends. It is the side channel on which `cancel` overtakes the
+  flights that wait in the inbox, and it ends the process on "stop" or when the engine is gone;
+- the data thread of every stage but the first receives flights and hidden states from the stage before;
+- the heartbeat thread says that the process lives and which flight it finished last.
+
+A worker whose neighbour is gone says so, and then waits to be ended: which station is to blame is the
+engine's to judge, and it sees the true culprit's connection close.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from typing import Any, NoReturn, cast
+
+from fullpipe.errors import FullpipeError
+from fullpipe.messages import Flight, Leg
+from fullpipe.pipeline.spec import StationSpec
+from fullpipe.pipeline.station import SourceLike, StageLike
+from fullpipe.pipeline.wire import (
+    Channel,
+    Frame,
+    dump_expansion,
+    dump_flight,
+    dump_leg,
+    load_flight,
+    pack,
+    unpack,
+)
+
+_PR_SET_PDEATHSIG = 1
+_SWITCH_S = 0.0005  # longest wait for the interpreter lock, so that the side threads are prompt
+_MOST_CANCELLED = 1 << 16
+_PROMPT = -1  # the node id of every prompt row: not an id, so nobody can mean it
+
+
+class NeighbourGone(Exception):
+    """The connection to the stage before or after broke."""
+
+
+class Cancelled:
+    """Ids of nodes that nobody needs, as far as this station has heard. Safe between threads.
+
+    A node passes a station once at most, so an id is forgotten when its row is dropped. An id whose row
+    has been computed here already is never met again; so only the newest `most` ids are kept.
+    Forgetting one too early costs a row of work and nothing else.
+    """
+
+    def __init__(self, most: int = _MOST_CANCELLED) -> None:
+        self._most = most
+        self._ids: dict[int, None] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, nodes: Collection[int]) -> None:
+        with self._lock:
+            self._ids.update((node, None) for node in nodes if node != _PROMPT)
+            for node in list(islice(self._ids, max(0, len(self._ids) - self._most))):
+                del self._ids[node]
+
+    def take(self, nodes: Collection[int]) -> set[int]:
+        """Which of these nodes are cancelled; they are forgotten."""
+        with self._lock:
+            found = {node for node in nodes if node in self._ids}
+            for node in found:
+                del self._ids[node]
+        return found
+
+
+def drop_rows(flight: Flight, dead: Collection[int]) -> list[int]:
+    """Take the rows of these nodes out of a flight, in place; commits, opens and closes stay.
+
+    Returns the indices of the rows that are left, by which hidden states are to be indexed.
+    """
+    left: list[int] = []
+    start = 0
+    for index, part in enumerate(flight.parts):
+        rows = [row for row, node in enumerate(part.nodes) if node not in dead]
+        left.extend(start + row for row in rows)
+        start += len(part)
+        if len(rows) < len(part):
+            flight.parts[index] = part.keep(rows)
+    return left
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What waits in the inbox: a flight, the legs it has behind it, and its hidden rows."""
+
+    flight: Flight
+    legs: list[list[Any]]
+    hidden: Any
+
+
+class Neighbours:
+    """Point-to-point hops between the stages, over gloo. One message is its length, then its bytes.
+
+    Each stage lets one flight wait: the next is received only when that one has been taken (`taken`),
+    and a stage that has a flight to hand on waits until its last one was received. So a slow stage
+    slows those before it instead of piling up flights chosen long ago.
+    """
+
+    def __init__(self, config: Frame) -> None:
+        self._rank, self._stages = config["rank"], config["stages"]
+        self._room = threading.Semaphore(1)
+        self._unsent: list[Any] = []  # handles of sends under way, with what keeps their memory alive
+        if config["world"] > 1:
+            _join_world(config)
+
+    def receive(self) -> Arrival:
+        """Wait until there is room, then for the next flight. Raises `NeighbourGone`."""
+        import torch
+        import torch.distributed as dist
+
+        self._room.acquire()
+        length = torch.empty(1, dtype=torch.int64)
+        with _gone(f"stage {self._rank - 1}"):
+            dist.recv(length, src=self._rank - 1)
+            message = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(message, src=self._rank - 1)
+        (flight, legs), hidden = unpack(message.numpy())
+        return Arrival(load_flight(flight), legs, hidden)
+
+    def taken(self) -> None:
+        """The flight that waited is being computed: another may wait."""
+        self._room.release()
+
+    def finish_sending(self) -> None:
+        """Wait until the stage after has received what was sent. Raises `NeighbourGone`."""
+        with _gone(f"stage {self._rank + 1}"):
+            for work, _ in self._unsent:
+                work.wait()
+        self._unsent.clear()
+
+    def send(self, flight: Flight, legs: list[list[Any]], hidden: Any) -> None:
+        """Start sending to the stage after; `finish_sending` comes first. Raises `NeighbourGone`."""
+        import torch
+        import torch.distributed as dist
+
+        message = torch.from_numpy(pack([dump_flight(flight), legs], hidden))
+        with _gone(f"stage {self._rank + 1}"):
+            for tensor in (torch.tensor([len(message)]), message):
+                self._unsent.append((dist.isend(tensor, dst=self._rank + 1), tensor))
+
+
+@contextmanager
+def _gone(neighbour: str) -> Iterator[None]:
+    """Gloo reports a broken connection as a `RuntimeError` like any other."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise NeighbourGone(f"lost its connection to {neighbour}") from error
+
+
+def _join_world(config: Frame) -> None:
+    """Meet the other workers. The first stage serves the meeting point on a socket it inherited."""
+    import torch.distributed as dist
+
+    first = config["listener"] is not None
+    store = dist.TCPStore("127.0.0.1", config["port"], is_master=first,
+                          timeout=timedelta(seconds=config["start_timeout"]), wait_for_workers=False,
+                          master_listen_fd=config["listener"] if first else None)
+    # Gloo's timeout also bounds how long a receive may wait, and a pipeline may be idle for days.
+    dist.init_process_group("gloo", store=store, rank=config["rank"], world_size=config["world"],
+                            timeout=timedelta(days=365))
+
+
+class Host:
+    """The parts that every station's process has: control connection, inbox, heartbeat."""
+
+    def __init__(self, channel: Channel, config: Frame) -> None:
+        self.name: str = config["name"]
+        self.channel = channel
+        self.cancelled = Cancelled()
+        self.inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        self.done = -1
+        self._beat_s: float = config["beat_s"]
+
+    def start_threads(self, unread: list[Frame]) -> None:
+        """Listen to the engine and send heartbeats from now on. unread: frames that came already."""
+        threading.Thread(target=self._listen, args=(unread,), name="control", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def send(self, frame: Frame) -> None:
+        try:
+            self.channel.send(frame)
+        except OSError:
+            leave(0)
+
+    def fail(self, error: BaseException) -> None:
+        """Report an error that ends this station; its traceback goes to the log."""
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        message = error.message if isinstance(error, FullpipeError) else str(error)
+        self.send({"kind": "failed", "error": type(error).__name__, "message": message,
+                   "hint": getattr(error, "hint", None)})
+
+    def lose(self, error: NeighbourGone) -> None:
+        """Report that a neighbouring stage is gone."""
+        self.send({"kind": "lost", "message": str(error)})
+
+    def next(self) -> Arrival:
+        """Wait for the next flight and drop the rows that nobody needs any more."""
+        arrival = self.inbox.get()
+        nodes = [node for part in arrival.flight.parts for node in part.nodes]
+        if dead := self.cancelled.take(nodes):
+            left = drop_rows(arrival.flight, dead)
+            if arrival.hidden is not None:
+                arrival.hidden = arrival.hidden[left]
+        return arrival
+
+    def timed(self, flight: Flight, work: Callable[[], Any]) -> tuple[Any, list[Any]]:
+        """Do the station's work on a flight; its result, and the leg as plain values."""
+        start = time.monotonic()
+        result = work()
+        nodes = [node for part in flight.parts for node in part.nodes]
+        leg = dump_leg(Leg(self.name, start, time.monotonic(), nodes))
+        self.done = flight.id
+        return result, leg
+
+    def _listen(self, unread: list[Frame]) -> None:
+        try:
+            while True:
+                for frame in unread:
+                    self._obey(frame)
+                unread = self.channel.receive()
+        except (EOFError, OSError):
+            leave(0)
+
+    def _obey(self, frame: Frame) -> None:
+        match frame["kind"]:
+            case "flight":
+                self.inbox.put(Arrival(load_flight(frame["flight"]), [], None))
+            case "cancel":
+                self.cancelled.add(frame["nodes"])
+            case "stop":
+                leave(0)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(self._beat_s)
+            self.send({"kind": "beat", "done": self.done})
+
+
+def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int, num_stages: int) -> None:
+    """Run flights until a neighbour or the engine is gone."""
+    first, last = index == 0, index == num_stages - 1
+    if not first:
+        threading.Thread(target=_feed, args=(host, neighbours), name="data", daemon=True).start()
+    while True:
+        arrival = host.next()
+        if not first:
+            neighbours.taken()
+        flight = arrival.flight
+        result, leg = host.timed(flight, lambda: stage.run(flight, arrival.hidden))  # noqa: B023
+        legs = [*arrival.legs, leg]
+        if not last:
+            neighbours.finish_sending()
+        if first:  # said before handing on, so that the answer is on its way meanwhile
+            host.send({"kind": "ready"})
+        if last:
+            host.send({"kind": "landed", "flight": flight.id, "nodes": result.nodes, "tokens": result.tokens,
+                       "margins": result.margins, "legs": legs})
+        else:
+            neighbours.send(flight, legs, result)
+
+
+def serve_draft(host: Host, source: SourceLike) -> None:
+    """Run draft jobs until the engine is gone."""
+    while True:
+        job = host.next().flight
+        expansions, leg = host.timed(job, lambda: source.run(job))  # noqa: B023
+        host.send({"kind": "drafted", "job": job.id, "leg": leg,
+                   "expansions": [dump_expansion(expansion) for expansion in expansions]})
+
+
+def _feed(host: Host, neighbours: Neighbours) -> None:
+    try:
+        while True:
+            host.inbox.put(neighbours.receive())
+    except NeighbourGone as error:
+        host.lose(error)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, from any thread. Python's own way out would wait for, or trip over,
+    threads that sit inside gloo; nothing here needs to be saved."""
+    os._exit(code)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel end this process when its parent is gone, even if it is stopped or cannot listen.
+    Where there is no such service the closing of the control connection must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before we asked
+        leave(0)
+
+
+def control_connection() -> Channel:
+    """The socket that standard input is; standard input becomes empty, so that nothing else reads it."""
+    sock = socket.socket(fileno=os.dup(0))
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    return Channel(sock)
+
+
+def main() -> None:
+    """Take the configuration, build the station, serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = control_connection()
+    frames: list[Frame] = []
+    try:
+        while not frames:
+            frames = channel.receive()
+    except EOFError:
+        leave(0)
+    config, *unread = frames
+    die_with_parent(config["parent"])
+    sys.setswitchinterval(_SWITCH_S)
+    host = Host(channel, config)
+    host.start_threads(unread)
+    try:
+        _build_and_serve(host, config)
+    except NeighbourGone as error:
+        host.lose(error)
+    except BaseException as error:
+        host.fail(error)
+    threading.Event().wait()  # until the engine says stop, or is gone
+
+
+def _build_and_serve(host: Host, config: Frame) -> None:
+    _limit_threads(config["threads"])
+    station = StationSpec.from_dict(config["spec"]).build()
+    neighbours = Neighbours(config)
+    index, num_stages = config["rank"], config["stages"]
+    host.send({"kind": "up"})
+    if index == num_stages:
+        serve_draft(host, cast(SourceLike, station))
+    else:
+        serve_stage(host, cast(StageLike, station), neighbours, index, num_stages)
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main()

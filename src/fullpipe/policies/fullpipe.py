@@ -1,0 +1,28 @@
+"""Ours: whenever stage 0 is about to be free, the most promising nodes that have not been launched.
+
+PipeDec launches a layer and never looks back. Here a sibling that just missed the cut stays a candidate
+at any depth: as its rivals are launched or die it becomes the best of the rest and enters late instead of
+never, and what then lands on it is a hit that PipeDec would have flushed the pipeline for. The draft runs
+ahead by the same order, so that a late node's children are known when it enters and can enter with it.
+"""
+
+from __future__ import annotations
+
+from fullpipe.policies.base import PROBABILITY_FLOOR, Policy
+from fullpipe.tree.token_tree import Node, TokenTree
+
+
+class FullPipe(Policy):
+    """draft_width: nodes per draft call at most (default: twice the width, at least 16)."""
+
+    name = "fullpipe"
+
+    def __init__(self, *, width: int = 8, floor: float = PROBABILITY_FLOOR, draft_width: int | None = None) -> None:
+        super().__init__(width=width, floor=floor)
+        self.draft_width = draft_width or max(16, 2 * width)
+
+    def launch(self, tree: TokenTree, room: int) -> list[Node]:
+        return tree.take_unlaunched(min(self.width, room), self.floor)
+
+    def expand(self, tree: TokenTree, room: int) -> list[Node]:
+        return tree.take_unasked(min(self.draft_width, room), self.floor)

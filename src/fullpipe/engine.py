@@ -56,7 +56,8 @@ class Engine:
         self.policy = policy
         self._chunk = chunk
         self._top_k = top_k
-        self._spare = spare if spare is not None else 64 + 4 * pipeline.num_stages * policy.width
+        ample = 64 + 4 * pipeline.num_stages * policy.width
+        self._spare = max(ample if spare is None else spare, policy.least_slots)
         self._listeners = list(listeners)
         self._tracks: dict[int, Track] = {}
         self._judges: dict[int, Judge] = {}

@@ -51,7 +51,7 @@ class CatalogueModel:
 def _numbered(
     package: str, version: str, part_size: int, size: int, hashes: Sequence[str]
 ) -> tuple[Part, ...]:
-    """`package1`, `package2`, ...: each a `part_size` piece of a file of `size` bytes, the last one shorter."""
+    """`package1`, `package2`, ...: `part_size` bytes each of a file of `size`, the last one less."""
     module = package.replace("-", "_")
     return tuple(
         Part(

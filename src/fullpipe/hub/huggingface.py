@@ -62,7 +62,7 @@ def _require_files(name: str, folder: Path) -> None:
         if not any(folder.glob(pattern)):
             raise UnsupportedModel(
                 f"{name} has no {pattern}: it is not a model as transformers writes it",
-                hint="Choose a repository with safetensors weights, or download a GGUF file and name its path.",
+                hint="Choose one with safetensors weights, or download a GGUF file and name its path.",
             )
 
 

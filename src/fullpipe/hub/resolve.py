@@ -91,5 +91,5 @@ def _four_ways(name: str) -> str:
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     return (
         f"{meant}A model is named by: a name of the catalogue ({', '.join(CATALOGUE)}), the path of a "
-        "safetensors directory, the path of a GGUF file, or a Hugging Face id (org/name or org/name@revision)."
+        "safetensors directory, the path of a GGUF file, or a Hugging Face id (org/name, org/name@revision)."
     )

@@ -27,7 +27,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Cursor(data).header(path)
-    except (struct.error, ValueError, KeyError) as error:  # ValueError: an empty file, or text that is not UTF-8
+    except (struct.error, ValueError, KeyError) as error:  # ValueError: an empty file, or no UTF-8
         raise DamagedModel(
             f"the header of {path} is not that of a whole GGUF file ({error})", hint="Fetch the file again."
         ) from error

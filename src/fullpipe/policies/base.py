@@ -31,6 +31,11 @@ class Policy(ABC):
         self.width = width
         self.floor = math.log(floor) if floor else -math.inf
 
+    @property
+    def least_slots(self) -> int:
+        """Slots beyond prompt and answer without which the policy could wait for ever."""
+        return 2
+
     @abstractmethod
     def launch(self, tree: TokenTree, room: int) -> list[Node]:
         """The nodes that should enter stage 0 now, parents first, at most `room`; empty to wait.

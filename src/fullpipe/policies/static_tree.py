@@ -22,6 +22,10 @@ class StaticTree(Policy):
                              hint="The depth is the number of tokens guessed per traversal of the pipeline.")
         self.depth = depth
 
+    @property
+    def least_slots(self) -> int:
+        return 2 + self.width * self.depth  # the whole tree stands before any of it is launched
+
     def launch(self, tree: TokenTree, room: int) -> list[Node]:
         if not root_if_new(tree):
             return []

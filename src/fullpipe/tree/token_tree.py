@@ -175,13 +175,13 @@ class TokenTree:
     def best_children(self, nodes: Iterable[Node], limit: int, floor: float) -> list[Node]:
         """The up to `limit` best unlaunched children of `nodes` together, best first."""
         least = self.root.cum + floor
-        offers: list[tuple[float, int, Node, int]] = []
+        offers: list[tuple[float, int, int, Node]] = []  # ties go by node and token: asked again, the same answer
         for node in nodes:
-            offers += [(-cum, node.id, node, token) for cum, token in node.guesses if cum >= least]
-            offers += [(-child.cum, node.id, node, token) for token, child in node.children.items()
+            offers += [(-cum, node.id, token, node) for cum, token in node.guesses if cum >= least]
+            offers += [(-child.cum, node.id, token, node) for token, child in node.children.items()
                        if child.state is State.PROPOSED and child.cum >= least]
-        best = heapq.nsmallest(limit, offers, key=lambda offer: offer[:2])
-        return [self._child(node, token) for _, _, node, token in best]
+        best = heapq.nsmallest(limit, offers, key=lambda offer: offer[:3])
+        return [self._child(node, token) for _, _, token, node in best]
 
     def newest_layer(self) -> list[Node]:
         """The launched live nodes at the highest position; empty when the root has not been launched."""

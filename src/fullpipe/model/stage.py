@@ -1,0 +1,134 @@
+"""A slice of the model as a station: flights in, hidden states or tokens out.
+
+`SliceRunner` is what target stages and a draft model share: arenas and slot tables per request, and the
+way from a flight's integers to a decoder step. Nothing here outlives a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fullpipe.kvcache.arena import KVArena, Segment
+from fullpipe.kvcache.slots import SlotTable
+from fullpipe.messages import Flight, Opening, Part
+from fullpipe.model.decoder import DecoderSlice
+from fullpipe.model.sampling import RowContext, pick
+from fullpipe.model.weights import open_model
+from fullpipe.pipeline.station import Verdict
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class Wanted:
+    """A row that somebody waits for: its index in the flight, and where it stands."""
+
+    index: int
+    part: Part
+    row: int
+    table: SlotTable
+
+    @property
+    def node(self) -> int:
+        return self.part.nodes[self.row]
+
+    def context(self) -> RowContext:
+        return RowContext(self.table.params, self.part.positions[self.row] + 1, self._history())
+
+    def _history(self) -> Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        def read() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            path = np.asarray(self.table.path(self.part, self.row), np.int64)
+            return path[: self.table.prompt_len], path[self.table.prompt_len :]
+
+        return read
+
+
+class SliceRunner:
+    """Runs flights through one decoder slice, with an arena per open request."""
+
+    def __init__(self, slice: DecoderSlice) -> None:
+        self.slice = slice
+        self._tables: dict[int, SlotTable] = {}
+        self._arenas: dict[int, KVArena] = {}
+
+    def open(self, openings: list[Opening]) -> None:
+        for opening in openings:
+            self._tables[opening.request] = SlotTable(opening)
+            self._arenas[opening.request] = self.slice.new_arena(opening.capacity)
+
+    def close(self, requests: list[int]) -> None:
+        for request in requests:
+            self._tables.pop(request, None)
+            self._arenas.pop(request, None)
+
+    def forward(self, flight: Flight, hidden: Tensor | None) -> Tensor:
+        """One step. hidden: [rows, hidden] from the stage before, None at the first. Returns the same shape."""
+        segments: list[Segment] = []
+        start = 0
+        for part in flight.parts:
+            table = self._tables[part.request]
+            table.apply(part)
+            if len(part):
+                segments.append(Segment(start, start + len(part), self._arenas[part.request],
+                                        torch.tensor(part.slots), torch.from_numpy(table.mask(part))))
+            start += len(part)
+        positions = torch.tensor([position for part in flight.parts for position in part.positions],
+                                 dtype=torch.int64)
+        if hidden is None:
+            hidden = torch.tensor([token for part in flight.parts for token in part.tokens], dtype=torch.int64)
+        return self.slice.forward(hidden, positions, segments)
+
+    def wanted(self, flight: Flight) -> Iterator[Wanted]:
+        start = 0
+        for part in flight.parts:
+            for row in range(len(part)):
+                if part.wants[row]:
+                    yield Wanted(start + row, part, row, self._tables[part.request])
+            start += len(part)
+
+    def logits(self, hidden: Tensor, wanted: list[Wanted]) -> Tensor:
+        """float32 [len(wanted), vocab] of those rows."""
+        return self.slice.logits(hidden[torch.tensor([row.index for row in wanted])])
+
+
+class ModelStage:
+    """A stage of the target. The last one picks the token that follows each wanted row.
+
+    vocab: number of real tokens; logits beyond it (padding of the matrix) are never picked.
+    margins: report how far each pick stands above the second best.
+    """
+
+    def __init__(self, slice: DecoderSlice, *, is_last: bool, vocab: int | None = None, margins: bool = False) -> None:
+        self._runner = SliceRunner(slice)
+        self._is_last, self._vocab, self._margins = is_last, vocab, margins
+
+    @torch.inference_mode()
+    def run(self, flight: Flight, hidden: Tensor | None) -> Tensor | Verdict:
+        self._runner.open(flight.opens)
+        hidden = self._runner.forward(flight, hidden)
+        answer = self._pick(flight, hidden) if self._is_last else hidden
+        self._runner.close(flight.closes)
+        return answer
+
+    def _pick(self, flight: Flight, hidden: Tensor) -> Verdict:
+        wanted = list(self._runner.wanted(flight))
+        if not wanted:
+            return Verdict([], [], [])
+        tokens, margins = pick(self._runner.logits(hidden, wanted), [row.context() for row in wanted],
+                               limit=self._vocab, margins=self._margins)
+        return Verdict([row.node for row in wanted], tokens, margins)
+
+
+def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,
+                vocab: int | None = None, margins: bool = False) -> ModelStage:
+    """Load layers `first` (inclusive) to `last` (exclusive) of the model at path `model` as a stage."""
+    slice = DecoderSlice(open_model(Path(model)), first, last, has_embedding=is_first, has_head=is_last,
+                         dtype=DTYPES[dtype])
+    return ModelStage(slice, is_last=is_last, vocab=vocab, margins=margins)

@@ -1,0 +1,154 @@
+"""The engine over scripted stations: any method, shape and timing emits the same text.
+
+The slow, obvious version is `plain`: ask the truth for the next token, append, repeat.
+"""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fullpipe.engine import Engine
+from fullpipe.errors import UsageError
+from fullpipe.messages import Emitted, Event, Finished
+from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
+from fullpipe.pipeline.scripted import ScriptedStage, hash_token
+from fullpipe.policies import POLICIES, make_policy
+from fullpipe.request import Request, SamplingParams
+from fullpipe.sources.scripted import ScriptedSource
+from fullpipe.track import Track
+
+VOCAB, SEED = 50, 3
+TRUTH = {"kind": "hash", "vocab": VOCAB, "seed": SEED}
+
+
+def plain(prompt: tuple[int, ...], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(hash_token(tokens, VOCAB, SEED))
+    return tokens[len(prompt) :]
+
+
+def pipeline(stages: int, accuracy: float = 0.8, costs=unit_costs, link_s: float = 0.0) -> InProcessPipeline:
+    return InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
+                             ScriptedSource(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
+                             costs=costs, link_s=link_s)
+
+
+def run(engine: Engine, *requests: Request) -> tuple[dict[int, list[int]], dict[int, Track], list[Event]]:
+    tracks = {request.id: engine.submit(request) for request in requests}
+    texts: dict[int, list[int]] = {request.id: [] for request in requests}
+    news: list[Event] = []
+    while engine.busy:
+        for event in engine.step():
+            news.append(event)
+            if isinstance(event, Emitted):
+                texts[event.request].append(event.token)
+        engine.check()
+    return texts, tracks, news
+
+
+def request(id: int = 0, prompt: tuple[int, ...] = (4, 8, 15), tokens: int = 40, **kwargs: object) -> Request:
+    return Request(id, prompt, SamplingParams(max_tokens=tokens), **kwargs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(method=st.sampled_from(sorted(POLICIES)), stages=st.integers(1, 9), width=st.integers(1, 9),
+       accuracy=st.sampled_from([0.0, 0.5, 0.9, 1.0]), chunk=st.integers(1, 8),
+       prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), min_size=1, max_size=3),
+       durations=st.lists(st.integers(1, 20), min_size=1, max_size=7), link=st.sampled_from([0.0, 0.3, 5.0]),
+       spare=st.sampled_from([2, 5, 200]))
+def test_every_method_shape_and_timing_emits_the_same_text(
+        method: str, stages: int, width: int, accuracy: float, chunk: int, prompts: list[list[int]],
+        durations: list[int], link: float, spare: int) -> None:
+    cycle = itertools.cycle(durations)
+    pipe = pipeline(stages, accuracy, lambda station, rows, measured: next(cycle) / 4 if rows else 0.0, link)
+    engine = Engine(pipe, make_policy(method, width=width), chunk=chunk, spare=spare)
+    requests = [request(k, tuple(prompt), tokens=5 + 9 * k) for k, prompt in enumerate(prompts)]
+    texts, tracks, news = run(engine, *requests)
+    for req in requests:
+        assert texts[req.id] == plain(req.prompt, req.params.max_tokens)
+        positions = [event.position for event in news if isinstance(event, Emitted) and event.request == req.id]
+        assert positions == list(range(len(req.prompt), len(req.prompt) + req.params.max_tokens))
+        stats = tracks[req.id].stats
+        assert stats.num_emitted == req.params.max_tokens == stats.hits + stats.misses + 1
+        assert 0 <= stats.fill(stages) <= 1
+
+
+@pytest.mark.parametrize("stages", [1, 4, 8])
+def test_plain_pipeline_takes_n_steps_per_token(stages: int) -> None:
+    _, tracks, _ = run(Engine(pipeline(stages), make_policy("pp")), request())
+    stats = tracks[0].stats
+    assert stats.steps_per_token == stages and stats.tbt_s == stages
+    assert stats.fill(stages) == pytest.approx(1 / stages)
+    assert stats.wasted_rows == stats.hits == 0 and stats.mean_acceptance_length == 1
+
+
+@pytest.mark.parametrize("method", ["pipedec", "fullpipe"])
+def test_a_perfect_draft_gives_one_step_per_token_after_the_first(method: str) -> None:
+    _, tracks, _ = run(Engine(pipeline(8, accuracy=1.0), make_policy(method, width=4)), request(tokens=64))
+    assert tracks[0].stats.steps == 8 + 63
+    assert tracks[0].stats.hit_rate == 1
+
+
+def test_a_chain_accepts_whole_chains_with_a_perfect_draft() -> None:
+    _, tracks, _ = run(Engine(pipeline(4, accuracy=1.0), make_policy("chain", depth=4)), request(tokens=31))
+    stats = tracks[0].stats
+    # The first token, then per round 4 draft calls and 4 steps for 5 tokens; 6 rounds.
+    assert stats.steps == 4 + 6 * (4 + 4)
+    assert stats.launched_rows == 1 + 6 * 5
+
+
+def test_fullpipe_saves_late_siblings_that_pipedec_flushes_for() -> None:
+    steps = {}
+    for method in ("pipedec", "fullpipe"):
+        pipe = InProcessPipeline([ScriptedStage(k, 8, TRUTH) for k in range(8)],
+                                 ScriptedSource(TRUTH, accuracy=0.6, coverage=1.0))
+        _, tracks, _ = run(Engine(pipe, make_policy(method, width=4)), request(tokens=200))
+        steps[method] = tracks[0].stats.steps_per_token
+    assert steps["fullpipe"] < steps["pipedec"]
+
+
+def test_end_tokens_stop_strings_and_aborts_end_a_request() -> None:
+    text = plain((4, 8, 15), 40)
+    for method in ("pp", "fullpipe"):
+        engine = Engine(pipeline(4), make_policy(method))
+        texts, _, news = run(engine, request(eos=frozenset({text[6]})))
+        cut = text.index(text[6]) + 1
+        assert texts[0] == text[:cut]
+        assert [event.reason for event in news if isinstance(event, Finished)] == ["stop"]
+        # A judge that has seen enough; the same engine and pipeline serve the next request.
+        engine.submit(request(id=1), judge=lambda token: "stop" if token == text[3] else None)
+        tail = []
+        while engine.busy:
+            tail += engine.step()
+            engine.check()
+        assert [event.token for event in tail if isinstance(event, Emitted)] == text[: text.index(text[3]) + 1]
+        engine.submit(request(id=2))
+        engine.step()
+        engine.abort(2)
+        engine.abort(99)
+        engine.check()
+        assert not engine.busy
+
+
+def test_a_method_that_needs_a_draft_says_so() -> None:
+    pipe = InProcessPipeline([ScriptedStage(0, 1, TRUTH)])
+    with pytest.raises(UsageError, match="needs a draft"):
+        Engine(pipe, make_policy("fullpipe"))
+    texts, _, _ = run(Engine(pipe, make_policy("pp")), request(tokens=5))
+    assert texts[0] == plain((4, 8, 15), 5)
+
+
+def test_a_listener_that_raises_is_dropped_and_the_run_goes_on() -> None:
+    heard: list[Event] = []
+
+    def broken(event: Event) -> None:
+        raise RuntimeError("full disk")
+
+    engine = Engine(pipeline(2), make_policy("fullpipe"), listeners=[broken, heard.append])
+    texts, _, _ = run(engine, request(tokens=10))
+    assert texts[0] == plain((4, 8, 15), 10)
+    kinds = {type(event).__name__ for event in heard}
+    assert kinds == {"Ready", "Launched", "Landed", "Drafted", "Emitted", "Died", "Finished"}

@@ -1,0 +1,113 @@
+"""Policies: what each method launches on a tree that everybody can draw."""
+
+import math
+
+import pytest
+
+from fullpipe.errors import UsageError
+from fullpipe.messages import Expansion
+from fullpipe.policies import POLICIES, make_policy
+from fullpipe.tree.token_tree import Node, TokenTree
+
+
+def answer(tree: TokenTree, node: Node, *pairs: tuple[int, float]) -> None:
+    node.asked = True
+    tree.propose(node, Expansion(node.id, [t for t, _ in pairs], [math.log(p) for _, p in pairs], [-1] * len(pairs)))
+
+
+def launch(tree: TokenTree, nodes: list[Node]) -> list[int]:
+    for node in nodes:
+        tree.launch(node)
+    return [node.token for node in nodes]
+
+
+def second_round() -> TokenTree:
+    """A tree after its first token, root token 9 not launched (the prompt's own flight is over)."""
+    tree = TokenTree(7, 0, horizon=99)
+    tree.launch(tree.root)
+    tree.land(tree.root, 9)
+    tree.advance()
+    return tree
+
+
+@pytest.mark.parametrize("method", sorted(POLICIES))
+def test_the_root_goes_first_and_only_once(method: str) -> None:
+    tree = TokenTree(7, 0, horizon=99)
+    policy = make_policy(method)
+    assert launch(tree, policy.launch(tree, 99)) == [7]
+    assert policy.launch(tree, 99) == []
+
+
+def test_pipedec_sends_whole_layers_and_never_looks_back() -> None:
+    tree, policy = second_round(), make_policy("pipedec", width=2)
+    assert launch(tree, policy.launch(tree, 99)) == [9]
+    assert policy.expand(tree, 99) == [tree.root]
+    answer(tree, tree.root, (1, 0.5), (2, 0.3), (3, 0.2))
+    assert launch(tree, policy.launch(tree, 99)) == [1, 2]
+    one, two = policy.expand(tree, 99)
+    answer(tree, one, (4, 0.1))
+    assert policy.launch(tree, 99) == [], "the layer is not complete yet"
+    answer(tree, two, (5, 0.9), (6, 0.1))
+    assert launch(tree, policy.launch(tree, 99)) == [5, 4], "token 3 has missed its layer"
+
+
+def test_fullpipe_takes_the_best_of_any_depth() -> None:
+    tree, policy = second_round(), make_policy("fullpipe", width=2)
+    launch(tree, policy.launch(tree, 99))
+    assert policy.expand(tree, 99) == [tree.root]
+    answer(tree, tree.root, (1, 0.5), (2, 0.3), (3, 0.2))
+    assert launch(tree, policy.launch(tree, 99)) == [1, 2]
+    asked = policy.expand(tree, 99)
+    assert [node.token for node in asked] == [1, 2, 3], "the draft runs ahead to token 3"
+    for node, token in zip(asked, (4, 5, 6)):
+        answer(tree, node, (token, 0.9))
+    assert launch(tree, policy.launch(tree, 99)) == [4, 5]
+    assert launch(tree, policy.launch(tree, 99)) == [3, 6], "the late sibling takes its child along"
+
+
+def test_fullpipe_respects_the_floor_and_the_room() -> None:
+    tree, policy = second_round(), make_policy("fullpipe", width=4, floor=0.01)
+    launch(tree, policy.launch(tree, 99))
+    answer(tree, tree.root, (1, 0.5), (2, 0.3), (3, 0.009))
+    assert policy.launch(tree, 0) == []
+    assert launch(tree, policy.launch(tree, 99)) == [1, 2]
+
+
+def test_a_chain_waits_for_its_tokens_and_enters_at_once() -> None:
+    tree, policy = second_round(), make_policy("chain", depth=2)
+    assert policy.launch(tree, 99) == []
+    assert policy.expand(tree, 99) == [tree.root]
+    answer(tree, tree.root, (1, 0.5), (2, 0.4))
+    (one,) = policy.expand(tree, 99)
+    answer(tree, one, (3, 0.5), (4, 0.4))
+    assert policy.expand(tree, 99) == []
+    assert launch(tree, policy.launch(tree, 99)) == [9, 1, 3]
+    assert policy.launch(tree, 99) == [], "the pipeline is not empty"
+
+
+def test_a_chain_that_the_draft_cannot_continue_is_launched_short() -> None:
+    tree, policy = second_round(), make_policy("chain", depth=5)
+    answer(tree, tree.root, (1, 0.5))
+    answer(tree, tree.root.children.get(1) or policy.expand(tree, 99)[0])
+    assert launch(tree, policy.launch(tree, 99)) == [9, 1]
+
+
+def test_a_static_tree_enters_whole() -> None:
+    tree, policy = second_round(), make_policy("static-tree", width=2, depth=2)
+    answer(tree, tree.root, (1, 0.5), (2, 0.4), (3, 0.1))
+    layer = policy.expand(tree, 99)
+    assert [node.token for node in layer] == [1, 2]
+    answer(tree, layer[0], (4, 0.5), (5, 0.4))
+    answer(tree, layer[1], (6, 0.9))
+    assert launch(tree, policy.launch(tree, 99)) == [9, 1, 2, 6, 4]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"method": "spqr"}, "unknown method 'spqr'\nMethods are: pp, chain, static-tree, pipedec, fullpipe."),
+    ({"method": "pipedec", "width": 0}, "width must be 1 or more"),
+    ({"method": "chain", "depth": 0}, "depth must be 1 or more"),
+    ({"method": "fullpipe", "floor": 1.5}, r"the probability floor must be in \[0, 1\)"),
+])
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_policy(**options)

@@ -49,15 +49,11 @@ class Engine:
 
     def __init__(self, pipeline: Pipeline, policy: Policy, *, chunk: int = 512, top_k: int = 16,
                  spare: int | None = None, listeners: Iterable[Listener] = ()) -> None:
-        if policy.needs_draft and not pipeline.has_draft:
-            raise UsageError(f"the method {policy.name} needs a draft",
-                             hint="Name one (a model, or ngram), or use the method pp.")
         self.pipeline = pipeline
-        self.policy = policy
+        self.policy = self._checked(policy)
         self._chunk = chunk
         self._top_k = top_k
-        ample = 64 + 4 * pipeline.num_stages * policy.width
-        self._spare = max(ample if spare is None else spare, policy.least_slots)
+        self._spare = spare
         self._listeners = list(listeners)
         self._tracks: dict[int, Track] = {}
         self._judges: dict[int, Judge] = {}
@@ -80,7 +76,9 @@ class Engine:
     def submit(self, request: Request, judge: Judge | None = None) -> Track:
         """Take a request in. The track's `stats` grow while it runs and stay valid after its end."""
         assert request.id not in self._tracks, "request ids must be unique"
-        capacity = len(request.prompt) + request.params.max_tokens + self._spare
+        ample = 64 + 4 * self.pipeline.num_stages * self.policy.width
+        spare = max(ample if self._spare is None else self._spare, self.policy.least_slots)
+        capacity = len(request.prompt) + request.params.max_tokens + spare
         track = Track.begin(request, capacity, self._node_ids, self.pipeline.now())
         self._tracks[request.id] = track
         if judge is not None:
@@ -91,6 +89,23 @@ class Engine:
         """End a request now; what it had in flight is cancelled. Unknown or finished ids are ignored."""
         if track := self._tracks.get(request):
             self._finish(track, "abort")
+
+    def use(self, policy: Policy) -> None:
+        """Change the policy while no request runs; what is left in the pipeline is waited for."""
+        self.drain()
+        self.policy = self._checked(policy)
+
+    def drain(self) -> None:
+        """Wait until the stations are empty and have closed the arenas of finished requests."""
+        assert not self._tracks, "requests are running"
+        while self._flights or self._closes["stages"] or self._closes["draft"] or not self._draft_ready:
+            self.step()
+
+    def _checked(self, policy: Policy) -> Policy:
+        if policy.needs_draft and not self.pipeline.has_draft:
+            raise UsageError(f"the method {policy.name} needs a draft",
+                             hint="Name one (a model, or ngram), or use the method pp.")
+        return policy
 
     def step(self) -> list[Emitted | Finished]:
         """Send what can be sent, wait for the next events, act on them. Returns what users want to know.
@@ -120,7 +135,7 @@ class Engine:
         if self._stage_ready and (flight := self._next_flight()):
             self._stage_ready = False
             self.pipeline.launch(flight)
-        if self._draft_ready and self.policy.needs_draft and (job := self._next_job()):
+        if self._draft_ready and self.pipeline.has_draft and (job := self._next_job()):
             self._draft_ready = False
             self.pipeline.draft(job)
 
@@ -158,7 +173,7 @@ class Engine:
     def _next_job(self) -> Flight | None:
         job = Flight(next(self._job_ids), opens=self._openings("draft"), closes=self._closings("draft"),
                      top_k=self._top_k)
-        for track in self._tracks.values():
+        for track in self._tracks.values() if self.policy.needs_draft else ():
             part = self._job_part(track)
             if len(part):
                 track.seal(part, track.draft)
@@ -194,7 +209,7 @@ class Engine:
 
     def _openings(self, channel: str) -> list[Opening]:
         openings = []
-        for track in self._tracks.values():
+        for track in self._tracks.values() if channel == "stages" or self.policy.needs_draft else ():
             state = track.stages if channel == "stages" else track.draft
             if not state.opened:
                 state.opened = True

@@ -63,12 +63,12 @@ def test_a_heavy_head_takes_layers_off_the_last_stage() -> None:
 
 
 def test_a_head_that_outweighs_layers_stands_alone() -> None:
-    assert cut([1.0] * 4, 5.0, 0.0, 3) == [range(0, 2), range(2, 4), range(4, 4)]
+    assert cut([1.0] * 4, 5.0, 0.0, 3) == [range(2), range(2, 4), range(4, 4)]
 
 
 def test_an_empty_stage_that_gains_nothing_is_avoided() -> None:
     # The slowest stage costs 3 with or without layers beside the free head.
-    assert cut([1.0, 3.0, 1.0], 0.0, 0.0, 3) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert cut([1.0, 3.0, 1.0], 0.0, 0.0, 3) == [range(1), range(1, 2), range(2, 3)]
 
 
 def test_a_heavy_embedding_takes_layers_off_the_first_stage() -> None:
@@ -83,5 +83,5 @@ def test_the_number_of_stages_is_checked(stages: int) -> None:
 
 
 def test_one_stage_per_layer_and_one_stage_for_all() -> None:
-    assert cut([1.0] * 3, 0.5, 0.5, 3) == [range(0, 1), range(1, 2), range(2, 3)]
-    assert cut([1.0] * 3, 0.5, 0.5, 1) == [range(0, 3)]
+    assert cut([1.0] * 3, 0.5, 0.5, 3) == [range(1), range(1, 2), range(2, 3)]
+    assert cut([1.0] * 3, 0.5, 0.5, 1) == [range(3)]

@@ -34,6 +34,7 @@ from fullpipe.request import SamplingParams
 History = Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 _FIRST_LOOK = 512  # candidates that top-p sorts first; it takes 16 times as many while they do not suffice
+_COLDEST = 1e-30  # below it, dividing by the temperature would overflow; no two logits are so close
 
 
 def _no_history() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -63,14 +64,13 @@ def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = N
     Ids of `logit_bias` outside the vocabulary are ignored: the target refuses them at the front door, and
     a draft's head may be padded less than the target's.
     """
-    logits = logits[:, :limit]
-    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    for scores, given, row in zip(out, logits, rows, strict=True):
+    out = torch.empty_like(logits[:, :limit], dtype=torch.float32, memory_format=torch.contiguous_format)
+    for scores, given, row in zip(out, logits[:, :limit], rows, strict=True):
         scores.copy_(given)
-        _penalise(scores, row)
+        _prepare(scores, row)
         if row.params.temperature > 0:
-            _heat(scores, row.params.temperature)
-            if (floor := _floor(scores, row.params)) is not None:
+            floor = _floor(scores, row.params)
+            if floor is not None:
                 scores.masked_fill_(scores < floor, -math.inf)
             scores += _noise(scores, row)
     return out
@@ -86,16 +86,17 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
 
     Raises `ModelError` where no token can be picked, as with logits that are NaN.
     """
-    plain = all(row.params.plain_greedy for row in rows)
-    scores = logits[:, :limit] if plain else process(logits, rows, limit=limit)
+    if all(row.params.plain_greedy for row in rows):
+        scores = logits[:, :limit]
+        _check(scores.amax(-1), rows)
+    else:
+        scores = process(logits, rows, limit=limit)
     tokens = scores.argmax(-1, keepdim=True)
-    best = scores.gather(1, tokens).squeeze(1).float()
-    _check(best, rows)
     picked: list[int] = tokens.squeeze(1).tolist()
     if not margins:
         return picked, []
     second = scores.scatter(1, tokens, -math.inf).amax(-1)
-    gaps: list[float] = (best - second).tolist()
+    gaps: list[float] = (scores.gather(1, tokens).squeeze(1) - second).tolist()
     return picked, gaps
 
 
@@ -105,11 +106,117 @@ def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
 
     logits, limit: as in `process`, but of the draft. Rows have fewer than k candidates where fewer tokens
     are possible at all.
+
+    Target and draft add the same noise g, so once g is known nothing random is left but the draft's own
+    error. Let the target's logits be the draft's, d, plus independent errors of Gumbel shape and scale 1.
+    Then the target's pick, the argmax of logits + T g, is token i with probability
+    softmax(d + T g)_i. At T = 0 that is the draft's softmax, which is what one would have
+    said anyway, and the order of candidates is always that of d / T + g. The scale belongs to the logits,
+    not to logits / T: measured over 576 positions, two seeds each, of Qwen2.5-Coder 0.5B guessing 1.5B, the
+    surprise at the target's pick was 0.56, 0.58, 0.57, 0.78 nats at T = 0, 0.5, 1, 1.5 (softmax of d / T + g:
+    0.63 and 1.01 at T = 0.5 and 1.5).
+
+    A token that the draft's top-k, top-p or min-p removes may pass the target's. It stays a candidate,
+    ranked below the best that passed, and the less likely the further its score lies below the filter:
+    by the same assumption the target lifts it over a distance of x with probability about exp(-x).
     """
-    scores = _draft_scores(logits[:, :limit], rows)
-    _check(scores.amax(-1), rows)
+    scores = _expected(logits[:, :limit], rows)
     values, tokens = scores.topk(min(k, scores.shape[1]))
     logprobs = values - scores.logsumexp(-1, keepdim=True)
     possible = (values > -math.inf).sum(-1).tolist()
     return ([ids[:n] for ids, n in zip(tokens.tolist(), possible)],
             [row[:n] for row, n in zip(logprobs.tolist(), possible)])
+
+
+def _expected(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
+    """Unnormalised log-probabilities of what the target picks, by the draft's logits: float32 [rows, vocab]."""
+    out = torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+    out.copy_(logits)
+    for scores, row in zip(out, rows, strict=True):
+        _prepare(scores, row)
+        if row.params.temperature > 0:
+            floor = _floor(scores, row.params)
+            noisy = scores + _noise(scores, row)
+            if floor is not None:
+                removed = scores < floor
+                best = noisy.masked_fill(removed, -math.inf).amax()
+                noisy = noisy.where(~removed, noisy.minimum(best) - (floor - scores))
+            torch.mul(noisy, _heat(row), out=scores)
+    return out
+
+
+def _check(best: Tensor, rows: Sequence[RowContext]) -> None:
+    """A NaN anywhere in a row makes its maximum NaN; a row of which nothing is left has -inf."""
+    finite = best.isfinite()
+    if not finite.all():
+        row = int(finite.logical_not().nonzero()[0])
+        raise ModelError(
+            f"no token can be picked for position {rows[row].position}: the best logit is {float(best[row])}",
+            hint="NaN or inf comes from damaged weights or a dtype that overflows: try --dtype float32. "
+                 "-inf means that logit_bias forbids every token.")
+
+
+def _prepare(scores: Tensor, row: RowContext) -> None:
+    """All that comes before the filters, in place: bias, penalties, temperature."""
+    _penalise(scores, row)
+    best = scores.amax()
+    _check(best[None], [row])
+    if row.params.temperature > 0:
+        scores -= best
+        scores /= _heat(row)
+
+
+def _heat(row: RowContext) -> float:
+    return max(row.params.temperature, _COLDEST)
+
+
+def _penalise(scores: Tensor, row: RowContext) -> None:
+    """Bias, repetition penalty (prompt and output), frequency and presence penalty (output), in place."""
+    params, vocab = row.params, len(scores)
+    for token, bias in params.logit_bias.items():
+        if 0 <= token < vocab:
+            scores[token] += bias
+    if not params.needs_history:
+        return
+    prompt, output = (ids[ids < vocab] for ids in row.history())
+    if params.repetition_penalty != 1:
+        seen = torch.from_numpy(np.union1d(prompt, output)).to(scores.device)
+        before = scores[seen]
+        scores[seen] = torch.where(before < 0, before * params.repetition_penalty,
+                                   before / params.repetition_penalty)
+    said, counts = np.unique(output, return_counts=True)
+    penalty = params.frequency_penalty * counts + params.presence_penalty
+    scores[torch.from_numpy(said).to(scores.device)] -= torch.from_numpy(penalty).to(scores)
+
+
+def _floor(scores: Tensor, params: SamplingParams) -> Tensor | None:
+    """The lowest score that passes top-k, top-p and min-p (a 0-dim tensor), or None when all are off.
+
+    scores: float32 [vocab], with temperature, the best 0.
+    """
+    floors: list[Tensor] = []
+    if 0 < params.top_k < len(scores):
+        floors.append(scores.topk(params.top_k).values[-1])
+    if params.top_p < 1:
+        floors.append(_nucleus(scores if not floors else scores[scores >= floors[0]], params.top_p))
+    if params.min_p > 0:
+        # p >= min_p * p_best, as logarithms. It compares two tokens, so what was filtered has no say.
+        floors.append(scores.new_tensor(math.log(params.min_p)))
+    return torch.stack(floors).amax() if floors else None
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """The score of the last token that top-p keeps: the first at which the probabilities reach `top_p`."""
+    total = scores.logsumexp(0).double()
+    count = min(_FIRST_LOOK, len(scores))
+    while True:
+        best = scores.topk(count).values
+        reached = (best.double() - total).exp().cumsum(0)
+        if count == len(scores) or reached[-1] >= top_p:
+            kept = int((reached < top_p).sum())
+            return best[min(kept, count - 1)]
+        count = min(16 * count, len(scores))
+
+
+def _noise(scores: Tensor, row: RowContext) -> Tensor:
+    return gumbel(row.params.seed, row.position, len(scores), scores.device)

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fullpipe.kvcache.arena import KVArena, Segment
+from fullpipe.kvcache.arena import KVArena
 from fullpipe.kvcache.slots import SlotTable
 from fullpipe.messages import Flight, Opening, Part
-from fullpipe.model.decoder import DecoderSlice
+from fullpipe.model.decoder import DecoderSlice, Segment
 from fullpipe.model.sampling import RowContext, pick
 from fullpipe.model.weights import open_model
 from fullpipe.pipeline.station import Verdict
@@ -61,7 +61,7 @@ class SliceRunner:
     def open(self, openings: list[Opening]) -> None:
         for opening in openings:
             self._tables[opening.request] = SlotTable(opening)
-            self._arenas[opening.request] = self.slice.new_arena(opening.capacity)
+            self._arenas[opening.request] = self.slice.allocate(opening.capacity)
 
     def close(self, requests: list[int]) -> None:
         for request in requests:

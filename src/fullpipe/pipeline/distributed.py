@@ -86,6 +86,7 @@ class DistributedPipeline(Pipeline):
         self._finalizer = weakref.finalize(self, self._fleet.close)
         self._flights = _Track(self._fleet.workers[:self.num_stages])
         self._jobs = _Track(self._fleet.workers[self.num_stages:])
+        self._ready_owed = 0
         self._happened: list[Event] = [Ready(self.now())]
         self._failure: Failed | None = None
         self._bereft: tuple[float, Worker, str] | None = None  # since when, who lost a neighbour, words
@@ -93,6 +94,7 @@ class DistributedPipeline(Pipeline):
     def launch(self, flight: Flight) -> None:
         self._check_open()
         self._flights.enter(flight.id)
+        self._ready_owed += 1
         self._send(self._flights.workers[0], {"kind": "flight", "flight": dump_flight(flight)})
 
     def draft(self, job: Flight) -> None:
@@ -111,6 +113,8 @@ class DistributedPipeline(Pipeline):
         self._check_open()
         self._collect(0.0)
         while not self._happened:
+            if not (self._flights.under_way or self._jobs.under_way or self._ready_owed):
+                raise PipelineError("nothing is under way in the pipeline, so nothing can be waited for")
             self._collect(self._patience())
         happened, self._happened = self._happened, []
         return happened
@@ -149,6 +153,7 @@ class DistributedPipeline(Pipeline):
         now = self.now()
         match frame["kind"]:
             case "ready":
+                self._ready_owed -= 1
                 self._happened.append(Ready(now))
             case "landed":
                 self._flights.leave(frame["flight"])

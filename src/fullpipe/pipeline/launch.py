@@ -212,7 +212,7 @@ class Fleet:
             process = subprocess.Popen(
                 # -P: files in the current folder must not shadow modules of the worker.
                 [sys.executable, "-P", "-m", "fullpipe.pipeline.worker"],
-                stdin=theirs, stdout=log, stderr=log, pass_fds=pass_fds, env=environment,
+                stdin=theirs.fileno(), stdout=log, stderr=log, pass_fds=pass_fds, env=environment,
                 start_new_session=True)  # so that Ctrl-C in the terminal reaches the user's process alone
         except BaseException:
             ours.close()

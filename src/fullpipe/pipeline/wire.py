@@ -7,10 +7,11 @@ Two kinds of road:
 - **Data**: one hop from stage to stage. `pack` makes a single byte array of a header and the hidden
   rows, `unpack` reads it back:
 
-      uint32 header length | header, JSON | zeros up to a multiple of 64 | raw tensor bytes
+      uint64 size of all | uint64 size of the header | header, JSON | zeros up to a multiple of 64 |
+      raw tensor bytes | zeros up to the size that was asked for
 
   The raw bytes start at a multiple of 64 so that the receiver views them in place, without a copy,
-  whatever their dtype.
+  whatever their dtype. A receiver that has only the beginning learns from `packed_size` what is missing.
 
 Flights, legs and expansions are written as JSON lists in field order: half the size of objects, and
 twice as fast to write.
@@ -18,6 +19,7 @@ twice as fast to write.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -36,6 +38,7 @@ Bytes = NDArray[np.uint8]
 
 _ALIGN = 64
 _LENGTH = struct.Struct("<I")
+_SIZES = struct.Struct("<QQ")
 _READ = 1 << 16
 
 
@@ -50,13 +53,16 @@ def load_flight(values: list[Any]) -> Flight:
     """What `dump_flight` wrote."""
     number, parts, opens, closes, top_k = values
     return Flight(number, [Part(*part) for part in parts],
-                  [Opening(*rest, SamplingParams.from_dict(params)) for *rest, params in opens],
-                  closes, top_k)
+                  [_load_opening(*opening) for opening in opens], closes, top_k)
 
 
 def _dump_part(part: Part) -> list[Any]:
     return [part.request, part.commits, part.nodes, part.tokens, part.positions, part.slots, part.paths,
             part.wants]
+
+
+def _load_opening(request: int, capacity: int, prompt_len: int, params: dict[str, Any]) -> Opening:
+    return Opening(request, capacity, prompt_len, SamplingParams.from_dict(params))
 
 
 def dump_leg(leg: Leg) -> list[Any]:
@@ -114,35 +120,39 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket; a `select` or `receive` waiting on it in another thread wakes."""
-        try:
+        with contextlib.suppress(OSError):  # the other end went first
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the other end went first
-            pass
         self._sock.close()
 
 
-def pack(header: Any, hidden: Any) -> Bytes:
-    """One hop as bytes, uint8 [n].
+def pack(header: Any, hidden: Any, least: int = 0) -> Bytes:
+    """One hop as bytes, uint8 [n] with n >= least.
 
     header: plain JSON values.
     hidden: a NumPy array or torch tensor of any shape and dtype, zero rows included, or None.
     """
     described, raw = _describe(hidden)
     head = json.dumps([header, described], separators=(",", ":")).encode()
-    start = _padded(_LENGTH.size + len(head))
-    message = np.zeros(start + raw.nbytes, dtype=np.uint8)
-    _LENGTH.pack_into(message.data, 0, len(head))
-    message[_LENGTH.size:_LENGTH.size + len(head)] = np.frombuffer(head, dtype=np.uint8)
-    message[start:] = raw
+    start = _padded(_SIZES.size + len(head))
+    end = start + raw.nbytes
+    message = np.zeros(max(end, least), dtype=np.uint8)
+    _SIZES.pack_into(message.data, 0, end, len(head))
+    message[_SIZES.size:_SIZES.size + len(head)] = np.frombuffer(head, dtype=np.uint8)
+    message[start:end] = raw
     return message
+
+
+def packed_size(message: Bytes) -> int:
+    """How many bytes `pack` needed, read from the first 16 of them; padding is not counted."""
+    size: int = _SIZES.unpack_from(message.data, 0)[0]
+    return size
 
 
 def unpack(message: Bytes) -> tuple[Any, Any]:
     """The header and the hidden rows that `pack` was given; the rows share the message's memory."""
-    (length,) = _LENGTH.unpack_from(message.data, 0)
-    head = message[_LENGTH.size:_LENGTH.size + length].tobytes()
-    header, described = json.loads(head)
-    return header, _restore(described, message[_padded(_LENGTH.size + length):])
+    end, length = _SIZES.unpack_from(message.data, 0)
+    header, described = json.loads(message[_SIZES.size:_SIZES.size + length].tobytes())
+    return header, _restore(described, message[_padded(_SIZES.size + length):end])
 
 
 def _padded(size: int) -> int:

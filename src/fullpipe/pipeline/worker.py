@@ -1,11 +1,11 @@
 """One station's process: `python -m fullpipe.pipeline.worker`, started by `launch.Fleet`.
 
-Standard input is the control connection, a socket; its first frame is the configuration. Four threads:
+Standard input is the control connection, a socket; its first frame is the configuration. Three threads:
 
-- the main thread takes flights (at the draft station: jobs) from an inbox and runs them;
-- the control thread reads what the engine sends. It is the side channel on which `cancel` overtakes the
-  flights that wait in the inbox, and it ends the process on "stop" or when the engine is gone;
-- the data thread of every stage but the first receives flights and hidden states from the stage before;
+- the main thread runs flights (at the draft station: jobs), which it gets from the stage before or, at
+  the first stage and the draft station, from an inbox;
+- the control thread reads what the engine sends: it fills the inbox, it is the side channel on which
+  `cancel` overtakes the flights that wait, and it ends the process on "stop" or when the engine is gone;
 - the heartbeat thread says that the process lives and which flight it finished last.
 
 A worker whose neighbour is gone says so, and then waits to be ended: which station is to blame is the
@@ -27,11 +27,13 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, NoReturn, cast
 
 from fullpipe.errors import FullpipeError
 from fullpipe.messages import Flight, Leg
+from fullpipe.pipeline.inprocess import drop_rows
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.station import SourceLike, StageLike
 from fullpipe.pipeline.wire import (
@@ -42,6 +44,7 @@ from fullpipe.pipeline.wire import (
     dump_leg,
     load_flight,
     pack,
+    packed_size,
     unpack,
 )
 
@@ -49,11 +52,10 @@ _PR_SET_PDEATHSIG = 1
 _SWITCH_S = 0.0005  # longest wait for the interpreter lock, so that the side threads are prompt
 _MOST_CANCELLED = 1 << 16
 _OPENING = 1 << 15  # bytes: 8 rows of 1536 bf16 numbers, and what describes them, fit
-_PREFIX = 64  # bytes before the packed hop: its length, padded so that the hidden rows stay aligned
 _PROMPT = -1  # the node id of every prompt row: not an id, so nobody can mean it
 
 
-class NeighbourGone(Exception):
+class NeighbourLostError(Exception):
     """The connection to the stage before or after broke."""
 
 
@@ -88,25 +90,9 @@ class Cancelled:
         return found
 
 
-def drop_rows(flight: Flight, dead: Collection[int]) -> list[int]:
-    """Take the rows of these nodes out of a flight, in place; commits, opens and closes stay.
-
-    Returns the indices of the rows that are left, by which hidden states are to be indexed.
-    """
-    left: list[int] = []
-    start = 0
-    for index, part in enumerate(flight.parts):
-        rows = [row for row, node in enumerate(part.nodes) if node not in dead]
-        left.extend(start + row for row in rows)
-        start += len(part)
-        if len(rows) < len(part):
-            flight.parts[index] = part.keep(rows)
-    return left
-
-
 @dataclass(slots=True)
 class Arrival:
-    """What waits in the inbox: a flight, the legs it has behind it, and its hidden rows."""
+    """What reaches a station: a flight, the legs it has behind it, and its hidden rows."""
 
     flight: Flight
     legs: list[list[Any]]
@@ -116,64 +102,64 @@ class Arrival:
 class Neighbours:
     """Point-to-point hops between the stages, over gloo.
 
-    Each stage lets one flight wait: the next is received only when that one has been taken (`taken`),
-    and a stage that has a flight to hand on waits until its last one was received. So a slow stage
-    slows those before it instead of piling up flights chosen long ago.
+    Each stage lets one flight wait: a receive for it is posted while the one before is computed, so it
+    travels meanwhile. A stage that has a flight to hand on first waits until its last one was received.
+    So a slow stage slows those before it instead of piling up flights chosen long ago.
 
-    A hop is an opening message of fixed size, with the length and as much of the hop as it holds, and a
-    second one if something is left. Gloo moves bytes only when a receive of just that size waits for
-    them, so a size that had to be announced first would cost another round trip; a decoding step's few
-    rows fit the opening, for which the receiver waits in advance.
+    A hop is an opening message of fixed size, with as much of the hop as it holds, and a second one if
+    something is left. Gloo moves bytes only when a receive of just that size waits for them, so a size
+    that had to be announced first would cost another round trip; a decoding step's few rows fit the
+    opening.
     """
 
     def __init__(self, config: Frame) -> None:
-        self._rank, self._stages = config["rank"], config["stages"]
-        self._room = threading.Semaphore(1)
-        self._unsent: list[Any] = []  # handles of sends under way, with what keeps their memory alive
+        self._rank: int = config["rank"]
+        self._before, self._after = f"stage {self._rank - 1}", f"stage {self._rank + 1}"
+        self._opening: tuple[Any, Any] | None = None  # handle of the posted receive, and its tensor
+        self._unsent: list[Any] = []  # handles of the sends under way
         if config["world"] > 1:
             _join_world(config)
 
-    def receive(self) -> Arrival:
-        """Wait until there is room, then for the next flight. Raises `NeighbourGone`."""
+    def expect(self) -> None:
+        """Let the next flight come. Raises `NeighbourLostError`."""
         import torch
         import torch.distributed as dist
 
-        self._room.acquire()
         message = torch.empty(_OPENING, dtype=torch.uint8)
-        with _gone(f"stage {self._rank - 1}"):
-            dist.recv(message, src=self._rank - 1)
-            length = int(message[:_PREFIX].view(torch.int64)[0])
-            if length > _OPENING:
-                message = torch.cat([message, torch.empty(length - _OPENING, dtype=torch.uint8)])
+        with _gone(self._before):
+            self._opening = dist.irecv(message, src=self._rank - 1), message
+
+    def receive(self) -> Arrival:
+        """Wait for the flight that was let come. Raises `NeighbourLostError`."""
+        import torch
+        import torch.distributed as dist
+
+        assert self._opening is not None, "expect() comes first"
+        handle, message = self._opening
+        with _gone(self._before):
+            handle.wait()
+            if (missing := packed_size(message.numpy()) - _OPENING) > 0:
+                message = torch.cat([message, torch.empty(missing, dtype=torch.uint8)])
                 dist.recv(message[_OPENING:], src=self._rank - 1)
-        (flight, legs), hidden = unpack(message[_PREFIX:length].numpy())
+        (flight, legs), hidden = unpack(message.numpy())
         return Arrival(load_flight(flight), legs, hidden)
 
-    def taken(self) -> None:
-        """The flight that waited is being computed: another may wait."""
-        self._room.release()
-
     def finish_sending(self) -> None:
-        """Wait until the stage after has received what was sent. Raises `NeighbourGone`."""
-        with _gone(f"stage {self._rank + 1}"):
-            for work, _ in self._unsent:
-                work.wait()
+        """Wait until the stage after has received what was sent. Raises `NeighbourLostError`."""
+        with _gone(self._after):
+            for handle in self._unsent:
+                handle.wait()
         self._unsent.clear()
 
     def send(self, flight: Flight, legs: list[list[Any]], hidden: Any) -> None:
-        """Start sending to the stage after; `finish_sending` comes first. Raises `NeighbourGone`."""
+        """Start sending to the stage after; `finish_sending` comes first. Raises `NeighbourLostError`."""
         import torch
         import torch.distributed as dist
 
-        packed = torch.from_numpy(pack([dump_flight(flight), legs], hidden))
-        length = _PREFIX + len(packed)
-        message = torch.zeros(max(length, _OPENING), dtype=torch.uint8)
-        message[:_PREFIX].view(torch.int64)[0] = length
-        message[_PREFIX:length] = packed
-        with _gone(f"stage {self._rank + 1}"):
-            for piece in (message[:_OPENING], message[_OPENING:]):
-                if len(piece):
-                    self._unsent.append((dist.isend(piece, dst=self._rank + 1), message))
+        message = torch.from_numpy(pack([dump_flight(flight), legs], hidden, least=_OPENING))
+        with _gone(self._after):
+            self._unsent = [dist.isend(piece, dst=self._rank + 1)
+                            for piece in (message[:_OPENING], message[_OPENING:]) if len(piece)]
 
 
 @contextmanager
@@ -182,7 +168,7 @@ def _gone(neighbour: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise NeighbourGone(f"lost its connection to {neighbour}") from error
+        raise NeighbourLostError(f"lost its connection to {neighbour}") from error
 
 
 def _join_world(config: Frame) -> None:
@@ -190,9 +176,9 @@ def _join_world(config: Frame) -> None:
     import torch.distributed as dist
 
     first = config["listener"] is not None
-    store = dist.TCPStore("127.0.0.1", config["port"], is_master=first,
-                          timeout=timedelta(seconds=config["start_timeout"]), wait_for_workers=False,
-                          master_listen_fd=config["listener"] if first else None)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", config["port"], is_master=first, timeout=timedelta(seconds=config["start_timeout"]),
+        wait_for_workers=False, master_listen_fd=config["listener"] if first else None)
     # Gloo's timeout also bounds how long a receive may wait, and a pipeline may be idle for days.
     dist.init_process_group("gloo", store=store, rank=config["rank"], world_size=config["world"],
                             timeout=timedelta(days=365))
@@ -228,19 +214,15 @@ class Host:
         self.send({"kind": "failed", "error": type(error).__name__, "message": message,
                    "hint": getattr(error, "hint", None)})
 
-    def lose(self, error: NeighbourGone) -> None:
+    def lose(self, error: NeighbourLostError) -> None:
         """Report that a neighbouring stage is gone."""
         self.send({"kind": "lost", "message": str(error)})
 
-    def next(self) -> Arrival:
-        """Wait for the next flight and drop the rows that nobody needs any more."""
-        arrival = self.inbox.get()
+    def drop_cancelled(self, arrival: Arrival) -> None:
+        """Take out the rows that nobody needs any more, just before they would be computed."""
         nodes = [node for part in arrival.flight.parts for node in part.nodes]
         if dead := self.cancelled.take(nodes):
-            left = drop_rows(arrival.flight, dead)
-            if arrival.hidden is not None:
-                arrival.hidden = arrival.hidden[left]
-        return arrival
+            arrival.flight, arrival.hidden = drop_rows(arrival.flight, arrival.hidden, dead)
 
     def timed(self, flight: Flight, work: Callable[[], Any]) -> tuple[Any, list[Any]]:
         """Do the station's work on a flight; its result, and the leg as plain values."""
@@ -276,16 +258,17 @@ class Host:
 
 
 def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int, num_stages: int) -> None:
-    """Run flights until a neighbour or the engine is gone."""
+    """Run flights for ever. Raises `NeighbourLostError`, and what the stage raises."""
     first, last = index == 0, index == num_stages - 1
     if not first:
-        threading.Thread(target=_feed, args=(host, neighbours), name="data", daemon=True).start()
+        neighbours.expect()
     while True:
-        arrival = host.next()
+        arrival = host.inbox.get() if first else neighbours.receive()
         if not first:
-            neighbours.taken()
+            neighbours.expect()
+        host.drop_cancelled(arrival)
         flight = arrival.flight
-        result, leg = host.timed(flight, lambda: stage.run(flight, arrival.hidden))  # noqa: B023
+        result, leg = host.timed(flight, partial(stage.run, flight, arrival.hidden))
         legs = [*arrival.legs, leg]
         if not last:
             neighbours.finish_sending()
@@ -299,20 +282,14 @@ def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int
 
 
 def serve_draft(host: Host, source: SourceLike) -> None:
-    """Run draft jobs until the engine is gone."""
+    """Run draft jobs for ever. Raises what the source raises."""
     while True:
-        job = host.next().flight
-        expansions, leg = host.timed(job, lambda: source.run(job))  # noqa: B023
+        arrival = host.inbox.get()
+        host.drop_cancelled(arrival)
+        job = arrival.flight
+        expansions, leg = host.timed(job, partial(source.run, job))
         host.send({"kind": "drafted", "job": job.id, "leg": leg,
                    "expansions": [dump_expansion(expansion) for expansion in expansions]})
-
-
-def _feed(host: Host, neighbours: Neighbours) -> None:
-    try:
-        while True:
-            host.inbox.put(neighbours.receive())
-    except NeighbourGone as error:
-        host.lose(error)
 
 
 def leave(code: int) -> NoReturn:
@@ -356,7 +333,7 @@ def main() -> None:
     host.start_threads(unread)
     try:
         _build_and_serve(host, config)
-    except NeighbourGone as error:
+    except NeighbourLostError as error:
         host.lose(error)
     except BaseException as error:
         host.fail(error)
@@ -364,8 +341,9 @@ def main() -> None:
 
 
 def _build_and_serve(host: Host, config: Frame) -> None:
-    _limit_threads(config["threads"])
     station = StationSpec.from_dict(config["spec"]).build()
+    if torch := sys.modules.get("torch"):  # a station without tensors does not need it loaded
+        torch.set_num_threads(config["threads"])
     neighbours = Neighbours(config)
     index, num_stages = config["rank"], config["stages"]
     host.send({"kind": "up"})
@@ -373,12 +351,6 @@ def _build_and_serve(host: Host, config: Frame) -> None:
         serve_draft(host, cast(SourceLike, station))
     else:
         serve_stage(host, cast(StageLike, station), neighbours, index, num_stages)
-
-
-def _limit_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

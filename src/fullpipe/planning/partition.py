@@ -14,12 +14,12 @@ _TOLERANCE = 1e-9
 def cut(costs: Sequence[float], head: float, embedding: float, stages: int) -> list[range]:
     """The layers of each stage, cut so that the slowest stage costs least.
 
-    costs: of each layer. head: of the final norm, head and sampling, added to the last stage. embedding: added to
-    the first. All 0 or more, in one unit. stages: from 1 to the number of layers.
+    costs: of each layer. head: of the final norm, head and sampling, added to the last stage. embedding:
+    added to the first. All 0 or more, in one unit. stages: from 1 to the number of layers.
 
-    A stage without layers appears only where it makes the slowest stage cheaper: a head that outweighs the layers
-    may be alone on the last stage, an embedding on the first. Among equally good cuts the one with the least sum of
-    squares is taken, which is the most even one.
+    A stage without layers appears only where it makes the slowest stage cheaper: a head that outweighs the
+    layers may be alone on the last stage, an embedding on the first. Among equally good cuts the one with the
+    least sum of squares is taken, which is the most even one.
 
     Takes O(stages x layers^2) steps. Raises `UsageError` for a number of stages out of range.
     """
@@ -79,7 +79,7 @@ class _Search:
     def _best_with(
         self, stage: int, end: int, best: Sequence[tuple[int, float, list[range]] | None], limit: float
     ) -> tuple[int, float, list[range]] | None:
-        """The best cut whose stage `stage` ends before layer `end`, given the best ones of the stage before."""
+        """The best cut whose stage `stage` ends before layer `end`, given the best of the stage before."""
         options = []
         for first in range(end + 1):
             cost, before = self._cost(stage, first, end), best[first]

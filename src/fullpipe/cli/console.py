@@ -1,0 +1,115 @@
+"""What the verbs print with. Results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_QUARTERS = 4
+
+
+def megabytes(size: float) -> str:
+    """A size in bytes as people read it: "98.4 MB", "1,117 MB"."""
+    mega = size / 1e6
+    return f"{mega:,.0f} MB" if mega >= 1000 else f"{mega:.1f} MB"
+
+
+def print_json(value: Any) -> None:
+    """One object on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """A red line, and under it what to do."""
+    from rich.text import Text
+
+    console = error_console()
+    console.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+    if hint:
+        console.print(Text(hint), soft_wrap=True)
+
+
+def print_note(message: str) -> None:
+    """A plain line on standard error."""
+    sys.stderr.write(message + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns wide enough for what they hold; those whose cells end in a number or unit are aligned right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        numeric = all(row[index][:1].isdigit() and row[index][-1:] in "0123456789B%" for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # In a pipe there is no window to fit into, so no cell is cut.
+    output_console(None if sys.stdout.isatty() else 10_000).print(table)
+
+
+def output_console(width: int | None = None) -> Console:
+    from rich.console import Console
+
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False)
+
+
+def error_console() -> Console:
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False, markup=False)
+
+
+class TransferBar:
+    """A `fullpipe.hub.Progress`: a bar on a terminal, a line per quarter elsewhere. Use it in a `with`."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._said: tuple[str, int] | None = None
+
+    def __enter__(self) -> TransferBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            self._draw(what, done, total)
+        else:
+            self._tell(what, done, total)
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = _new_bar(total)
+        self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total)
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        subject = what.partition(" (")[0]
+        now = subject, _QUARTERS * done // max(total, 1)
+        if now != self._said:
+            self._said = now
+            print_note(f"{subject}: {megabytes(done)} of {megabytes(total)}")
+
+
+def _new_bar(total: int) -> Progress:
+    from rich import progress
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
+        progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+        console=error_console(), transient=True,
+    )
+    bar.add_task("", total=total)
+    bar.start()
+    return bar

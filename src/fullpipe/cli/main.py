@@ -1,0 +1,57 @@
+"""The `fullpipe` command. A verb is a function in a file of its own; `_VERBS` is their list.
+
+Importing this module must stay quick, so a verb imports what is heavy (torch, the engine) in its function.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from fullpipe.cli import generate, models, pull, show, verify
+from fullpipe.cli.verb import verb
+
+_VERBS = (generate.generate, verify.verify, pull.pull, models.models, show.show)
+
+
+def main() -> None:
+    """Entry point: runs the command line in `sys.argv` and exits."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app(prog_name="fullpipe")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Ends by an exception, so that temporary files are removed and processes stopped on the way out."""
+    sys.exit(128 + number)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fullpipe {version('fullpipe')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="The same as after the verb.", hidden=True)] = False,
+) -> None:
+    """Decode one request fast on a language model cut into pipeline stages."""
+
+
+for _function in _VERBS:
+    app.command()(verb(_function))

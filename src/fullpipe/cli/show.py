@@ -1,0 +1,176 @@
+"""`fullpipe show`: what a model is made of, and where it would be cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fullpipe import hub
+from fullpipe.cli import console
+from fullpipe.planning.partition import cut
+
+if TYPE_CHECKING:
+    from fullpipe.model.config import ModelConfig
+
+_DEFAULT_STAGES = 8
+
+
+class Dtype(StrEnum):
+    """What weights are kept in; `auto` is bfloat16."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    auto = "auto"
+
+
+def show(
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="Any model name; see `fullpipe pull`.")],
+    stages: Annotated[
+        int | None, typer.Option("--stages", help="Cut into so many stages.", show_default="8")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What the weights would be kept in.")] = Dtype.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Describe a model: its shape, sizes and vocabulary, and how it would be cut into stages.
+
+    A model that is not here is fetched first.
+    """
+    with console.TransferBar() as bar:
+        path = hub.resolve(name, progress=bar)
+    found = _describe(name, path, stages, "bfloat16" if dtype is Dtype.auto else dtype.value)
+    if as_json:
+        console.print_json(found)
+    else:
+        _print(found)
+
+
+def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str, Any]:
+    from fullpipe.model.tokenizer import Tokenizer
+    from fullpipe.model.weights import open_model
+
+    config = open_model(path).config
+    tokenizer = Tokenizer.load(path)
+    known = hub.CATALOGUE.get(name.lower())
+    return {
+        "name": name,
+        "path": str(path),
+        "family": config.family,
+        "num_layers": config.num_layers,
+        "hidden": config.hidden,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate": config.intermediate,
+        "context": config.max_positions,
+        "vocab_rows": config.vocab_size,
+        "vocab_tokens": tokenizer.vocab_size,
+        "eos": {str(i): tokenizer.tokens[i] for i in sorted(tokenizer.eos_ids)},
+        "chat_template": tokenizer.template is not None,
+        "tied_embeddings": config.tied,
+        "tensor_types": _tensor_types(path),
+        "file_bytes": sum(file.stat().st_size for file in _weight_files(path)),
+        "draft": known.draft if known else None,
+        "dtype": dtype,
+        **_sizes_and_stages(config, stages, itemsize=4 if dtype == "float32" else 2),
+    }
+
+
+def _sizes_and_stages(config: ModelConfig, stages: int | None, itemsize: int) -> dict[str, Any]:
+    """Bytes of the parts, and the stages that `cut` makes of them.
+
+    The time of a step over few rows is the time it takes to read the weights, so bytes stand for time; of the
+    embedding a step reads single rows, which is nothing.
+    """
+    size = config.sizes(itemsize)
+    number = min(_DEFAULT_STAGES, config.num_layers) if stages is None else stages
+    layers = cut([size.layer_bytes] * config.num_layers, size.head_bytes, 0, number)
+    rows = []
+    for index, part in enumerate(layers):
+        first, last = index == 0, index == len(layers) - 1
+        read = len(part) * size.layer_bytes + last * size.head_bytes
+        rows.append({
+            "stage": index,
+            "first_layer": part.start,
+            "num_layers": len(part),
+            "embedding": first,
+            "head": last,
+            "weight_bytes": read + first * size.embedding_bytes,
+            "bytes_per_step": read,
+        })
+    return {
+        "layer_bytes": size.layer_bytes,
+        "embedding_bytes": size.embedding_bytes,
+        "head_bytes": size.head_bytes,
+        "kv_bytes_per_token": size.kv_bytes * config.num_layers,
+        "stages": rows,
+    }
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
+def _tensor_types(path: Path) -> dict[str, int]:
+    """How many tensors are stored in each type, the most frequent first."""
+    if path.is_dir():
+        counts = Counter(kind for file in _weight_files(path) for kind in _safetensors_types(file))
+    else:
+        from fullpipe.model.gguf_file import read_header
+
+        counts = Counter(tensor.kind.name for tensor in read_header(path).tensors.values())
+    return dict(counts.most_common())
+
+
+def _safetensors_types(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as tensors:
+        return [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 - no mapping
+
+
+def _print(found: dict[str, Any]) -> None:
+    for label, text in (
+        ("model", found["name"]),
+        ("path", found["path"]),
+        ("family", f"{found['family']}, {found['num_layers']} layers of {found['hidden']}, "
+         f"MLP {found['intermediate']}, {found['heads']} heads of {found['head_dim']} "
+         f"({found['kv_heads']} key-value heads)"),
+        ("context", f"{found['context']:,} tokens, {found['kv_bytes_per_token'] / 1e3:.1f} kB of cache each"),
+        ("vocabulary", f"{found['vocab_tokens']:,} tokens in {found['vocab_rows']:,} rows"
+         f"{', head tied to the embedding' if found['tied_embeddings'] else ''}"),
+        ("ends with", " ".join(found["eos"].values()) or "nothing"),
+        ("chat", "yes" if found["chat_template"] else "no template"),
+        ("stored as", f"{_counts(found['tensor_types'])}, {console.megabytes(found['file_bytes'])}"),
+        (found["dtype"], f"{console.megabytes(found['layer_bytes'])} a layer, "
+         f"{console.megabytes(found['embedding_bytes'])} embedding, "
+         f"{console.megabytes(found['head_bytes'])} head"),
+        ("draft", found["draft"]),
+    ):
+        if text is not None:
+            typer.echo(f"{label:<11} {text}")
+    typer.echo()
+    slowest = max(stage["bytes_per_step"] for stage in found["stages"])
+    console.print_table(
+        ("STAGE", "LAYERS", "AND", "WEIGHTS", "READ PER STEP", "OF SLOWEST"),
+        [_stage_row(stage, slowest) for stage in found["stages"]],
+    )
+
+
+def _counts(types: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in types.items())
+
+
+def _stage_row(stage: dict[str, Any], slowest: int) -> tuple[str, ...]:
+    first, number = stage["first_layer"], stage["num_layers"]
+    return (
+        str(stage["stage"]),
+        f"{first}..{first + number - 1} ({number})" if number else "none",
+        " + ".join(part for part in ("embedding", "head") if stage[part]),
+        console.megabytes(stage["weight_bytes"]),
+        console.megabytes(stage["bytes_per_step"]),
+        f"{stage['bytes_per_step'] / slowest:.0%}",
+    )

@@ -1,0 +1,56 @@
+"""The keys and values of one request on one slice of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fullpipe.model.config import ModelConfig
+
+# Attention reads slots in runs of this length, so that the shape of its products does not follow every token.
+SLOT_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KVArena:
+    """Slots for `capacity` rows in each of some layers. Slots are written once per owner and never moved.
+
+    kv: [layers, 2 * kv_heads, room, head_dim]; the first kv_heads are keys. `room` is capacity rounded up to
+        a multiple of `SLOT_MULTIPLE`; what lies beyond capacity stays zero.
+    """
+
+    kv: Tensor
+    capacity: int
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> KVArena:
+        """An empty arena. Zeros, not garbage: a masked slot has weight 0, and 0 x NaN would be NaN.
+
+        The system hands out zero pages when they are first written, so unused slots cost no memory.
+        """
+        assert capacity > 0
+        room = -(-capacity // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        return cls(torch.zeros(layers, 2 * config.kv_heads, room, config.head_dim, dtype=dtype), capacity)
+
+    @property
+    def num_layers(self) -> int:
+        return self.kv.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when every slot is in use."""
+        return self.kv.nbytes
+
+    def keys(self, layer: int) -> Tensor:
+        """[kv_heads, room, head_dim], a view."""
+        return self.kv[layer, : self.kv.shape[1] // 2]
+
+    def values(self, layer: int) -> Tensor:
+        """[kv_heads, room, head_dim], a view."""
+        return self.kv[layer, self.kv.shape[1] // 2 :]
+
+    def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
+        """Put rows into slots. slots: int64 [r], distinct. kv: [r, 2 * kv_heads, head_dim], keys first."""
+        self.kv[layer].index_copy_(1, slots, kv.transpose(0, 1))

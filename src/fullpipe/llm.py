@@ -1,0 +1,248 @@
+"""The front door: a model, cut into stages, answering prompts.
+
+    from fullpipe import LLM, SamplingParams
+    with LLM("qwen2.5-coder-1.5b", stages=8) as llm:
+        for chunk in llm.stream([{"role": "user", "content": "Write a haiku."}]):
+            print(chunk.text, end="")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from fullpipe.assembly import Assembly, assemble
+from fullpipe.engine import Engine, Listener
+from fullpipe.errors import FullpipeError, PromptError, UsageError
+from fullpipe.messages import Emitted, Finished
+from fullpipe.policies import make_policy
+from fullpipe.request import Request, SamplingParams
+from fullpipe.text import Reply
+from fullpipe.track import Track
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Plain text (continued as it stands), token ids, or chat messages with "role" and "content"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one prompt.
+
+    finish_reason: "stop" (end token or stop string), "length", "abort" or "error".
+    usage, speculation, timing: as `fullpipe generate --json` prints them; DESIGN section 8 says what the
+    figures mean. margins: per token how far it stood above the second best, when asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    usage: dict[str, int]
+    speculation: dict[str, Any]
+    timing: dict[str, Any]
+    margins: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["margins"]
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a stream. `completion` is set on the last one only."""
+
+    text: str
+    token_ids: list[int]
+    completion: Completion | None = None
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that has been submitted: its track, its text so far, what the engine said of its end."""
+
+    track: Track
+    reply: Reply
+    begun: float
+    token_ids: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    reason: str | None = None
+
+
+class LLM:
+    """A model behind a pipeline of stages, ready to answer.
+
+    model: a catalogue name, a safetensors directory, a GGUF file, or a Hugging Face id.
+    draft: "auto" (the catalogue's partner of the model, else ngram), "none", "ngram", a model as above, or
+    several of them with commas between, whose guesses are merged.
+    stages: how many. method, width, depth, floor: see `fullpipe.policies`.
+    dtype: "float32", "bfloat16", or "auto" (bfloat16 where the processor computes in it).
+    pipeline: "inprocess" (all stages here) or "distributed" (a process per stage).
+    clock: for in-process runs, "virtual" (as if every stage had a machine like this one to itself) or "wall".
+    costs: on the virtual clock, "measured", or "unit" (every stage step and draft call takes one second).
+    threads: compute threads (in-process: of this process; distributed: of each stage; None: all, and one).
+    max_num_seqs: prompts of one `generate` that share the pipeline at a time.
+    listeners: called with every event. progress: called with a line on what is being loaded.
+
+    Raises UsageError, ModelError and their kin for what cannot be done; StationFailed when a process dies.
+    """
+
+    def __init__(self, model: str, *, draft: str = "auto", stages: int = 8, method: str = "fullpipe",
+                 width: int = 8, depth: int | None = None, floor: float | None = None, dtype: str = "auto",
+                 pipeline: Literal["inprocess", "distributed"] = "inprocess",
+                 clock: Literal["virtual", "wall"] = "virtual", costs: Literal["measured", "unit"] = "measured",
+                 link_ms: float = 0.0, threads: int | None = None, max_model_len: int | None = None,
+                 max_num_seqs: int = 1, margins: bool = False, listeners: Iterable[Listener] = (),
+                 progress: Callable[[str], None] | None = None) -> None:
+        policy = make_policy(method, width=width, depth=depth, floor=floor)  # refuse before anything is loaded
+        if max_num_seqs < 1:
+            raise UsageError(f"max_num_seqs must be 1 or more (got {max_num_seqs})")
+        self._assembly: Assembly = assemble(
+            model, draft=draft, stages=stages, needs_draft=policy.needs_draft, dtype=dtype, pipeline=pipeline,
+            clock=clock, costs=costs, link_ms=link_ms, threads=threads, max_model_len=max_model_len,
+            margins=margins, progress=progress or (lambda line: None))
+        self.tokenizer = self._assembly.tokenizer
+        self.max_model_len = self._assembly.max_model_len
+        self.num_stages = stages
+        self.max_num_seqs = max_num_seqs
+        self._engine = Engine(self._assembly.pipeline, policy, listeners=listeners)
+        self._ids = count()
+
+    # ---- asking ------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+        """Answer one prompt or several; results in order of the prompts."""
+        waiting = list(enumerate(self._as_prompts(prompts)))
+        requests = [self._request(prompt, params or SamplingParams()) for _, prompt in waiting]
+        done: dict[int, Completion] = {}
+        running: dict[int, _Running] = {}
+        pending = list(requests)
+        self._engine.drain()
+        try:
+            while pending or running:
+                while pending and len(running) < self.max_num_seqs:
+                    request = pending.pop(0)
+                    running[request.id] = self._start(request)
+                self._step(running)
+                for id in [id for id, one in running.items() if one.reason]:
+                    done[id] = self._completion(running.pop(id))
+        finally:
+            for id in running:
+                self._engine.abort(id)
+        return [done[request.id] for request in requests]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> Completion:
+        """Answer a conversation through the model's chat template."""
+        return self.generate([messages], params)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """Answer one prompt piece by piece; the last chunk carries the completion. Closing the iterator
+        aborts the request. When a station fails or Ctrl-C comes, the last chunk (finish reason "error" or
+        "abort") still comes before the exception is raised."""
+        request = self._request(prompt, params or SamplingParams())
+        self._engine.drain()
+        one = self._start(request)
+        running = {request.id: one}
+        sent = 0
+        try:
+            while one.reason is None:
+                self._step(running)
+                text = one.reply.fresh()
+                if one.reason is None and (text or len(one.token_ids) > sent):
+                    yield Chunk(text, one.token_ids[sent:])
+                    sent = len(one.token_ids)
+                elif one.reason is not None:
+                    completion = self._completion(one)
+                    yield Chunk(text + one.reply.fresh(), one.token_ids[sent:], completion)
+        except (FullpipeError, KeyboardInterrupt) as error:
+            one.reason = "abort" if isinstance(error, KeyboardInterrupt) else "error"
+            completion = self._completion(one)
+            yield Chunk(one.reply.fresh(), one.token_ids[sent:], completion)
+            raise
+        finally:
+            self._engine.abort(request.id)
+
+    def use(self, method: str, *, width: int | None = None, depth: int | None = None,
+            floor: float | None = None) -> None:
+        """Change the method; the text stays the same. Model and stages stay loaded."""
+        self._engine.use(make_policy(method, width=width, depth=depth, floor=floor))
+
+    def close(self) -> None:
+        """Free everything; stage processes are ended. May be called more than once."""
+        self._assembly.pipeline.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- the way in and out ------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt of any kind. Raises PromptError when there are none."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise PromptError("the prompt is empty", hint="Write something to answer.")
+            return self.tokenizer.encode(prompt, add_special=True)
+        if not prompt:
+            raise PromptError("the prompt is empty", hint="Write something to answer.")
+        if isinstance(prompt[0], int):
+            return [int(token) for token in prompt]  # type: ignore[call-overload]
+        messages: list[Mapping[str, str]] = list(prompt)  # type: ignore[arg-type]
+        if not str(messages[-1].get("content", "")).strip():
+            raise PromptError("the prompt is empty", hint="Write something to answer.")
+        return self.tokenizer.chat(messages)
+
+    @staticmethod
+    def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
+            return [prompts]  # type: ignore[list-item]
+        return list(prompts)  # type: ignore[arg-type]
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        tokens = self.encode(prompt)
+        room = self.max_model_len - len(tokens)
+        if room < 1:
+            raise PromptError(f"the prompt has {len(tokens)} tokens, the context holds {self.max_model_len}",
+                              hint="Shorten the prompt, or use a model with a longer context.")
+        vocab = self._assembly.vocab_size
+        if bad := [token for token in (*tokens, *params.logit_bias) if not 0 <= token < vocab]:
+            raise UsageError(f"token {bad[0]} is not in the vocabulary of {vocab} tokens")
+        params = replace(params, max_tokens=min(params.max_tokens, room))
+        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
+        return Request(next(self._ids), tuple(tokens), params, eos)
+
+    def _start(self, request: Request) -> _Running:
+        reply = Reply(self.tokenizer.stream(), request.params.stop)
+        begun = time.monotonic()
+        return _Running(self._engine.submit(request, reply.judge), reply, begun)
+
+    def _step(self, running: dict[int, _Running]) -> None:
+        for event in self._engine.step():
+            one = running.get(event.request)
+            if one is None:
+                continue
+            if isinstance(event, Emitted):
+                one.token_ids.append(event.token)
+                if event.margin is not None:
+                    one.margins.append(event.margin)
+            elif isinstance(event, Finished):
+                one.reason = event.reason
+
+    def _completion(self, one: _Running) -> Completion:
+        one.reply.finish()
+        stats, prompt = one.track.stats, one.track.request.prompt
+        spent = (stats.last_token or 0.0) - stats.started
+        return Completion(
+            one.reply.text, one.token_ids, one.reason or "abort",
+            {"prompt_tokens": len(prompt), "completion_tokens": len(one.token_ids)},
+            stats.speculation(self._engine.policy.name, self.num_stages, self._engine.policy.width),
+            {"clock": self._assembly.clock, "ttft_s": stats.ttft_s, "tbt_s": stats.tbt_s,
+             "tokens_per_s": stats.num_emitted / spent if stats.num_emitted and spent > 0 else 0.0,
+             "wall_s": time.monotonic() - one.begun},
+            one.margins)

@@ -1,0 +1,285 @@
+"""One lean decoder for every family: a run of layers, with or without embedding and head.
+
+Written for steps of few rows over large weights. What a step costs is reading the weights; everything else is kept
+to a few operations per layer. Query, key and value are one product, gate and up another; key and value go into
+the cache in one write; rotation treats values as rows turned by angle 0, so that no part is cut off and glued on.
+
+A row's result does not depend on its company. Every product has at least `MIN_ROWS` rows (padding costs nothing
+where reading weights is what takes time), which makes rows independent bit for bit; and attention sums over slots
+in float64, so that which slots hold the context, and in which order, vanishes when the sum is rounded. What a
+speculative step says of a token is then what a plain step says, in bfloat16 too; docs and tests state how far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fullpipe.kvcache.arena import SLOT_MULTIPLE, KVArena
+from fullpipe.model.config import ModelConfig, Rope
+from fullpipe.model.files import ModelFiles
+from fullpipe.model.linear import MIN_ROWS, Linear, can_pack
+
+# Rows of the head that are packed at a time: packing needs a second copy, so of a small part only.
+_HEAD_ROWS = 8192
+
+
+@dataclass(slots=True)
+class Segment:
+    """The rows of one request in a step.
+
+    start, end: row range in the step.
+    cache: the request's arena on this slice.
+    slots: int64 [r]: where each row writes its key and value; distinct.
+    mask: bool [r, width], width <= the arena's capacity: True = attend. A row's own slot must be included.
+    """
+
+    start: int
+    end: int
+    cache: KVArena
+    slots: Tensor
+    mask: Tensor
+
+
+@dataclass(slots=True)
+class _View:
+    """A segment as every layer needs it. bias: float32 [1, r * groups (at least MIN_ROWS), width], 0 or -inf."""
+
+    rows: slice
+    cache: KVArena
+    slots: Tensor
+    bias: Tensor
+    width: int
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Rotation of a step's rows, for query, key and value heads alike: [rows, heads + 2 * kv_heads, head_dim].
+
+    sine: negative in the first half of a head.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Weights of one layer. qk_norm: [heads + kv_heads, head_dim] or None."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class DecoderSlice:
+    """Layers first_layer..last_layer (exclusive; none is fine) of a model, with its weights loaded.
+
+    files: where the weights come from; only this slice's are read.
+    dtype: float32 or bfloat16, of weights, hidden states and caches.
+    packed: keep weights in oneDNN's layout; None: where that is possible.
+
+    Raises what reading raises: `DamagedModel`, `UnsupportedModel`.
+    """
+
+    def __init__(self, files: ModelFiles, first_layer: int, last_layer: int, *, has_embedding: bool, has_head: bool,
+                 dtype: torch.dtype, packed: bool | None = None) -> None:
+        assert 0 <= first_layer <= last_layer <= files.config.num_layers
+        self.config = files.config
+        self.dtype = dtype
+        self.packed = can_pack(dtype) if packed is None else packed
+        self._turner = _Turner(self.config, dtype)
+        with torch.inference_mode():
+            loader = _Loader(files, dtype, self.packed)
+            self._layers = [loader.layer(i) for i in range(first_layer, last_layer)]
+            self._embedding = loader.embedding() if has_embedding else None
+            self._head = loader.head(self._embedding) if has_head else None
+            self._norm = loader.vector("model.norm.weight") if has_head else None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def allocate(self, capacity: int) -> KVArena:
+        """An empty arena for one request on this slice."""
+        return KVArena.allocate(self.config, self.num_layers, capacity, self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Run a step through the slice.
+
+        x: token ids, int64 [rows], where the slice has the embedding; else hidden states [rows, hidden].
+        positions: int64 [rows], for RoPE. segments: whose rows these are; they cover all rows.
+
+        Returns hidden states [rows, hidden] in the slice's dtype. Within a layer all rows write their keys and
+        values before any row attends, so rows of one step may be ancestors of each other.
+        """
+        rows = x.shape[0]
+        hidden = _padded(x if self._embedding is None else F.embedding(x, self._embedding))
+        if self._layers:
+            turn = self._turner(positions, hidden.shape[0])
+            views = [self._view(segment) for segment in segments]
+            for index, layer in enumerate(self._layers):
+                hidden = self._run(layer, index, hidden, turn, views)
+        return hidden[:rows]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: [r, hidden] -> float32 [r, vocab]. The slice must have the head."""
+        assert self._head is not None
+        rows, start = hidden.shape[0], 0
+        normed = self._normed(_padded(hidden), self._norm)
+        out = torch.empty(rows, self.config.vocab_size)
+        for part in self._head:
+            scores = part(normed)
+            out[:, start : start + scores.shape[1]] = scores[:rows]
+            start += scores.shape[1]
+        return out
+
+    def _run(self, layer: _Layer, index: int, hidden: Tensor, turn: _Turn, views: list[_View]) -> Tensor:
+        hidden = hidden + self._attention(layer, index, self._normed(hidden, layer.attention_norm), turn, views)
+        gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+        return hidden + layer.down(F.silu(gate).mul_(up))
+
+    def _attention(self, layer: _Layer, index: int, x: Tensor, turn: _Turn, views: list[_View]) -> Tensor:
+        heads = self.config.heads
+        qkv = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
+        if layer.qk_norm is not None:
+            queries_keys = qkv[:, : len(layer.qk_norm)]
+            queries_keys.copy_(self._normed(queries_keys, layer.qk_norm))
+        qkv = _turned(qkv, turn)
+        for view in views:
+            view.cache.write(index, view.slots, qkv[view.rows, heads:])
+        mixed = x.new_zeros(x.shape[0], self.config.q_size)
+        for view in views:
+            mixed[view.rows] = self._attend(qkv[view.rows, :heads], view, index)
+        return layer.out(mixed)
+
+    def _attend(self, queries: Tensor, view: _View, index: int) -> Tensor:
+        """queries: [r, heads, head_dim] -> [r, heads * head_dim], float64.
+
+        The query heads that share a key-value head are rows of one product. Products with keys and the
+        exponentials are float32 and do not mix slots; what sums over slots is float64.
+        """
+        rows, kv_heads, groups = len(queries), self.config.kv_heads, self.config.groups
+        keys = view.cache.keys(index)[:, : view.width].float()
+        values = view.cache.values(index)[:, : view.width].double()
+        q = queries.view(rows, kv_heads, groups, -1).transpose(0, 1).reshape(kv_heads, rows * groups, -1).float()
+        q = _padded(q)
+        scores = torch.baddbmm(view.bias.expand(kv_heads, -1, -1), q, keys.transpose(1, 2),
+                               alpha=self.config.head_dim**-0.5)
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().double()
+        mixed = torch.bmm(weights, values).div_(weights.sum(-1, keepdim=True))
+        mixed = mixed[:, : rows * groups].view(kv_heads, rows, groups, -1)
+        return mixed.transpose(0, 1).reshape(rows, -1)
+
+    def _view(self, segment: Segment) -> _View:
+        groups, (rows, given) = self.config.groups, segment.mask.shape
+        width = -(-given // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        bias = torch.full((max(rows * groups, MIN_ROWS), width), -math.inf)
+        bias[: rows * groups, :given].view(rows, groups, given).masked_fill_(segment.mask[:, None], 0.0)
+        bias[rows * groups :] = 0.0
+        return _View(slice(segment.start, segment.end), segment.cache, segment.slots, bias[None], width)
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """RMS norm over the last dimension; weight: [..., last dimension], broadcast over rows."""
+        normed = F.rms_norm(x, x.shape[-1:], None, self.config.rms_eps)
+        return normed if weight is None else normed.mul_(weight)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[..., rows, n] with zero rows added up to `MIN_ROWS`."""
+    missing = MIN_ROWS - x.shape[-2]
+    return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+
+
+def _turned(qkv: Tensor, turn: _Turn) -> Tensor:
+    """Rotate pairs (i, i + head_dim / 2)."""
+    return torch.addcmul(qkv * turn.cosine, torch.roll(qkv, qkv.shape[-1] // 2, -1), turn.sine)
+
+
+class _Turner:
+    """Makes the `_Turn` of a step."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._rope: Rope = config.rope
+        self._frequencies = torch.tensor(config.rope.inv_freq, dtype=torch.float32)
+        self._turning, self._still = config.heads + config.kv_heads, config.kv_heads
+        self._dtype = dtype
+
+    def __call__(self, positions: Tensor, rows: int) -> _Turn:
+        angles = F.pad(positions, (0, rows - len(positions))).float()[:, None] * self._frequencies
+        cosine, sine = angles.cos() * self._rope.attention_factor, angles.sin() * self._rope.attention_factor
+        return _Turn(self._spread(torch.cat((cosine, cosine), -1), 1.0), self._spread(torch.cat((-sine, sine), -1), 0.0))
+
+    def _spread(self, table: Tensor, still: float) -> Tensor:
+        """[rows, head_dim] -> [rows, heads + 2 * kv_heads, head_dim], `still` for the value heads."""
+        rows, size = table.shape
+        out = torch.full((rows, self._turning + self._still, size), still, dtype=self._dtype)
+        out[:, : self._turning] = table[:, None]
+        return out
+
+
+class _Loader:
+    """Reads the weights of a slice, largest of a layer first: packing needs a second copy for a moment."""
+
+    def __init__(self, files: ModelFiles, dtype: torch.dtype, packed: bool) -> None:
+        self._files, self._dtype, self._packed = files, dtype, packed
+
+    def vector(self, name: str) -> Tensor:
+        return self._files.tensor(name, self._dtype)
+
+    def layer(self, index: int) -> _Layer:
+        config, base = self._files.config, f"model.layers.{index}."
+        gate_up = self._fused(base, "mlp.gate_proj", "mlp.up_proj", has_bias=False)
+        down = self._fused(base, "mlp.down_proj", has_bias=False)
+        qkv = self._fused(base, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", has_bias=config.qkv_bias)
+        out = self._fused(base, "self_attn.o_proj", has_bias=config.o_bias)
+        return _Layer(self.vector(f"{base}input_layernorm.weight"), qkv, self._qk_norm(base), out,
+                      self.vector(f"{base}post_attention_layernorm.weight"), gate_up, down)
+
+    def embedding(self) -> Tensor:
+        return self._files.tensor("model.embed_tokens.weight", self._dtype)
+
+    def head(self, embedding: Tensor | None) -> list[Linear]:
+        """The head in parts of rows of the vocabulary; a tied one that is not packed is the embedding itself."""
+        config = self._files.config
+        name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+        if config.tied and embedding is not None and not self._packed:
+            return [Linear(embedding, None, packed=False)]
+        return [self._head_part(name, start) for start in range(0, config.vocab_size, _HEAD_ROWS)]
+
+    def _head_part(self, name: str, start: int) -> Linear:
+        config = self._files.config
+        part = torch.empty(min(_HEAD_ROWS, config.vocab_size - start), config.hidden, dtype=self._dtype)
+        self._files.read_into(name, part, start)
+        return Linear(part, None, packed=self._packed)
+
+    def _fused(self, base: str, *modules: str, has_bias: bool) -> Linear:
+        weight = self._stacked([f"{base}{module}.weight" for module in modules])
+        bias = self._stacked([f"{base}{module}.bias" for module in modules]) if has_bias else None
+        return Linear(weight, bias, packed=self._packed)
+
+    def _stacked(self, names: list[str]) -> Tensor:
+        """Tensors one below the other, each read into its place."""
+        shapes = [self._files.shape(name) for name in names]
+        out = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=self._dtype)
+        for name, part in zip(names, out.split([shape[0] for shape in shapes]), strict=True):
+            self._files.read_into(name, part)
+        return out
+
+    def _qk_norm(self, base: str) -> Tensor | None:
+        config = self._files.config
+        if not config.qk_norm:
+            return None
+        query, key = self.vector(f"{base}self_attn.q_norm.weight"), self.vector(f"{base}self_attn.k_norm.weight")
+        return torch.cat((query.expand(config.heads, -1), key.expand(config.kv_heads, -1)))

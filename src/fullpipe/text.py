@@ -1,0 +1,72 @@
+"""From tokens to the text a user sees: incremental, stop strings respected. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Detokenizer(Protocol):
+    """Gives the text that is certain after each token, and at the end what was held back."""
+
+    def push(self, token: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class Reply:
+    """One request's text as it grows. `judge` is what the engine asks about every token.
+
+    stop: strings that end the text; neither they nor what follows is part of it. Text that may be the
+    beginning of a stop string is held back until it is known not to be.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = detokenizer
+        self._stop = tuple(stop)
+        self._ended = False
+        self._held = ""  # certain text that may begin a stop string
+        self._fresh: list[str] = []
+        self.text = ""
+
+    def judge(self, token: int) -> str | None:
+        """Take a token in; "stop" when a stop string is complete."""
+        return "stop" if self._take(self._detokenizer.push(token)) else None
+
+    def fresh(self) -> str:
+        """The text that became certain since this was last asked."""
+        text = "".join(self._fresh)
+        self._fresh.clear()
+        return text
+
+    def finish(self) -> None:
+        """No more tokens: what was held back belongs to the text, unless a stop string ended it."""
+        if not self._take(self._detokenizer.finish()):
+            self._give(self._held)
+        self._held = ""
+
+    def _take(self, text: str) -> bool:
+        if self._ended:
+            return True
+        self._held += text
+        ends = [found for stop in self._stop if (found := self._held.find(stop)) >= 0]
+        if ends:
+            self._give(self._held[: min(ends)])
+            self._held = ""
+            self._ended = True
+            return True
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        self._give(self._held[:cut])
+        self._held = self._held[cut:]
+        return False
+
+    def _give(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._fresh.append(text)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,373 @@
+"""One contract for every pipeline: what `fullpipe.pipeline.base` promises, under random traffic.
+
+`Traffic` is a small engine without a policy: it opens requests, sends their prompts in chunks, grows
+random trees, commits random children, kills random subtrees, reuses the slots of the dead at once, and
+asks a draft station about random nodes. It knows what every row must answer, for the stages answer from
+a hash of the path, and it checks the promises on every event that comes back.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from fullpipe.kvcache.slots import SlotAllocator
+from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Leg, Opening, Part, Ready
+from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.distributed import DistributedPipeline
+from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs
+from fullpipe.pipeline.scripted import EchoSource, ScriptedStage, hash_token
+from fullpipe.pipeline.spec import StationSpec
+from fullpipe.request import SamplingParams
+
+VOCAB, SEED, STAGES, CAPACITY = 50, 3, 3, 600
+DELAYS = (0.001, 0.003, 0.0)  # seconds of a flight at each stage
+DRAFT_DELAY = 0.001  # seconds of each row of a job: small jobs beat the stages, big ones do not
+
+
+def _specs() -> list[StationSpec]:
+    return [StationSpec("fullpipe.pipeline.scripted:ScriptedStage",
+                        {"index": index, "num_stages": STAGES, "delay_s": delay,
+                         "truth": {"kind": "hash", "vocab": VOCAB, "seed": SEED}})
+            for index, delay in enumerate(DELAYS)]
+
+
+def _distributed() -> Pipeline:
+    return DistributedPipeline(_specs(), StationSpec("fullpipe.pipeline.scripted:EchoSource",
+                                                     {"delay_s": DRAFT_DELAY}))
+
+
+def _inprocess(**options: object) -> Pipeline:
+    stages = [ScriptedStage(**(spec.args | {"delay_s": 0.0})) for spec in _specs()]
+    return InProcessPipeline(stages, EchoSource(), **options)  # type: ignore[arg-type]
+
+
+def _slow_draft(station: str, rows: int, measured: float) -> float:
+    return 7.0 if station == "draft" else 0.5 + 0.25 * rows
+
+
+PIPELINES: dict[str, Callable[[], Pipeline]] = {
+    "virtual": lambda: _inprocess(),
+    "virtual-links": lambda: _inprocess(link_s=0.7),
+    "virtual-slow-draft": lambda: _inprocess(costs=_slow_draft, link_s=3.0),
+    "virtual-measured": lambda: _inprocess(costs=measured_costs),
+    "wall": lambda: _inprocess(clock="wall"),
+    "distributed": _distributed,
+}
+
+
+@dataclass(eq=False)
+class Node:
+    id: int
+    token: int
+    position: int
+    slot: int
+    parent: Node | None
+    path: list[int]  # tokens, own last
+    alive: bool = True
+    children: list[Node] = field(default_factory=list)
+
+    def subtree(self) -> list[Node]:
+        return [self, *(node for child in self.children for node in child.subtree())]
+
+    def branch(self, root: Node) -> list[int]:
+        """Slots from below the root down to this node."""
+        return [] if self is root or self.parent is None else [*self.parent.branch(root), self.slot]
+
+
+@dataclass(eq=False)
+class Line:
+    """One request in the traffic."""
+
+    id: int
+    prompt: list[int]
+    slots: SlotAllocator
+    fed: int = 0
+    root: Node | None = None
+    commits: list[int] = field(default_factory=list)
+
+
+class Traffic:
+    """Drives one pipeline; ids go on from one use to the next, as in a long-lived engine."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.ready = False
+        self.seen: Counter[str] = Counter()
+        self.time = -float("inf")
+        self.lines: list[Line] = []
+        self.flights: list[Flight] = []  # launched, not landed; oldest first
+        self.jobs: list[Flight] = []
+        self.nodes: dict[int, Node] = {}
+        self.starts: dict[str, float] = {}
+        self.flight_ids, self.job_ids, self.node_ids, self.line_ids = 0, 0, 0, 0
+        self.late = 0  # landings that came while younger flights were under way
+
+    def run(self, seed: int, flights: int, prompt: int = 40) -> None:
+        """Launch so many flights, chosen at random, and wait until everything has come back."""
+        self.rng, self.prompt = random.Random(seed), prompt
+        goal = self.flight_ids + flights
+        while self.flight_ids < goal:
+            if self.ready:
+                self.launch(self.choose())
+            if self.rng.random() < 0.3:
+                self.ask_draft()
+            if self.rng.random() < 0.8 or not self.ready:
+                self.take(self.pipeline.events())
+        while self.lines:
+            self.finish(self.lines[0])
+        self.settle()
+
+    def settle(self) -> None:
+        while self.flights or self.jobs or not self.ready:
+            self.take(self.pipeline.events())
+
+    def finish(self, line: Line) -> None:
+        self.await_ready()
+        self.lines.remove(line)
+        self.launch(Flight(self.next_flight(), closes=[line.id]))
+
+    def await_ready(self) -> None:
+        while not self.ready:
+            self.take(self.pipeline.events())
+
+    def next_flight(self) -> int:
+        self.flight_ids += 1
+        return self.flight_ids
+
+    def launch(self, flight: Flight) -> None:
+        assert self.ready
+        self.ready = False
+        self.flights.append(_copy(flight))
+        self.pipeline.launch(flight)
+
+    # ---- what goes in
+
+    def choose(self) -> Flight:
+        flight = Flight(self.next_flight())
+        if len(self.lines) < 3 and self.rng.random() < 0.3:
+            flight.opens.append(self.open())
+        for line in self.rng.sample(self.lines, self.rng.randint(0, len(self.lines))):
+            flight.parts.append(self.prefill(line) if line.fed < len(line.prompt) else self.grow(line))
+        if self.lines and self.rng.random() < 0.03:
+            flight.closes.append(self.lines.pop(self.rng.randrange(len(self.lines))).id)
+        return flight
+
+    def open(self) -> Opening:
+        self.line_ids += 1
+        prompt = [self.rng.randrange(VOCAB) for _ in range(self.rng.randint(1, self.prompt))]
+        capacity = CAPACITY + len(prompt)
+        self.lines.append(Line(self.line_ids, prompt, SlotAllocator(capacity)))
+        return Opening(self.line_ids, capacity, len(prompt), SamplingParams())
+
+    def prefill(self, line: Line) -> Part:
+        part = Part(line.id)
+        for position in range(line.fed, min(len(line.prompt), line.fed + self.rng.randint(1, self.prompt))):
+            last = position == len(line.prompt) - 1
+            slot = _taken(line.slots)
+            token = line.prompt[position]
+            node = self.new_node(token, position, slot, None, line.prompt) if last else None
+            _add(part, node.id if node else -1, token, position, slot, [], last)
+            part.commits.append(slot)
+            line.root = node
+        line.fed += len(part)
+        return part
+
+    def grow(self, line: Line) -> Part:
+        """A part with some new nodes, after some may have been committed and some may have died."""
+        assert line.root
+        if self.rng.random() < 0.4:
+            self.commit(line)
+        if self.rng.random() < 0.2 and line.root.children:
+            self.kill(line, self.rng.choice(line.root.subtree()[1:]))
+        part = Part(line.id, commits=line.commits)
+        line.commits = []
+        for _ in range(self.rng.randint(0, 6)):
+            parent = self.rng.choice(line.root.subtree()[-8:])
+            node = self.new_node(self.rng.randrange(VOCAB), parent.position + 1, _taken(line.slots), parent,
+                                 parent.path)
+            parent.children.append(node)
+            _add(part, node.id, node.token, node.position, node.slot, node.branch(line.root),
+                 self.rng.random() < 0.9)
+        return part
+
+    def new_node(self, token: int, position: int, slot: int, parent: Node | None, path: list[int]) -> Node:
+        self.node_ids += 1
+        path = [*path, token] if parent else path
+        node = Node(self.node_ids, token, position, slot, parent, path)
+        self.nodes[node.id] = node
+        return node
+
+    def commit(self, line: Line) -> None:
+        assert line.root
+        if line.root.children:
+            chosen = self.rng.choice(line.root.children)
+            for sibling in [child for child in line.root.children if child is not chosen]:
+                self.kill(line, sibling)
+            line.commits.append(chosen.slot)
+            line.root = chosen
+
+    def kill(self, line: Line, node: Node) -> None:
+        assert node.parent
+        node.parent.children.remove(node)
+        dead = node.subtree()
+        for victim in dead:
+            victim.alive = False
+            line.slots.give(victim.slot)
+        self.pipeline.cancel([victim.id for victim in dead])
+
+    def ask_draft(self) -> None:
+        alive = [node for line in self.lines if line.root for node in line.root.subtree()]
+        if alive:
+            self.job_ids += 1
+            part = Part(0)
+            for node in self.rng.sample(alive, min(len(alive), self.rng.randint(1, 8))):
+                _add(part, node.id, node.token, node.position, node.slot, [], True)
+            job = Flight(self.job_ids, [part], top_k=self.rng.randint(1, 4))
+            self.jobs.append(_copy(job))
+            self.pipeline.draft(job)
+
+    # ---- what comes out
+
+    def take(self, events: list[Event]) -> None:
+        assert events, "an empty list of events"
+        for event in events:
+            assert event.time >= self.time, "time ran backwards"
+            self.time = event.time
+            self.seen[type(event).__name__] += 1
+            match event:
+                case Ready():
+                    assert not self.ready, "ready twice with no launch in between"
+                    self.ready = True
+                case Landed():
+                    self.check_landed(event, self.flights.pop(0))
+                case Drafted():
+                    self.check_drafted(event, self.jobs.pop(0))
+                case Failed():
+                    raise AssertionError(f"{event.station}: {event.reason}")
+        assert self.pipeline.now() >= self.time
+
+    def check_landed(self, landed: Landed, flight: Flight) -> None:
+        assert landed.flight == flight.id, "flights land in the order of their launch, once"
+        wanted = [node for part in flight.parts for node, want in zip(part.nodes, part.wants) if want]
+        assert landed.nodes == [node for node in wanted if node in set(landed.nodes)], "order of rows"
+        assert len(landed.tokens) == len(landed.nodes)
+        missing = set(wanted) - set(landed.nodes)
+        assert not [node for node in missing if self.nodes[node].alive], "a living row went unanswered"
+        for node, token in zip(landed.nodes, landed.tokens):
+            if self.nodes[node].alive:
+                assert token == hash_token(self.nodes[node].path, VOCAB, SEED), "a wrong answer"
+        self.check_legs(landed.legs, flight)
+        self.late += bool(self.flights)
+
+    def check_legs(self, legs: list[Leg], flight: Flight) -> None:
+        assert [leg.station for leg in legs] == [f"stage {index}" for index in range(STAGES)]
+        entered, before = [node for part in flight.parts for node in part.nodes], -float("inf")
+        for leg in legs:
+            assert before <= leg.start <= leg.end, "a stage began before the one before had ended"
+            assert leg.start >= self.starts.get(leg.station, before), "a station changed the order"
+            assert Counter(leg.nodes) <= Counter(entered), "a row appeared from nowhere"
+            entered, before, self.starts[leg.station] = leg.nodes, leg.end, leg.start
+        assert before <= self.time
+
+    def check_drafted(self, drafted: Drafted, job: Flight) -> None:
+        assert drafted.job == job.id, "jobs are answered in order"
+        assert drafted.leg.station == "draft"
+        assert drafted.leg.start <= drafted.leg.end <= self.time
+        answered = {expansion.node: expansion for expansion in drafted.expansions}
+        for node in job.parts[0].nodes:
+            assert node in answered or not self.nodes[node].alive, "a living row got no guesses"
+        for node, expansion in answered.items():
+            first = self.nodes[node].token + 1
+            assert expansion.tokens == list(range(first, first + job.top_k))
+
+
+def _copy(flight: Flight) -> Flight:
+    """The pipeline owns the flight from launch on."""
+    return Flight(flight.id, [part.keep(list(range(len(part)))) for part in flight.parts],
+                  list(flight.opens), list(flight.closes), flight.top_k)
+
+
+def _add(part: Part, node: int, token: int, position: int, slot: int, path: list[int], want: bool) -> None:
+    columns = (part.nodes, part.tokens, part.positions, part.slots)
+    for column, value in zip(columns, (node, token, position, slot)):
+        column.append(value)
+    part.paths.append(path)
+    part.wants.append(want)
+
+
+def _taken(slots: SlotAllocator) -> int:
+    slot = slots.take()
+    assert slot is not None
+    return slot
+
+
+@pytest.fixture(scope="module",
+                params=[pytest.param(name, marks=pytest.mark.processes) if name == "distributed" else name
+                        for name in PIPELINES])
+def traffic(request: pytest.FixtureRequest) -> Iterator[Traffic]:
+    """Traffic on each pipeline; the pipeline lives through all tests of this module."""
+    with PIPELINES[request.param]() as pipeline:
+        yield Traffic(pipeline)
+    pipeline.close()  # again: it may be called more than once
+
+
+def test_says_what_it_is(traffic: Traffic) -> None:
+    assert traffic.pipeline.num_stages == STAGES
+    assert traffic.pipeline.has_draft
+
+
+def test_ready_comes_before_the_first_launch_and_alone(traffic: Traffic) -> None:
+    events = traffic.pipeline.events()
+    assert [type(event) for event in events] == [Ready]
+    traffic.take(events)
+
+
+def test_flight_with_nothing_in_it_lands(traffic: Traffic) -> None:
+    for _ in range(3):
+        traffic.await_ready()
+        traffic.launch(Flight(traffic.next_flight()))
+    traffic.settle()
+    assert not traffic.flights
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_traffic(traffic: Traffic, seed: int) -> None:
+    traffic.run(seed, flights=60)
+    assert traffic.seen["Ready"] == traffic.seen["Landed"] + 1 == traffic.flight_ids + 1
+    assert traffic.seen["Drafted"] == traffic.job_ids
+    assert traffic.late, "flights overlapped"
+
+
+def test_long_prompts(traffic: Traffic) -> None:
+    traffic.run(seed=9, flights=6, prompt=3000)
+
+
+def test_flight_whose_rows_all_died_lands_and_commits(traffic: Traffic) -> None:
+    """The commit travels in a flight whose only row is cancelled at once; the next row depends on it."""
+    traffic.rng, traffic.prompt = random.Random(0), 1
+    traffic.await_ready()
+    opening = traffic.open()
+    line = traffic.lines[-1]
+    traffic.launch(Flight(traffic.next_flight(), [traffic.prefill(line)], [opening]))
+    for _ in range(20):
+        traffic.await_ready()
+        assert line.root
+        child = traffic.new_node(1, line.root.position + 1, _taken(line.slots), line.root, line.root.path)
+        stray = traffic.new_node(2, line.root.position + 1, _taken(line.slots), line.root, line.root.path)
+        line.root.children += [child, stray]
+        part = Part(line.id, commits=line.commits)
+        _add(part, child.id, child.token, child.position, child.slot, [child.slot], True)
+        traffic.launch(Flight(traffic.next_flight(), [part]))
+        traffic.await_ready()
+        part = Part(line.id, commits=[child.slot])
+        _add(part, stray.id, stray.token, stray.position, stray.slot, [stray.slot], True)
+        traffic.launch(Flight(traffic.next_flight(), [part]))
+        traffic.kill(line, stray)
+        line.root, line.commits = child, []
+    traffic.finish(line)
+    traffic.settle()

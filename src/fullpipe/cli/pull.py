@@ -27,15 +27,14 @@ def pull(
     An interrupted download goes on where it was. Nothing is fetched that is already here.
     """
     fetcher = None if source is None else hub.FolderFetcher(source)
-    with console.TransferBar() as bar:
-        for name in names:
+    for name in names:
+        with console.TransferBar() as bar:
             if verify:
                 _verify(name, bar)
             else:
                 _drop_if_altered(name, bar)
             path = hub.resolve(name, progress=bar, fetcher=fetcher)
-            console.print_note(f"{name} is here")
-            typer.echo(path)
+        typer.echo(path)
 
 
 def _verify(name: str, bar: console.TransferBar) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fullpipe import hub
-from fullpipe.cli import console
+from fullpipe.cli import console, options
 from fullpipe.planning.partition import cut
 
 if TYPE_CHECKING:
@@ -19,20 +18,12 @@ if TYPE_CHECKING:
 _DEFAULT_STAGES = 8
 
 
-class Dtype(StrEnum):
-    """What weights are kept in; `auto` is bfloat16."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    auto = "auto"
-
-
 def show(
     name: Annotated[str, typer.Argument(metavar="MODEL", help="Any model name; see `fullpipe pull`.")],
     stages: Annotated[
         int | None, typer.Option("--stages", help="Cut into so many stages.", show_default="8")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="What the weights would be kept in.")] = Dtype.auto,
+    dtype: options.DtypeOption = options.Dtype.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Describe a model: its shape, sizes and vocabulary, and how it would be cut into stages.
@@ -41,7 +32,7 @@ def show(
     """
     with console.TransferBar() as bar:
         path = hub.resolve(name, progress=bar)
-    found = _describe(name, path, stages, "bfloat16" if dtype is Dtype.auto else dtype.value)
+    found = _describe(name, path, stages, dtype.value)
     if as_json:
         console.print_json(found)
     else:
@@ -49,9 +40,11 @@ def show(
 
 
 def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str, Any]:
+    from fullpipe.assembly import pick_dtype
     from fullpipe.model.tokenizer import Tokenizer
     from fullpipe.model.weights import open_model
 
+    dtype = pick_dtype(dtype)
     config = open_model(path).config
     tokenizer = Tokenizer.load(path)
     known = hub.CATALOGUE.get(name.lower())

@@ -34,7 +34,7 @@ class ChatTemplate:
         """
         try:
             return self._compiled.render(
-                messages=messages, tools=None, add_generation_prompt=True, **self._tokens
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
             )
         except jinja2.TemplateError as error:
             raise UsageError(

@@ -141,12 +141,13 @@ class DistributedPipeline(Pipeline):
 
     def _collect(self, wait: float) -> None:
         """Take in what has arrived after waiting for up to `wait` seconds, then look for who is silent."""
-        for worker, frame in self._fleet.receive(wait):
+        received = self._fleet.receive(wait)
+        if not self._finalizer.alive:
+            raise PipelineError("the pipeline was closed")
+        for worker, frame in received:
             self._take(worker, frame)
             if self._failure:
                 return
-        if not self._finalizer.alive:  # closed from another thread while we waited
-            raise PipelineError("the pipeline was closed")
         self._judge()
 
     def _take(self, worker: Worker, frame: Frame) -> None:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -33,7 +33,7 @@ from fullpipe.pipeline.wire import Channel, Frame
 _STOP_SEND_S = 0.01  # a stopped worker with a full socket is not waited for
 _STOP_S = 1.0  # what a worker gets to leave by itself,
 _TERM_S = 0.4  # and then after SIGTERM, before SIGKILL
-_LOG_LINES, _LOG_BYTES = 12, 4096
+_LOG_LINES, _LOG_BYTES = 24, 4096
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -91,9 +91,10 @@ class Fleet:
                  beat_s: float, send_timeout: float, start_timeout: float) -> None:
         self.workers: list[Worker] = []
         self._owner = os.getpid()
-        self._closing = threading.Lock()
+        self._closing, self._receiving = threading.RLock(), threading.RLock()
         self._closed = False
-        self._released = threading.Event()
+        self._settled, self._released = threading.Event(), threading.Event()  # of the nursery
+        self._settled.set()
         self._selector = selectors.DefaultSelector()
         try:
             self._spawn(stages, source, threads, beat_s, start_timeout)
@@ -103,37 +104,40 @@ class Fleet:
             self.close()
             raise
 
-    def receive(self, timeout: float) -> Iterator[tuple[Worker, Frame]]:
+    def receive(self, timeout: float) -> list[tuple[Worker, Frame]]:
         """Everything that has arrived, after waiting up to `timeout` seconds for the first of it.
 
-        The end of a connection is a last frame of kind "end".
+        The end of a connection is a last frame of kind "end". Returns early when `close` is called.
         """
-        while ready := self._selector.select(timeout):
-            timeout = 0.0
-            for key, _ in ready:
-                worker: Worker = key.data
-                worker.heard = time.monotonic()
-                try:
-                    frames = worker.channel.receive()
-                except EOFError:
-                    self._selector.unregister(worker.channel)
-                    frames = [{"kind": "end"}]
-                for frame in frames:
-                    yield worker, frame
+        received: list[tuple[Worker, Frame]] = []
+        with self._receiving:
+            while not self._closed and (ready := self._selector.select(0.0 if received else timeout)):
+                for key, _ in ready:
+                    received += [(key.data, frame) for frame in self._read(key.data)]
+        return received
+
+    def _read(self, worker: Worker) -> list[Frame]:
+        worker.heard = time.monotonic()
+        try:
+            return worker.channel.receive()
+        except EOFError:
+            self._selector.unregister(worker.channel)
+            return [{"kind": "end"}]
 
     def close(self) -> None:
         """End every process and wait until it is gone: at most about two seconds. May be called again,
         and from any thread."""
         with self._closing:
-            if self._closed:
+            if self._closed or self._owner != os.getpid():  # a fork does not own the processes
                 return
             self._closed = True
-            if self._owner == os.getpid():  # not in a fork, to which these processes do not belong
-                self._end_processes()
-            for worker in self.workers:
-                worker.channel.close()
-                worker.log.close()
-            self._selector.close()
+            self._settled.wait()
+            self._end_processes()
+            with self._receiving:  # whoever waits there has been woken by the ends of the processes
+                self._selector.close()
+                for worker in self.workers:
+                    worker.channel.close()
+                    worker.log.close()
             self._released.set()
 
     def _set_send_timeout(self, seconds: float) -> None:
@@ -185,20 +189,21 @@ class Fleet:
         build a pipeline in a thread that does not last.
         """
         outcome: list[BaseException] = []
-        started = threading.Event()
 
         def nursery() -> None:
             try:
                 for config in configs:
-                    self._start_process(config, [meeting.fileno()] if config["rank"] == 0 else [])
+                    if not self._closed:  # by a Ctrl-C, say
+                        self._start_process(config, [meeting.fileno()] if config["rank"] == 0 else [])
             except BaseException as error:
                 outcome.append(error)
             finally:
-                started.set()
+                self._settled.set()
             self._released.wait()
 
+        self._settled.clear()
         threading.Thread(target=nursery, name="fullpipe-nursery", daemon=True).start()
-        started.wait()
+        self._settled.wait()
         if outcome:
             raise outcome[0]
 

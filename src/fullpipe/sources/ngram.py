@@ -103,8 +103,10 @@ class Rates:
     """How often a guess came true, by length of the match it rests on and by rank among its siblings.
 
     The estimate is (hits + S * prior) / (guesses + S): it starts at the prior and moves to what this
-    request's text shows. S, the weight of the prior, is 4 guesses. The prior of the first choice after n
-    matching tokens is 1 - 0.85 * 0.7**n; each later choice has 0.3 times the one before.
+    request's text shows. S, the weight of the prior, is 4 guesses. The prior after n matching tokens is
+    1 - 0.75**n for the first choice and 0.15 times that for each later one, as counted on answers of
+    Qwen2.5-Coder 1.5B to code, mathematics and conversation (first choice: 0.24, 0.49, 0.62, 0.75 for n
+    = 1 to 4, 0.95 for 6 and more; later choices 0.03 to 0.04 where there were many).
     """
 
     STRENGTH = 4.0
@@ -123,7 +125,7 @@ class Rates:
     def logprob(self, length: int, rank: int) -> float:
         """Natural logarithm of the probability that such a guess is true."""
         length, rank = self._cell(length, rank)
-        prior = (1 - 0.85 * 0.7**length) * 0.3**rank
+        prior = (1 - 0.75**length) * (0.15 if rank else 1.0)
         return math.log((self._hits[length][rank] + self.STRENGTH * prior)
                         / (self._guesses[length][rank] + self.STRENGTH))
 
@@ -164,7 +166,8 @@ class NgramSource:
     its probability. Raises `UsageError` for sizes that make no sense.
     """
 
-    def __init__(self, *, min_n: int = 1, max_n: int = 6, max_continuation: int = 8, max_matches: int = 4) -> None:
+    def __init__(self, *, min_n: int = 1, max_n: int = 6, max_continuation: int = 8,
+                 max_matches: int = 4) -> None:
         NgramIndex(min_n=min_n, max_n=max_n)
         if max_continuation < 1 or max_matches < 1:
             raise UsageError("max_continuation and max_matches must be 1 or more "
@@ -181,7 +184,8 @@ class NgramSource:
         for part in job.parts:
             reader = self._readers[part.request]
             reader.take(part)
-            expansions += [self._expand(reader, part, row, job.top_k) for row in range(len(part)) if part.wants[row]]
+            wanted = [row for row in range(len(part)) if part.wants[row]]
+            expansions += [self._expand(reader, part, row, job.top_k) for row in wanted]
         for request in job.closes:
             self._readers.pop(request, None)
         return expansions
@@ -216,6 +220,7 @@ def _grow(expansion: Expansion, matches: Sequence[Match], rates: Rates, top_k: i
             under = siblings[token]
 
 
-def build_ngram(*, min_n: int = 1, max_n: int = 6, max_continuation: int = 8, max_matches: int = 4) -> NgramSource:
+def build_ngram(*, min_n: int = 1, max_n: int = 6, max_continuation: int = 8,
+                max_matches: int = 4) -> NgramSource:
     """The builder that a `StationSpec` names; arguments as of `NgramSource`."""
     return NgramSource(min_n=min_n, max_n=max_n, max_continuation=max_continuation, max_matches=max_matches)

@@ -27,7 +27,8 @@ def plain_search(text: list[int], path: list[int], *, min_n: int, max_n: int, co
     """What `lookup` promises, by reading the whole text anew."""
     found: dict[tuple[int, ...], int] = {}
     for n in range(min(max_n, len(path)), min_n - 1, -1):
-        ends = [end for end in range(len(text), n - 1, -1) if text[end - n : end] == path[-n:] and end < len(path)]
+        ends = [end for end in range(min(len(text), len(path) - 1), n - 1, -1)
+                if text[end - n : end] == path[-n:]]
         for end in ends[:16]:
             grown = list(path)
             for at in range(end, end + count):
@@ -51,7 +52,8 @@ class TestIndex:
     def test_a_repeat_goes_on_with_itself(self) -> None:
         index = index_of([7, 1, 2, 3, 1, 2, 3])
         assert index.lookup([1, 2, 3], max_continuation=7, max_matches=1) == [Match((1, 2, 3, 1, 2, 3, 1), 3)]
-        assert index.lookup([2, 3, 1], ahead=1, max_continuation=4, max_matches=1) == [Match((2, 3, 1, 2), 4 - 1)]
+        ahead = index.lookup([2, 3, 1], ahead=1, max_continuation=4, max_matches=1)
+        assert ahead == [Match((2, 3, 1, 2), 3)]
 
     def test_nothing_to_find(self) -> None:
         assert NgramIndex().lookup([]) == []
@@ -138,7 +140,7 @@ class Talk:
         count = len(tokens)
         slots = list(range(self.slots, self.slots + count))
         positions = list(range(self.committed, self.committed + count))
-        part = Part(self.request, slots, [-1] * (count - 1) + [self.slots], tokens, positions, slots,
+        part = Part(self.request, slots, [-1] * (count - 1) + [slots[-1]], tokens, positions, slots,
                     [[] for _ in tokens], [False] * (count - 1) + [True])
         self.slots += count
         self.committed += count

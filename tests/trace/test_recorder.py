@@ -111,7 +111,8 @@ def test_a_line_cut_short_by_a_kill_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"time": 1.0}', '{"type": "Nonsense", "time": 1.0}',
-                                  '{"type": "Ready", "time": 1.0, "extra": 1}', '{"type": "Landed", "time": 1.0}'])
+                                  '{"type": "Ready", "time": 1.0, "extra": 1}',
+                                  '{"type": "Landed", "time": 1.0}'])
 def test_damage_is_reported_with_its_place(tmp_path: Path, line: str) -> None:
     path = tmp_path / "t"
     record(path, [Ready(0.0)])

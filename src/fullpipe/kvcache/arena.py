@@ -10,7 +10,7 @@ from torch import Tensor
 from fullpipe.model.config import ModelConfig
 
 # Attention reads slots in runs of this length, so that the shape of its products does not follow every token.
-SLOT_MULTIPLE = 64
+SLOT_MULTIPLE = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,12 +98,13 @@ class DecoderSlice:
         self.dtype = dtype
         self.packed = can_pack(dtype) if packed is None else packed
         self._turner = _Turner(self.config, dtype)
+        self._eps = torch.tensor(self.config.rms_eps, dtype=torch.float32)
         with torch.inference_mode():
             loader = _Loader(files, dtype, self.packed)
             self._layers = [loader.layer(i) for i in range(first_layer, last_layer)]
             self._embedding = loader.embedding() if has_embedding else None
             self._head = loader.head(self._embedding) if has_head else None
-            self._norm = loader.vector("model.norm.weight") if has_head else None
+            self._norm = loader.norm("model.norm.weight") if has_head else None
 
     @property
     def num_layers(self) -> int:
@@ -124,18 +125,20 @@ class DecoderSlice:
         values before any row attends, so rows of one step may be ancestors of each other.
         """
         rows = x.shape[0]
-        hidden = _padded(x if self._embedding is None else F.embedding(x, self._embedding))
-        if self._layers:
-            turn = self._turner(positions, hidden.shape[0])
-            views = [self._view(segment) for segment in segments]
-            for index, layer in enumerate(self._layers):
-                hidden = self._run(layer, index, hidden, turn, views)
+        hidden = x if self._embedding is None else F.embedding(x, self._embedding)
+        if not self._layers or not rows:
+            return hidden
+        hidden = _padded(hidden)
+        turn = self._turner(positions, hidden.shape[0])
+        views = [self._view(segment) for segment in segments]
+        for index, layer in enumerate(self._layers):
+            hidden = self._run(layer, index, hidden, turn, views)
         return hidden[:rows]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: [r, hidden] -> float32 [r, vocab]. The slice must have the head."""
-        assert self._head is not None
+        assert self._head is not None and self._norm is not None
         rows, start = hidden.shape[0], 0
         normed = self._normed(_padded(hidden), self._norm)
         out = torch.empty(rows, self.config.vocab_size)
@@ -190,10 +193,15 @@ class DecoderSlice:
         bias[rows * groups :] = 0.0
         return _View(slice(segment.start, segment.end), segment.cache, segment.slots, bias[None], width)
 
-    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """RMS norm over the last dimension; weight: [..., last dimension], broadcast over rows."""
-        normed = F.rms_norm(x, x.shape[-1:], None, self.config.rms_eps)
-        return normed if weight is None else normed.mul_(weight)
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm over the last dimension, in float32; weight: float32 [..., last dimension], over rows.
+
+        Spelled out because `F.rms_norm` is no single kernel on the CPU either, and takes twice as long.
+        """
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (wide * scale).mul_(weight).to(x.dtype)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -235,8 +243,9 @@ class _Loader:
     def __init__(self, files: ModelFiles, dtype: torch.dtype, packed: bool) -> None:
         self._files, self._dtype, self._packed = files, dtype, packed
 
-    def vector(self, name: str) -> Tensor:
-        return self._files.tensor(name, self._dtype)
+    def norm(self, name: str) -> Tensor:
+        """The weight of an RMS norm, which is computed in float32 whatever the model's dtype."""
+        return self._files.tensor(name, torch.float32)
 
     def layer(self, index: int) -> _Layer:
         config, base = self._files.config, f"model.layers.{index}."
@@ -244,8 +253,8 @@ class _Loader:
         down = self._fused(base, "mlp.down_proj", has_bias=False)
         qkv = self._fused(base, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", has_bias=config.qkv_bias)
         out = self._fused(base, "self_attn.o_proj", has_bias=config.o_bias)
-        return _Layer(self.vector(f"{base}input_layernorm.weight"), qkv, self._qk_norm(base), out,
-                      self.vector(f"{base}post_attention_layernorm.weight"), gate_up, down)
+        return _Layer(self.norm(f"{base}input_layernorm.weight"), qkv, self._qk_norm(base), out,
+                      self.norm(f"{base}post_attention_layernorm.weight"), gate_up, down)
 
     def embedding(self) -> Tensor:
         return self._files.tensor("model.embed_tokens.weight", self._dtype)
@@ -281,5 +290,5 @@ class _Loader:
         config = self._files.config
         if not config.qk_norm:
             return None
-        query, key = self.vector(f"{base}self_attn.q_norm.weight"), self.vector(f"{base}self_attn.k_norm.weight")
+        query, key = self.norm(f"{base}self_attn.q_norm.weight"), self.norm(f"{base}self_attn.k_norm.weight")
         return torch.cat((query.expand(config.heads, -1), key.expand(config.kv_heads, -1)))

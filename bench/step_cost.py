@@ -4,30 +4,28 @@
 
 Every sample is one step through all layers and the head: ours with an arena and a mask, transformers' with its own
 DynamicCache (cropped back, outside the clock, after each step). The two alternate, so that whatever
-else the machine does hits both. The last line printed is the receipt, JSON; `--write` also puts it into
-bench/receipts/step_cost.json.
+else the machine does hits both. The last line printed is the receipt, JSON; `--write` puts it, raw samples
+included, into bench/receipts/step_cost.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _receipt import finish, receipt
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, Qwen2Config
 
+from fullpipe.hub import resolve
+from fullpipe.kvcache.arena import KVArena
 from fullpipe.model.decoder import DecoderSlice, Segment
 from fullpipe.model.weights import ModelFiles, open_model
 
-ROOT = Path(__file__).resolve().parent
 Step = Callable[[], None]
 
 
@@ -35,23 +33,19 @@ def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    files = open_model(args.model or _default_model())
+    files = open_model(args.model or resolve("smollm2-135m"))
     ours = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype)
     theirs = reference_model(files, dtype)
     tokens = torch.randint(files.config.vocab_size, (args.context + max(args.rows),),
                            generator=torch.Generator().manual_seed(0))
     results = [compare(ours, theirs, tokens, args.context, rows, args.repeats) for rows in args.rows]
-    receipt = {"command": " ".join(["python", "bench/step_cost.py", *sys.argv[1:]]), **provenance(),
-               "model": files.path.name, "dtype": args.dtype, "threads": args.threads, "context": args.context,
-               "packed": ours.packed, "results": results}
     for result in results:
         print(f"{result['rows']:3d} rows: ours {result['ours_median_ms']:.1f} ms, transformers "
               f"{result['transformers_median_ms']:.1f} ms, {result['ratio']:.2f} times faster")
-    print(json.dumps(receipt))
-    if args.write:
-        target = ROOT / "receipts" / "step_cost.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+    samples = {result["rows"]: result.pop("samples_ms") for result in results}
+    setting = {"model": files.path.name, "dtype": args.dtype, "threads": args.threads, "context": args.context,
+               "packed": ours.packed, "steps": results}
+    finish(receipt("step_cost", setting, samples), write=args.write)
 
 
 def compare(ours: DecoderSlice, theirs: PreTrainedModel, tokens: torch.Tensor, context: int, rows: int,
@@ -84,7 +78,7 @@ def our_step(model: DecoderSlice, tokens: torch.Tensor, context: int, rows: int)
     return step, lambda: None
 
 
-def _chain(arena: Any, start: int, end: int) -> Segment:
+def _chain(arena: KVArena, start: int, end: int) -> Segment:
     mask = torch.ones(end, end, dtype=torch.bool).tril()[start:]
     return Segment(0, end - start, arena, torch.arange(start, end), mask)
 
@@ -117,25 +111,6 @@ def reference_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             files.read_into(name, parameter)
     return model.eval()
-
-
-def provenance() -> dict[str, Any]:
-    """Commit and machine, for a receipt."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "--", "src", "bench"], cwd=ROOT, capture_output=True,
-                             text=True, check=False)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"commit": commit.stdout.strip() or None, "uncommitted_changes": bool(changed.stdout.strip()),
-            "machine": {"processor": names[0] if names else platform.processor(), "cpus": len(names) or None,
-                        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}}
-
-
-def _default_model() -> Path:
-    from fullpipe.hub import resolve
-
-    return resolve("smollm2-135m")
 
 
 def _arguments() -> argparse.Namespace:

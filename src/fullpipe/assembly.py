@@ -50,7 +50,8 @@ def assemble(model: str, *, draft: str, stages: int, needs_draft: bool, dtype: s
     vocab = min(tokenizer.vocab_size, files.config.vocab_size)
     dtype = pick_dtype(dtype)
     specs = stage_specs(path, files.config, stages, dtype, vocab, margins)
-    source = draft_spec(default_draft(model, draft), tokenizer, dtype, vocab) if needs_draft or draft != "auto" else None
+    wanted = needs_draft or draft != "auto"
+    source = draft_spec(default_draft(model, draft), tokenizer, dtype, vocab) if wanted else None
     length = min(max_model_len or files.config.max_positions, files.config.max_positions)
     progress(f"loading {path.name} as {stages} stages in {dtype}")
     if pipeline == "distributed":
@@ -72,7 +73,8 @@ def _inprocess(specs: list[StationSpec], source: StationSpec | None, clock: Lite
                              link_s=link_ms / 1e3)
 
 
-def stage_specs(path: Path, config: ModelConfig, stages: int, dtype: str, vocab: int, margins: bool) -> list[StationSpec]:
+def stage_specs(path: Path, config: ModelConfig, stages: int, dtype: str, vocab: int,
+                margins: bool) -> list[StationSpec]:
     """One spec per stage; cut so that the slowest stage reads as few bytes as possible."""
     sizes = config.sizes(2 if dtype == "bfloat16" else 4)
     # A lookup reads a few rows of the embedding, whatever its size: it costs memory, no time.

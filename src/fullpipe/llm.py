@@ -192,7 +192,7 @@ class LLM:
         if not prompt:
             raise PromptError("the prompt is empty", hint="Write something to answer.")
         if isinstance(prompt[0], int):
-            return [int(token) for token in prompt]  # type: ignore[call-overload]
+            return list(prompt)  # type: ignore[arg-type]
         messages: list[Mapping[str, str]] = list(prompt)  # type: ignore[arg-type]
         if not str(messages[-1].get("content", "")).strip():
             raise PromptError("the prompt is empty", hint="Write something to answer.")

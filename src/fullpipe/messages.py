@@ -58,9 +58,8 @@ class Part:
 
     def keep(self, rows: list[int]) -> Part:
         """The same part with only these rows; `commits` stay, for they must arrive whatever dies."""
-        pick = lambda values: [values[i] for i in rows]  # noqa: E731
-        return Part(self.request, self.commits, pick(self.nodes), pick(self.tokens), pick(self.positions),
-                    pick(self.slots), pick(self.paths), pick(self.wants))
+        columns = (self.nodes, self.tokens, self.positions, self.slots, self.paths, self.wants)
+        return Part(self.request, self.commits, *([column[i] for i in rows] for column in columns))  # type: ignore
 
 
 @dataclass(slots=True)

@@ -28,7 +28,8 @@ def read_prompts(path: Path, limit: int | None = None) -> list[FilePrompt]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read prompts from {path}: {error}",
-                         hint="Give a text file, one prompt per line, or JSON lines with `turns` or `prompt`.") from error
+                         hint="Give a text file, one prompt per line, or JSON lines with `turns` or `prompt`."
+                         ) from error
     prompts = [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
         raise UsageError(f"{path} holds no prompts", hint="One prompt per line.")

@@ -280,7 +280,7 @@ def smollm() -> ModelFiles:
 @pytest.mark.weights
 def test_smollm2_from_gguf_is_what_transformers_makes_of_its_weights(smollm: ModelFiles) -> None:
     """The weights come from the gguf package's reader and dequantiser here, the arithmetic from transformers."""
-    tokens = [random.Random(0).randrange(49152) for _ in range(40)]
+    tokens = random.Random(0).sample(range(49152), 40)
     pipe = Pipe.of(smollm, [11, 20])
     close(pipe.chain(tokens), reference(gguf_by_transformers(smollm.path), tokens))
 
@@ -299,7 +299,7 @@ def test_a_row_of_a_real_model_in_bfloat16_has_the_same_bits_in_any_company(smol
 def gguf_by_transformers(path: Path) -> PreTrainedModel:
     """transformers' llama with the tensors of a file as the gguf package gives them."""
     reader = gguf.GGUFReader(path)
-    tensors = {tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+    tensors = {tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
                for tensor in reader.tensors}
     config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                          num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, rms_norm_eps=1e-5,

@@ -41,7 +41,7 @@ def generate(
     threads: options.Threads = None,
     system: options.System = None,
     no_chat_template: options.NoChatTemplate = False,
-    events: Annotated[Path | None, typer.Option("--events", help="Record the event stream here, a JSON line each.")] = None,
+    events: Annotated[Path | None, typer.Option("--events", help="Record the events here, a JSON line each.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt; the text streams to standard output as it is committed."""

@@ -99,7 +99,8 @@ def _compare(llm: LLM, questions: list[FilePrompt], methods: list[str], params: 
         for number, prompt in enumerate(asked, start=1):
             texts[method] += llm.generate([prompt], params)
             told = texts[method][-1].speculation
-            console.print_note(f"{method}: prompt {number} of {len(asked)}, {told['steps_per_token']:.2f} steps per token")
+            console.print_note(f"{method}: prompt {number} of {len(asked)}, {told['steps_per_token']:.2f} steps "
+                               f"per token")
     found = [difference for method in methods for question, one, reference in
              zip(questions, texts[method], texts["pp"])
              if (difference := first_difference(question.id, method, one, reference, near))]
@@ -109,7 +110,8 @@ def _compare(llm: LLM, questions: list[FilePrompt], methods: list[str], params: 
             "differences": [asdict(difference) for difference in found]}
 
 
-def first_difference(prompt: str, method: str, one: Completion, reference: Completion, near: float) -> Difference | None:
+def first_difference(prompt: str, method: str, one: Completion, reference: Completion,
+                     near: float) -> Difference | None:
     """Where `one` leaves `reference`; None when they are the same. Past that point both are right about
     different texts, so nothing is compared there."""
     for index, (token, wanted) in enumerate(zip(one.token_ids, reference.token_ids)):
@@ -126,7 +128,8 @@ def _print(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         console.print_json(report)
         return
-    what = f"{report['prompts']} prompts, {report['tokens']} tokens, {report['dtype']}, methods {', '.join(report['methods'])}"
+    what = (f"{report['prompts']} prompts, {report['tokens']} tokens, {report['dtype']}, methods "
+            f"{', '.join(report['methods'])}")
     if report["identical"]:
         typer.echo(f"identical: {what}")
         return
@@ -135,4 +138,5 @@ def _print(report: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{kind}: prompt {one['prompt']}, {one['method']}, token {one['index']}: {one['token']} (margin "
                    f"{one['margin']:.4f}) against {one['reference']} (margin {one['reference_margin']:.4f})")
     bad = len(report["differences"]) - report["near_ties"]
-    typer.echo(f"{bad} different, {report['near_ties']} near-ties (margin up to {report['near_tie_tolerance']}): {what}")
+    typer.echo(f"{bad} different, {report['near_ties']} near-ties (margin up to {report['near_tie_tolerance']}): "
+               f"{what}")

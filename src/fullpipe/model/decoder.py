@@ -13,6 +13,7 @@ speculative step says of a token is then what a plain step says, in bfloat16 too
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -238,7 +239,11 @@ class _Turner:
 
 
 class _Loader:
-    """Reads the weights of a slice, largest of a layer first: packing needs a second copy for a moment."""
+    """Reads the weights of a slice, largest of a layer first: packing needs a second copy for a moment.
+
+    That copy lies in pages of its own, which go back to the system at once. From the allocator it would leave
+    holes between the packed weights, up to the size of the head.
+    """
 
     def __init__(self, files: ModelFiles, dtype: torch.dtype, packed: bool) -> None:
         self._files, self._dtype, self._packed = files, dtype, packed
@@ -269,7 +274,7 @@ class _Loader:
 
     def _head_part(self, name: str, start: int) -> Linear:
         config = self._files.config
-        part = torch.empty(min(_HEAD_ROWS, config.vocab_size - start), config.hidden, dtype=self._dtype)
+        part = self._room(min(_HEAD_ROWS, config.vocab_size - start), config.hidden)
         self._files.read_into(name, part, start)
         return Linear(part, None, packed=self._packed)
 
@@ -281,10 +286,17 @@ class _Loader:
     def _stacked(self, names: list[str]) -> Tensor:
         """Tensors one below the other, each read into its place."""
         shapes = [self._files.shape(name) for name in names]
-        out = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=self._dtype)
+        out = self._room(sum(shape[0] for shape in shapes), *shapes[0][1:])
         for name, part in zip(names, out.split([shape[0] for shape in shapes]), strict=True):
             self._files.read_into(name, part)
         return out
+
+    def _room(self, *shape: int) -> Tensor:
+        """Where a weight is read into: for good, or until it is packed."""
+        if not self._packed or len(shape) == 1:
+            return torch.empty(shape, dtype=self._dtype)
+        pages = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize)
+        return torch.frombuffer(pages, dtype=self._dtype).view(shape)
 
     def _qk_norm(self, base: str) -> Tensor | None:
         config = self._files.config

@@ -52,7 +52,7 @@ class ScriptedSource:
             rank = 1 + hash_token(path, top_k - 1, self.seed + 1)
         else:
             rank = top_k
-        tokens = (wrong[:rank] + [truth] + wrong[rank:])[:top_k]
+        tokens = [*wrong[:rank], truth, *wrong[rank:]][:top_k]
         decay = math.log(max(1 - self.accuracy, 1e-9))
         first = math.log(max(self.accuracy, 1e-9))
         return Expansion(part.nodes[row], tokens, [first + r * decay for r in range(len(tokens))], [-1] * len(tokens))

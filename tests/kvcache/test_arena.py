@@ -1,0 +1,42 @@
+"""Arenas: rows go where they are told, and nothing else moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fullpipe.kvcache.arena import SLOT_MULTIPLE, KVArena
+from fullpipe.model.config import ModelConfig
+
+CONFIG = ModelConfig.from_hf({
+    "model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 10})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_land_in_their_slots_and_nowhere_else(dtype: torch.dtype) -> None:
+    arena = KVArena.allocate(CONFIG, 3, 20, dtype)
+    rows = torch.randn(3, 4, 8).to(dtype)
+    arena.write(1, torch.tensor([17, 0, 5]), rows)
+    assert torch.equal(arena.keys(1)[:, [17, 0, 5]], rows[:, :2].transpose(0, 1))
+    assert torch.equal(arena.values(1)[:, [17, 0, 5]], rows[:, 2:].transpose(0, 1))
+    assert arena.kv.count_nonzero() == rows.count_nonzero()
+    assert arena.kv[1].count_nonzero() == rows.count_nonzero()
+
+
+def test_a_slot_is_overwritten_by_its_next_owner() -> None:
+    arena = KVArena.allocate(CONFIG, 1, 4, torch.float32)
+    for value in (1.0, 2.0):
+        arena.write(0, torch.tensor([3]), torch.full((1, 4, 8), value))
+    assert (arena.keys(0)[:, 3] == 2).all() and (arena.values(0)[:, 3] == 2).all()
+
+
+def test_shape_and_size() -> None:
+    arena = KVArena.allocate(CONFIG, 3, SLOT_MULTIPLE + 1, torch.bfloat16)
+    assert (arena.num_layers, arena.capacity) == (3, SLOT_MULTIPLE + 1)
+    assert arena.keys(0).shape == arena.values(2).shape == (2, 2 * SLOT_MULTIPLE, 8)
+    assert arena.nbytes == 3 * 2 * SLOT_MULTIPLE * CONFIG.sizes(2).kv_bytes
+
+
+def test_a_slice_without_layers_has_an_empty_arena() -> None:
+    assert KVArena.allocate(CONFIG, 0, 16, torch.float32).nbytes == 0

@@ -1,0 +1,58 @@
+"""What users may ask for, and what they are told when they may not."""
+
+import pytest
+
+from fullpipe.errors import FullpipeError, PromptError, UsageError
+from fullpipe.prompts import read_prompts
+from fullpipe.request import Request, SamplingParams
+
+
+def test_params_travel_as_plain_values() -> None:
+    params = SamplingParams(temperature=0.7, stop="end", logit_bias={3: -1.0}, stop_token_ids=[5])  # type: ignore
+    assert SamplingParams.from_dict(params.to_dict()) == params
+    assert params.stop == ("end",)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"temperature": -1}, r"temperature must be 0 or more \(got -1\)"),
+    ({"temperature": float("nan")}, "temperature must be 0 or more"),
+    ({"top_p": 0}, r"top_p must be in \(0, 1\] \(got 0\)"),
+    ({"min_p": 2}, "min_p must be"),
+    ({"top_k": -2}, "top_k must be"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+    ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+    ({"seed": -1}, "seed must be"),
+    ({"stop": ("",)}, "stop strings must not be empty"),
+])
+def test_values_out_of_range_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        SamplingParams(**values)  # type: ignore[arg-type]
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="unknown sampling parameters: temprature\nKnown are: .*temperature"):
+        SamplingParams.from_dict({"temprature": 1.0})
+    with pytest.raises(TypeError):
+        SamplingParams(temprature=1.0)  # type: ignore[call-arg]
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        Request(0, (), SamplingParams())
+    assert issubclass(PromptError, ValueError) and issubclass(UsageError, FullpipeError)
+
+
+def test_prompt_files(tmp_path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('plain text\n\n{"prompt": "p"}\n{"question_id": 9, "category": "code", "turns": ["t", "u"]}\n')
+    found = [(one.id, one.category, one.text) for one in read_prompts(file)]
+    assert found == [("1", "mine", "plain text"), ("3", "mine", "p"), ("9", "code", "t")]
+    assert len(read_prompts(file, limit=2)) == 2
+    file.write_text('fine\n{"question": "no"}\n')
+    with pytest.raises(UsageError, match=r"mine.jsonl, line 2: not a prompt"):
+        read_prompts(file)
+    file.write_text("\n")
+    with pytest.raises(UsageError, match="holds no prompts"):
+        read_prompts(file)
+    with pytest.raises(UsageError, match="cannot read prompts"):
+        read_prompts(tmp_path / "absent")

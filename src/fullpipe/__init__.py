@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fullpipe.request import SamplingParams
+from fullpipe.threads import share_the_machine
 
 if TYPE_CHECKING:
     from fullpipe.llm import LLM, Chunk, Completion
@@ -17,5 +18,6 @@ __all__ = ["LLM", "Chunk", "Completion", "SamplingParams", "__version__"]
 def __getattr__(name: str) -> Any:
     """`LLM` and what it returns are loaded when first used, so that the torch-free parts stay so."""
     if name in ("LLM", "Chunk", "Completion"):
+        share_the_machine()
         return getattr(import_module("fullpipe.llm"), name)
     raise AttributeError(f"module 'fullpipe' has no attribute {name!r}")

@@ -21,6 +21,7 @@ from fullpipe.messages import (
     Flight,
     Landed,
     Launched,
+    Leg,
     Opening,
     Part,
     Ready,
@@ -186,15 +187,13 @@ class Engine:
         """What the draft has not seen of the committed path, and then the nodes to propose children for,
         each after those of its ancestors that the draft has not computed."""
         part = track.committed_rows(track.draft, self._chunk)
-        root = track.tree.root
-        if track.draft.rows < root.position:
+        if track.draft.rows < track.tree.root.position:
             return part
         nodes = self.policy.expand(track.tree, track.room)
         wanted = {node.id for node in nodes}
         sent: set[int] = set()
         for node in nodes:
-            missing = [other for other in (root, *node.branch())
-                       if other.id not in sent and (other is node or not other.in_draft)]
+            missing = [] if node.id in sent else _not_in_draft(node)
             if sum(other.slot is None for other in missing) > track.room:
                 track.tree.return_unasked(node)
                 continue
@@ -299,23 +298,23 @@ class Engine:
 
     def _count(self, rows: list[tuple[Track, Node | None]], event: Landed) -> None:
         """Whose rows were alive at each stage. A row that was dropped before a stage is not in its leg."""
-        nodes = {node.id: node for _, node in rows if node is not None}
-        tracks = {id(track): track for track, _ in rows}
-        if len(nodes) == len(rows):
+        dead = {node.id: node.died_at for _, node in rows if node is not None and node.died_at is not None}
+        tracks = {track.request.id: track for track, _ in rows}
+        if all(node is not None for _, node in rows):
             for track in tracks.values():
                 track.stats.on_period(event.legs[0])
-        owners = {node.id: track for track, node in rows if node is not None}
-        prompt_rows = [track for track, node in rows if node is None]
         for leg in event.legs:
-            alive: dict[int, int] = {}
-            for track in prompt_rows:
-                alive[id(track)] = alive.get(id(track), 0) + 1
-            for node_id in leg.nodes:
-                if node_id >= 0 and ((died := nodes[node_id].died_at) is None or died >= leg.end):
-                    key = id(owners[node_id])
-                    alive[key] = alive.get(key, 0) + 1
-            for key, number in alive.items():
-                tracks[key].stats.on_leg(leg, number)
+            gone = [node for node in leg.nodes if node in dead and dead[node] < leg.end] if dead else []
+            if len(tracks) == 1:
+                next(iter(tracks.values())).stats.on_leg(leg, len(leg.nodes) - len(gone))
+            else:
+                self._share_leg(rows, leg, set(leg.nodes).difference(gone))
+
+    @staticmethod
+    def _share_leg(rows: list[tuple[Track, Node | None]], leg: Leg, alive: set[int]) -> None:
+        """The same for a flight of several requests; prompt rows never die."""
+        for track in {track.request.id: track for track, _ in rows}.values():
+            track.stats.on_leg(leg, sum(owner is track and (node is None or node.id in alive) for owner, node in rows))
 
     def _tell_launched(self, flight: Flight, nodes: list[Node]) -> None:
         self._tell(Launched(self._now, flight.id, [node.id for node in nodes],
@@ -339,3 +338,13 @@ class Engine:
         flying = {node.id for track in self._tracks.values() for node in track.tree.flying.values()}
         assert flying == set(self._launched), "launched nodes and trees disagree"
         assert all(node.asked and not node.answered for _, node in self._asked.values())
+
+
+def _not_in_draft(node: Node) -> list[Node]:
+    """The node, and before it those of its ancestors that the draft has not computed. (A node is sent after
+    its ancestors, so above the first that is known all are.)"""
+    missing = [node]
+    while (parent := missing[-1].parent) is not None and not parent.in_draft:
+        missing.append(parent)
+    missing.reverse()
+    return missing

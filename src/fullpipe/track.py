@@ -93,11 +93,17 @@ class Track:
                 self.path_slots.append(node.slot)
         if node is self.tree.root:
             channel.rows = node.position + 1
+            node.path = []
+        else:
+            assert node.parent is not None
+            # The parent's path may begin above today's root: what has been committed since is cut off.
+            depth = node.position - self.tree.root.position
+            node.path = [*(node.parent.path[1 - depth :] if depth > 1 else ()), node.slot]
         part.nodes.append(node.id)
         part.tokens.append(node.token)
         part.positions.append(node.position)
         part.slots.append(node.slot)
-        part.paths.append([other.slot for other in node.branch() if other.slot is not None])
+        part.paths.append(node.path)
         part.wants.append(wants)
 
     def seal(self, part: Part, channel: Channel) -> None:

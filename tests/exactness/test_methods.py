@@ -104,7 +104,9 @@ def test_the_text_does_not_depend_on_the_method(
     pipeline = InProcessPipeline(stages(count), DraftModel(whole(folders["draft"])))
     tokens, hit_rate = run(Engine(pipeline, make_policy(method, width=width), chunk=4), PARAMS[kind])
     assert tokens == truth[kind]
-    assert method == "pp" or hit_rate > 0.2, "the draft is good enough that speculation must show"
+    # One stage lands before any guess can be launched behind its root.
+    whole_flights = method in ("chain", "static-tree")
+    assert method == "pp" or hit_rate > 0.2 or (count == 1 and not whole_flights)
 
 
 @pytest.mark.parametrize("sources", ["ngram", "mix"])

@@ -12,15 +12,17 @@ from typing import Annotated
 
 import typer
 
-from fullpipe.cli import generate, models, pull, show, verify
+from fullpipe.cli import demo, generate, models, pull, show, verify
 from fullpipe.cli.verb import verb
+from fullpipe.threads import share_the_machine
 
-_VERBS = (generate.generate, verify.verify, pull.pull, models.models, show.show)
+_VERBS = (generate.generate, demo.demo, verify.verify, pull.pull, models.models, show.show)
 
 
 def main() -> None:
     """Entry point: runs the command line in `sys.argv` and exits."""
     signal.signal(signal.SIGTERM, _terminate)
+    share_the_machine()
     app(prog_name="fullpipe")
 
 

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,12 @@ from fullpipe.model.files import ModelFiles
 from fullpipe.model.linear import MIN_ROWS, Linear, can_pack
 
 # Rows of the head that are packed at a time: packing needs a second copy, so of a small part only.
-_HEAD_ROWS = 8192
+_HEAD_ROWS = 4096
+
+# Layers, or parts of the head, for each thread that loads: the second copies of all threads stay small beside them.
+_PARTS_PER_WORKER = 3
+
+_Part = TypeVar("_Part")
 
 
 @dataclass(slots=True)
@@ -100,9 +108,9 @@ class DecoderSlice:
         self.packed = can_pack(dtype) if packed is None else packed
         self._turner = _Turner(self.config, dtype)
         self._eps = torch.tensor(self.config.rms_eps, dtype=torch.float32)
-        with torch.inference_mode():
-            loader = _Loader(files, dtype, self.packed)
-            self._layers = [loader.layer(i) for i in range(first_layer, last_layer)]
+        loader = _Loader(files, dtype, self.packed)
+        with loader:
+            self._layers = loader.layers(first_layer, last_layer)
             self._embedding = loader.embedding() if has_embedding else None
             self._head = loader.head(self._embedding) if has_head else None
             self._norm = loader.norm("model.norm.weight") if has_head else None
@@ -243,16 +251,38 @@ class _Loader:
 
     That copy lies in pages of its own, which go back to the system at once. From the allocator it would leave
     holes between the packed weights, up to the size of the head.
+
+    As a context manager it keeps torch from splitting operations over threads and lets each thread load a part
+    of its own instead. Conversion is thousands of small operations; split, they wait for each other, for minutes
+    where other processes want the cores too.
     """
 
     def __init__(self, files: ModelFiles, dtype: torch.dtype, packed: bool) -> None:
         self._files, self._dtype, self._packed = files, dtype, packed
 
+    def __enter__(self) -> None:
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
+
+    def layers(self, first: int, last: int) -> list[_Layer]:
+        return self._spread(self._layer, range(first, last))
+
     def norm(self, name: str) -> Tensor:
         """The weight of an RMS norm, which is computed in float32 whatever the model's dtype."""
         return self._files.tensor(name, torch.float32)
 
-    def layer(self, index: int) -> _Layer:
+    def _spread(self, load: Callable[[int], _Part], which: range) -> list[_Part]:
+        """Parts in order, several at a time if there are many: each holds a second copy of one of its weights."""
+        workers = min(self._threads, len(which) // _PARTS_PER_WORKER)
+        if workers <= 1:
+            return [load(index) for index in which]
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(load, which))
+
+    def _layer(self, index: int) -> _Layer:
         config, base = self._files.config, f"model.layers.{index}."
         gate_up = self._fused(base, "mlp.gate_proj", "mlp.up_proj", has_bias=False)
         down = self._fused(base, "mlp.down_proj", has_bias=False)
@@ -262,7 +292,15 @@ class _Loader:
                       self.norm(f"{base}post_attention_layernorm.weight"), gate_up, down)
 
     def embedding(self) -> Tensor:
-        return self._files.tensor("model.embed_tokens.weight", self._dtype)
+        """The table, which is only looked up and never packed."""
+        config = self._files.config
+        out = torch.empty(config.vocab_size, config.hidden, dtype=self._dtype)
+
+        def load(start: int) -> None:
+            self._files.read_into("model.embed_tokens.weight", out[start : start + _HEAD_ROWS], start)
+
+        self._spread(load, range(0, config.vocab_size, _HEAD_ROWS))
+        return out
 
     def head(self, embedding: Tensor | None) -> list[Linear]:
         """The head in parts of rows of the vocabulary; a tied one that is not packed is the embedding itself."""
@@ -270,7 +308,7 @@ class _Loader:
         name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
         if config.tied and embedding is not None and not self._packed:
             return [Linear(embedding, None, packed=False)]
-        return [self._head_part(name, start) for start in range(0, config.vocab_size, _HEAD_ROWS)]
+        return self._spread(partial(self._head_part, name), range(0, config.vocab_size, _HEAD_ROWS))
 
     def _head_part(self, name: str, start: int) -> Linear:
         config = self._files.config

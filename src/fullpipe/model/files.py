@@ -18,10 +18,8 @@ from torch import Tensor
 from fullpipe.errors import DamagedModel
 from fullpipe.model.config import ModelConfig, Sizes
 
-# Numbers converted at a time. They and their float32 copy stay in the processor's cache; and torch runs operations of
-# this size on the calling thread, which matters where several processes load at once: with more threads than free
-# cores, thousands of small parallel operations wait for each other (117 s instead of 5 for a model of 1.5 G).
-BLOCK_NUMBERS = 1 << 15
+# Numbers converted at a time: they and their float32 copy stay in the processor's cache.
+BLOCK_NUMBERS = 1 << 16
 
 FETCH_AGAIN = "Fetch the model again: `fullpipe pull NAME` checks what it has and replaces what is damaged."
 

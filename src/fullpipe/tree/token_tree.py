@@ -13,6 +13,7 @@ nothing has to be renormalised when the root advances.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,14 +36,15 @@ LIVE = (State.PROPOSED, State.IN_FLIGHT, State.LANDED)
 class Node:
     """One token at one place in the tree.
 
-    id: unique and rising within the engine. slot: cache slot, None until it first enters a station.
+    id: unique and rising within the engine. slot: cache slot, None until it first enters a station; path:
+    slots of its ancestors below the root of that moment, its own last.
     cum: cumulative log-probability of the path. asked: the draft was asked for guesses of what follows;
     answered: it replied. in_draft: the draft station has computed this node. next_token: what truly
     follows, once landed.
     """
 
     __slots__ = ("answered", "asked", "children", "cum", "died_at", "guesses", "id", "in_draft", "next_token",
-                 "parent", "position", "slot", "state", "token")
+                 "parent", "path", "position", "slot", "state", "token")
 
     def __init__(self, id: int, token: int, parent: Node | None, position: int, cum: float) -> None:
         self.id = id
@@ -51,6 +53,7 @@ class Node:
         self.position = position
         self.cum = cum
         self.slot: int | None = None
+        self.path: list[int] = []
         self.state = State.PROPOSED
         self.children: dict[int, Node] = {}
         self.guesses: list[tuple[float, int]] = []  # (cum, token), worst first: the next one is at the end
@@ -60,16 +63,6 @@ class Node:
 
     def __repr__(self) -> str:
         return f"Node({self.id}, token={self.token}, position={self.position}, {self.state.name.lower()})"
-
-    def branch(self) -> list[Node]:
-        """The nodes from below the root down to this one; empty for the root."""
-        nodes: list[Node] = []
-        node = self
-        while node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        nodes.reverse()
-        return nodes
 
 
 @dataclass(slots=True)
@@ -116,26 +109,36 @@ class TokenTree:
         if node.state not in LIVE:
             return
         node.answered = True
+        if node.position >= self.horizon:
+            return
+        if max(expansion.parents, default=-1) < 0:
+            self._offer(node, expansion.tokens, expansion.logprobs)
+        else:
+            self._propose_chains(node, expansion)
+
+    def _propose_chains(self, node: Node, expansion: Expansion) -> None:
+        """Guesses that follow guesses: those that something follows become nodes at once."""
         chained = set(expansion.parents)
         made: dict[int, Node] = {}
-        offers: dict[Node, list[tuple[float, int]]] = {}
         for index, (token, logprob, parent) in enumerate(
                 zip(expansion.tokens, expansion.logprobs, expansion.parents)):
             under = node if parent < 0 else made.get(parent)
             if under is None or under.position >= self.horizon:
                 continue
-            cum = under.cum + min(logprob, 0.0)
-            if index in chained:  # something follows this guess: it must be a node now
+            if index in chained:
+                cum = under.cum + min(logprob, 0.0)
                 made[index] = under.children.get(token) or self._new(token, under, under.position + 1, cum)
             else:
-                offers.setdefault(under, []).append((cum, token))
-        for under, guesses in offers.items():
-            self._offer(under, guesses)
+                self._offer(under, [token], [logprob])
 
-    def _offer(self, node: Node, guesses: list[tuple[float, int]]) -> None:
-        known = {token for _, token in node.guesses}
-        fresh = [guess for guess in guesses if guess[1] not in known and guess[1] not in node.children]
-        self._offer_next(node, sorted(node.guesses + fresh))
+    def _offer(self, node: Node, tokens: list[int], logprobs: list[float]) -> None:
+        cum = node.cum
+        guesses = [(cum + (logprob if logprob < 0 else 0.0), token) for token, logprob in zip(tokens, logprobs)]
+        if node.guesses or node.children:
+            known = {token for _, token in node.guesses} | set(node.children)
+            guesses = node.guesses + [guess for guess in guesses if guess[1] not in known]
+        guesses.sort()
+        self._offer_next(node, guesses)
 
     def _offer_next(self, node: Node, guesses: list[tuple[float, int]]) -> None:
         changed = guesses[-1:] != node.guesses[-1:]
@@ -199,15 +202,14 @@ class TokenTree:
     def _take(self, heap: list[_Entry], usable: Callable[[Node], bool], limit: int, floor: float) -> list[Node]:
         least = self.root.cum + floor
         taken: list[Node] = []
+        frontier = self._best_frontier()
         while len(taken) < limit:
             while heap and not usable(heap[0][2]):
                 heapq.heappop(heap)
-            best = -heap[0][0] if heap else -float("inf")
-            frontier = self._best_frontier()
-            if frontier is not None and frontier.guesses[-1][0] > best:
-                if frontier.guesses[-1][0] < least:
-                    break
+            best = -heap[0][0] if heap else -math.inf
+            if frontier is not None and frontier.guesses[-1][0] > max(best, least):
                 self._child(frontier, frontier.guesses[-1][1])
+                frontier = self._best_frontier()
             elif heap and best >= least:
                 taken.append(heapq.heappop(heap)[2])
             else:

@@ -67,7 +67,8 @@ def measure(path: Path, first: int, last: int, dtype: str) -> dict[str, Any]:
     warm_up(files, kind)
     Path("/proc/self/clear_refs").write_text("5")
     before, start = _resident("VmRSS"), time.perf_counter()
-    stage = DecoderSlice(files, first, last, has_embedding=first == 0, has_head=last == files.config.num_layers, dtype=kind)
+    stage = DecoderSlice(files, first, last, has_embedding=first == 0, has_head=last == files.config.num_layers,
+                         dtype=kind)
     seconds, peak, after = time.perf_counter() - start, _resident("VmHWM"), _resident("VmRSS")
     weights = stage_bytes(files, first, last, kind, packed=stage.packed)
     return {"layers": f"{first}-{last}", "weight_mb": weights / 1e6, "peak_mb": (peak - before) / 1e6,

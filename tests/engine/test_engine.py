@@ -152,3 +152,26 @@ def test_a_listener_that_raises_is_dropped_and_the_run_goes_on() -> None:
     assert texts[0] == plain((4, 8, 15), 10)
     kinds = {type(event).__name__ for event in heard}
     assert kinds == {"Ready", "Launched", "Landed", "Drafted", "Emitted", "Died", "Finished"}
+
+
+def test_the_policy_changes_between_requests_on_the_same_stations() -> None:
+    engine = Engine(pipeline(4), make_policy("pp"))
+    for id, method in enumerate(("pipedec", "pp", "fullpipe", "chain")):
+        engine.use(make_policy(method))
+        texts, tracks, _ = run(engine, request(id=id))
+        assert texts[id] == plain((4, 8, 15), 40)
+        if method == "pp":
+            assert tracks[id].stats.steps_per_token == 4, "what the last request left behind takes no time"
+    engine.drain()
+
+
+def test_cancelled_rows_are_not_computed_by_the_stages_ahead_of_them() -> None:
+    rows: dict[str, int] = {}
+
+    def count(station: str, number: int, measured: float) -> float:
+        rows[station] = rows.get(station, 0) + number
+        return unit_costs(station, number, measured)
+
+    run(Engine(pipeline(8, accuracy=0.5, costs=count), make_policy("fullpipe")), request(tokens=80))
+    computed = [rows[f"stage {k}"] for k in range(8)]
+    assert computed == sorted(computed, reverse=True) and computed[-1] < 0.6 * computed[0]

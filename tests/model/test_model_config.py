@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import FAMILIES, tiny_model
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
 from fullpipe.model.config import ModelConfig
+from tiny import FAMILIES, tiny_model
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4,
          "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 100,
@@ -67,7 +67,8 @@ def test_end_tokens() -> None:
     ({"partial_rotary_factor": 0.5}, "50%"),
     ({"model_type": "mistral", "architectures": None, "sliding_window": 128}, "sliding window"),
     ({"model_type": "mistral", "architectures": None, "max_position_embeddings": 8192}, "sliding window"),
-    ({"model_type": "qwen2", "architectures": None, "sliding_window": 64, "use_sliding_window": True}, "sliding window"),
+    ({"model_type": "qwen2", "architectures": None, "sliding_window": 64, "use_sliding_window": True},
+     "sliding window"),
     ({"model_type": "qwen2", "architectures": None, "sliding_window": 64,
       "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding window"),
     ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "linear_attention"),

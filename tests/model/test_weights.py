@@ -11,13 +11,13 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, save, tiny_model, write_gguf
 
 from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
 from fullpipe.hub import resolve
 from fullpipe.model.decoder import DecoderSlice
 from fullpipe.model.gguf_file import read_header
 from fullpipe.model.weights import open_model
+from tiny import FAMILIES, save, tiny_model, write_gguf
 
 DOWN = "model.layers.3.mlp.down_proj.weight"
 Kind = gguf.GGMLQuantizationType
@@ -107,7 +107,7 @@ def test_a_stage_reads_only_its_own_layers(tmp_path: Path) -> None:
 def test_no_model_there(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nowhere"):
         open_model(tmp_path / "nowhere")
-    with pytest.raises(ModelNotFound, match="config.json"):
+    with pytest.raises(ModelNotFound, match=r"config\.json"):
         open_model(tmp_path)
 
 

@@ -57,13 +57,17 @@ class Segment:
 
 @dataclass(slots=True)
 class _View:
-    """A segment as every layer needs it. bias: float32 [1, r * groups (at least MIN_ROWS), width], 0 or -inf."""
+    """A segment as every layer needs it.
+
+    bias: float32 [kv_heads, r * groups (at least MIN_ROWS), width], 0 or -inf.
+    caches: for each layer the slots that are attended to, [2 * kv_heads, width, head_dim].
+    """
 
     rows: slice
-    cache: KVArena
+    arena: KVArena
     slots: Tensor
     bias: Tensor
-    width: int
+    caches: Sequence[Tensor]
 
 
 @dataclass(slots=True)
@@ -170,29 +174,27 @@ class DecoderSlice:
             queries_keys.copy_(self._normed(queries_keys, layer.qk_norm))
         qkv = _turned(qkv, turn)
         for view in views:
-            view.cache.write(index, view.slots, qkv[view.rows, heads:])
-        mixed = x.new_zeros(x.shape[0], self.config.q_size)
+            view.arena.write(index, view.slots, qkv[view.rows, heads:])
+        mixed = x.new_zeros(x.shape[0], heads, self.config.head_dim)
         for view in views:
-            mixed[view.rows] = self._attend(qkv[view.rows, :heads], view, index)
-        return layer.out(mixed)
+            self._attend(qkv[view.rows, :heads], view.caches[index], view.bias, mixed[view.rows])
+        return layer.out(mixed.flatten(1))
 
-    def _attend(self, queries: Tensor, view: _View, index: int) -> Tensor:
-        """queries: [r, heads, head_dim] -> [r, heads * head_dim], float64.
+    def _attend(self, queries: Tensor, cache: Tensor, bias: Tensor, out: Tensor) -> None:
+        """queries: [r, heads, head_dim]; fills out, of the same shape. cache and bias: see `_View`.
 
         The query heads that share a key-value head are rows of one product. Products with keys and the
         exponentials are float32 and do not mix slots; what sums over slots is float64.
         """
         rows, kv_heads, groups = len(queries), self.config.kv_heads, self.config.groups
-        keys = view.cache.keys(index)[:, : view.width].float()
-        values = view.cache.values(index)[:, : view.width].double()
-        q = queries.view(rows, kv_heads, groups, -1).transpose(0, 1).reshape(kv_heads, rows * groups, -1).float()
-        q = _padded(q)
-        scores = torch.baddbmm(view.bias.expand(kv_heads, -1, -1), q, keys.transpose(1, 2),
+        keys, values = cache.chunk(2)
+        q = queries.view(rows, kv_heads, groups, -1).transpose(0, 1).reshape(kv_heads, rows * groups, -1)
+        scores = torch.baddbmm(bias, _padded(q.float()), keys.float().transpose(1, 2),
                                alpha=self.config.head_dim**-0.5)
         weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().double()
-        mixed = torch.bmm(weights, values).div_(weights.sum(-1, keepdim=True))
+        mixed = torch.bmm(weights, values.double()).div_(weights.sum(-1, keepdim=True))
         mixed = mixed[:, : rows * groups].view(kv_heads, rows, groups, -1)
-        return mixed.transpose(0, 1).reshape(rows, -1)
+        out.view(rows, kv_heads, groups, -1).copy_(mixed.transpose(0, 1))
 
     def _view(self, segment: Segment) -> _View:
         groups, (rows, given) = self.config.groups, segment.mask.shape
@@ -200,7 +202,8 @@ class DecoderSlice:
         bias = torch.full((max(rows * groups, MIN_ROWS), width), -math.inf)
         bias[: rows * groups, :given].view(rows, groups, given).masked_fill_(segment.mask[:, None], 0.0)
         bias[rows * groups :] = 0.0
-        return _View(slice(segment.start, segment.end), segment.cache, segment.slots, bias[None], width)
+        return _View(slice(segment.start, segment.end), segment.cache, segment.slots,
+                     bias.expand(self.config.kv_heads, -1, -1), segment.cache.kv[:, :, :width].unbind())
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, in float32; weight: float32 [..., last dimension], over rows.
@@ -236,7 +239,8 @@ class _Turner:
     def __call__(self, positions: Tensor, rows: int) -> _Turn:
         angles = F.pad(positions, (0, rows - len(positions))).float()[:, None] * self._frequencies
         cosine, sine = angles.cos() * self._rope.attention_factor, angles.sin() * self._rope.attention_factor
-        return _Turn(self._spread(torch.cat((cosine, cosine), -1), 1.0), self._spread(torch.cat((-sine, sine), -1), 0.0))
+        return _Turn(self._spread(torch.cat((cosine, cosine), -1), 1.0),
+                     self._spread(torch.cat((-sine, sine), -1), 0.0))
 
     def _spread(self, table: Tensor, still: float) -> Tensor:
         """[rows, head_dim] -> [rows, heads + 2 * kv_heads, head_dim], `still` for the value heads."""
@@ -325,8 +329,10 @@ class _Loader:
         """Tensors one below the other, each read into its place."""
         shapes = [self._files.shape(name) for name in names]
         out = self._room(sum(shape[0] for shape in shapes), *shapes[0][1:])
-        for name, part in zip(names, out.split([shape[0] for shape in shapes]), strict=True):
-            self._files.read_into(name, part)
+        start = 0
+        for name, shape in zip(names, shapes, strict=True):
+            self._files.read_into(name, out[start : start + shape[0]])
+            start += shape[0]
         return out
 
     def _room(self, *shape: int) -> Tensor:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from torch import Tensor
 
 from fullpipe.errors import UnsupportedModel
-
-Kind = GGMLQuantizationType
 
 
 def block_shape(kind: Kind) -> tuple[int, int]:

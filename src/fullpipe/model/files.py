@@ -19,7 +19,7 @@ from fullpipe.errors import DamagedModel
 from fullpipe.model.config import ModelConfig, Sizes
 
 # Numbers converted at a time: they and their float32 copy stay in the processor's cache.
-BLOCK_NUMBERS = 1 << 16
+BLOCK_NUMBERS = 1 << 17
 
 FETCH_AGAIN = "Fetch the model again: `fullpipe pull NAME` checks what it has and replaces what is damaged."
 
@@ -105,7 +105,7 @@ class ModelFiles(ABC):
 
 def read_exactly(file: int, buffer: Tensor, offset: int) -> bool:
     """Fill a contiguous uint8 tensor from a descriptor; False when the file ends first."""
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy().data)
     while len(view):
         count = os.preadv(file, [view], offset)
         if count == 0:

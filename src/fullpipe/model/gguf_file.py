@@ -95,7 +95,7 @@ class _Cursor:
         if magic != b"GGUF":
             raise ValueError(f"it begins with {magic!r}")
         if version not in (2, 3):
-            raise UnsupportedModel(f"{self._path} is GGUF version {version}; versions 2 and 3 (little-endian) can be read",
+            raise UnsupportedModel(f"{self._path} is GGUF version {version}; 2 and 3 (little-endian) can be read",
                                    hint="Convert it with a current llama.cpp.")
         num_tensors, num_keys = self._unpack("QQ")
         metadata = dict(self._pair() for _ in range(num_keys))

@@ -25,7 +25,7 @@ _ROWS_HINT = 8
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this build of torch packs weights of this dtype."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
         weight = torch.ones(16, 16, dtype=dtype)

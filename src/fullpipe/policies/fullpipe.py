@@ -8,7 +8,7 @@ ahead by the same order, so that a late node's children are known when it enters
 
 from __future__ import annotations
 
-from fullpipe.policies.base import PROBABILITY_FLOOR, Policy
+from fullpipe.policies.base import PROBABILITY_FLOOR, Policy, root_if_new
 from fullpipe.tree.token_tree import Node, TokenTree
 
 
@@ -22,7 +22,9 @@ class FullPipe(Policy):
         self.draft_width = draft_width or max(16, 2 * width)
 
     def launch(self, tree: TokenTree, room: int) -> list[Node]:
-        return tree.take_unlaunched(min(self.width, room), self.floor)
+        # The root never lacks a slot; without it nothing could ever be freed.
+        least = len(root_if_new(tree))
+        return tree.take_unlaunched(min(self.width, max(room, least)), self.floor)
 
     def expand(self, tree: TokenTree, room: int) -> list[Node]:
         return tree.take_unasked(min(self.draft_width, room), self.floor)

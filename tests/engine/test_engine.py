@@ -6,7 +6,7 @@ The slow, obvious version is `plain`: ask the truth for the next token, append, 
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fullpipe.engine import Engine
@@ -53,7 +53,6 @@ def request(id: int = 0, prompt: tuple[int, ...] = (4, 8, 15), tokens: int = 40,
     return Request(id, prompt, SamplingParams(max_tokens=tokens), **kwargs)
 
 
-@settings(max_examples=60, deadline=None)
 @given(method=st.sampled_from(sorted(POLICIES)), stages=st.integers(1, 9), width=st.integers(1, 9),
        accuracy=st.sampled_from([0.0, 0.5, 0.9, 1.0]), chunk=st.integers(1, 8),
        prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), min_size=1, max_size=3),

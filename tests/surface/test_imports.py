@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "fullpipe"
 
 # From the bottom up. A module may import from lines above its own, and from its own entry, but not from its
-# neighbours on the line. The longest name that fits decides. docs/architecture.md draws the same list.
+# neighbours on the line. The longest name that fits decides. docs/architecture.md has the same list.
 LAYERS = (
     ("errors", "threads", "text"),
     ("request", "prompts"),
@@ -94,6 +95,14 @@ def test_a_module_imports_only_from_layers_below(module: str) -> None:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = {module: imports_of(path) - {module} for module, path in MODULES.items()}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+
+
+def test_the_list_is_the_documented_one() -> None:
+    text = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    documented = [tuple(re.findall(r"`([\w.]+)`", cell)) for cell in table]
+    start = documented.index(LAYERS[0])
+    assert tuple(documented[start : start + len(LAYERS) - 1]) == LAYERS[:-1]
 
 
 def test_every_entry_holds_a_module() -> None:

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fullpipe.messages import Expansion
@@ -144,7 +144,6 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["propose", "chain", "launch", "lay
                              st.integers(0, 2**16)), max_size=60)
 
 
-@settings(max_examples=150, deadline=None)
 @given(ACTIONS)
 def test_any_allowed_order_keeps_every_invariant(actions: list[tuple[str, int]]) -> None:
     t = tree(horizon=20)

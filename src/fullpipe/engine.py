@@ -48,7 +48,7 @@ class Engine:
     listeners: called with every event, the engine's own included; one that raises is dropped and logged.
     """
 
-    def __init__(self, pipeline: Pipeline, policy: Policy, *, chunk: int = 512, top_k: int = 16,
+    def __init__(self, pipeline: Pipeline, policy: Policy, *, chunk: int = 256, top_k: int = 16,
                  spare: int | None = None, listeners: Iterable[Listener] = ()) -> None:
         self.pipeline = pipeline
         self.policy = self._checked(policy)

@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/fullpipe demo
 
 test: $(READY)
-	$(BIN)/fullpipe pull smollm2-135m
+	$(BIN)/fullpipe pull smollm2-135m qwen2.5-coder-0.5b
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 check: $(READY)

@@ -164,8 +164,8 @@ def summary(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        print(f"{row['set']:<10} {row['method']:<9} w = {row['width']:<2}  {row['steps_per_token']:.3f} steps per token "
-              f"(offline model: {row['expected']}), hit rate {row['hit_rate']:.1%}")
+        print(f"{row['set']:<10} {row['method']:<9} w = {row['width']:<2}  {row['steps_per_token']:.3f} steps per "
+              f"token (offline model: {row['expected']}), hit rate {row['hit_rate']:.1%}")
 
 
 def say(line: str) -> None:

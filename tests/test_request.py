@@ -30,7 +30,7 @@ def test_values_out_of_range_are_refused(values: dict[str, object], message: str
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="unknown sampling parameters: temprature\nKnown are: .*temperature"):
+    with pytest.raises(UsageError, match=r"unknown sampling parameters: temprature\nKnown are: .*temperature"):
         SamplingParams.from_dict({"temprature": 1.0})
     with pytest.raises(TypeError):
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]

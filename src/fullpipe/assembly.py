@@ -18,6 +18,8 @@ from fullpipe.planning.partition import cut
 
 Say = Callable[[str], None]
 
+_HEARTBEAT_TIMEOUT_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
@@ -33,7 +35,7 @@ class Assembly:
 def assemble(model: str, *, draft: str, stages: int, needs_draft: bool, dtype: str,
              pipeline: Literal["inprocess", "distributed"], clock: Literal["virtual", "wall"],
              costs: Literal["measured", "unit"], link_ms: float, threads: int | None, max_model_len: int | None,
-             margins: bool, progress: Say) -> Assembly:
+             margins: bool, timeout: float, progress: Say) -> Assembly:
     """Everything that `LLM` needs, checked before the first weight is read."""
     for name, value, known in (("pipeline", pipeline, ("inprocess", "distributed")),
                                ("clock", clock, ("virtual", "wall")), ("costs", costs, ("measured", "unit")),
@@ -42,6 +44,8 @@ def assemble(model: str, *, draft: str, stages: int, needs_draft: bool, dtype: s
             raise UsageError(f"unknown {name} {value!r}", hint=f"Known are: {', '.join(known)}.")
     if link_ms < 0:
         raise UsageError(f"the link latency must be 0 or more (got {link_ms} ms)")
+    if not timeout > 0:
+        raise UsageError(f"the time-out must be above 0 (got {timeout:g} s)")
     from fullpipe.model.weights import open_model
 
     path = resolve(model)
@@ -57,7 +61,9 @@ def assemble(model: str, *, draft: str, stages: int, needs_draft: bool, dtype: s
     if pipeline == "distributed":
         from fullpipe.pipeline.distributed import DistributedPipeline
 
-        return Assembly(DistributedPipeline(specs, source, threads=threads or 1), tokenizer, "wall", length, vocab)
+        stations = DistributedPipeline(specs, source, threads=threads or 1, timeout=timeout,
+                                       heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, timeout))
+        return Assembly(stations, tokenizer, "wall", length, vocab)
     return Assembly(_inprocess(specs, source, clock, costs, link_ms, threads), tokenizer, clock, length, vocab)
 
 

@@ -84,6 +84,7 @@ class LLM:
     clock: for in-process runs, "virtual" (as if every stage had a machine like this one to itself) or "wall".
     costs: on the virtual clock, "measured", or "unit" (every stage step and draft call takes one second).
     threads: compute threads (in-process: of this process; distributed: of each stage; None: all, and one).
+    timeout: seconds without progress after which a station of a distributed pipeline counts as hung.
     max_num_seqs: prompts of one `generate` that share the pipeline at a time.
     listeners: called with every event. progress: called with a line on what is being loaded.
 
@@ -94,8 +95,9 @@ class LLM:
                  width: int = 8, depth: int | None = None, floor: float | None = None, dtype: str = "auto",
                  pipeline: Literal["inprocess", "distributed"] = "inprocess",
                  clock: Literal["virtual", "wall"] = "virtual", costs: Literal["measured", "unit"] = "measured",
-                 link_ms: float = 0.0, threads: int | None = None, max_model_len: int | None = None,
-                 max_num_seqs: int = 1, margins: bool = False, listeners: Iterable[Listener] = (),
+                 link_ms: float = 0.0, threads: int | None = None, timeout: float = 60.0,
+                 max_model_len: int | None = None, max_num_seqs: int = 1, margins: bool = False,
+                 listeners: Iterable[Listener] = (),
                  progress: Callable[[str], None] | None = None) -> None:
         policy = make_policy(method, width=width, depth=depth, floor=floor)  # refuse before anything is loaded
         if max_num_seqs < 1:
@@ -103,7 +105,7 @@ class LLM:
         self._assembly: Assembly = assemble(
             model, draft=draft, stages=stages, needs_draft=policy.needs_draft, dtype=dtype, pipeline=pipeline,
             clock=clock, costs=costs, link_ms=link_ms, threads=threads, max_model_len=max_model_len,
-            margins=margins, progress=progress or (lambda line: None))
+            margins=margins, timeout=timeout, progress=progress or (lambda line: None))
         self.tokenizer = self._assembly.tokenizer
         self.max_model_len = self._assembly.max_model_len
         self.num_stages = stages

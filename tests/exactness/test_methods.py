@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from fullpipe.engine import Engine
 from fullpipe.messages import Emitted
 from fullpipe.model.decoder import DecoderSlice

@@ -61,6 +61,7 @@ def test_siblings_do_not_see_each_other_and_a_reused_slot_forgets_its_dead_owner
     slots.apply(tree)
     assert slots.mask(tree).astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 1, 0, 1]]
     assert slots.path(tree, 2) == [7, 8, 20, 22]
+    assert [slots.tail(tree, 2, count) for count in (1, 2, 3)] == [[22], [20, 22], [8, 20, 22]]
     # Node 6 (slot 2) is committed, node 7 (slot 3) died; a new node takes slot 3.
     late = Part(0, [2], [9], [30], [3], [3], [[3]], [True])
     slots.apply(late)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fullpipe.errors import DamagedModel, DraftMismatch, UnsupportedModel, UsageError
 from fullpipe.hub import resolve
 from fullpipe.model.chat_template import ChatTemplate
-from fullpipe.model.gguf_header import read_metadata
+from fullpipe.model.gguf_header import read_header
 from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
 
 CHATML = (
@@ -95,7 +95,7 @@ def test_qwen_encodes_as_transformers_does() -> None:
     from transformers import AddedToken, Qwen2Tokenizer
 
     path = resolve("qwen2.5-coder-0.5b")
-    values = read_metadata(path)
+    values = read_header(path, arrays=True).metadata
     tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     theirs = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(tokens) if kinds[i] == 1},
@@ -249,7 +249,7 @@ def test_another_version_of_the_format_is_refused(backend: Any, tmp_path: Path) 
 def test_metadata_is_what_the_gguf_package_reads(backend: Any, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "whole.gguf", backend)
     fields = gguf.GGUFReader(path).fields
-    assert read_metadata(path) == {
+    assert read_header(path, arrays=True).metadata == {
         key: value.contents() for key, value in fields.items() if not key.startswith("GGUF.")
     }
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
 from fullpipe.hub import resolve
 from fullpipe.model.decoder import DecoderSlice
-from fullpipe.model.gguf_file import read_header
+from fullpipe.model.gguf_file import read_tensors
 from fullpipe.model.weights import open_model
 from tiny import FAMILIES, save, tiny_model, write_gguf
 
@@ -237,9 +237,9 @@ def test_one_part_of_a_split_gguf(tmp_path: Path) -> None:
 @pytest.mark.weights
 def test_the_header_of_a_real_file_is_what_the_gguf_package_reads() -> None:
     path = resolve("smollm2-135m")
-    header, reader = read_header(path), gguf.GGUFReader(path)
-    assert {name: (tensor.shape, tensor.kind, tensor.offset) for name, tensor in header.tensors.items()} == {
+    (metadata, tensors), reader = read_tensors(path), gguf.GGUFReader(path)
+    assert {name: (tensor.shape, tensor.kind, tensor.offset) for name, tensor in tensors.items()} == {
         tensor.name: (tuple(reversed(tensor.shape.tolist())), tensor.tensor_type, tensor.data_offset)
         for tensor in reader.tensors}
-    for key, value in header.metadata.items():
+    for key, value in metadata.items():
         assert reader.fields[key].contents() == value, key

@@ -31,7 +31,7 @@ LAYERS = (
     ("assembly",),
     ("llm",),
     ("cli",),
-    ("__init__",),  # the public names
+    ("__init__", "__main__"),  # the public names; `python -m fullpipe`
 )
 LEVELS = {entry: level for level, line in enumerate(LAYERS) for entry in line}
 

@@ -91,9 +91,10 @@ def _table(ours: Completion, plain: Completion, link_ms: float) -> None:
     faster = plain.timing["tbt_s"] / ours.timing["tbt_s"] if ours.timing["tbt_s"] else 0.0
     typer.echo(f"\nspeedup in virtual time: {faster:.2f}x    text identical: {_verdict(ours, plain)}")
     console.print_note(
-        f"\nVirtual time: the cluster described is {stages} devices with one stage each and one more for the draft, every"
-        f"\none as fast as this machine (costs measured here, step by step), with links of {link_ms} ms. This machine"
-        f"\ncomputes all of them in turn, which is the wall clock. A step is one service of stage 0; pp needs {stages} a token.")
+        f"\nVirtual time: the cluster described is {stages} devices with one stage each and one more for the draft,"
+        f"\nevery one as fast as this machine (costs measured here, step by step), with links of {link_ms} ms. This"
+        f"\nmachine computes all of them in turn, which is the wall clock. A step is one service of stage 0; pp needs"
+        f"\n{stages} a token.")
 
 
 def _verdict(ours: Completion, plain: Completion) -> str:

@@ -39,6 +39,7 @@ def generate(
     costs: options.CostsOption = options.Costs.measured,
     link_ms: options.LinkMs = 0.0,
     threads: options.Threads = None,
+    timeout: options.Timeout = 60.0,
     system: options.System = None,
     no_chat_template: options.NoChatTemplate = False,
     events: Annotated[Path | None, typer.Option("--events", help="Record the events here, a JSON line each.")] = None,
@@ -61,7 +62,7 @@ def generate(
         llm = stack.enter_context(LLM(
             model, draft=draft, stages=stages, method=method.value, width=width, depth=depth, dtype=dtype.value,
             pipeline=pipeline.value, clock=clock.value, costs=costs.value, link_ms=link_ms, threads=threads,
-            listeners=listeners, progress=console.print_note))
+            timeout=timeout, listeners=listeners, progress=console.print_note))
         _answer(llm, asked, params, as_json)
 
 

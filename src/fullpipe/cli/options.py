@@ -66,6 +66,8 @@ CostsOption = Annotated[Costs, typer.Option("--costs", help="Virtual time of a s
                                             "or one unit (1 s) each.")]
 LinkMs = Annotated[float, typer.Option("--link-ms", help="Latency of every hop, in virtual time.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Compute threads (distributed: of each stage, 1).")]
+Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Time without progress after which a "
+                                        "process of a distributed pipeline counts as hung.")]
 System = Annotated[str | None, typer.Option("--system", help="System message.")]
 NoChatTemplate = Annotated[bool, typer.Option("--no-chat-template", help="Continue the prompt as plain text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]

@@ -112,9 +112,9 @@ def _tensor_types(path: Path) -> dict[str, int]:
     if path.is_dir():
         counts = Counter(kind for file in _weight_files(path) for kind in _safetensors_types(file))
     else:
-        from fullpipe.model.gguf_file import read_header
+        from fullpipe.model.gguf_file import read_tensors
 
-        counts = Counter(tensor.kind.name for tensor in read_header(path).tensors.values())
+        counts = Counter(tensor.kind.name for tensor in read_tensors(path)[1].values())
     return dict(counts.most_common())
 
 

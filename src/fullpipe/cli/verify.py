@@ -57,6 +57,7 @@ def verify(
     dtype: options.DtypeOption = options.Dtype.auto,
     pipeline: options.PipelineOption = options.PipelineKind.inprocess,
     threads: options.Threads = None,
+    timeout: options.Timeout = 60.0,
     tolerance: Annotated[float | None, typer.Option("--tolerance", help="Logit margin below which a difference counts "
                                                     "as a near-tie.")] = None,
     system: options.System = None,
@@ -80,8 +81,8 @@ def verify(
     real_dtype = pick_dtype(dtype.value)
     near = NEAR_TIE[real_dtype] if tolerance is None else tolerance
     with LLM(model, draft=draft, stages=stages, method=methods[0], width=width, depth=depth, dtype=real_dtype,
-             pipeline=pipeline.value, costs="unit", threads=threads, margins=True,
-             progress=console.print_note) as llm:
+             pipeline=pipeline.value, costs="unit", threads=threads, timeout=timeout,
+             margins=True, progress=console.print_note) as llm:
         report = _compare(llm, questions, methods, params, width, depth, near, (system, no_chat_template))
     report |= {"model": model, "draft": draft, "stages": stages, "dtype": real_dtype, "near_tie_tolerance": near}
     _print(report, as_json)

@@ -97,6 +97,12 @@ class SlotTable:
 
     def path(self, part: Part, row: int) -> list[int]:
         """All tokens on the path of a row of `part`, in order, its own last."""
-        shared = self._order[: min(self.num_committed, part.positions[row] + 1)]
+        return self.tail(part, row, self.capacity)
+
+    def tail(self, part: Part, row: int, count: int) -> list[int]:
+        """The last `count` tokens of that path; fewer where it is shorter. Costs as much as it returns."""
+        branch = part.paths[row][-count:]
+        end = min(self.num_committed, part.positions[row] + 1)
+        shared = self._order[max(0, end - (count - len(branch))) : end]
         tokens: list[int] = self._token[shared].tolist()
-        return tokens + [int(self._token[slot]) for slot in part.paths[row]]
+        return tokens + [int(self._token[slot]) for slot in branch]

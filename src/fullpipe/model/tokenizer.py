@@ -19,7 +19,7 @@ import tokenizers
 
 from fullpipe.errors import DamagedModel, DraftMismatch, UnsupportedModel, UsageError
 from fullpipe.model.chat_template import ChatTemplate
-from fullpipe.model.gguf_header import read_metadata
+from fullpipe.model.gguf_header import read_header
 
 _REPLACEMENT = "�"  # what incomplete or invalid UTF-8 decodes to
 _MAX_CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so its beginning is at most so many tokens back
@@ -199,7 +199,7 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    metadata = read_metadata(path)
+    metadata = read_header(path, arrays=True).metadata
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     backend = _byte_level_bpe(path, values)
     tokens: list[str] = values["tokens"]

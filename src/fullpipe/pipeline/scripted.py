@@ -122,7 +122,7 @@ def _echo(node: int, token: int, count: int) -> Expansion:
 def answerer(truth: Truth) -> Answer:
     match truth:
         case {"kind": "hash", "vocab": int(vocab), "seed": int(seed)}:
-            return lambda table, part, row: hash_token(table.path(part, row), vocab, seed)
+            return lambda table, part, row: hash_token(table.tail(part, row, _CONTEXT), vocab, seed)
         case {"kind": "text", "tokens": [_, *_] as tokens}:
             return lambda table, part, row: int(
                 tokens[min(max(part.positions[row] + 1 - table.prompt_len, 0), len(tokens) - 1)])

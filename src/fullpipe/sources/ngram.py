@@ -195,7 +195,7 @@ class NgramSource:
         ahead = len(part.paths[row])
         if part.positions[row] + 1 - ahead != len(reader.index):
             return expansion  # the row branches off the committed path further back: it is dead
-        tail = reader.table.path(part, row)[-(ahead + self._max_n):]
+        tail = reader.table.tail(part, row, ahead + self._max_n)
         matches = reader.index.lookup(tail, ahead=ahead, max_continuation=self._max_continuation,
                                       max_matches=self._max_matches)
         _grow(expansion, matches, reader.rates, top_k)

@@ -42,7 +42,7 @@ class ScriptedSource:
         return expansions
 
     def _expand(self, table: SlotTable, part: Part, row: int, top_k: int) -> Expansion:
-        path = table.path(part, row)
+        path = table.tail(part, row, 3)
         truth = self._answer(table, part, row)
         chance = hash_token([*path[-2:], part.positions[row]], _RESOLUTION, self.seed) / _RESOLUTION
         wrong = [token for token in range(top_k + 1) if token != truth][:top_k]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny
 import tokenizers
 import torch
 from transformers import PreTrainedModel
+
+import tiny
 
 END = "<|im_end|>"
 TEMPLATE = "{% for message in messages %}{{ message.role }}:{{ message.content }};{% endfor %}assistant:"

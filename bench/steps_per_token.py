@@ -12,6 +12,7 @@ Run: python bench/steps_per_token.py --prompts ../shared/data/prompts/{humaneval
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -26,8 +27,10 @@ from fullpipe.threads import share_the_machine
 
 METHODS = (("pipedec", 4), ("pipedec", 8), ("fullpipe", 4), ("fullpipe", 8))
 # An independent offline model of the two policies counted these on the same prompts.
-EXPECTED = {"humaneval": (1.13, 1.10, 1.10, 1.08), "gsm8k": (1.42, 1.27, 1.30, 1.21),
-            "mt_bench": (2.34, 2.16, 2.14, 1.92)}
+_COUNTS = {"humaneval": (1.13, 1.10, 1.10, 1.08), "gsm8k": (1.42, 1.27, 1.30, 1.21),
+           "mt_bench": (2.34, 2.16, 2.14, 1.92)}
+EXPECTED = {(name, *method): count for name, counts in _COUNTS.items() for method, count in zip(METHODS, counts)}
+DRAFTS = {"model": "qwen2.5-coder-0.5b", "mix": "qwen2.5-coder-0.5b,ngram"}
 STAGES = 8
 
 
@@ -39,6 +42,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--real", type=int, default=0, help="prompts per file to run with all stages real, too")
+    parser.add_argument("--draft", choices=("model", "mix"), default="model", help="mix: the model and n-gram")
+    parser.add_argument("--methods", nargs="+", default=[f"{method}:{width}" for method, width in METHODS],
+                        help="METHOD:WIDTH ...")
+    parser.add_argument("--recorded", type=Path, help="keep the target's tokens here, and take them from here")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="steps_per_token", help="name of the receipt")
     parser.add_argument("--write", action="store_true")
@@ -48,9 +55,15 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     params = SamplingParams(max_tokens=arguments.tokens, temperature=arguments.temperature, seed=arguments.seed)
-    recorded = record(arguments.prompts, arguments.limit, params, arguments.threads)
-    samples = replay_all(recorded, params)
-    checked = check_real(recorded, samples, params, arguments.real, arguments.threads)
+    methods = [(method, int(width)) for method, _, width in (one.partition(":") for one in arguments.methods)]
+    if arguments.recorded and arguments.recorded.exists():
+        recorded = json.loads(arguments.recorded.read_text())
+    else:
+        recorded = record(arguments.prompts, arguments.limit, params, arguments.threads)
+    if arguments.recorded:
+        arguments.recorded.write_text(json.dumps(recorded))
+    samples = replay_all(recorded, params, methods, arguments.draft)
+    checked = check_real(recorded, samples, params, methods, arguments)
     results = summary(samples)
     print_table(results)
     finish(receipt(arguments.name, {"table": results, "checked_with_real_stages": checked}, samples),
@@ -74,15 +87,18 @@ def record(files: list[Path], limit: int, params: SamplingParams, threads: int) 
     return rows
 
 
-def replay_all(recorded: list[dict[str, Any]], params: SamplingParams) -> list[dict[str, Any]]:
+def replay_all(recorded: list[dict[str, Any]], params: SamplingParams, methods: list[tuple[str, int]],
+               kind: str) -> list[dict[str, Any]]:
+    from fullpipe.assembly import draft_names, draft_spec
     from fullpipe.model.tokenizer import Tokenizer
-    from fullpipe.sources.draft_model import build_draft_model
 
-    vocab = Tokenizer.load(resolve("qwen2.5-coder-1.5b")).vocab_size
-    draft = build_draft_model(model=str(resolve("qwen2.5-coder-0.5b")), dtype="bfloat16", vocab=vocab)
+    target = Tokenizer.load(resolve("qwen2.5-coder-1.5b"))
+    spec = draft_spec(draft_names("", DRAFTS[kind]), target, "bfloat16", target.vocab_size)
+    assert spec is not None
+    draft = spec.build()
     samples = []
     for row in recorded:
-        for method, width in METHODS:
+        for method, width in methods:
             begun = time.monotonic()
             stats = replay(row, draft, method, width, params)
             samples.append({key: row[key] for key in ("set", "id")} | stats)
@@ -120,19 +136,20 @@ def replay(row: dict[str, Any], draft: Any, method: str, width: int, params: Sam
             "draft_rows": stats.draft_rows}
 
 
-def check_real(recorded: list[dict[str, Any]], samples: list[dict[str, Any]], params: SamplingParams, count: int,
-               threads: int) -> list[str]:
+def check_real(recorded: list[dict[str, Any]], samples: list[dict[str, Any]], params: SamplingParams,
+               methods: list[tuple[str, int]], arguments: argparse.Namespace) -> list[str]:
     """Run some prompts with all stages real: same text, steps, hits and misses as in the replay."""
     from fullpipe.llm import LLM
 
-    if not count:
+    if not arguments.real:
         return []
     checked = []
-    with LLM("qwen2.5-coder-1.5b", stages=STAGES, dtype="bfloat16", costs="unit", threads=threads) as llm:
-        for method, width in METHODS:
+    with LLM("qwen2.5-coder-1.5b", draft=DRAFTS[arguments.draft], stages=STAGES, dtype="bfloat16", costs="unit",
+             threads=arguments.threads) as llm:
+        for method, width in methods:
             llm.use(method, width=width)
             for name in dict.fromkeys(row["set"] for row in recorded):
-                for row in [row for row in recorded if row["set"] == name][:count]:
+                for row in [row for row in recorded if row["set"] == name][: arguments.real]:
                     (real,) = llm.generate([row["prompt"]], params)
                     (want,) = (one for one in samples if (one["set"], one["id"], one["method"], one["width"])
                                == (name, row["id"], method, width))
@@ -152,12 +169,12 @@ def summary(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per set and method: all steps over all tokens, as the expectation counts them."""
     rows = []
     for name in dict.fromkeys(one["set"] for one in samples):
-        for index, (method, width) in enumerate(METHODS):
+        for method, width in dict.fromkeys((one["method"], one["width"]) for one in samples):
             mine = [one for one in samples if (one["set"], one["method"], one["width"]) == (name, method, width)]
             steps, tokens = sum(one["steps"] for one in mine), sum(one["tokens"] for one in mine)
             hits, misses = sum(one["hits"] for one in mine), sum(one["misses"] for one in mine)
             rows.append({"set": name, "method": method, "width": width, "steps_per_token": round(steps / tokens, 3),
-                         "expected": EXPECTED.get(name, (None,) * 4)[index],
+                         "expected": EXPECTED.get((name, method, width)),
                          "hit_rate": round(hits / (hits + misses), 4)})
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,9 @@ from fullpipe.pipeline.spec import StationSpec
 from fullpipe.planning.partition import cut
 
 Say = Callable[[str], None]
+_NGRAM = "fullpipe.sources.ngram:build_ngram"
+# Beside a model, a match of a single token only displaces better guesses (docs/log.md).
+_MIXED_MIN_N = 2
 
 _HEARTBEAT_TIMEOUT_S = 10.0
 
@@ -42,20 +44,28 @@ def assemble(model: str, *, draft: str, stages: int, needs_draft: bool, dtype: s
                                ("dtype", dtype, ("auto", "float32", "bfloat16"))):
         if value not in known:
             raise UsageError(f"unknown {name} {value!r}", hint=f"Known are: {', '.join(known)}.")
-    if link_ms < 0:
-        raise UsageError(f"the link latency must be 0 or more (got {link_ms} ms)")
-    if not timeout > 0:
-        raise UsageError(f"the time-out must be above 0 (got {timeout:g} s)")
+    for ok, what in (
+        (link_ms >= 0, f"the link latency must be 0 or more (got {link_ms} ms)"),
+        (timeout > 0, f"the time-out must be above 0 (got {timeout:g} s)"),
+        (threads is None or threads >= 1, f"threads must be 1 or more (got {threads})"),
+        (max_model_len is None or max_model_len >= 1, f"max_model_len must be 1 or more (got {max_model_len})"),
+        (not link_ms or (pipeline, clock) == ("inprocess", "virtual"),
+         "a link latency can be given for virtual time only; on the wall clock links are what they are"),
+    ):
+        if not ok:
+            raise UsageError(what)
     from fullpipe.model.weights import open_model
 
     path = resolve(model)
     files = open_model(path)
     tokenizer = Tokenizer.load(path)
-    vocab = min(tokenizer.vocab_size, files.config.vocab_size)
+    vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     dtype = pick_dtype(dtype)
     specs = stage_specs(path, files.config, stages, dtype, vocab, margins)
     wanted = needs_draft or draft != "auto"
-    source = draft_spec(default_draft(model, draft), tokenizer, dtype, vocab) if wanted else None
+    source = draft_spec(draft_names(model, draft), tokenizer, dtype, vocab) if wanted else None
+    if needs_draft and source is None:
+        raise UsageError("this method needs a draft", hint="Name one (a model, or ngram), or use the method pp.")
     length = min(max_model_len or files.config.max_positions, files.config.max_positions)
     progress(f"loading {path.name} as {stages} stages in {dtype}")
     if pipeline == "distributed":
@@ -73,7 +83,8 @@ def _inprocess(specs: list[StationSpec], source: StationSpec | None, clock: Lite
 
     from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs, unit_costs
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if threads is not None:
+        torch.set_num_threads(threads)
     return InProcessPipeline([spec.build() for spec in specs], source.build() if source else None,  # type: ignore
                              clock=clock, costs=unit_costs if costs == "unit" else measured_costs,
                              link_s=link_ms / 1e3)
@@ -91,29 +102,40 @@ def stage_specs(path: Path, config: ModelConfig, stages: int, dtype: str, vocab:
             for k, part in enumerate(ranges)]
 
 
-def default_draft(model: str, draft: str) -> str:
-    """What "auto" means: the catalogue's partner of the model, else n-gram."""
-    if draft != "auto":
-        return draft
-    return CATALOGUE[model].draft if model in CATALOGUE else "ngram"
-
-
-def draft_spec(draft: str, target: Tokenizer, dtype: str, vocab: int) -> StationSpec | None:
-    """The draft station's spec, or None for "none". Raises DraftMismatch for another vocabulary."""
-    names = [name.strip() for name in draft.split(",")]
+def draft_names(model: str, draft: str) -> list[str]:
+    """The sources that `draft` stands for, in order; empty for "none"."""
+    names = [name.strip() for name in default_draft(model, draft).split(",")]
     if names == ["none"]:
-        return None
+        return []
     if not all(names) or "none" in names:
         raise UsageError(f"{draft!r} names no draft", hint="Use none, ngram, a model, or several with commas between.")
-    specs = [_one_draft(name, target, dtype, vocab) for name in names]
+    return names
+
+
+def default_draft(model: str, draft: str) -> str:
+    """What "auto" means: n-gram, together with the model's partner where the catalogue has one."""
+    if draft != "auto":
+        return draft
+    partner = CATALOGUE[model].draft if model in CATALOGUE else "ngram"
+    return partner if partner == "ngram" else f"{partner},ngram"
+
+
+def draft_spec(names: list[str], target: Tokenizer, dtype: str, vocab: int) -> StationSpec | None:
+    """The draft station's spec, or None without names. Raises DraftMismatch for another vocabulary."""
+    if not names:
+        return None
+    # Models judge every token, n-gram knows a few: the order that `mix.merge` wants.
+    specs = [_one_draft(name, target, dtype, vocab) for name in sorted(names, key=lambda name: name == "ngram")]
     if len(specs) == 1:
         return specs[0]
+    if specs[-1].builder == _NGRAM:
+        specs[-1] = StationSpec(_NGRAM, {"min_n": _MIXED_MIN_N})
     return StationSpec("fullpipe.sources.mix:build_mix", {"sources": [spec.to_dict() for spec in specs]})
 
 
 def _one_draft(name: str, target: Tokenizer, dtype: str, vocab: int) -> StationSpec:
     if name == "ngram":
-        return StationSpec("fullpipe.sources.ngram:build_ngram")
+        return StationSpec(_NGRAM)
     path = resolve(name)
     check_same_vocabulary(target, Tokenizer.load(path))
     return StationSpec("fullpipe.sources.draft_model:build_draft_model",

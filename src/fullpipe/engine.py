@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from itertools import count
 
-from fullpipe.errors import StationFailed, UsageError
+from fullpipe.errors import PipelineError, StationFailed, UsageError
 from fullpipe.messages import (
     Died,
     Drafted,
@@ -33,6 +33,8 @@ from fullpipe.track import Track
 from fullpipe.tree.token_tree import Node
 
 log = logging.getLogger(__name__)
+
+_AFTER_FAILURE = "What was emitted is kept. Start again; if the station was only slow, allow it a longer time-out."
 
 Judge = Callable[[int], str | None]
 """Looks at each emitted token and returns a finish reason to end the request there, or None."""
@@ -65,6 +67,7 @@ class Engine:
         self._closes: dict[str, list[int]] = {"stages": [], "draft": []}
         self._stage_ready = False
         self._draft_ready = True
+        self._broken = False  # for good, once a step ended in the middle
         self._now = pipeline.now()
         self._news: list[Emitted | Finished] = []
 
@@ -76,6 +79,7 @@ class Engine:
 
     def submit(self, request: Request, judge: Judge | None = None) -> Track:
         """Take a request in. The track's `stats` grow while it runs and stay valid after its end."""
+        self._check_whole()
         assert request.id not in self._tracks, "request ids must be unique"
         ample = 64 + 4 * self.pipeline.num_stages * self.policy.width
         spare = max(ample if self._spare is None else self._spare, self.policy.least_slots)
@@ -98,7 +102,9 @@ class Engine:
 
     def drain(self) -> None:
         """Wait until the stations are empty and have closed the arenas of finished requests."""
-        assert not self._tracks, "requests are running"
+        self._check_whole()
+        if self._tracks:
+            raise UsageError("another request is running", hint="Wait for it, or close its stream first.")
         while self._flights or self._closes["stages"] or self._closes["draft"] or not self._draft_ready:
             self.step()
 
@@ -108,11 +114,25 @@ class Engine:
                              hint="Name one (a model, or ngram), or use the method pp.")
         return policy
 
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise PipelineError("the pipeline stopped in the middle of a step and cannot go on",
+                                hint="Make a new one (a new LLM).")
+
     def step(self) -> list[Emitted | Finished]:
         """Send what can be sent, wait for the next events, act on them. Returns what users want to know.
 
-        Raises StationFailed when a stage or the draft is gone; what was emitted before has been returned.
+        Raises StationFailed when a stage or the draft is gone; what was emitted before stands in the tracks.
+        After an exception of any kind, Ctrl-C included, nobody knows what the stations hold: the engine
+        takes nothing more.
         """
+        try:
+            return self._step()
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _step(self) -> list[Emitted | Finished]:
         self._send()
         for event in self.pipeline.events():
             self._now = event.time
@@ -125,7 +145,7 @@ class Engine:
                 case Drafted():
                     self._on_drafted(event)
                 case Failed():
-                    raise StationFailed(event.station, event.reason)
+                    raise StationFailed(event.station, event.reason, hint=_AFTER_FAILURE)
         self._send()
         news, self._news = self._news, []
         return news
@@ -141,7 +161,7 @@ class Engine:
             self.pipeline.draft(job)
 
     def _next_flight(self) -> Flight | None:
-        flight = Flight(next(self._flight_ids), opens=self._openings("stages"), closes=self._closings("stages"))
+        flight = Flight(-1, opens=self._openings("stages"), closes=self._closings("stages"))
         rows: list[tuple[Track, Node | None]] = []
         for track in self._tracks.values():
             part = self._flight_part(track, rows)
@@ -150,6 +170,7 @@ class Engine:
                 flight.parts.append(part)
         if not (flight.parts or flight.opens or flight.closes):
             return None
+        flight.id = next(self._flight_ids)
         self._flights[flight.id] = rows
         if self._listeners:
             self._tell_launched(flight, [node for _, node in rows if node is not None])
@@ -172,8 +193,7 @@ class Engine:
         return part
 
     def _next_job(self) -> Flight | None:
-        job = Flight(next(self._job_ids), opens=self._openings("draft"), closes=self._closings("draft"),
-                     top_k=self._top_k)
+        job = Flight(-1, opens=self._openings("draft"), closes=self._closings("draft"), top_k=self._top_k)
         for track in self._tracks.values() if self.policy.needs_draft else ():
             part = self._job_part(track)
             if len(part):
@@ -181,7 +201,10 @@ class Engine:
                 job.parts.append(part)
                 track.stats.draft_calls += 1
                 track.stats.draft_rows += len(part)
-        return job if job.parts or job.opens or job.closes else None
+        if not (job.parts or job.opens or job.closes):
+            return None
+        job.id = next(self._job_ids)
+        return job
 
     def _job_part(self, track: Track) -> Part:
         """What the draft has not seen of the committed path, and then the nodes to propose children for,
@@ -289,7 +312,7 @@ class Engine:
                 node.died_at = self._now
                 launched.append(node.id)
             self._asked.pop(node.id, None)
-        if launched:
+        if launched and not self._broken:
             self.pipeline.cancel(launched)
         if dead and self._listeners:
             self._tell(Died(self._now, track.request.id, [node.id for node in dead]))

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from types import TracebackType
@@ -67,17 +68,24 @@ class _Running:
     track: Track
     reply: Reply
     begun: float
-    token_ids: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     reason: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.track.tokens) - self.track.num_prompt
+
+    def tokens(self, first: int = 0) -> list[int]:
+        """What was emitted, from the track: there it stands even when the step that emitted it raised."""
+        return self.track.tokens[self.track.num_prompt + first :]
 
 
 class LLM:
     """A model behind a pipeline of stages, ready to answer.
 
     model: a catalogue name, a safetensors directory, a GGUF file, or a Hugging Face id.
-    draft: "auto" (the catalogue's partner of the model, else ngram), "none", "ngram", a model as above, or
-    several of them with commas between, whose guesses are merged.
+    draft: "auto" (n-gram, and the catalogue's partner of the model if it has one), "none", "ngram", a model as
+    above, or several of them with commas between, whose guesses are merged.
     stages: how many. method, width, depth, floor: see `fullpipe.policies`.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 where the processor computes in it).
     pipeline: "inprocess" (all stages here) or "distributed" (a process per stage).
@@ -110,27 +118,36 @@ class LLM:
         self.max_model_len = self._assembly.max_model_len
         self.num_stages = stages
         self.max_num_seqs = max_num_seqs
-        self._engine = Engine(self._assembly.pipeline, policy, listeners=listeners)
+        self._engine = Engine(self._assembly.pipeline, policy, listeners=listeners)  # the draft has been checked
         self._ids = count()
 
     # ---- asking ------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
-        """Answer one prompt or several; results in order of the prompts."""
-        waiting = list(enumerate(self._as_prompts(prompts)))
-        requests = [self._request(prompt, params or SamplingParams()) for _, prompt in waiting]
+        """Answer one prompt or several; results in order of the prompts.
+
+        When a station fails or Ctrl-C comes, the exception's `completions` hold what there is: whole answers,
+        and begun ones with the finish reason "error" or "abort".
+        """
+        requests = [self._request(prompt, params or SamplingParams()) for prompt in self._as_prompts(prompts)]
         done: dict[int, Completion] = {}
         running: dict[int, _Running] = {}
-        pending = list(requests)
+        pending = deque(requests)
         self._engine.drain()
         try:
             while pending or running:
                 while pending and len(running) < self.max_num_seqs:
-                    request = pending.pop(0)
+                    request = pending.popleft()
                     running[request.id] = self._start(request)
                 self._step(running)
                 for id in [id for id, one in running.items() if one.reason]:
                     done[id] = self._completion(running.pop(id))
+        except (FullpipeError, KeyboardInterrupt) as error:
+            for id, one in running.items():
+                one.reason = one.track.finished or ("abort" if isinstance(error, KeyboardInterrupt) else "error")
+                done[id] = self._completion(one)
+            error.completions = [done[request.id] for request in requests if request.id in done]  # type: ignore
+            raise
         finally:
             for id in running:
                 self._engine.abort(id)
@@ -140,29 +157,31 @@ class LLM:
         """Answer a conversation through the model's chat template."""
         return self.generate([messages], params)[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Answer one prompt piece by piece; the last chunk carries the completion. Closing the iterator
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
+        """Answer one prompt piece by piece; the last chunk carries the completion. Closing the generator
         aborts the request. When a station fails or Ctrl-C comes, the last chunk (finish reason "error" or
-        "abort") still comes before the exception is raised."""
+        "abort") still comes before the exception is raised; who is hit by Ctrl-C between two chunks gets it
+        from `throw`."""
         request = self._request(prompt, params or SamplingParams())
         self._engine.drain()
         one = self._start(request)
         running = {request.id: one}
-        sent = 0
+        sent, last = 0, False
         try:
             while one.reason is None:
                 self._step(running)
                 text = one.reply.fresh()
-                if one.reason is None and (text or len(one.token_ids) > sent):
-                    yield Chunk(text, one.token_ids[sent:])
-                    sent = len(one.token_ids)
+                if one.reason is None and (text or one.num_tokens > sent):
+                    first, sent = sent, one.num_tokens
+                    yield Chunk(text, one.tokens(first))
                 elif one.reason is not None:
-                    completion = self._completion(one)
-                    yield Chunk(text + one.reply.fresh(), one.token_ids[sent:], completion)
+                    completion, last = self._completion(one), True
+                    yield Chunk(text + one.reply.fresh(), one.tokens(sent), completion)
         except (FullpipeError, KeyboardInterrupt) as error:
-            one.reason = "abort" if isinstance(error, KeyboardInterrupt) else "error"
-            completion = self._completion(one)
-            yield Chunk(one.reply.fresh(), one.token_ids[sent:], completion)
+            if not last:
+                one.reason = one.track.finished or ("abort" if isinstance(error, KeyboardInterrupt) else "error")
+                completion, last = self._completion(one), True
+                yield Chunk(one.reply.fresh(), one.tokens(sent), completion)
             raise
         finally:
             self._engine.abort(request.id)
@@ -229,10 +248,8 @@ class LLM:
             one = running.get(event.request)
             if one is None:
                 continue
-            if isinstance(event, Emitted):
-                one.token_ids.append(event.token)
-                if event.margin is not None:
-                    one.margins.append(event.margin)
+            if isinstance(event, Emitted) and event.margin is not None:
+                one.margins.append(event.margin)
             elif isinstance(event, Finished):
                 one.reason = event.reason
 
@@ -241,8 +258,8 @@ class LLM:
         stats, prompt = one.track.stats, one.track.request.prompt
         spent = (stats.last_token or 0.0) - stats.started
         return Completion(
-            one.reply.text, one.token_ids, one.reason or "abort",
-            {"prompt_tokens": len(prompt), "completion_tokens": len(one.token_ids)},
+            one.reply.text, one.tokens(), one.reason or "abort",
+            {"prompt_tokens": len(prompt), "completion_tokens": one.num_tokens},
             stats.speculation(self._engine.policy.name, self.num_stages, self._engine.policy.width),
             {"clock": self._assembly.clock, "ttft_s": stats.ttft_s, "tbt_s": stats.tbt_s,
              "tokens_per_s": stats.num_emitted / spent if stats.num_emitted and spent > 0 else 0.0,

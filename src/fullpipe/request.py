@@ -11,7 +11,10 @@ from fullpipe.errors import PromptError, UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is picked; names and defaults as vLLM has them, except temperature.
+    """How the next token is picked; names and meanings as vLLM has them.
+
+    Three defaults differ: temperature 0 (greedy), max_tokens 128, and seed 0: the same question gets the
+    same answer. Give each request a seed of its own for different samples.
 
     Processors act on the target's logits in the order of transformers: bias, repetition penalty,
     frequency and presence penalty, temperature, top-k, top-p, min-p. Then the token is
@@ -45,8 +48,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for ok, what in (
             (math.isfinite(self.temperature) and self.temperature >= 0, "temperature must be 0 or more"),
             (self.top_k >= -1, "top_k must be -1, 0 (both: off) or more"),
@@ -58,6 +63,7 @@ class SamplingParams:
             (0 <= self.seed < 2**64, "seed must be in [0, 2**64)"),
             (self.max_tokens >= 1, "max_tokens must be 1 or more"),
             (all(self.stop), "stop strings must not be empty"),
+            (all(map(math.isfinite, self.logit_bias.values())), "logit_bias must hold finite numbers"),
         ):
             if not ok:
                 raise UsageError(f"{what} (got {self._shown(what.split()[0])})")

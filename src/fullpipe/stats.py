@@ -11,8 +11,8 @@ from fullpipe.messages import Leg
 class RequestStats:
     """All times in seconds of the pipeline's clock.
 
-    stage_seconds: time that stages spent on flights with rows of this request, alive_seconds: the share
-    of it that was spent on rows that were alive when the stage was done with them.
+    alive_seconds: time that stages spent, since the first launch, on rows of this request that were alive
+    when the stage was done with them. Flights that had not landed when the request ended are not counted.
     """
 
     started: float
@@ -46,8 +46,9 @@ class RequestStats:
 
     def on_leg(self, leg: Leg, alive: int) -> None:
         """A stage's stay of a flight; `alive` of its rows belong to this request and were alive at its end."""
-        if leg.nodes:
-            self.alive_seconds += (leg.end - leg.start) * alive / len(leg.nodes)
+        if leg.nodes and self.first_launch is not None:
+            since = max(leg.start, self.first_launch)  # of a prompt's earlier chunks, only what came after
+            self.alive_seconds += max(leg.end - since, 0.0) * alive / len(leg.nodes)
 
     def on_period(self, leg: Leg) -> None:
         """Stage 0's stay of a flight without prompt rows: one service period."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fullpipe.engine import Engine
-from fullpipe.errors import UsageError
+from fullpipe.errors import PipelineError, UsageError
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.scripted import ScriptedStage, hash_token
@@ -174,3 +174,33 @@ def test_cancelled_rows_are_not_computed_by_the_stages_ahead_of_them() -> None:
     run(Engine(pipeline(8, accuracy=0.5, costs=count), make_policy("fullpipe")), request(tokens=80))
     computed = [rows[f"stage {k}"] for k in range(8)]
     assert computed == sorted(computed, reverse=True) and computed[-1] < 0.6 * computed[0]
+
+
+def test_after_an_exception_in_the_middle_of_a_step_the_engine_takes_nothing_more() -> None:
+    class Unlucky(ScriptedStage):
+        def run(self, flight, hidden):  # type: ignore[no-untyped-def]
+            if flight.id == 3:
+                raise KeyboardInterrupt
+            return super().run(flight, hidden)
+
+    engine = Engine(InProcessPipeline([Unlucky(0, 1, TRUTH)]), make_policy("pp"))
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, request())
+    engine.abort(0)
+    for use in (engine.drain, lambda: engine.submit(request(id=1)), lambda: engine.use(make_policy("pp"))):
+        with pytest.raises(PipelineError, match=r"cannot go on\nMake a new one"):
+            use()
+
+
+def test_draining_under_a_running_request_is_refused() -> None:
+    engine = Engine(pipeline(2), make_policy("pp"))
+    engine.submit(request())
+    with pytest.raises(UsageError, match="another request is running"):
+        engine.drain()
+
+
+def test_fill_does_not_count_what_came_before_the_first_launch() -> None:
+    _, tracks, _ = run(Engine(pipeline(8), make_policy("pp"), chunk=4), request(prompt=tuple(range(50)), tokens=10))
+    stats = tracks[0].stats
+    # The last chunks are still in the stages when the root enters: 7 + 6 + ... + 1 stage steps beside its own.
+    assert stats.fill(8) == pytest.approx((8 * 10 + 28) / (8 * 80))

@@ -14,7 +14,7 @@ from fullpipe.cli import console, options
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
-    from fullpipe.llm import LLM, Completion, Prompt
+    from fullpipe.llm import LLM, Chunk, Completion, Prompt
 
 
 def generate(
@@ -68,10 +68,11 @@ def generate(
 
 def fetch_all(model: str, draft: str, method: str) -> None:
     """Fetch what is missing, with a progress bar, before anything is loaded."""
+    from fullpipe.assembly import draft_names
+
     names = [model]
     if method != "pp" or draft != "auto":
-        partner = hub.CATALOGUE[model].draft if draft == "auto" and model in hub.CATALOGUE else draft
-        names += [name for name in partner.split(",") if name not in ("auto", "none", "ngram")]
+        names += [name for name in draft_names(model, draft) if name != "ngram"]
     with console.TransferBar() as bar:
         for name in names:
             hub.resolve(name, progress=bar)
@@ -79,12 +80,22 @@ def fetch_all(model: str, draft: str, method: str) -> None:
 
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, as_json: bool) -> None:
     """Stream it. Whatever ends it, what was emitted has been printed."""
-    for chunk in llm.stream(prompt, params):
-        if not as_json:
-            sys.stdout.write(chunk.text + ("\n" if chunk.completion else ""))
-            sys.stdout.flush()
-        if chunk.completion is not None:
-            _conclude(chunk.completion, as_json)
+    chunks = llm.stream(prompt, params)
+    try:
+        for chunk in chunks:
+            _print(chunk, as_json)
+    except KeyboardInterrupt as interrupt:
+        # The stream knows of it, and has ended, unless it came while we were printing. Then it ends now.
+        _print(chunks.throw(interrupt), as_json)
+        raise
+
+
+def _print(chunk: Chunk, as_json: bool) -> None:
+    if not as_json:
+        sys.stdout.write(chunk.text + ("\n" if chunk.completion else ""))
+        sys.stdout.flush()
+    if chunk.completion is not None:
+        _conclude(chunk.completion, as_json)
 
 
 def _conclude(completion: Completion, as_json: bool) -> None:

@@ -43,7 +43,7 @@ class Costs(StrEnum):
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Catalogue name, safetensors directory, GGUF file, or "
                                     "Hugging Face id.")]
-Draft = Annotated[str, typer.Option("--draft", "-d", help="Who guesses: auto (the model's partner, else ngram), none, "
+Draft = Annotated[str, typer.Option("--draft", "-d", help="Who guesses: auto (ngram, and the model's partner), none, "
                                     "ngram, a model, or several with commas between.")]
 Stages = Annotated[int, typer.Option("--stages", help="Pipeline stages to cut the model into.")]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which nodes enter the pipeline, and when.")]

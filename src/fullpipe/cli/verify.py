@@ -24,7 +24,8 @@ NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first token at which a method left `pp`'s text. margins: how far each pick stood above its rival."""
+    """The first token at which a method left `pp`'s text. margins: how far each pick's logit stood above its
+    rival's, noise included."""
 
     prompt: str
     method: str
@@ -104,20 +105,22 @@ def _compare(llm: LLM, questions: list[FilePrompt], methods: list[str], params: 
                                f"per token")
     found = [difference for method in methods for question, one, reference in
              zip(questions, texts[method], texts["pp"])
-             if (difference := first_difference(question.id, method, one, reference, near))]
+             if (difference := first_difference(question.id, method, one, reference, near,
+                                                params.temperature or 1.0))]
     return {"prompts": len(questions), "methods": methods,
             "tokens": sum(len(one.token_ids) for one in texts["pp"]),
             "identical": not found, "near_ties": sum(difference.near_tie for difference in found),
             "differences": [asdict(difference) for difference in found]}
 
 
-def first_difference(prompt: str, method: str, one: Completion, reference: Completion,
-                     near: float) -> Difference | None:
+def first_difference(prompt: str, method: str, one: Completion, reference: Completion, near: float,
+                     temperature: float = 1.0) -> Difference | None:
     """Where `one` leaves `reference`; None when they are the same. Past that point both are right about
     different texts, so nothing is compared there."""
     for index, (token, wanted) in enumerate(zip(one.token_ids, reference.token_ids)):
         if token != wanted:
-            margins = one.margins[index], reference.margins[index]
+            # Margins are of scores that the temperature has divided; near-ties are of logits.
+            margins = one.margins[index] * temperature, reference.margins[index] * temperature
             return Difference(prompt, method, index, token, wanted, *margins, near_tie=max(margins) <= near)
     if len(one.token_ids) != len(reference.token_ids):
         return Difference(prompt, method, min(len(one.token_ids), len(reference.token_ids)), -1, -1,

@@ -21,7 +21,7 @@ class Pipeline(ABC):
       The engine launches at most one flight per `Ready`.
     - `events` blocks until something happened, and returns everything that happened up to one instant,
       in order of time. It never returns an empty list. Times never run backwards.
-    - `cancel` overtakes. Nothing depends on its arriving in time, or at all.
+    - `cancel` overtakes. Nothing depends on its arriving in time, or at all; it may be called at any time.
     - A station that dies or hangs is reported by one `Failed` event; afterwards only `close` may be called.
     - `close` may be called at any time and more than once; it leaves no process, socket or file behind.
     """

@@ -27,7 +27,7 @@ _BEATS = 4  # per time-out at least, so that a late one does not count as none
 _GRACE_S = 1.0  # between losing a neighbour and that neighbour's own end being seen
 
 
-class _Track:
+class _Road:
     """What is under way on one road (the stages, or the draft station), and since when nothing moved."""
 
     def __init__(self, workers: Sequence[Worker]) -> None:
@@ -84,8 +84,8 @@ class DistributedPipeline(Pipeline):
                             beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS),
                             start_timeout=start_timeout)
         self._finalizer = weakref.finalize(self, self._fleet.close)
-        self._flights = _Track(self._fleet.workers[:self.num_stages])
-        self._jobs = _Track(self._fleet.workers[self.num_stages:])
+        self._flights = _Road(self._fleet.workers[:self.num_stages])
+        self._jobs = _Road(self._fleet.workers[self.num_stages:])
         self._ready_owed = 0
         self._happened: list[Event] = [Ready(self.now())]
         self._failure: Failed | None = None
@@ -104,8 +104,7 @@ class DistributedPipeline(Pipeline):
         self._send(self._jobs.workers[0], {"kind": "flight", "flight": dump_flight(job)})
 
     def cancel(self, nodes: list[int]) -> None:
-        self._check_open()
-        if nodes:
+        if nodes and self._finalizer.alive and not self._failure:  # else nobody is left to drop anything
             for worker in self._fleet.workers:
                 self._send(worker, {"kind": "cancel", "nodes": nodes})
 

@@ -22,6 +22,9 @@ def make_policy(method: str, *, width: int | None = None, depth: int | None = No
     """
     if method not in POLICIES:
         raise UsageError(f"unknown method {method!r}", hint=f"Methods are: {', '.join(POLICIES)}.")
+    if width is not None and width < 1:
+        raise UsageError(f"width must be 1 or more (got {width})",
+                         hint="The width is the number of tree nodes in a flight.")
     options: dict[str, int | float] = {}
     if width is not None:
         options["width"] = width

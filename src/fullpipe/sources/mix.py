@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fullpipe.messages import Expansion, Flight
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.station import SourceLike
 
+_LN2 = math.log(2)
+
 
 class Mix:
-    """Asks every source and merges. Where several guess the same continuation it gets the highest of
-    their probabilities: each of them is right about different tokens, and a node that enters the pipeline
-    needlessly costs less than one that never does."""
+    """Asks every source and merges what they say. Put the best judge first: see `merge`."""
 
     def __init__(self, sources: Sequence[SourceLike]) -> None:
         self._sources = list(sources)
@@ -26,22 +27,27 @@ class Mix:
 
 
 def merge(expansions: Sequence[Expansion]) -> Expansion:
-    """One expansion of the same node that holds every guess once, chains included."""
-    if len(expansions) == 1:
-        return expansions[0]
+    """One expansion of the same node that holds every guess once, chains included.
+
+    What directly follows the node: the first source has looked at all tokens, the others know of a few. So a
+    token that both name gets the mean of their probabilities, one that only a later source names gets half
+    of what that source gives it (the first one's share is next to nothing), and one that only the first
+    names keeps its own. Further down a chain there is no second opinion.
+    """
     merged = Expansion(expansions[0].node, [], [], [])
     places: dict[tuple[int, int], int] = {}  # (parent index in the merged one, token) -> index
-    for expansion in expansions:
+    judged = -1 in expansions[0].parents
+    for rank, expansion in enumerate(expansions):
         moved: list[int] = []
         for token, logprob, parent in zip(expansion.tokens, expansion.logprobs, expansion.parents):
             under = moved[parent] if parent >= 0 else -1
             index = places.setdefault((under, token), len(merged.tokens))
             if index == len(merged.tokens):
                 merged.tokens.append(token)
-                merged.logprobs.append(logprob)
+                merged.logprobs.append(logprob - _LN2 if rank and judged and under < 0 else logprob)
                 merged.parents.append(under)
             else:
-                merged.logprobs[index] = max(merged.logprobs[index], logprob)
+                merged.logprobs[index] = math.log((math.exp(merged.logprobs[index]) + math.exp(logprob)) / 2)
             moved.append(index)
     return merged
 

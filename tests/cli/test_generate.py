@@ -1,0 +1,278 @@
+"""`fullpipe generate`: what it prints, where, and when. Failures are in test_failures.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import METHODS, PIPELINES, asking, run, running
+from conftest import Models
+
+import fullpipe
+from fullpipe.cli import generate as verb
+from fullpipe.llm import LLM, Chunk
+from fullpipe.messages import Emitted, Finished, Landed, Launched
+from fullpipe.request import SamplingParams
+from fullpipe.trace.recorder import read_events
+
+SHAPE = {
+    "text": str, "token_ids": list, "finish_reason": str,
+    "usage": {"prompt_tokens": int, "completion_tokens": int},
+    "speculation": {"method": str, "stages": int, "width": int, "steps": float, "steps_per_token": float, "hits": int,
+                    "misses": int, "hit_rate": float, "mean_acceptance_length": float, "launched_rows": int,
+                    "wasted_rows": int, "fill": float, "draft_calls": int, "draft_rows": int},
+    "timing": {"clock": str, "ttft_s": float, "tbt_s": float, "tokens_per_s": float, "wall_s": float},
+}
+
+
+def shape_of(value: Any) -> Any:
+    return {key: shape_of(item) for key, item in value.items()} if isinstance(value, dict) else type(value)
+
+
+def answer(*arguments: str | Path, stdin: str | None = None) -> dict[str, Any]:
+    result = run(*arguments, "--json", stdin=stdin)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+# ---- the object ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_json_is_one_object_with_all_that_is_promised(models: Models, pipeline: str) -> None:
+    told = answer(*asking(models.target, "--max-new-tokens", "24", "--pipeline", pipeline, "--width", "4"))
+    assert shape_of(told) == SHAPE
+    assert len(told["token_ids"]) == len(told["text"]) == told["usage"]["completion_tokens"] == 24
+    assert told["finish_reason"] == "length"
+    assert told["timing"]["clock"] == ("wall" if pipeline == "distributed" else "virtual")
+    assert all(math.isfinite(value) and value > 0 for value in list(told["timing"].values())[1:])
+    figures = told["speculation"]
+    assert (figures["method"], figures["stages"], figures["width"]) == ("fullpipe", 2, 4)
+    assert figures["hits"] + figures["misses"] == 24 - 1  # nothing was to follow the last
+    assert figures["wasted_rows"] == figures["launched_rows"] - 24 and figures["draft_calls"] > 0
+    assert 0 < figures["fill"] <= 1 and 0 <= figures["hit_rate"] <= 1 <= figures["mean_acceptance_length"]
+
+
+def test_plain_pp_on_the_unit_clock_takes_as_many_steps_as_there_are_stages(models: Models) -> None:
+    told = answer(*asking(models.target, "--method", "pp", "--costs", "unit", "--max-new-tokens", "16", stages=4))
+    assert told["speculation"]["steps_per_token"] == told["timing"]["tbt_s"] == 4
+    assert told["speculation"]["draft_calls"] == 0 == told["speculation"]["hits"]
+
+
+# ---- one text, whatever the method -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--seed", "7")], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", ["model", "ngram"])
+def test_five_methods_say_the_same(models: Models, draft: str, sampling: tuple[str, ...]) -> None:
+    guesser = models.draft if draft == "model" else "ngram"
+    asked = asking(models.target, "--max-new-tokens", "40", *sampling, draft=guesser, stages=3)
+    said = {method: answer(*asked, "--method", method) for method in METHODS}
+    assert {tuple(told["token_ids"]) for told in said.values()} == {tuple(said["pp"]["token_ids"])}
+    assert {told["text"] for told in said.values()} == {said["pp"]["text"]}
+    if draft == "model":
+        assert all(said[method]["speculation"]["hits"] > 0 for method in METHODS[1:])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--seed", "7")], ids=["greedy", "sampled"])
+def test_five_methods_say_the_same_on_processes(models: Models, sampling: tuple[str, ...]) -> None:
+    asked = asking(models.target, "--max-new-tokens", "40", *sampling)
+    truth = answer(*asked, "--method", "pp")["token_ids"]
+    for method in METHODS:
+        assert answer(*asked, "--method", method, "--pipeline", "distributed")["token_ids"] == truth, method
+
+
+def test_the_seed_decides_the_sample(models: Models) -> None:
+    asked = asking(models.target, "--max-new-tokens", "20", "--temperature", "1")
+    first, again, other = (answer(*asked, "--seed", seed)["token_ids"] for seed in ("7", "7", "8"))
+    assert first == again != other
+
+
+# ---- streams ---------------------------------------------------------------------------------------------
+
+
+def test_the_text_goes_to_stdout_and_the_rest_to_stderr(models: Models) -> None:
+    asked = asking(models.target, "--max-new-tokens", "20")
+    result = run(*asked)
+    assert result.stdout == answer(*asked)["text"] + "\n"
+    loading, summary = result.stderr.splitlines()
+    assert loading == "loading target as 2 stages in float32"
+    assert summary.startswith("[20 tokens, length; fullpipe on 2 stages: ")
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_text_streams_as_it_is_committed(models: Models, tmp_path: Path, pipeline: str) -> None:
+    asked = asking(models.target, "--max-new-tokens", "600", "--pipeline", pipeline)
+    with running(asked, tmp_path) as command:
+        first = command.first_bytes().decode()
+        code, rest, _ = command.end()
+    assert code == 0 and len(first) < 600
+    assert first + rest == run(*asked).stdout and len(first + rest) == 601
+
+
+def test_a_dash_reads_the_prompt_from_stdin(models: Models) -> None:
+    asked = asking(models.target, "--max-new-tokens", "12", prompt="-")
+    given = answer(*asking(models.target, "--max-new-tokens", "12", prompt="some words"))
+    assert answer(*asked, stdin="some words")["token_ids"] == given["token_ids"]
+
+
+def test_the_prompt_goes_through_the_chat_template_unless_told_not_to(models: Models) -> None:
+    def length(*more: str) -> int:
+        told: int = answer(*asking(models.target, "--max-new-tokens", "1", *more, prompt="abc"))["usage"]["prompt_tokens"]
+        return told
+
+    assert length("--no-chat-template") == len("abc")
+    assert length() == len("user:abc;assistant:")
+    assert length("--system", "xy") == len("system:xy;user:abc;assistant:")
+
+
+def test_a_stop_string_ends_the_text_before_it(models: Models) -> None:
+    asked = asking(models.target, "--max-new-tokens", "30")
+    full = answer(*asked)["text"]
+    stop = full[10:13]
+    for more in (("--stop", stop), ("--stop", "no such words", "--stop", stop)):
+        told = answer(*asked, *more)
+        assert told["finish_reason"] == "stop" and told["text"] == full[: full.index(stop)]
+    streamed = run(*asked, "--stop", stop)
+    assert streamed.stdout == full[: full.index(stop)] + "\n"  # nothing of it was shown and taken back
+
+
+def test_events_are_recorded_for_read_events(models: Models, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    told = answer(*asking(models.target, "--max-new-tokens", "20", "--events", path))
+    events = list(read_events(path))
+    assert [event.token for event in events if isinstance(event, Emitted)] == told["token_ids"]
+    launched = sum(len(event.nodes) for event in events if isinstance(event, Launched))
+    assert launched == told["speculation"]["launched_rows"]
+    assert any(isinstance(event, Landed) for event in events)
+    assert [event.reason for event in events if isinstance(event, Finished)] == ["length"]
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_ctrl_c_keeps_what_was_said(models: Models, tmp_path: Path, pipeline: str) -> None:
+    asked = asking(models.target, "--max-new-tokens", "15000", "--pipeline", pipeline)
+    with running(asked, tmp_path) as command:
+        said = command.first_bytes().decode()
+        command.interrupt()
+        code, rest, err = command.end()
+    said += rest
+    assert code == 130 and said.endswith("\n")
+    assert "Traceback" not in err and "interrupted" in err
+    assert f"[{len(said) - 1} tokens, abort;" in err
+    whole = run(*asking(models.target, "--max-new-tokens", len(said) - 1)).stdout
+    assert said == whole
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_ctrl_c_with_json_prints_what_there_is(models: Models, tmp_path: Path, pipeline: str) -> None:
+    """When it speaks cannot be seen from outside, so its trace is watched: it grows by buffers of 64 KiB."""
+    trace = tmp_path / "trace"
+    home = tmp_path / "tmp"
+    home.mkdir()
+    asked = asking(models.target, "--max-new-tokens", "15000", "--pipeline", pipeline, "--json", "--events", trace)
+    with running(asked, home) as command:
+        while command.process.poll() is None and not (trace.exists() and trace.stat().st_size):
+            time.sleep(0.01)
+        command.interrupt()
+        code, out, err = command.end()
+    told = json.loads(out)
+    assert code == 130 and "Traceback" not in err
+    assert shape_of(told) == SHAPE and told["finish_reason"] == "abort"
+    assert 0 < len(told["token_ids"]) == len(told["text"]) < 15000
+    assert list(read_events(trace))
+
+
+def test_ctrl_c_while_printing_ends_the_stream_too(models: Models, capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two chunks the stream does not see the interrupt; the partial object must be printed all the same."""
+    numbers, real = count(), verb._print
+
+    def interrupted(chunk: Chunk, as_json: bool) -> None:
+        if next(numbers) == 3:
+            raise KeyboardInterrupt
+        real(chunk, as_json)
+
+    monkeypatch.setattr(verb, "_print", interrupted)
+    with LLM(str(models.target), stages=2, dtype="float32", threads=1) as llm, pytest.raises(KeyboardInterrupt):
+        verb._answer(llm, "hello", SamplingParams(max_tokens=50), as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["finish_reason"] == "abort" and 4 <= len(told["token_ids"]) < 50
+
+
+# ---- the front door in Python ----------------------------------------------------------------------------
+
+
+def test_an_unknown_keyword_is_a_type_error(models: Models) -> None:
+    with pytest.raises(TypeError, match="widht"):
+        LLM(str(models.target), widht=4)  # type: ignore[call-arg]
+
+
+PARAMS = SamplingParams(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def llm(models: Models) -> Any:
+    with fullpipe.LLM(str(models.target), draft=str(models.draft), stages=3, dtype="float32", threads=1) as llm:
+        yield llm
+
+
+def test_generate_takes_every_kind_of_prompt(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("hello")
+    messages = [{"role": "user", "content": "hello"}]
+    (plain,), (by_id,), (talk,) = (llm.generate(prompt, PARAMS) for prompt in ("hello", ids, messages))
+    assert plain.token_ids == by_id.token_ids != talk.token_ids
+    assert llm.chat(messages, PARAMS).token_ids == talk.token_ids
+    several = llm.generate(["hello", ids, messages], PARAMS)
+    assert [one.token_ids for one in several] == [plain.token_ids, by_id.token_ids, talk.token_ids]
+    assert llm.generate([], PARAMS) == []
+
+
+def test_several_at_a_time_say_what_they_say_alone(llm: LLM, models: Models) -> None:
+    prompts = ["one", "another prompt, longer", "x", "hello hello hello", "the fifth"]
+    alone = [one.text for one in llm.generate(prompts, PARAMS)]
+    assert len(set(alone)) == len(prompts)
+    with LLM(str(models.target), draft=str(models.draft), stages=3, dtype="float32", threads=1,
+             max_num_seqs=3) as shared:
+        assert [one.text for one in shared.generate(prompts, PARAMS)] == alone
+
+
+def test_a_stream_is_the_text_in_pieces(llm: LLM) -> None:
+    chunks = list(llm.stream("hello", PARAMS))
+    (whole,) = llm.generate("hello", PARAMS)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [token for chunk in chunks for token in chunk.token_ids] == whole.token_ids
+    *others, last = chunks
+    assert last.completion is not None and last.completion.text == whole.text
+    assert others and all(chunk.completion is None for chunk in others)
+
+
+def test_a_stream_closed_early_makes_room_for_the_next(llm: LLM) -> None:
+    stream = llm.stream("hello", SamplingParams(max_tokens=200))
+    begun = next(stream)
+    stream.close()
+    (whole,) = llm.generate("hello", PARAMS)
+    assert whole.token_ids[: len(begun.token_ids)] == begun.token_ids
+    assert len(whole.token_ids) == PARAMS.max_tokens and not llm._engine.busy
+    llm._engine.check()
+
+
+# ---- real weights ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.weights
+def test_smollm_answers_in_words_and_ends_by_itself() -> None:
+    asked = asking("smollm2-135m", "--max-new-tokens", "60", prompt="What is the capital of France?", stages=4)
+    told = answer(*asked)
+    assert "Paris" in told["text"] and told["finish_reason"] == "stop"
+    assert "<|im_end|>" not in told["text"]
+    assert told["token_ids"] == answer(*asked, "--method", "pp")["token_ids"]

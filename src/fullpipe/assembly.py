@@ -34,7 +34,7 @@ class Assembly:
     vocab_size: int
 
 
-def assemble(model: str, *, draft: str, stages: int, needs_draft: bool, dtype: str,
+def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: bool, dtype: str,
              pipeline: Literal["inprocess", "distributed"], clock: Literal["virtual", "wall"],
              costs: Literal["measured", "unit"], link_ms: float, threads: int | None, max_model_len: int | None,
              margins: bool, timeout: float, progress: Say) -> Assembly:
@@ -65,7 +65,8 @@ def assemble(model: str, *, draft: str, stages: int, needs_draft: bool, dtype: s
     wanted = needs_draft or draft != "auto"
     source = draft_spec(draft_names(model, draft), tokenizer, dtype, vocab) if wanted else None
     if needs_draft and source is None:
-        raise UsageError("this method needs a draft", hint="Name one (a model, or ngram), or use the method pp.")
+        raise UsageError(f"the method {method} needs a draft",
+                         hint="Name one (a model, or ngram), or use the method pp.")
     length = min(max_model_len or files.config.max_positions, files.config.max_positions)
     progress(f"loading {path.name} as {stages} stages in {dtype}")
     if pipeline == "distributed":

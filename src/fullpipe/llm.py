@@ -111,9 +111,9 @@ class LLM:
         if max_num_seqs < 1:
             raise UsageError(f"max_num_seqs must be 1 or more (got {max_num_seqs})")
         self._assembly: Assembly = assemble(
-            model, draft=draft, stages=stages, needs_draft=policy.needs_draft, dtype=dtype, pipeline=pipeline,
-            clock=clock, costs=costs, link_ms=link_ms, threads=threads, max_model_len=max_model_len,
-            margins=margins, timeout=timeout, progress=progress or (lambda line: None))
+            model, draft=draft, stages=stages, method=policy.name, needs_draft=policy.needs_draft, dtype=dtype,
+            pipeline=pipeline, clock=clock, costs=costs, link_ms=link_ms, threads=threads,
+            max_model_len=max_model_len, margins=margins, timeout=timeout, progress=progress or (lambda line: None))
         self.tokenizer = self._assembly.tokenizer
         self.max_model_len = self._assembly.max_model_len
         self.num_stages = stages

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny
 from command import PIPELINES, asking, run, running
-from conftest import CONTEXT, Models
 
+import tiny
+from conftest import CONTEXT, Models
 from fullpipe.hub import CATALOGUE
 
 LONG = ("--max-new-tokens", "15000")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from command import METHODS, PIPELINES, asking, run, running
-from conftest import Models
 
 import fullpipe
+from conftest import Models
 from fullpipe.cli import generate as verb
 from fullpipe.llm import LLM, Chunk
 from fullpipe.messages import Emitted, Finished, Landed, Launched
@@ -181,7 +181,7 @@ def test_ctrl_c_with_json_prints_what_there_is(models: Models, tmp_path: Path, p
     home.mkdir()
     asked = asking(models.target, "--max-new-tokens", "15000", "--pipeline", pipeline, "--json", "--events", trace)
     with running(asked, home) as command:
-        while command.process.poll() is None and not (trace.exists() and trace.stat().st_size):
+        while command.process.poll() is None and not (trace.exists() and "Emitted" in trace.read_text()):
             time.sleep(0.01)
         command.interrupt()
         code, out, err = command.end()

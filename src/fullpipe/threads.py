@@ -11,9 +11,9 @@ _SPINS = "2000"
 def share_the_machine() -> None:
     """Let idle OpenMP threads sleep soon instead of spinning, unless the user has said otherwise.
 
-    GNU OpenMP spins for milliseconds by default. With as many threads as cores and one busy neighbour, every
-    parallel region then waits for the scheduler: loading SmolLM2 took 15.9 s instead of 1.5 s on two cores
-    (docs/log.md). Without effect once torch is loaded.
+    GNU OpenMP spins for milliseconds by default. With as many threads as cores and all cores busy, every
+    parallel region then waits for the scheduler, and steps take up to ten times as long. Sleeping costs
+    about a tenth on an idle machine (docs/log.md has both figures). Without effect once torch is loaded.
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

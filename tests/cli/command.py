@@ -71,7 +71,8 @@ class Running:
 def running(arguments: list[str], folder: Path) -> Iterator[Running]:
     """Start it with `folder`, which must be empty again at the end, for temporary files. No process may be left."""
     process = subprocess.Popen([sys.executable, "-m", "fullpipe", *arguments], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(folder)})
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "TMPDIR": str(folder)})
     one, seen = Running(process), []
     try:
         yield one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -81,11 +80,14 @@ def test_five_methods_say_the_same(models: Models, draft: str, sampling: tuple[s
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--seed", "7")], ids=["greedy", "sampled"])
-def test_five_methods_say_the_same_on_processes(models: Models, sampling: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("methods", "sampling"), [
+    (METHODS, ()), (("pipedec", "fullpipe"), ("--temperature", "1", "--seed", "7")),
+], ids=["greedy", "sampled"])
+def test_methods_say_the_same_on_processes(models: Models, methods: tuple[str, ...],
+                                           sampling: tuple[str, ...]) -> None:
     asked = asking(models.target, "--max-new-tokens", "40", *sampling)
     truth = answer(*asked, "--method", "pp")["token_ids"]
-    for method in METHODS:
+    for method in methods:
         assert answer(*asked, "--method", method, "--pipeline", "distributed")["token_ids"] == truth, method
 
 
@@ -109,12 +111,12 @@ def test_the_text_goes_to_stdout_and_the_rest_to_stderr(models: Models) -> None:
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_text_streams_as_it_is_committed(models: Models, tmp_path: Path, pipeline: str) -> None:
-    asked = asking(models.target, "--max-new-tokens", "600", "--pipeline", pipeline)
-    with running(asked, tmp_path) as command:
+    asked = asking(models.target, "--max-new-tokens", "200")
+    with running([*asked, "--pipeline", pipeline], tmp_path) as command:
         first = command.first_bytes().decode()
         code, rest, _ = command.end()
-    assert code == 0 and len(first) < 600
-    assert first + rest == run(*asked).stdout and len(first + rest) == 601
+    assert code == 0 and len(first) < 200
+    assert first + rest == run(*asked).stdout and len(first + rest) == 201
 
 
 def test_a_dash_reads_the_prompt_from_stdin(models: Models) -> None:
@@ -125,7 +127,8 @@ def test_a_dash_reads_the_prompt_from_stdin(models: Models) -> None:
 
 def test_the_prompt_goes_through_the_chat_template_unless_told_not_to(models: Models) -> None:
     def length(*more: str) -> int:
-        told: int = answer(*asking(models.target, "--max-new-tokens", "1", *more, prompt="abc"))["usage"]["prompt_tokens"]
+        said = answer(*asking(models.target, "--max-new-tokens", "1", *more, prompt="abc"))
+        told: int = said["usage"]["prompt_tokens"]
         return told
 
     assert length("--no-chat-template") == len("abc")
@@ -175,14 +178,12 @@ def test_ctrl_c_keeps_what_was_said(models: Models, tmp_path: Path, pipeline: st
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_ctrl_c_with_json_prints_what_there_is(models: Models, tmp_path: Path, pipeline: str) -> None:
-    """When it speaks cannot be seen from outside, so its trace is watched: it grows by buffers of 64 KiB."""
     trace = tmp_path / "trace"
     home = tmp_path / "tmp"
     home.mkdir()
     asked = asking(models.target, "--max-new-tokens", "15000", "--pipeline", pipeline, "--json", "--events", trace)
     with running(asked, home) as command:
-        while command.process.poll() is None and not (trace.exists() and "Emitted" in trace.read_text()):
-            time.sleep(0.01)
+        command.until_it_speaks(trace)
         command.interrupt()
         code, out, err = command.end()
     told = json.loads(out)

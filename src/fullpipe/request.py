@@ -63,7 +63,7 @@ class SamplingParams:
             (0 <= self.seed < 2**64, "seed must be in [0, 2**64)"),
             (self.max_tokens >= 1, "max_tokens must be 1 or more"),
             (all(self.stop), "stop strings must not be empty"),
-            (all(map(math.isfinite, self.logit_bias.values())), "logit_bias must hold finite numbers"),
+            (all(bias < math.inf for bias in self.logit_bias.values()), "logit_bias must be numbers below infinity"),
         ):
             if not ok:
                 raise UsageError(f"{what} (got {self._shown(what.split()[0])})")

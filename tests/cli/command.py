@@ -20,6 +20,16 @@ from fullpipe.cli.main import app
 PIPELINES = ("inprocess", "distributed")
 METHODS = ("pp", "chain", "static-tree", "pipedec", "fullpipe")
 PROMPT = "hello there, hello there"
+CONTEXT = 16384  # tokens that the models below take
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target, a draft that is mostly right, and a stranger that spells with other ids."""
+
+    target: Path
+    draft: Path
+    stranger: Path
 
 
 def run(*arguments: str | Path, stdin: str | None = None) -> Result:

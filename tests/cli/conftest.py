@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
+from command import CONTEXT, Models
 from transformers import PreTrainedModel
 
 import tiny
 
 END = "<|im_end|>"
 TEMPLATE = "{% for message in messages %}{{ message.role }}:{{ message.content }};{% endfor %}assistant:"
-CONTEXT = 16384
-
-
-@dataclass(frozen=True)
-class Models:
-    """A target, a draft that is mostly right, and a stranger that spells with other ids."""
-
-    target: Path
-    draft: Path
-    stranger: Path
 
 
 def write_tokenizer(folder: Path, characters: str) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command import PIPELINES, asking, run, running
+from command import CONTEXT, PIPELINES, Models, asking, run, running
 
 import tiny
-from conftest import CONTEXT, Models
 from fullpipe.hub import CATALOGUE
 
 LONG = ("--max-new-tokens", "15000")
@@ -47,8 +46,9 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
+    before = psutil.Process().children(recursive=True)  # of other tests: multiprocessing's resource tracker
     yield
-    assert not psutil.Process().children(recursive=True)
+    assert not set(psutil.Process().children(recursive=True)).difference(before)
     assert not list(temporary.iterdir())
 
 

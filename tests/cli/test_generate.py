@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import METHODS, PIPELINES, asking, run, running
+from command import METHODS, PIPELINES, Models, asking, run, running
 
 import fullpipe
-from conftest import Models
 from fullpipe.cli import generate as verb
 from fullpipe.llm import LLM, Chunk
 from fullpipe.messages import Emitted, Finished, Landed, Launched

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import METHODS, PIPELINES, run
+from command import METHODS, PIPELINES, Models, run
 from typer.testing import Result
 
-from conftest import Models
 from fullpipe.cli.verify import Difference, first_difference
 from fullpipe.llm import LLM, Completion
 

@@ -3,7 +3,6 @@
 import pytest
 
 from fullpipe.errors import FullpipeError, PromptError, UsageError
-from fullpipe.prompts import read_prompts
 from fullpipe.request import Request, SamplingParams
 
 
@@ -40,19 +39,3 @@ def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(PromptError, match="the prompt is empty"):
         Request(0, (), SamplingParams())
     assert issubclass(PromptError, ValueError) and issubclass(UsageError, FullpipeError)
-
-
-def test_prompt_files(tmp_path) -> None:
-    file = tmp_path / "mine.jsonl"
-    file.write_text('plain text\n\n{"prompt": "p"}\n{"question_id": 9, "category": "code", "turns": ["t", "u"]}\n')
-    found = [(one.id, one.category, one.text) for one in read_prompts(file)]
-    assert found == [("1", "mine", "plain text"), ("3", "mine", "p"), ("9", "code", "t")]
-    assert len(read_prompts(file, limit=2)) == 2
-    file.write_text('fine\n{"question": "no"}\n')
-    with pytest.raises(UsageError, match=r"mine.jsonl, line 2: not a prompt"):
-        read_prompts(file)
-    file.write_text("\n")
-    with pytest.raises(UsageError, match="holds no prompts"):
-        read_prompts(file)
-    with pytest.raises(UsageError, match="cannot read prompts"):
-        read_prompts(tmp_path / "absent")

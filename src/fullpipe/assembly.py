@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fullpipe.errors import UsageError
 from fullpipe.hub import CATALOGUE, resolve
 from fullpipe.model.config import ModelConfig
 from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.spec import StationSpec
+from fullpipe.planning.cluster import Cluster
 from fullpipe.planning.partition import cut
 
 Say = Callable[[str], None]
 _NGRAM = "fullpipe.sources.ngram:build_ngram"
 # Beside a model, a match of a single token only displaces better guesses (docs/log.md).
-_MIXED_MIN_N = 2
+MIXED_MIN_N = 2
 
 _HEARTBEAT_TIMEOUT_S = 10.0
+_LONGEST_S = 86_400.0  # the system's own waits overflow at 24 days
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,10 @@ class Assembly:
 
 def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: bool, dtype: str,
              pipeline: Literal["inprocess", "distributed"], clock: Literal["virtual", "wall"],
-             costs: Literal["measured", "unit"], link_ms: float, threads: int | None, max_model_len: int | None,
-             margins: bool, timeout: float, progress: Say) -> Assembly:
+             costs: Literal["measured", "unit"], link_ms: float, link_mbit: float | None,
+             pace: Mapping[str, Mapping[Any, float]] | None, threads: int | None, max_model_len: int | None,
+             margins: bool, timeout: float, start_timeout: float, progress: Say,
+             cluster: Cluster | None = None) -> Assembly:
     """Everything that `LLM` needs, checked before the first weight is read."""
     for name, value, known in (("pipeline", pipeline, ("inprocess", "distributed")),
                                ("clock", clock, ("virtual", "wall")), ("costs", costs, ("measured", "unit")),
@@ -47,13 +52,21 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
     for ok, what in (
         (link_ms >= 0, f"the link latency must be 0 or more (got {link_ms} ms)"),
         (timeout > 0, f"the time-out must be above 0 (got {timeout:g} s)"),
+        (0 < start_timeout <= _LONGEST_S,
+         f"the time to start must be above 0 and at most a day (got {start_timeout:g} s)"),
         (threads is None or threads >= 1, f"threads must be 1 or more (got {threads})"),
         (max_model_len is None or max_model_len >= 1, f"max_model_len must be 1 or more (got {max_model_len})"),
-        (not link_ms or (pipeline, clock) == ("inprocess", "virtual"),
-         "a link latency can be given for virtual time only; on the wall clock links are what they are"),
+        (link_mbit is None or link_mbit > 0, f"the links' bandwidth must be above 0 (got {link_mbit} Mbit/s)"),
+        ((not link_ms and link_mbit is None) or (pipeline, clock) != ("inprocess", "wall"),
+         "links can be given in virtual time and for stage processes; in one process on the wall clock there are none"),
+        (cluster is None or (pipeline, clock, costs) == ("inprocess", "virtual", "measured"),
+         "a cluster has its own costs: it goes with --pipeline inprocess and --clock virtual, without --costs"),
+        (cluster is None or not (link_ms or link_mbit), "a cluster has its own links: leave out the others"),
+        (pace is None or pipeline == "distributed", "devices can be paced only where they are processes (distributed)"),
     ):
         if not ok:
             raise UsageError(what)
+    links = Links.even(stages, Link.of(link_ms, link_mbit))
     from fullpipe.model.weights import open_model
 
     path = resolve(model)
@@ -72,23 +85,28 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
     if pipeline == "distributed":
         from fullpipe.pipeline.distributed import DistributedPipeline
 
-        stations = DistributedPipeline(specs, source, threads=threads or 1, timeout=timeout,
-                                       heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, timeout))
-        return Assembly(stations, tokenizer, "wall", length, vocab)
-    return Assembly(_inprocess(specs, source, clock, costs, link_ms, threads), tokenizer, clock, length, vocab)
+        processes = DistributedPipeline(specs, source, links=links, pace=pace, threads=threads or 1, timeout=timeout,
+                                        heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, timeout),
+                                        start_timeout=start_timeout)
+        return Assembly(processes, tokenizer, "wall", length, vocab)
+    stations = _inprocess(specs, source, clock, costs, links, cluster, threads)
+    return Assembly(stations, tokenizer, clock, length, vocab)
 
 
 def _inprocess(specs: list[StationSpec], source: StationSpec | None, clock: Literal["virtual", "wall"], costs: str,
-               link_ms: float, threads: int | None) -> Pipeline:
+               links: Links, cluster: Cluster | None, threads: int | None) -> Pipeline:
     import torch
 
     from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs, unit_costs
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return InProcessPipeline([spec.build() for spec in specs], source.build() if source else None,  # type: ignore
-                             clock=clock, costs=unit_costs if costs == "unit" else measured_costs,
-                             link_s=link_ms / 1e3)
+    stages, draft = [spec.build() for spec in specs], source.build() if source else None
+    if cluster is not None:
+        return InProcessPipeline(stages, draft, costs=cluster, links=cluster.links,  # type: ignore[arg-type]
+                                 message_bytes=cluster.message_bytes, device_of=cluster.device_of)
+    return InProcessPipeline(stages, draft, clock=clock, links=links,  # type: ignore[arg-type]
+                             costs=unit_costs if costs == "unit" else measured_costs)
 
 
 def stage_specs(path: Path, config: ModelConfig, stages: int, dtype: str, vocab: int,
@@ -130,7 +148,7 @@ def draft_spec(names: list[str], target: Tokenizer, dtype: str, vocab: int) -> S
     if len(specs) == 1:
         return specs[0]
     if specs[-1].builder == _NGRAM:
-        specs[-1] = StationSpec(_NGRAM, {"min_n": _MIXED_MIN_N})
+        specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N})
     return StationSpec("fullpipe.sources.mix:build_mix", {"sources": [spec.to_dict() for spec in specs]})
 
 

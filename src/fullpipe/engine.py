@@ -145,7 +145,7 @@ class Engine:
                 case Drafted():
                     self._on_drafted(event)
                 case Failed():
-                    raise StationFailed(event.station, event.reason, hint=_AFTER_FAILURE)
+                    raise StationFailed(event.station, event.reason, hint=event.hint or _AFTER_FAILURE)
         self._send()
         news, self._news = self._news, []
         return news

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -20,13 +21,16 @@ from fullpipe.assembly import Assembly, assemble
 from fullpipe.engine import Engine, Listener
 from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.messages import Emitted, Finished
-from fullpipe.policies import make_policy
+from fullpipe.planning.cluster import Cluster
+from fullpipe.policies import WITH_DEPTH, make_policy
 from fullpipe.request import Request, SamplingParams
 from fullpipe.text import Reply
 from fullpipe.track import Track
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Plain text (continued as it stands), token ids, or chat messages with "role" and "content"."""
+
+_MOST = 3.4028234663852886e38  # the largest float32; logits are float32, and a bias beyond it is infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +95,16 @@ class LLM:
     pipeline: "inprocess" (all stages here) or "distributed" (a process per stage).
     clock: for in-process runs, "virtual" (as if every stage had a machine like this one to itself) or "wall".
     costs: on the virtual clock, "measured", or "unit" (every stage step and draft call takes one second).
+    link_ms, link_mbit: one-way latency in milliseconds, and megabits per second (None: unlimited), of every hop from
+    stage to stage and from the last one back to the engine, which sits with stage 0 and the draft. In virtual time,
+    or emulated between the processes of a distributed pipeline.
+    pace: seconds that the stations of a distributed pipeline take at least, {"stage 0": {rows: seconds}, ...}.
     threads: compute threads (in-process: of this process; distributed: of each stage; None: all, and one).
     timeout: seconds without progress after which a station of a distributed pipeline counts as hung.
+    start_timeout: seconds that the processes of a distributed pipeline may take to start, loading included.
     max_num_seqs: prompts of one `generate` that share the pipeline at a time.
+    cluster: a TOML file or preset that describes devices and links (docs/clusters.md): the stages run here, on the
+    cluster's virtual time. It says how many stages there are.
     listeners: called with every event. progress: called with a line on what is being loaded.
 
     Raises UsageError, ModelError and their kin for what cannot be done; StationFailed when a process dies.
@@ -103,17 +114,22 @@ class LLM:
                  width: int = 8, depth: int | None = None, floor: float | None = None, dtype: str = "auto",
                  pipeline: Literal["inprocess", "distributed"] = "inprocess",
                  clock: Literal["virtual", "wall"] = "virtual", costs: Literal["measured", "unit"] = "measured",
-                 link_ms: float = 0.0, threads: int | None = None, timeout: float = 60.0,
-                 max_model_len: int | None = None, max_num_seqs: int = 1, margins: bool = False,
-                 listeners: Iterable[Listener] = (),
-                 progress: Callable[[str], None] | None = None) -> None:
+                 link_ms: float = 0.0, link_mbit: float | None = None,
+                 pace: Mapping[str, Mapping[Any, float]] | None = None, threads: int | None = None,
+                 timeout: float = 60.0, start_timeout: float = 300.0, max_model_len: int | None = None,
+                 max_num_seqs: int = 1, margins: bool = False, cluster: str | Path | None = None,
+                 listeners: Iterable[Listener] = (), progress: Callable[[str], None] | None = None) -> None:
+        imagined = Cluster.load(cluster) if cluster is not None else None
+        stages = imagined.num_stages if imagined is not None else stages
         policy = make_policy(method, width=width, depth=depth, floor=floor)  # refuse before anything is loaded
+        self._width, self._depth, self._floor = width, depth, floor
         if max_num_seqs < 1:
             raise UsageError(f"max_num_seqs must be 1 or more (got {max_num_seqs})")
         self._assembly: Assembly = assemble(
             model, draft=draft, stages=stages, method=policy.name, needs_draft=policy.needs_draft, dtype=dtype,
-            pipeline=pipeline, clock=clock, costs=costs, link_ms=link_ms, threads=threads,
-            max_model_len=max_model_len, margins=margins, timeout=timeout, progress=progress or (lambda line: None))
+            pipeline=pipeline, clock=clock, costs=costs, link_ms=link_ms, link_mbit=link_mbit, pace=pace,
+            threads=threads, max_model_len=max_model_len, margins=margins, timeout=timeout, start_timeout=start_timeout,
+            progress=progress or (lambda line: None), cluster=imagined)
         self.tokenizer = self._assembly.tokenizer
         self.max_model_len = self._assembly.max_model_len
         self.num_stages = stages
@@ -121,15 +137,23 @@ class LLM:
         self._engine = Engine(self._assembly.pipeline, policy, listeners=listeners)  # the draft has been checked
         self._ids = count()
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of real tokens, padding of the matrices not counted."""
+        return self._assembly.vocab_size
+
     # ---- asking ------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(self, prompts: Prompt | Sequence[Prompt],
+                 params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
         """Answer one prompt or several; results in order of the prompts.
 
+        params: for all prompts, or as many as there are prompts. Raises UsageError when the numbers differ.
         When a station fails or Ctrl-C comes, the exception's `completions` hold what there is: whole answers,
         and begun ones with the finish reason "error" or "abort".
         """
-        requests = [self._request(prompt, params or SamplingParams()) for prompt in self._as_prompts(prompts)]
+        asked = self._as_prompts(prompts)
+        requests = [self._request(prompt, own) for prompt, own in zip(asked, _one_each(params, len(asked)))]
         done: dict[int, Completion] = {}
         running: dict[int, _Running] = {}
         pending = deque(requests)
@@ -188,8 +212,17 @@ class LLM:
 
     def use(self, method: str, *, width: int | None = None, depth: int | None = None,
             floor: float | None = None) -> None:
-        """Change the method; the text stays the same. Model and stages stay loaded."""
-        self._engine.use(make_policy(method, width=width, depth=depth, floor=floor))
+        """Change the method; the text stays the same. Model and stages stay loaded.
+
+        width, depth, floor: None means what the constructor was given, not an earlier `use`; where it was given
+        None too, the method's own default. Its depth counts for the methods that have one.
+
+        Raises UsageError as the constructor does; the method stays as it was then.
+        """
+        self._engine.use(make_policy(
+            method, width=self._width if width is None else width,
+            depth=self._depth if depth is None and method in WITH_DEPTH else depth,
+            floor=self._floor if floor is None else floor))
 
     def close(self) -> None:
         """Free everything; stage processes are ended. May be called more than once."""
@@ -234,6 +267,7 @@ class LLM:
         vocab = self._assembly.vocab_size
         if bad := [token for token in (*tokens, *params.logit_bias) if not 0 <= token < vocab]:
             raise UsageError(f"token {bad[0]} is not in the vocabulary of {vocab} tokens")
+        _check_bias(params.logit_bias, vocab)
         params = replace(params, max_tokens=min(params.max_tokens, room))
         eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
         return Request(next(self._ids), tuple(tokens), params, eos)
@@ -265,3 +299,25 @@ class LLM:
              "tokens_per_s": stats.num_emitted / spent if stats.num_emitted and spent > 0 else 0.0,
              "wall_s": time.monotonic() - one.begun},
             one.margins)
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, number: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * number
+    if len(params) != number:
+        raise UsageError(f"there are {number} prompts and {len(params)} sampling parameters",
+                         hint="Give one SamplingParams for all prompts, or one for each.")
+    return list(params)
+
+
+def _check_bias(bias: Mapping[int, float], vocab: int) -> None:
+    """Refuse here what the last stage could pick nothing from; there it would end the whole pipeline.
+
+    bias: token ids, all of the vocabulary, and what is added to their logits.
+    """
+    if bad := [token for token, value in bias.items() if value > _MOST]:
+        raise UsageError(f"the logit_bias of token {bad[0]} is too large (got {bias[bad[0]]:g})",
+                         hint="Logits are 32-bit floats: stay below 3.4e38.")
+    if len(bias) >= vocab and all(value < -_MOST for value in bias.values()):
+        raise UsageError(f"logit_bias forbids every one of the {vocab} tokens, so there is nothing to pick",
+                         hint="Leave at least one token without -inf.")

@@ -145,10 +145,14 @@ class Drafted(Event):
 
 @dataclass(slots=True)
 class Failed(Event):
-    """A station is gone. The engine raises `StationFailed`; nothing more comes from this pipeline."""
+    """A station is gone. The engine raises `StationFailed`; nothing more comes from this pipeline.
+
+    hint: what the user may do about it, if the station knows.
+    """
 
     station: str
     reason: str
+    hint: str | None = None
 
 
 # What the engine adds to the stream, for recorders and traces.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,66 @@ def test_a_file_that_holds_no_prompts(models: Models, tmp_path: Path, content: s
     assert "Traceback" not in result.stderr
 
 
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_a_pick_without_a_rival_is_strict_json_too(models: Models, prompts: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """One method's real answer is altered on its way: another token, and no rival to it; and for another method
+    its end."""
+    real = LLM.generate
+
+    def altered(self: LLM, *arguments: Any) -> list[Completion]:
+        (one,) = real(self, *arguments)
+        match one.speculation["method"]:
+            case "fullpipe":
+                tokens, margins = list(one.token_ids), list(one.margins)
+                tokens[4], margins[4] = tokens[4] ^ 1, math.inf
+                one = replace(one, token_ids=tokens, margins=margins)
+            case "chain":
+                one = replace(one, token_ids=one.token_ids[:9])
+        return [one]
+
+    monkeypatch.setattr(LLM, "generate", altered)
+    asked = ("--limit", "1", "--method", "chain", "--method", "fullpipe")
+    result = verify(models, prompts, *asked, "--json")
+    assert result.exit_code == 1, result.output
+    short, other = json.loads(result.stdout, parse_constant=refuse)["differences"]
+    assert (short["token"], short["margin"], short["reference_margin"], short["near_tie"]) == (-1, None, None, False)
+    assert (other["index"], other["margin"], other["near_tie"]) == (4, None, False) and other["reference_margin"] > 0
+    lines = verify(models, prompts, *asked).stdout.splitlines()
+    assert lines[0] == "DIFFERENT: prompt 81, chain, token 9: one text ends there"
+    assert " (no rival) against " in lines[1] and lines[1].endswith(")") and "(margin " in lines[1]
+
+
+@pytest.mark.parametrize("tolerance", ["inf", "nan", "-0.1"])
+def test_a_tolerance_that_is_none(models: Models, prompts: Path, tolerance: str) -> None:
+    result = verify(models, prompts, "--tolerance", tolerance)
+    assert result.exit_code == 2 and "error: the tolerance must be 0 or more, and finite" in result.stderr
+
+
+def test_a_depth_counts_for_the_methods_that_have_one(models: Models, prompts: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    used: dict[str, int | None] = {}
+    real = LLM.use
+
+    def noted(self: LLM, method: str, **options: Any) -> None:
+        real(self, method, **options)
+        used[method] = getattr(self._engine.policy, "depth", None)
+
+    monkeypatch.setattr(LLM, "use", noted)
+    result = verify(models, prompts, "--limit", "1", "--depth", "3")
+    assert result.exit_code == 0, result.output
+    assert used == {"pp": None, "chain": 3, "static-tree": 3, "pipedec": None, "fullpipe": None}
+
+
+def test_a_depth_that_no_method_has_is_refused(models: Models, prompts: Path) -> None:
+    result = verify(models, prompts, "--method", "pipedec", "--method", "fullpipe", "--depth", "3")
+    assert result.exit_code == 2 and "error: the method pipedec has no depth (got 3)" in result.stderr
+    assert "chain, static-tree" in result.stderr
+
+
 def test_pp_alone_is_nothing_to_compare(models: Models, prompts: Path) -> None:
     result = verify(models, prompts, "--method", "pp")
     assert result.exit_code == 2 and "error: nothing to compare with pp" in result.stderr
@@ -129,6 +190,11 @@ def test_the_tolerance_decides(near: float) -> None:
     assert found is not None and not found.near_tie
 
 
+def test_a_pick_without_a_rival_is_no_near_tie() -> None:
+    found = difference(said([1, 9, 3], [5.0, math.inf, 5.0]))
+    assert found is not None and (found.margin, found.reference_margin, found.near_tie) == (None, 0.01, False)
+
+
 def test_one_pick_far_above_its_rival_is_no_near_tie() -> None:
     found = difference(said([1, 9, 3], [5.0, 3.0, 5.0]))
     assert found is not None and (found.index, found.margin, found.near_tie) == (1, 3.0, False)
@@ -138,4 +204,4 @@ def test_one_pick_far_above_its_rival_is_no_near_tie() -> None:
 def test_another_length_is_a_difference_that_no_tie_explains(tokens: list[int]) -> None:
     found = difference(said(tokens, [5.0, 0.01, 5.0, 5.0][: len(tokens)]))
     assert found is not None and not found.near_tie
-    assert found.index == min(len(tokens), 3)
+    assert (found.index, found.margin, found.reference_margin) == (min(len(tokens), 3), None, None)

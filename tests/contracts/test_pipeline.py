@@ -20,6 +20,7 @@ from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Leg, Openi
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.distributed import DistributedPipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs
+from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.scripted import EchoSource, ScriptedStage, hash_token
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.request import SamplingParams
@@ -36,9 +37,9 @@ def _specs() -> list[StationSpec]:
             for index, delay in enumerate(DELAYS)]
 
 
-def _distributed() -> Pipeline:
+def _distributed(links: Links | None = None) -> Pipeline:
     return DistributedPipeline(_specs(), StationSpec("fullpipe.pipeline.scripted:EchoSource",
-                                                     {"delay_s": DRAFT_DELAY}))
+                                                     {"delay_s": DRAFT_DELAY}), links=links)
 
 
 def _inprocess(**options: object) -> Pipeline:
@@ -46,17 +47,24 @@ def _inprocess(**options: object) -> Pipeline:
     return InProcessPipeline(stages, EchoSource(), **options)  # type: ignore[arg-type]
 
 
-def _slow_draft(station: str, rows: int, measured: float) -> float:
+def _slow_draft(station: str, rows: int, measured: float, context: int) -> float:
     return 7.0 if station == "draft" else 0.5 + 0.25 * rows
+
+
+def _links(seconds: float, bandwidth: float = 1e3) -> Links:
+    link = Link(seconds, bandwidth)  # 1e3: a flight's few hundred bytes take a good part of a second
+    return Links([link] * (STAGES - 1), to_first=link, landing=link, draft=link)
 
 
 PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "virtual": lambda: _inprocess(),
-    "virtual-links": lambda: _inprocess(link_s=0.7),
-    "virtual-slow-draft": lambda: _inprocess(costs=_slow_draft, link_s=3.0),
+    "virtual-links": lambda: _inprocess(links=_links(0.7)),
+    "virtual-slow-draft": lambda: _inprocess(costs=_slow_draft, links=_links(3.0)),
+    "virtual-one-device": lambda: _inprocess(links=_links(0.1), device_of=lambda station: "only"),
     "virtual-measured": lambda: _inprocess(costs=measured_costs),
     "wall": lambda: _inprocess(clock="wall"),
     "distributed": _distributed,
+    "distributed-links": lambda: _distributed(_links(0.003, 1e7)),
 }
 
 
@@ -307,7 +315,8 @@ def _taken(slots: SlotAllocator) -> int:
 
 
 @pytest.fixture(scope="module",
-                params=[pytest.param(name, marks=pytest.mark.processes) if name == "distributed" else name
+                params=[pytest.param(name, marks=pytest.mark.processes) if name.startswith("distributed")
+                        else name
                         for name in PIPELINES])
 def traffic(request: pytest.FixtureRequest) -> Iterator[Traffic]:
     """Traffic on each pipeline; the pipeline lives through all tests of this module."""

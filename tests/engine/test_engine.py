@@ -13,6 +13,7 @@ from fullpipe.engine import Engine
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
+from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.scripted import ScriptedStage, hash_token
 from fullpipe.policies import POLICIES, make_policy
 from fullpipe.request import Request, SamplingParams
@@ -33,7 +34,7 @@ def plain(prompt: tuple[int, ...], count: int) -> list[int]:
 def pipeline(stages: int, accuracy: float = 0.8, costs=unit_costs, link_s: float = 0.0) -> InProcessPipeline:
     return InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
                              ScriptedSource(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
-                             costs=costs, link_s=link_s)
+                             costs=costs, links=Links.even(stages, Link(link_s)))
 
 
 def run(engine: Engine, *requests: Request) -> tuple[dict[int, list[int]], dict[int, Track], list[Event]]:
@@ -62,7 +63,7 @@ def test_every_method_shape_and_timing_emits_the_same_text(
         method: str, stages: int, width: int, accuracy: float, chunk: int, prompts: list[list[int]],
         durations: list[int], link: float, spare: int) -> None:
     cycle = itertools.cycle(durations)
-    pipe = pipeline(stages, accuracy, lambda station, rows, measured: next(cycle) / 4 if rows else 0.0, link)
+    pipe = pipeline(stages, accuracy, lambda station, rows, measured, context: next(cycle) / 4 if rows else 0.0, link)
     engine = Engine(pipe, make_policy(method, width=width), chunk=chunk, spare=spare)
     requests = [request(k, tuple(prompt), tokens=5 + 9 * k) for k, prompt in enumerate(prompts)]
     texts, tracks, news = run(engine, *requests)
@@ -167,9 +168,9 @@ def test_the_policy_changes_between_requests_on_the_same_stations() -> None:
 def test_cancelled_rows_are_not_computed_by_the_stages_ahead_of_them() -> None:
     rows: dict[str, int] = {}
 
-    def count(station: str, number: int, measured: float) -> float:
+    def count(station: str, number: int, measured: float, context: int) -> float:
         rows[station] = rows.get(station, 0) + number
-        return unit_costs(station, number, measured)
+        return unit_costs(station, number, measured, context)
 
     run(Engine(pipeline(8, accuracy=0.5, costs=count), make_policy("fullpipe")), request(tokens=80))
     computed = [rows[f"stage {k}"] for k in range(8)]

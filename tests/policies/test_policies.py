@@ -6,7 +6,7 @@ import pytest
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion
-from fullpipe.policies import POLICIES, make_policy
+from fullpipe.policies import POLICIES, WITH_DEPTH, make_policy
 from fullpipe.tree.token_tree import Node, TokenTree
 
 
@@ -106,8 +106,16 @@ def test_a_static_tree_enters_whole() -> None:
     ({"method": "spqr"}, "unknown method 'spqr'\nMethods are: pp, chain, static-tree, pipedec, fullpipe."),
     ({"method": "pipedec", "width": 0}, "width must be 1 or more"),
     ({"method": "chain", "depth": 0}, "depth must be 1 or more"),
+    ({"method": "fullpipe", "depth": 4},
+     r"the method fullpipe has no depth \(got 4\)\nLeave the depth out, or use one of: chain, static-tree."),
+    ({"method": "pp", "depth": 4}, "the method pp has no depth"),
     ({"method": "fullpipe", "floor": 1.5}, r"the probability floor must be in \[0, 1\)"),
 ])
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_policy(**options)
+
+
+def test_a_depth_is_taken_by_those_that_have_one() -> None:
+    assert set(WITH_DEPTH) == {name for name in POLICIES if hasattr(make_policy(name), "depth")}
+    assert [make_policy(name, depth=7).depth for name in WITH_DEPTH] == [7] * len(WITH_DEPTH)  # type: ignore[attr-defined]

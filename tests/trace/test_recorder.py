@@ -35,6 +35,7 @@ EVENTS: list[Event] = [
     Landed(1e-9, 3, [7], [42], [math.inf], [Leg("stage 0", 0.0, 0.5, [7, 8]), Leg("stage 1", 0.5, 1.0, [7])]),
     Emitted(2.0, 0, 7, 42, 4, True),
     Emitted(2.0, 0, 9, 43, 5, False, 0.75),
+    Emitted(2.0, 0, 9, 44, 6, False, math.inf),
     Died(2.5, 0, [8]),
     Failed(3.0, "stage 3", 'said "no"\nand\u2028died'),
     Finished(4.0, 0, "stop", {"token": 2, "texts": ["a", None]}),
@@ -60,6 +61,29 @@ def test_one_line_per_event_with_its_type(tmp_path: Path) -> None:
     assert len(lines) == len(EVENTS)
     assert json.loads(lines[4]) == {"type": "Emitted", "time": 2.0, "request": 0, "node": 7, "token": 42,
                                     "position": 4, "hit": True, "margin": None}
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_every_line_is_strict_json(tmp_path: Path) -> None:
+    guesses = Expansion(7, [1, 2], [-math.inf, np.float32("-inf")], [-1, 0])
+    odd = [Drafted(1.0, 1, [guesses], Leg("draft", 0.1, 0.2, [])),
+           Finished(4.0, 0, "stop", {"worst": math.inf, "best": (np.float32("inf"), {"x": -math.inf})})]
+    record(tmp_path / "trace.jsonl", [*EVENTS, *odd])
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "trace.jsonl").read_bytes().splitlines()]
+    assert lines[3]["margins"] == ["inf"] and lines[6]["margin"] == "inf"
+    drafted, finished = list(read_events(tmp_path / "trace.jsonl"))[-2:]
+    assert drafted == odd[0]
+    assert isinstance(finished, Finished)
+    assert finished.detail == {"worst": "inf", "best": ["inf", {"x": "-inf"}]}, "in details a string stays one"
+
+
+def test_a_bare_infinity_of_older_files_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text('{"type": "Emitted", "time": 2.0, "request": 0, "node": 9, "token": 4, "position": 6, '
+                                '"hit": false, "margin": Infinity}\n')
+    assert list(read_events(tmp_path / "t")) == [Emitted(2.0, 0, 9, 4, 6, False, math.inf)]
 
 
 def test_details_are_kept_as_far_as_json_goes(tmp_path: Path) -> None:
@@ -112,7 +136,7 @@ def test_a_line_cut_short_by_a_kill_is_skipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"time": 1.0}', '{"type": "Nonsense", "time": 1.0}',
                                   '{"type": "Ready", "time": 1.0, "extra": 1}',
-                                  '{"type": "Landed", "time": 1.0}'])
+                                  '{"type": "Landed", "time": 1.0}', '{"type": "Ready", "time": "soon"}'])
 def test_damage_is_reported_with_its_place(tmp_path: Path, line: str) -> None:
     path = tmp_path / "t"
     record(path, [Ready(0.0)])

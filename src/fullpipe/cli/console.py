@@ -113,3 +113,40 @@ def _new_bar(total: int) -> Progress:
     bar.add_task("", total=total)
     bar.start()
     return bar
+
+
+class StepBar:
+    """Progress by steps: a bar on a terminal, a line per eighth elsewhere. Use it in a `with`."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: Progress | None = None
+        self._said = -1
+
+    def __enter__(self) -> StepBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, subject: str) -> None:
+        if sys.stderr.isatty():
+            self._draw(done, total, subject)
+        elif (part := 8 * done // max(total, 1)) != self._said:
+            self._said = part
+            print_note(f"{self._what}: {done} of {total} ({subject})")
+
+    def _draw(self, done: int, total: int, subject: str) -> None:
+        from rich import progress
+
+        if self._bar is None:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), console=error_console(), transient=True,
+            )
+            self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], description=f"{self._what} ({subject})", completed=done, total=total)

@@ -12,11 +12,12 @@ from typing import Annotated
 
 import typer
 
-from fullpipe.cli import demo, generate, models, pull, show, verify
+from fullpipe.cli import bench, demo, generate, modelled, models, profile, pull, record, report, show, trace, verify
 from fullpipe.cli.verb import verb
 from fullpipe.threads import share_the_machine
 
-_VERBS = (generate.generate, demo.demo, verify.verify, pull.pull, models.models, show.show)
+_VERBS = (generate.generate, demo.demo, verify.verify, bench.bench, record.record, report.report, profile.profile,
+          modelled.modelled, trace.trace, pull.pull, models.models, show.show)
 
 
 def main() -> None:

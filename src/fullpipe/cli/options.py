@@ -47,8 +47,9 @@ Draft = Annotated[str, typer.Option("--draft", "-d", help="Who guesses: auto (ng
                                     "ngram, a model, or several with commas between.")]
 Stages = Annotated[int, typer.Option("--stages", help="Pipeline stages to cut the model into.")]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which nodes enter the pipeline, and when.")]
-Width = Annotated[int, typer.Option("--width", help="Tree nodes per flight at most.")]
-Depth = Annotated[int | None, typer.Option("--depth", help="Tokens guessed per traversal (chain, static-tree).")]
+Width = Annotated[int, typer.Option("--width", help="Tree nodes per flight at most; pp and chain have none.")]
+Depth = Annotated[int | None, typer.Option("--depth", help="Tokens guessed per traversal; for chain and "
+                                     "static-tree alone.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="End after so many new tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0: all.")]
@@ -64,10 +65,17 @@ ClockOption = Annotated[Clock, typer.Option("--clock", help="Time of in-process 
                                             "machine like this one) or wall.")]
 CostsOption = Annotated[Costs, typer.Option("--costs", help="Virtual time of a stage step and a draft call: measured, "
                                             "or one unit (1 s) each.")]
-LinkMs = Annotated[float, typer.Option("--link-ms", help="Latency of every hop, in virtual time.")]
+LinkMs = Annotated[float, typer.Option("--link-ms", help="Latency of every hop: in virtual time, or emulated between "
+                                    "the processes of a distributed pipeline.")]
+LinkMbit = Annotated[float | None, typer.Option("--link-mbit", help="Bandwidth of every hop in Mbit/s; unlimited if "
+                                                "not given.")]
+ClusterOption = Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="Run on the virtual time of the "
+                                                   "cluster that a TOML file, or a preset, describes.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Compute threads (distributed: of each stage, 1).")]
 Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Time without progress after which a "
                                         "process of a distributed pipeline counts as hung.")]
+StartTimeout = Annotated[float, typer.Option("--start-timeout", metavar="SECONDS", help="Time that the processes of a "
+                                             "distributed pipeline may take to start.")]
 System = Annotated[str | None, typer.Option("--system", help="System message.")]
 NoChatTemplate = Annotated[bool, typer.Option("--no-chat-template", help="Continue the prompt as plain text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]

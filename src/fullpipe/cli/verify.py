@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from fullpipe.cli import console, options
 from fullpipe.cli.generate import fetch_all
 from fullpipe.errors import UsageError
+from fullpipe.policies import WITH_DEPTH
 from fullpipe.prompts import FilePrompt, read_prompts
 from fullpipe.request import SamplingParams
 
@@ -24,16 +26,19 @@ NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first token at which a method left `pp`'s text. margins: how far each pick's logit stood above its
-    rival's, noise included."""
+    """The first token at which a method left `pp`'s text.
+
+    token, reference: what the method and `pp` said there; both -1 where one of the texts had ended.
+    margins: how far each pick's logit stood above its rival's, noise included; None where there was no rival.
+    """
 
     prompt: str
     method: str
     index: int
     token: int
     reference: int
-    margin: float
-    reference_margin: float
+    margin: float | None
+    reference_margin: float | None
     near_tie: bool
 
 
@@ -59,6 +64,7 @@ def verify(
     pipeline: options.PipelineOption = options.PipelineKind.inprocess,
     threads: options.Threads = None,
     timeout: options.Timeout = 60.0,
+    start_timeout: options.StartTimeout = 300.0,
     tolerance: Annotated[float | None, typer.Option("--tolerance", help="Logit margin below which a difference counts "
                                                     "as a near-tie.")] = None,
     system: options.System = None,
@@ -67,12 +73,16 @@ def verify(
 ) -> None:
     """Run the methods against pp and say "identical", or which tokens differ and how near the tie was.
 
-    Exits with 1 when a difference is more than a near-tie.
+    A --depth counts for the methods that have one. Exits with 1 when a difference is more than a near-tie.
     """
     questions = read_prompts(prompts, limit)
     methods = [chosen.value for chosen in method or list(options.Method) if chosen is not options.Method.pp]
     if not methods:
         raise UsageError("nothing to compare with pp", hint="Name another method, or none for all of them.")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UsageError(f"the tolerance must be 0 or more, and finite (got {tolerance:g})")
+    # Begun with a method that has a depth, if one is given; the model keeps it for the others that do.
+    first = methods[0] if depth is None else next((name for name in methods if name in WITH_DEPTH), methods[0])
     params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                             repetition_penalty=repetition_penalty, seed=seed)
     fetch_all(model, draft, methods[0])
@@ -81,22 +91,22 @@ def verify(
 
     real_dtype = pick_dtype(dtype.value)
     near = NEAR_TIE[real_dtype] if tolerance is None else tolerance
-    with LLM(model, draft=draft, stages=stages, method=methods[0], width=width, depth=depth, dtype=real_dtype,
-             pipeline=pipeline.value, costs="unit", threads=threads, timeout=timeout,
+    with LLM(model, draft=draft, stages=stages, method=first, width=width, depth=depth, dtype=real_dtype,
+             pipeline=pipeline.value, costs="unit", threads=threads, timeout=timeout, start_timeout=start_timeout,
              margins=True, progress=console.print_note) as llm:
-        report = _compare(llm, questions, methods, params, width, depth, near, (system, no_chat_template))
+        report = _compare(llm, questions, methods, params, near, (system, no_chat_template))
     report |= {"model": model, "draft": draft, "stages": stages, "dtype": real_dtype, "near_tie_tolerance": near}
     _print(report, as_json)
     if any(not difference["near_tie"] for difference in report["differences"]):
         raise typer.Exit(1)
 
 
-def _compare(llm: LLM, questions: list[FilePrompt], methods: list[str], params: SamplingParams, width: int,
-             depth: int | None, near: float, asking: tuple[str | None, bool]) -> dict[str, Any]:
+def _compare(llm: LLM, questions: list[FilePrompt], methods: list[str], params: SamplingParams, near: float,
+             asking: tuple[str | None, bool]) -> dict[str, Any]:
     asked = [options.as_prompt(question.text, *asking) for question in questions]
     texts: dict[str, list[Completion]] = {}
     for method in ("pp", *methods):
-        llm.use(method, width=width, depth=depth)
+        llm.use(method)
         texts[method] = []
         for number, prompt in enumerate(asked, start=1):
             texts[method] += llm.generate([prompt], params)
@@ -120,12 +130,17 @@ def first_difference(prompt: str, method: str, one: Completion, reference: Compl
     for index, (token, wanted) in enumerate(zip(one.token_ids, reference.token_ids)):
         if token != wanted:
             # Margins are of scores that the temperature has divided; near-ties are of logits.
-            margins = one.margins[index] * temperature, reference.margins[index] * temperature
-            return Difference(prompt, method, index, token, wanted, *margins, near_tie=max(margins) <= near)
+            margin, its_margin = one.margins[index] * temperature, reference.margins[index] * temperature
+            return Difference(prompt, method, index, token, wanted, _finite(margin), _finite(its_margin),
+                              near_tie=max(margin, its_margin) <= near)
     if len(one.token_ids) != len(reference.token_ids):
-        return Difference(prompt, method, min(len(one.token_ids), len(reference.token_ids)), -1, -1,
-                          float("inf"), float("inf"), near_tie=False)
+        return Difference(prompt, method, min(len(one.token_ids), len(reference.token_ids)), -1, -1, None, None,
+                          near_tie=False)
     return None
+
+
+def _finite(margin: float) -> float | None:
+    return margin if math.isfinite(margin) else None
 
 
 def _print(report: dict[str, Any], as_json: bool) -> None:
@@ -138,9 +153,17 @@ def _print(report: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"identical: {what}")
         return
     for one in report["differences"]:
-        kind = "near-tie" if one["near_tie"] else "DIFFERENT"
-        typer.echo(f"{kind}: prompt {one['prompt']}, {one['method']}, token {one['index']}: {one['token']} (margin "
-                   f"{one['margin']:.4f}) against {one['reference']} (margin {one['reference_margin']:.4f})")
+        typer.echo(_line(one))
     bad = len(report["differences"]) - report["near_ties"]
     typer.echo(f"{bad} different, {report['near_ties']} near-ties (margin up to {report['near_tie_tolerance']}): "
                f"{what}")
+
+
+def _line(one: dict[str, Any]) -> str:
+    kind = "near-tie" if one["near_tie"] else "DIFFERENT"
+    where = f"{kind}: prompt {one['prompt']}, {one['method']}, token {one['index']}: "
+    if one["token"] == one["reference"]:
+        return where + "one text ends there"
+    return where + " against ".join(
+        f"{token} ({'no rival' if margin is None else f'margin {margin:.4f}'})"
+        for token, margin in ((one["token"], one["margin"]), (one["reference"], one["reference_margin"])))

@@ -13,12 +13,16 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.messages import Drafted, Event, Expansion, Failed, Flight, Landed, Leg, Ready
 from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.emulation import Around
 from fullpipe.pipeline.launch import Fleet, Worker
+from fullpipe.pipeline.links import Link, Links
+from fullpipe.pipeline.pace import Pace
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.wire import Frame, dump_flight
 
@@ -58,6 +62,10 @@ class DistributedPipeline(Pipeline):
 
     stages: one spec per stage, in order, at least one.
     source: the draft station's spec; None for a pipeline without one.
+    links: emulated links; None: what connects processes here. Each message is held by the process that gets
+        it (for the engine: that sends it) until it would have arrived. See `emulation`.
+    pace: paced devices: {station: {rows: seconds}}, stations called "stage 0", ..., "draft". Such a station
+        takes at least so long for a flight: it computes, and sleeps for the rest.
     threads: compute threads of each process.
     heartbeat_timeout: seconds without a sign of life after which a process counts as hung.
     timeout: seconds without any progress, while flights or jobs are under way, after which the station
@@ -72,6 +80,7 @@ class DistributedPipeline(Pipeline):
     """
 
     def __init__(self, stages: Sequence[StationSpec], source: StationSpec | None = None, *,
+                 links: Links | None = None, pace: Mapping[str, Mapping[Any, float]] | None = None,
                  threads: int = 1, heartbeat_timeout: float = 10.0, timeout: float = 60.0,
                  start_timeout: float = 300.0) -> None:
         if not stages:
@@ -79,8 +88,15 @@ class DistributedPipeline(Pipeline):
         if threads < 1 or min(heartbeat_timeout, timeout, start_timeout) <= 0:
             raise UsageError("threads and all time-outs must be above 0")
         self.num_stages, self.has_draft = len(stages), source is not None
+        links = links or Links([Link()] * (self.num_stages - 1))
+        links.check(self.num_stages)
+        if links.longest_s >= timeout:
+            raise UsageError(f"a message would take {links.longest_s:g} s, and {timeout:g} s without progress "
+                             "count as failure", hint="Give a longer timeout, or a shorter latency.")
         self._heartbeat_timeout, self._timeout = heartbeat_timeout, timeout
-        self._fleet = Fleet(stages, source, threads=threads, send_timeout=heartbeat_timeout,
+        arounds = [Around.of(links, rank, self.num_stages).to_dict() for rank in range(self.num_stages + 1)]
+        self._fleet = Fleet(stages, source, arounds=arounds, paces=_paces(pace or {}, self.num_stages, self.has_draft),
+                            threads=threads, send_timeout=heartbeat_timeout,
                             beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS),
                             start_timeout=start_timeout)
         self._finalizer = weakref.finalize(self, self._fleet.close)
@@ -95,18 +111,19 @@ class DistributedPipeline(Pipeline):
         self._check_open()
         self._flights.enter(flight.id)
         self._ready_owed += 1
-        self._send(self._flights.workers[0], {"kind": "flight", "flight": dump_flight(flight)})
+        self._send(self._flights.workers[0], _flight_frame(flight))
 
     def draft(self, job: Flight) -> None:
         assert self.has_draft, "this pipeline has no draft station"
         self._check_open()
         self._jobs.enter(job.id)
-        self._send(self._jobs.workers[0], {"kind": "flight", "flight": dump_flight(job)})
+        self._send(self._jobs.workers[0], _flight_frame(job))
 
     def cancel(self, nodes: list[int]) -> None:
         if nodes and self._finalizer.alive and not self._failure:  # else nobody is left to drop anything
+            frame = {"kind": "cancel", "nodes": nodes, "sent": self.now()}
             for worker in self._fleet.workers:
-                self._send(worker, {"kind": "cancel", "nodes": nodes})
+                self._send(worker, frame)
 
     def events(self) -> list[Event]:
         self._check_open()
@@ -169,7 +186,7 @@ class DistributedPipeline(Pipeline):
             case "lost":
                 self._bereft = self._bereft or (now, worker, frame["message"])
             case "failed":
-                self._fail(worker, f"{frame['error']}: {frame['message']}{worker.log_tail()}")
+                self._fail(worker, f"{frame['error']}: {frame['message']}{worker.log_tail()}", frame["hint"])
             case "end":
                 self._fail(worker, worker.epitaph())
 
@@ -201,7 +218,21 @@ class DistributedPipeline(Pipeline):
             until.append(self._bereft[0] + _GRACE_S)
         return max(0.0, min(until) - self.now())
 
-    def _fail(self, worker: Worker, reason: str) -> None:
+    def _fail(self, worker: Worker, reason: str, hint: str | None = None) -> None:
         if not self._failure:
-            self._failure = Failed(self.now(), worker.name, reason)
+            self._failure = Failed(self.now(), worker.name, reason, hint)
             self._happened.append(self._failure)
+
+
+def _flight_frame(flight: Flight) -> Frame:
+    """sent: from when on it is on its way, for links."""
+    return {"kind": "flight", "flight": dump_flight(flight), "sent": time.monotonic()}
+
+
+def _paces(pace: Mapping[str, Mapping[Any, float]], num_stages: int, has_draft: bool) -> list[dict[str, float] | None]:
+    """The curve of each stage and of the draft station, checked; None for a device that is not paced."""
+    names = [*(f"stage {index}" for index in range(num_stages)), "draft"]
+    if unknown := [name for name in pace if name not in names[: num_stages + has_draft]]:
+        raise UsageError(f"there is no station {unknown[0]!r} to pace",
+                         hint=f"There are: {', '.join(names[: num_stages + has_draft])}.")
+    return [Pace(pace[name]).to_dict() if name in pace else None for name in names]

@@ -12,60 +12,94 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal, Protocol
 
 from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready
 from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.links import INSTANT, Link, Links, Wire
 from fullpipe.pipeline.station import SourceLike, StageLike, Verdict
 
 
 class Costs(Protocol):
-    """How long a station takes, in seconds of the virtual clock."""
+    """How long a station takes, in seconds of the virtual clock.
 
-    def __call__(self, station: str, rows: int, measured: float) -> float: ...
+    station: "stage 0", ..., "draft". rows: those that were still wanted when it began. measured: seconds that
+    the work took here. context: tokens in the longest path of the flight.
+    """
+
+    def __call__(self, station: str, rows: int, measured: float, context: int) -> float: ...
 
 
-def unit_costs(station: str, rows: int, measured: float) -> float:
+def unit_costs(station: str, rows: int, measured: float, context: int) -> float:
     """Every stage step and every draft call takes one second; a flight whose rows all died takes none."""
     return 1.0 if rows else 0.0
 
 
-def measured_costs(station: str, rows: int, measured: float) -> float:
+def measured_costs(station: str, rows: int, measured: float, context: int) -> float:
     """What the work took here, as if every station were a machine like this one."""
     return measured
 
 
 # Order within one instant: first what ends (and the engine acts on), then what begins.
 _ENDS, _BEGINS = 0, 1
+_REPLY_ROW_BYTES = 64  # of a row in what travels without hidden states: jobs, drafts, landings
+
+
+@dataclass(slots=True)
+class _Cargo:
+    """A flight on its way, with what the stage before made of it and the legs behind it."""
+
+    flight: Flight
+    hidden: Any
+    legs: list[Leg]
 
 
 class _Station:
-    def __init__(self, name: str, run: Callable[[Flight, Any], Any]) -> None:
+    """wire: by which flights come in. ahead: flights that are on it, or wait here, not yet started. held:
+    what the station has finished but may not hand on yet."""
+
+    def __init__(self, name: str, run: Callable[[Flight, Any], Any], device: str, link: Link) -> None:
         self.name = name
         self.run = run
-        self.queue: deque[tuple[Flight, Any, list[Leg]]] = deque()
-        self.busy = False
+        self.device = device
+        self.wire = Wire(link)
+        self.queue: deque[_Cargo] = deque()
+        self.ahead = 0
+        self.held: Callable[[], None] | None = None
 
 
 class InProcessPipeline(Pipeline):
     """stages: the slices in order. source: who proposes, or None.
 
-    clock: "virtual" or "wall". costs: durations on the virtual clock. link_s: latency of every hop
-    between stages, and between engine and draft, in seconds of the virtual clock.
+    clock: "virtual" or "wall". costs: durations on the virtual clock. links: what the hops take on the virtual
+    clock (None: nothing). message_bytes: size of a flight of so many rows with its hidden states. device_of:
+    where a station sits; stations of one device take turns (None: each has its own).
+
+    A stage that has finished keeps the flight, and does nothing else, while as many as `Link.window` says are
+    on their way to the next stage or wait there: a slow stage slows those before it.
     """
 
     def __init__(self, stages: Sequence[StageLike], source: SourceLike | None = None, *,
                  clock: Literal["virtual", "wall"] = "virtual", costs: Costs = unit_costs,
-                 link_s: float = 0.0) -> None:
+                 links: Links | None = None, message_bytes: Callable[[int], int] = lambda rows: 0,
+                 device_of: Callable[[str], str] = lambda station: station) -> None:
         self.num_stages = len(stages)
         self.has_draft = source is not None
-        self._stages = [_Station(f"stage {k}", stage.run) for k, stage in enumerate(stages)]
-        self._draft = _Station("draft", lambda job, _: source.run(job)) if source is not None else None
         self._wall = clock == "wall"
         self._costs = unit_costs if self._wall else costs
-        self._link = 0.0 if self._wall else link_s
+        if links is None or self._wall:
+            links = Links([INSTANT] * (self.num_stages - 1))
+        links.check(self.num_stages)
+        self._stages = [_Station(f"stage {k}", stage.run, device_of(f"stage {k}"), links.inward(k))
+                        for k, stage in enumerate(stages)]
+        self._draft = _Station("draft", lambda job, _: source.run(job), device_of("draft"),
+                               links.draft) if source is not None else None
+        self._back = {"landing": Wire(links.landing), "draft": Wire(links.draft), "ready": Wire(links.to_first)}
+        self._message_bytes = message_bytes
+        self._busy: set[str] = set()  # devices
         self._time = 0.0
         self._order = count()
         self._agenda: list[tuple[float, int, int, Callable[[], Event | None]]] = []
@@ -77,11 +111,11 @@ class InProcessPipeline(Pipeline):
 
     def launch(self, flight: Flight) -> None:
         self._under_way[flight.id] = [node for part in flight.parts for node in part.nodes]
-        self._at(self._time, _BEGINS, lambda: self._arrive(0, flight, None, []))
+        self._travel(self._stages[0], _Cargo(flight, None, []), _REPLY_ROW_BYTES * flight.num_rows)
 
     def draft(self, job: Flight) -> None:
         assert self._draft is not None, "this pipeline has no draft station"
-        self._at(self._time + self._link, _BEGINS, lambda: self._arrive(-1, job, None, []))
+        self._travel(self._draft, _Cargo(job, None, []), _REPLY_ROW_BYTES * job.num_rows)
 
     def cancel(self, nodes: list[int]) -> None:
         self._cancelled.update(nodes)
@@ -113,53 +147,108 @@ class InProcessPipeline(Pipeline):
     def _at(self, moment: float, kind: int, action: Callable[[], Event | None]) -> None:
         heapq.heappush(self._agenda, (moment, kind, next(self._order), action))
 
-    def _station(self, index: int) -> _Station:
-        if index >= 0:
-            return self._stages[index]
-        assert self._draft is not None
-        return self._draft
+    def _travel(self, station: _Station, cargo: _Cargo, size: int) -> None:
+        station.ahead += 1
+        self._at(station.wire.arrival(self._time, size), _BEGINS, lambda: self._arrive(station, cargo))
 
-    def _arrive(self, index: int, flight: Flight, hidden: Any, legs: list[Leg]) -> None:
-        station = self._station(index)
-        station.queue.append((flight, hidden, legs))
-        self._start(index)
+    def _arrive(self, station: _Station, cargo: _Cargo) -> None:
+        station.queue.append(cargo)
+        self._start(station)
 
-    def _start(self, index: int) -> None:
-        """Unless the station is busy or idle: drop what has died, compute the rest, say when it is done."""
-        station = self._station(index)
-        if station.busy or not station.queue:
+    def _start(self, station: _Station) -> None:
+        """Unless its device is busy or nothing waits: drop what has died, compute the rest, say when it is done."""
+        if station.held or station.device in self._busy or not station.queue:
             return
-        flight, hidden, legs = station.queue.popleft()
-        station.busy = True
-        if index >= 0 and self._cancelled:
+        cargo = station.queue.popleft()
+        station.ahead -= 1
+        self._busy.add(station.device)
+        self._release_before(station)
+        flight, hidden = cargo.flight, cargo.hidden
+        if station is not self._draft and self._cancelled:
             flight, hidden = drop_rows(flight, hidden, self._cancelled)
         begun, before = self.now(), time.perf_counter()
         result = station.run(flight, hidden)
         measured = time.perf_counter() - before
-        duration = self._costs(station.name, flight.num_rows, measured)
+        duration = self._costs(station.name, flight.num_rows, measured, _context(flight))
         leg = Leg(station.name, begun, self.now() if self._wall else begun + duration,
                   [node for part in flight.parts for node in part.nodes])
-        done = self._time + duration
-        if index < 0:
-            self._at(done + self._link, _ENDS, lambda: Drafted(self.now(), flight.id, result, leg))
-            self._at(done, _ENDS, lambda: self._free(index))
-            return
-        if index == 0:
-            self._at(done, _ENDS, lambda: Ready(self.now()))
-        self._at(done, _ENDS, lambda: self._leave(index, flight, result, [*legs, leg]))
+        finish = self._drafted if station is self._draft else self._done
+        self._at(self._time + duration, _ENDS, lambda: finish(station, _Cargo(flight, result, [*cargo.legs, leg])))
 
-    def _leave(self, index: int, flight: Flight, result: Any, legs: list[Leg]) -> Event | None:
-        self._free(index)
-        if index + 1 < self.num_stages:
-            self._at(self._time + self._link, _BEGINS, lambda: self._arrive(index + 1, flight, result, legs))
+    def _drafted(self, station: _Station, cargo: _Cargo) -> Event | None:
+        self._free(station)
+        size = _REPLY_ROW_BYTES * sum(len(expansion.tokens) for expansion in cargo.hidden)
+        (leg,) = cargo.legs
+        return self._reply("draft", size, lambda: Drafted(self.now(), cargo.flight.id, cargo.hidden, leg))
+
+    def _done(self, station: _Station, cargo: _Cargo) -> Event | None:
+        """A stage has computed a flight: hand it on, now or when there is room."""
+        index = self._stages.index(station)
+        if index + 1 == self.num_stages:
+            return self._land(station, cargo)
+        after, service = self._stages[index + 1], cargo.legs[-1].end - cargo.legs[-1].start
+
+        def hand_on() -> None:
+            self._travel(after, cargo, self._message_bytes(cargo.flight.num_rows))
+
+        if after.ahead >= after.wire.link.window(service):
+            station.held = hand_on
+            self._busy.discard(station.device)  # the device may do other stations' work meanwhile
+            self._at(self._time, _BEGINS, lambda: self._start_others(station))
             return None
-        assert isinstance(result, Verdict)
-        self._cancelled.difference_update(self._under_way.pop(flight.id))
-        return Landed(self.now(), flight.id, result.nodes, result.tokens, result.margins, legs)
+        hand_on()
+        self._free(station)
+        return self._ready() if index == 0 else None
 
-    def _free(self, index: int) -> None:
-        self._station(index).busy = False
-        self._at(self._time, _BEGINS, lambda: self._start(index))
+    def _release_before(self, station: _Station) -> None:
+        """The station has started a flight: the one before may hand on what it holds."""
+        if station is self._draft or station is self._stages[0]:
+            return
+        before = self._stages[self._stages.index(station) - 1]
+        if before.held is not None:
+            before.held()
+            before.held = None
+            self._at(self._time, _BEGINS, lambda: self._start(before))
+            if before is self._stages[0]:
+                self._at(self._time, _ENDS, self._ready)
+
+    def _land(self, station: _Station, cargo: _Cargo) -> Event | None:
+        assert isinstance(cargo.hidden, Verdict)
+        self._free(station)
+        verdict, flight = cargo.hidden, cargo.flight
+
+        def landed() -> Event:
+            self._cancelled.difference_update(self._under_way.pop(flight.id))
+            return Landed(self.now(), flight.id, verdict.nodes, verdict.tokens, verdict.margins, cargo.legs)
+
+        if self.num_stages == 1:
+            self._at(self._time, _ENDS, self._ready)
+        return self._reply("landing", _REPLY_ROW_BYTES * len(verdict.nodes), landed)
+
+    def _ready(self) -> Event | None:
+        return self._reply("ready", 0, lambda: Ready(self.now()))
+
+    def _reply(self, wire: str, size: int, event: Callable[[], Event]) -> Event | None:
+        """The event now, or later where there is a way to travel."""
+        arrival = self._back[wire].arrival(self._time, size)
+        if arrival <= self._time:
+            return event()
+        self._at(arrival, _ENDS, event)
+        return None
+
+    def _free(self, station: _Station) -> None:
+        self._busy.discard(station.device)
+        self._at(self._time, _BEGINS, lambda: self._start_others(station))
+
+    def _start_others(self, station: _Station) -> None:
+        """The device has time again. Who has waited longest for it goes first; the station itself goes last."""
+        neighbours = [*self._stages, *([self._draft] if self._draft else [])]
+        for other in [one for one in neighbours if one.device == station.device and one is not station] + [station]:
+            self._start(other)
+
+
+def _context(flight: Flight) -> int:
+    return 1 + max((max(part.positions) for part in flight.parts if part.positions), default=-1)
 
 
 def drop_rows(flight: Flight, hidden: Any, dead: set[int]) -> tuple[Flight, Any]:

@@ -78,6 +78,8 @@ class Fleet:
 
     stages: one spec per stage, in order.
     source: the draft station's spec, or None for none.
+    arounds, paces: of each stage and then of the draft station, the links around it (`emulation.Around`) and its
+        curve (`pace.Pace`) or None, as plain values.
     threads: compute threads of each worker.
     beat_s: seconds between the signs of life that each worker sends.
     send_timeout: seconds after which sending to a worker that does not read raises `TimeoutError`.
@@ -87,8 +89,9 @@ class Fleet:
     beginning with the station's name; `StationFailed` for anything else. Nothing is left behind then.
     """
 
-    def __init__(self, stages: Sequence[StationSpec], source: StationSpec | None, *, threads: int,
-                 beat_s: float, send_timeout: float, start_timeout: float) -> None:
+    def __init__(self, stages: Sequence[StationSpec], source: StationSpec | None, *,
+                 arounds: Sequence[Frame], paces: Sequence[Frame | None], threads: int, beat_s: float,
+                 send_timeout: float, start_timeout: float) -> None:
         self.workers: list[Worker] = []
         self._owner = os.getpid()
         self._closing, self._receiving = threading.RLock(), threading.RLock()
@@ -97,7 +100,9 @@ class Fleet:
         self._settled.set()
         self._selector = selectors.DefaultSelector()
         try:
-            self._spawn(stages, source, threads, beat_s, start_timeout)
+            settings = [{"around": around, "pace": pace, "threads": threads, "beat_s": beat_s,
+                         "start_timeout": start_timeout} for around, pace in zip(arounds, paces)]
+            self._spawn(stages, source, settings)
             self._await_ready(start_timeout)
             self._set_send_timeout(send_timeout)
         except BaseException:
@@ -167,15 +172,13 @@ class Fleet:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
 
-    def _spawn(self, stages: Sequence[StationSpec], source: StationSpec | None, threads: int, beat_s: float,
-               start_timeout: float) -> None:
+    def _spawn(self, stages: Sequence[StationSpec], source: StationSpec | None, settings: Sequence[Frame]) -> None:
         specs = [*stages, source] if source else list(stages)
         meeting = socket.create_server(("127.0.0.1", 0), backlog=128)
         configs = [{"name": "draft" if rank == len(stages) else f"stage {rank}", "rank": rank,
-                    "world": len(specs), "stages": len(stages), "spec": spec.to_dict(), "threads": threads,
-                    "beat_s": beat_s, "start_timeout": start_timeout, "parent": os.getpid(),
+                    "world": len(specs), "stages": len(stages), "spec": spec.to_dict(), "parent": os.getpid(),
                     "port": meeting.getsockname()[1], "listener": meeting.fileno() if rank == 0 else None}
-                   for rank, spec in enumerate(specs)]
+                   | settings[rank] for rank, spec in enumerate(specs)]
         with meeting:  # the first stage has its own copy by the end
             self._start_processes(configs, meeting)
         for worker, config in zip(self.workers, configs):

@@ -6,6 +6,7 @@
   Every path has its own answer, so a stage that forgets, mixes up or reorders tokens answers wrong.
 - `{"kind": "text", "tokens": [...]}`: a recorded continuation, whatever the path says: the token that
   follows position p is `tokens[p + 1 - prompt_len]`, held at the first and the last token beyond its ends.
+- `{"kind": "texts", "texts": [[...], ...]}`: several of them; request r is told the one at r modulo their number.
 """
 
 from __future__ import annotations
@@ -124,8 +125,13 @@ def answerer(truth: Truth) -> Answer:
         case {"kind": "hash", "vocab": int(vocab), "seed": int(seed)}:
             return lambda table, part, row: hash_token(table.tail(part, row, _CONTEXT), vocab, seed)
         case {"kind": "text", "tokens": [_, *_] as tokens}:
-            return lambda table, part, row: int(
-                tokens[min(max(part.positions[row] + 1 - table.prompt_len, 0), len(tokens) - 1)])
+            return lambda table, part, row: _recorded(tokens, table, part, row)
+        case {"kind": "texts", "texts": [_, *_] as texts} if all(texts):
+            return lambda table, part, row: _recorded(texts[part.request % len(texts)], table, part, row)
     raise UsageError(f"no such truth: {truth!r}",
-                     hint='Known are {"kind": "hash", "vocab": V, "seed": S} and '
-                          '{"kind": "text", "tokens": [...]} with at least one token.')
+                     hint='Known are {"kind": "hash", "vocab": V, "seed": S}, {"kind": "text", "tokens": [...]} and '
+                          '{"kind": "texts", "texts": [[...], ...]}, with at least one token in each text.')
+
+
+def _recorded(tokens: list[int], table: SlotTable, part: Part, row: int) -> int:
+    return int(tokens[min(max(part.positions[row] + 1 - table.prompt_len, 0), len(tokens) - 1)])

@@ -25,6 +25,7 @@ import socket
 import struct
 import sys
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,22 @@ _ALIGN = 64
 _LENGTH = struct.Struct("<I")
 _SIZES = struct.Struct("<QQ")
 _READ = 1 << 16
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What reaches a station: a flight or job, the legs it has behind it, and its hidden rows.
+
+    sent, size: when it was handed to the link, and its bytes there. due: when it arrives at the other end.
+    Both moments in seconds of `time.monotonic`.
+    """
+
+    flight: Flight
+    legs: list[list[Any]]
+    hidden: Any
+    sent: float
+    size: int
+    due: float
 
 
 def dump_flight(flight: Flight) -> list[Any]:
@@ -75,6 +92,15 @@ def dump_expansion(expansion: Expansion) -> list[Any]:
     return [expansion.node, expansion.tokens, expansion.logprobs, expansion.parents]
 
 
+def frame_size(frame: Frame) -> int:
+    """How many bytes `Channel.send` writes for a frame."""
+    return _LENGTH.size + len(_body(frame))
+
+
+def _body(frame: Frame) -> bytes:
+    return json.dumps(frame, separators=(",", ":")).encode()
+
+
 class Channel:
     """JSON frames over a connected stream socket. One thread may receive while any number send."""
 
@@ -93,7 +119,7 @@ class Channel:
     def send(self, frame: Frame) -> None:
         """Write one frame whole. Raises `OSError` when the other end is gone, and `TimeoutError` (an
         `OSError` too) when it does not read for as long as the socket's timeout says."""
-        body = json.dumps(frame, separators=(",", ":")).encode()
+        body = _body(frame)
         with self._sending:
             self._sock.sendall(_LENGTH.pack(len(body)) + body)
 

@@ -8,6 +8,8 @@ Standard input is the control connection, a socket; its first frame is the confi
   `cancel` overtakes the flights that wait, and it ends the process on "stop" or when the engine is gone;
 - the heartbeat thread says that the process lives and which flight it finished last.
 
+Emulated links add a thread per link that has latency or a bandwidth (see `emulation`).
+
 A worker whose neighbour is gone says so, and then waits to be ended: which station is to blame is the
 engine's to judge, and it sees the true culprit's connection close.
 """
@@ -15,6 +17,7 @@ engine's to judge, and it sees the true culprit's connection close.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import queue
 import signal
@@ -25,23 +28,27 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
 from typing import Any, NoReturn, cast
 
-from fullpipe.errors import FullpipeError
+from fullpipe.errors import FullpipeError, PipelineError
 from fullpipe.messages import Flight, Leg
+from fullpipe.pipeline.emulation import Around, Inbound, Outbox, sleep_until, wake_promptly
 from fullpipe.pipeline.inprocess import drop_rows
+from fullpipe.pipeline.links import Link, Wire
+from fullpipe.pipeline.pace import Pace
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.station import SourceLike, StageLike
 from fullpipe.pipeline.wire import (
+    Arrival,
     Channel,
     Frame,
     dump_expansion,
     dump_flight,
     dump_leg,
+    frame_size,
     load_flight,
     pack,
     packed_size,
@@ -65,38 +72,32 @@ class Cancelled:
     A node passes a station once at most, so an id is forgotten when its row is dropped. An id whose row
     has been computed here already is never met again; so only the newest `most` ids are kept.
     Forgetting one too early costs a row of work and nothing else.
+
+    An id counts from the moment at which its `cancel` arrives here, in seconds of `time.monotonic`.
     """
 
     def __init__(self, most: int = _MOST_CANCELLED) -> None:
         self._most = most
-        self._ids: dict[int, None] = {}
+        self._ids: dict[int, float] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def add(self, nodes: Collection[int]) -> None:
+    def add(self, nodes: Collection[int], due: float = 0.0) -> None:
         with self._lock:
-            self._ids.update((node, None) for node in nodes if node != _PROMPT)
+            self._ids.update((node, due) for node in nodes if node != _PROMPT)
             for node in list(islice(self._ids, max(0, len(self._ids) - self._most))):
                 del self._ids[node]
 
     def take(self, nodes: Collection[int]) -> set[int]:
-        """Which of these nodes are cancelled; they are forgotten."""
+        """Which of these nodes are cancelled by now; they are forgotten."""
+        now = time.monotonic()
         with self._lock:
-            found = {node for node in nodes if node in self._ids}
+            found = {node for node in nodes if self._ids.get(node, math.inf) <= now}
             for node in found:
                 del self._ids[node]
         return found
-
-
-@dataclass(slots=True)
-class Arrival:
-    """What reaches a station: a flight, the legs it has behind it, and its hidden rows."""
-
-    flight: Flight
-    legs: list[list[Any]]
-    hidden: Any
 
 
 class Neighbours:
@@ -110,6 +111,8 @@ class Neighbours:
     something is left. Gloo moves bytes only when a receive of just that size waits for them, so a size
     that had to be announced first would cost another round trip; a decoding step's few rows fit the
     opening.
+
+    An emulated link lets more come (`emulation.Inbound`).
     """
 
     def __init__(self, config: Frame) -> None:
@@ -119,6 +122,23 @@ class Neighbours:
         self._unsent: list[Any] = []  # handles of the sends under way
         if config["world"] > 1:
             _join_world(config)
+
+    def arrivals(self, link: Link) -> Callable[[], Arrival]:
+        """What waits for the next flight and returns it; others are let come meanwhile. It raises
+        `NeighbourLostError`."""
+        if not link.instant:
+            return Inbound(self._expect_and_receive, link).next
+        self.expect()
+        return self._receive_and_expect
+
+    def _expect_and_receive(self) -> Arrival:
+        self.expect()
+        return self.receive()
+
+    def _receive_and_expect(self) -> Arrival:
+        arrival = self.receive()
+        self.expect()
+        return arrival
 
     def expect(self) -> None:
         """Let the next flight come. Raises `NeighbourLostError`."""
@@ -138,11 +158,12 @@ class Neighbours:
         handle, message = self._opening
         with _gone(self._before):
             handle.wait()
-            if (missing := packed_size(message.numpy()) - _OPENING) > 0:
+            size = packed_size(message.numpy())
+            if (missing := size - _OPENING) > 0:
                 message = torch.cat([message, torch.empty(missing, dtype=torch.uint8)])
                 dist.recv(message[_OPENING:], src=self._rank - 1)
-        (flight, legs), hidden = unpack(message.numpy())
-        return Arrival(load_flight(flight), legs, hidden)
+        (flight, legs, sent), hidden = unpack(message.numpy())
+        return Arrival(load_flight(flight), legs, hidden, sent, size, sent)
 
     def finish_sending(self) -> None:
         """Wait until the stage after has received what was sent. Raises `NeighbourLostError`."""
@@ -156,7 +177,8 @@ class Neighbours:
         import torch
         import torch.distributed as dist
 
-        message = torch.from_numpy(pack([dump_flight(flight), legs], hidden, least=_OPENING))
+        header = [dump_flight(flight), legs, time.monotonic()]
+        message = torch.from_numpy(pack(header, hidden, least=_OPENING))
         with _gone(self._after):
             self._unsent = [dist.isend(piece, dst=self._rank + 1)
                             for piece in (message[:_OPENING], message[_OPENING:]) if len(piece)]
@@ -194,6 +216,13 @@ class Host:
         self.inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self.done = -1
         self._beat_s: float = config["beat_s"]
+        self.around = Around.from_dict(config["around"])
+        self._wire = Wire(self.around.inward)
+        self._pace = Pace(config["pace"]) if config["pace"] else None
+        if self._pace or not self.around.instant:
+            wake_promptly()
+        self.send_ready = Outbox(self.send, self.around.ready).send
+        self.send_answer = Outbox(self.send, self.around.answer).send
 
     def start_threads(self, unread: list[Frame]) -> None:
         """Listen to the engine and send heartbeats from now on. unread: frames that came already."""
@@ -228,6 +257,8 @@ class Host:
         """Do the station's work on a flight; its result, and the leg as plain values."""
         start = time.monotonic()
         result = work()
+        if self._pace:
+            sleep_until(start + self._pace.seconds(flight.num_rows))
         nodes = [node for part in flight.parts for node in part.nodes]
         leg = dump_leg(Leg(self.name, start, time.monotonic(), nodes))
         self.done = flight.id
@@ -241,15 +272,31 @@ class Host:
                 unread = self.channel.receive()
         except (EOFError, OSError):
             leave(0)
+        except BaseException as error:  # a frame that makes no sense
+            self.fail(error)
+            leave(1)  # what comes after it cannot be read, "stop" included
 
     def _obey(self, frame: Frame) -> None:
         match frame["kind"]:
             case "flight":
-                self.inbox.put(Arrival(load_flight(frame["flight"]), [], None))
+                self.inbox.put(self._arrival(frame))
             case "cancel":
-                self.cancelled.add(frame["nodes"])
+                self.cancelled.add(frame["nodes"], frame["sent"] + self.around.cancel_s)
             case "stop":
                 leave(0)
+            case kind:
+                raise PipelineError(f"no such kind of frame: {kind!r}",
+                                    hint="Engine and workers must be of one version of Fullpipe.")
+
+    def _arrival(self, frame: Frame) -> Arrival:
+        sent, size = frame["sent"], 0 if self._wire.link.instant else frame_size(frame)
+        return Arrival(load_flight(frame["flight"]), [], None, sent, size, self._wire.arrival(sent, size))
+
+    def next(self) -> Arrival:
+        """Wait for the next flight or job from the engine, until it has arrived."""
+        arrival = self.inbox.get()
+        sleep_until(arrival.due)
+        return arrival
 
     def _beat(self) -> None:
         while True:
@@ -260,12 +307,9 @@ class Host:
 def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int, num_stages: int) -> None:
     """Run flights for ever. Raises `NeighbourLostError`, and what the stage raises."""
     first, last = index == 0, index == num_stages - 1
-    if not first:
-        neighbours.expect()
+    next_arrival = host.next if first else neighbours.arrivals(host.around.inward)
     while True:
-        arrival = host.inbox.get() if first else neighbours.receive()
-        if not first:
-            neighbours.expect()
+        arrival = next_arrival()
         host.drop_cancelled(arrival)
         flight = arrival.flight
         result, leg = host.timed(flight, partial(stage.run, flight, arrival.hidden))
@@ -273,10 +317,10 @@ def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int
         if not last:
             neighbours.finish_sending()
         if first:  # said before handing on, so that the answer is on its way meanwhile
-            host.send({"kind": "ready"})
+            host.send_ready({"kind": "ready"})
         if last:
-            host.send({"kind": "landed", "flight": flight.id, "nodes": result.nodes, "tokens": result.tokens,
-                       "margins": result.margins, "legs": legs})
+            host.send_answer({"kind": "landed", "flight": flight.id, "nodes": result.nodes,
+                              "tokens": result.tokens, "margins": result.margins, "legs": legs})
         else:
             neighbours.send(flight, legs, result)
 
@@ -284,12 +328,12 @@ def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int
 def serve_draft(host: Host, source: SourceLike) -> None:
     """Run draft jobs for ever. Raises what the source raises."""
     while True:
-        arrival = host.inbox.get()
+        arrival = host.next()
         host.drop_cancelled(arrival)
         job = arrival.flight
         expansions, leg = host.timed(job, partial(source.run, job))
-        host.send({"kind": "drafted", "job": job.id, "leg": leg,
-                   "expansions": [dump_expansion(expansion) for expansion in expansions]})
+        host.send_answer({"kind": "drafted", "job": job.id, "leg": leg,
+                          "expansions": [dump_expansion(expansion) for expansion in expansions]})
 
 
 def leave(code: int) -> NoReturn:

@@ -12,28 +12,35 @@ from fullpipe.policies.static_tree import Chain, StaticTree
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy for policy in (PlainPipeline, Chain, StaticTree, PipeDec, FullPipe)
 }
+WITH_DEPTH = tuple(name for name, policy in POLICIES.items() if issubclass(policy, StaticTree))
 
 
 def make_policy(method: str, *, width: int | None = None, depth: int | None = None,
                 floor: float | None = None) -> Policy:
-    """The policy of that name; options it does not have are ignored, None means its default.
+    """The policy of that name; None means its default.
 
-    Raises UsageError on an unknown method.
+    A width is ignored by pp and chain, a floor by pp: their flights have no shape to choose. A depth is for the
+    methods `WITH_DEPTH` alone.
+
+    Raises UsageError on an unknown method, on values out of range, and on a depth for a method without one.
     """
     if method not in POLICIES:
         raise UsageError(f"unknown method {method!r}", hint=f"Methods are: {', '.join(POLICIES)}.")
     if width is not None and width < 1:
         raise UsageError(f"width must be 1 or more (got {width})",
                          hint="The width is the number of tree nodes in a flight.")
+    if depth is not None and method not in WITH_DEPTH:
+        raise UsageError(f"the method {method} has no depth (got {depth})",
+                         hint=f"Leave the depth out, or use one of: {', '.join(WITH_DEPTH)}.")
     options: dict[str, int | float] = {}
     if width is not None:
         options["width"] = width
     if floor is not None:
         options["floor"] = floor
-    if depth is not None and issubclass(POLICIES[method], StaticTree):
+    if depth is not None:
         options["depth"] = depth
     return POLICIES[method](**options)  # type: ignore[arg-type]
 
 
-__all__ = ["POLICIES", "PROBABILITY_FLOOR", "Chain", "FullPipe", "PipeDec", "PlainPipeline", "Policy",
+__all__ = ["POLICIES", "PROBABILITY_FLOOR", "WITH_DEPTH", "Chain", "FullPipe", "PipeDec", "PlainPipeline", "Policy",
            "StaticTree", "make_policy"]

@@ -1,14 +1,15 @@
 """Events to a file and back: one JSON object per line, for traces, plots and bug reports. No torch.
 
 A line is the event's type and its fields, nested dataclasses as objects:
-`{"type": "Emitted", "time": 0.5, "request": 0, ...}`. Numbers are written as Python writes them, so a
-margin without a rival is `Infinity`, which strict readers of JSON refuse.
+`{"type": "Emitted", "time": 0.5, "request": 0, ...}`. JSON knows no infinity: a margin without a rival is the
+string "inf", and comes back as the number. (Older files have a bare `Infinity` there, which is read too.)
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -54,7 +55,7 @@ class JsonlRecorder:
         if not self._open:
             return
         try:
-            self._file.write(json.dumps(_plain(event, type=type(event).__name__), default=_nested) + "\n")
+            self._file.write(_line(event))
         except OSError as error:
             self._give_up(error)
 
@@ -99,6 +100,27 @@ def read_events(path: str | Path) -> Iterator[Event]:
                          hint="A trace is a text file as `JsonlRecorder` writes it.") from error
 
 
+def _line(event: Event) -> str:
+    values = _plain(event, type=type(event).__name__)
+    try:
+        return json.dumps(values, default=_nested, allow_nan=False) + "\n"
+    except ValueError:  # a number that JSON does not know: rare, so only then everything is looked at
+        return json.dumps(_spelled(values), default=_nested, allow_nan=False) + "\n"
+
+
+def _spelled(value: Any) -> Any:
+    """The same with "inf", "-inf" and "nan" for the numbers that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(float(value))
+    if isinstance(value, dict):
+        return {name: _spelled(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelled(item) for item in value]
+    if is_dataclass(value) or hasattr(value, "item"):
+        return _spelled(_nested(value))
+    return value
+
+
 def _plain(value: Any, **more: Any) -> dict[str, Any]:
     return more | {field.name: getattr(value, field.name) for field in fields(value)}
 
@@ -130,6 +152,10 @@ def _build(hint: Any, value: Any) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         hints = _hints(hint)
         return hint(**{name: _build(hints[name], item) for name, item in value.items()})
+    if hint == list[float]:
+        return [float(item) for item in value]  # "inf" among them
     if get_origin(hint) is list and is_dataclass(get_args(hint)[0]):
         return [_build(get_args(hint)[0], item) for item in value]
+    if isinstance(value, str) and hint in (float, float | None):
+        return float(value)
     return value

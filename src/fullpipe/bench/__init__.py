@@ -1,0 +1,1 @@
+"""Measuring: prompts, recordings, metrics, reports."""

@@ -1,0 +1,346 @@
+"""What a receipt's samples say, per combination and task class. No torch.
+
+The metrics mean what DESIGN section 8 says. Everything is a ratio of totals over prompts (all hits over all hits and
+misses, all time over all tokens), never a mean of ratios, so a long answer weighs more than a short one, as it does
+for who waits for it. Shares of time (fill, bubbles, the draft's) are weighted by decode time for the same reason.
+
+Only samples of phase "main" are counted. Repeats of a prompt are summed before anything is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fullpipe.bench.receipt import Receipt, Sample
+from fullpipe.errors import UsageError
+
+ALL = "all"
+"""In place of a task class: every prompt."""
+
+PLAIN, STATIC = "pp", "static-tree"
+SERIAL = frozenset({"chain", STATIC})
+"""Methods whose draft works while the pipeline is empty, and only then."""
+
+_RESAMPLES, _SEED = 2000, 20261121
+_TAILS = (2.5, 97.5)  # per cent: what lies between is the 95% interval
+_NAMED = 5  # prompts that an error names
+
+
+class Key(NamedTuple):
+    cluster: str
+    temperature: float
+    method: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with its 95% confidence interval over prompts; None where one prompt is all there is."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """Where the time of a token goes, in seconds; the parts sum to it. See `blame`."""
+
+    ideal: float
+    misses: float
+    links: float
+    rows: float
+    draft: float
+    overhead: float
+    together: float
+
+    @property
+    def total(self) -> float:
+        return self.ideal + self.misses + self.links + self.rows + self.draft + self.overhead + self.together
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One method on one cluster at one temperature, over the prompts of one task class.
+
+    tbt_s, ttft_s: seconds of the receipt's clock. waste, restarts: per emitted token. bubbles: idle share per stage.
+    bytes_per_token: of each hop. acceptance: (hits, asked) by depth. engine_s_per_step: by the wall clock.
+    over_pp, over_static_tree: speedup (None where that method was not run).
+    """
+
+    prompts: int
+    tokens: int
+    decode_s: float
+    tbt_s: float
+    ttft_s: float
+    steps_per_token: float
+    hit_rate: float
+    mean_acceptance_length: float
+    fill: float
+    waste: float
+    restarts: float
+    bubbles: list[float]
+    draft_busy: float
+    bytes_per_token: list[float]
+    acceptance: list[tuple[int, int]]
+    engine_s_per_step: float
+    same_texts: int
+    near_ties: int
+    samples: int
+    over_pp: Estimate | None
+    over_static_tree: Estimate | None
+    blame: Blame | None
+
+    @property
+    def s_per_token(self) -> float:
+        return self.decode_s / self.tokens
+
+    def over(self, baseline: str) -> Estimate | None:
+        return self.over_pp if baseline == PLAIN else self.over_static_tree
+
+
+Group = dict[tuple[str, int], Sample]
+"""The samples of one combination by (prompt, repeat)."""
+
+
+def main_groups(receipt: Receipt) -> dict[tuple[str, float, str], Group]:
+    """Samples of phase "main" by (cluster, temperature, method).
+
+    In the order of `receipt.clusters`, rising temperature, and first appearance of the method. Raises UsageError when
+    there are none, when two are of the same prompt and repeat, and when one took no time.
+    """
+    groups: dict[tuple[str, float, str], Group] = {}
+    for sample in receipt.samples:
+        if sample.phase != "main":
+            continue
+        group = groups.setdefault((sample.cluster, sample.temperature, sample.method), {})
+        where = f"{sample.method} on {sample.cluster} at temperature {sample.temperature:g}"
+        if (sample.prompt, sample.repeat) in group:
+            raise UsageError(f"two samples of {sample.prompt}, repeat {sample.repeat}, with {where}",
+                             hint="Prompt ids must be unique; were two files of one name given?")
+        if not sample.tokens or not sample.decode_s:
+            raise UsageError(f"{sample.prompt} with {where}: {sample.tokens} tokens in {sample.decode_s:g} s",
+                             hint="Such a sample measures nothing; run the benchmark again for it.")
+        group[sample.prompt, sample.repeat] = sample
+    if not groups:
+        raise UsageError("the receipt holds no samples of phase 'main'",
+                         hint="The benchmark was interrupted before its main part; run it again, it goes on there.")
+    order = [cluster.name for cluster in receipt.clusters]
+    methods = list(dict.fromkeys(method for _, _, method in groups))
+    return dict(sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1],
+                                                         methods.index(item[0][2]))))
+
+
+def summarise(receipt: Receipt) -> dict[Key, Summary]:
+    """Every combination, for each task class and for `ALL`. Raises UsageError as `main_groups` and `pairs` do."""
+    groups = main_groups(receipt)
+    found = {}
+    for (cluster, temperature, method), group in groups.items():
+        tasks = list(dict.fromkeys(sample.task for sample in group.values()))
+        for task in [ALL, *(tasks if len(tasks) > 1 else [])]:
+            mine = of_task(group, task)
+            plain, static = (of_task(groups.get((cluster, temperature, name), {}), task) for name in (PLAIN, STATIC))
+            found[Key(cluster, temperature, method, task)] = _summary(mine, plain, static, receipt.clock == "wall")
+    return found
+
+
+class Results:
+    """A receipt's groups and summaries, to be looked up. Raises UsageError as `summarise` does."""
+
+    def __init__(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+        self.groups = main_groups(receipt)
+        self.summaries = summarise(receipt)
+        self.clock = "virtual time" if receipt.clock == "virtual" else "wall clock"
+        self.clusters = [one for one in receipt.clusters if any(one.name == name for name, _, _ in self.groups)]
+        self.tasks = [ALL, *dict.fromkeys(key.task for key in self.summaries if key.task != ALL)]
+
+    def temperatures(self, cluster: str) -> list[float]:
+        return list(dict.fromkeys(key.temperature for key in self.summaries if key.cluster == cluster))
+
+    def methods(self, cluster: str) -> list[str]:
+        return list(dict.fromkeys(key.method for key in self.summaries if key.cluster == cluster))
+
+    def at(self, cluster: str, temperature: float, method: str, task: str = ALL) -> Summary | None:
+        return self.summaries.get(Key(cluster, temperature, method, task))
+
+
+def of_task(group: Group, task: str) -> Group:
+    return {key: sample for key, sample in group.items() if task in (ALL, sample.task)}
+
+
+def _summary(group: Group, plain: Group, static: Group, wall: bool) -> Summary:
+    samples = list(group.values())
+    tokens, decode = sum(one.tokens for one in samples), sum(one.decode_s for one in samples)
+    hits, misses = sum(one.hits for one in samples), sum(one.misses for one in samples)
+    return Summary(
+        prompts=len({one.prompt for one in samples}),
+        tokens=tokens,
+        decode_s=decode,
+        tbt_s=_ratio(sum(one.tbt_s * (one.tokens - 1) for one in samples), sum(one.tokens - 1 for one in samples)),
+        ttft_s=sum(one.ttft_s for one in samples) / len(samples),
+        steps_per_token=sum(one.steps for one in samples) / tokens,
+        hit_rate=_ratio(hits, hits + misses),
+        mean_acceptance_length=1 + hits / max(misses, 1),
+        fill=sum(one.fill * one.decode_s for one in samples) / decode,
+        waste=sum(one.wasted_rows for one in samples) / tokens,
+        restarts=sum(one.restarts for one in samples) / tokens,
+        bubbles=[total / decode for total in _sums([b * one.decode_s for b in one.bubbles] for one in samples)],
+        draft_busy=sum(one.draft_busy * one.decode_s for one in samples) / decode,
+        bytes_per_token=[total / tokens for total in _sums(one.link_bytes for one in samples)],
+        acceptance=[(int(hit), int(asked)) for hit, asked in zip(_sums(one.hits_by_depth for one in samples),
+                                                                 _sums(one.asked_by_depth for one in samples))],
+        engine_s_per_step=_ratio(sum(one.engine_s for one in samples), sum(one.steps for one in samples)),
+        same_texts=sum(one.same_text for one in samples),
+        near_ties=sum(one.near_ties for one in samples),
+        samples=len(samples),
+        over_pp=speedup(plain, group) if plain else None,
+        over_static_tree=speedup(static, group) if static else None,
+        blame=blame(group, plain, wall) if plain else None,
+    )
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else 0.0
+
+
+def _sums(rows: Iterable[Sequence[float]]) -> list[float]:
+    """Column by column. A row may be shorter than others: nothing happened so deep."""
+    sums: list[float] = []
+    for row in rows:
+        sums += [0.0] * (len(row) - len(sums))
+        for index, value in enumerate(row):
+            sums[index] += value
+    return sums
+
+
+# ---- one method against another --------------------------------------------------------------------------
+
+
+def pairs(baseline: Group, group: Group) -> dict[str, tuple[float, int, float, int]]:
+    """By prompt: (decode seconds, tokens) with the baseline, and with the method; repeats summed.
+
+    Raises UsageError naming the prompts that only one of the two answered.
+    """
+    if baseline.keys() != group.keys():
+        raise _unpaired(baseline, group)
+    totals: dict[str, tuple[float, int, float, int]] = {}
+    for key, one in group.items():
+        other = baseline[key]
+        before = totals.get(one.prompt, (0.0, 0, 0.0, 0))
+        totals[one.prompt] = (before[0] + other.decode_s, before[1] + other.tokens,
+                              before[2] + one.decode_s, before[3] + one.tokens)
+    return totals
+
+
+def _unpaired(baseline: Group, group: Group) -> UsageError:
+    def names(keys: Iterable[tuple[str, int]]) -> str:
+        listed = [f"{prompt} (repeat {repeat})" for prompt, repeat in sorted(keys)]
+        more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+        return ", ".join(listed[:_NAMED]) + more
+
+    one, other = next(iter(group.values())), next(iter(baseline.values()))
+    parts = [f"{method} has no sample of {names(keys)}"
+             for method, keys in ((one.method, baseline.keys() - group.keys()),
+                                  (other.method, group.keys() - baseline.keys())) if keys]
+    return UsageError(f"on {one.cluster} at temperature {one.temperature:g} {one.method} and {other.method} did not "
+                      f"answer the same prompts: {'; '.join(parts)}",
+                      hint="A speedup is of the same prompts. Run the benchmark again; it fills in what is missing.")
+
+
+def speedup(baseline: Group, group: Group) -> Estimate:
+    """Decode time per token of the baseline over that of the method, on the same prompts.
+
+    Where the texts are equal, and so are their lengths, that is the ratio of the total decode times. The interval is
+    a paired bootstrap over prompts: 2,000 times as many prompts are drawn as there are, each with both its times, and
+    the ratio taken anew (percentile method; Efron and Tibshirani 1993, chapter 13). The seed is fixed.
+    """
+    rows = np.array(list(pairs(baseline, group).values()), dtype=np.float64)
+    value = float(_time_ratio(rows.sum(axis=0)))
+    if len(rows) < 2:
+        return Estimate(value, None, None)
+    drawn = np.random.default_rng(_SEED).integers(len(rows), size=(_RESAMPLES, len(rows)))
+    low, high = np.percentile(_time_ratio(rows[drawn].sum(axis=1)), _TAILS)
+    return Estimate(value, float(low), float(high))
+
+
+def _time_ratio(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """totals [..., 4]: seconds and tokens of the baseline, of the method."""
+    ratio: NDArray[np.float64] = totals[..., 0] / totals[..., 1] / (totals[..., 2] / totals[..., 3])
+    return ratio
+
+
+def speedup_by_prompt(baseline: Group, group: Group) -> dict[str, float]:
+    """The same ratio for every prompt alone."""
+    return {prompt: float(_time_ratio(np.array(row))) for prompt, row in pairs(baseline, group).items()}
+
+
+# ---- where the time goes ---------------------------------------------------------------------------------
+
+
+def blame(group: Group, plain: Group, wall: bool) -> Blame:
+    """Split the mean decode time of a token, D / T, into what each cause takes of it.
+
+    With `pp` there is one row in the pipeline, so it shows what one row costs: s_k, the time of stage k, is stage k's
+    busy time per token; L, the time on links (with the way to the engine), is the time per token that no stage was
+    busy, nor (by the wall clock) the engine. A token after a miss waits for a whole traversal, as does the first one:
+    V = 1 + misses of them. Every other token (H = T - V) could follow its predecessor by the slowest stage's time,
+    s* = max s_k, which is the ideal. The method's own stage times are t_k = stage k's busy time per flight, at least
+    s_k (flights that died on the way make late stages look faster than they are); t* = max t_k. Flights are counted
+    as `steps` x (busy share of stage 0).
+
+        ideal     s*
+        misses    V/T (sum s_k - s*)                              refilling the pipeline
+        links     V/T L                                           the same, on the wire
+        rows      V/T (sum t_k - sum s_k) + H/T (t* - s*)         flights of many rows take longer than one row
+        overhead  wall clock: engine seconds per token; virtual time: 0, for there the engine takes no time
+        draft, together: what is left of D / T.
+
+    What is left is hits that came later than t* after their predecessor (the guess was not there in time: the draft
+    was not done, or the policy had not launched it), less hits that came sooner because one flight brought several.
+    For draft-then-verify methods (`SERIAL`) the draft's part is known, the draft's busy time; `together` is the rest.
+    For others only the sum is known: it counts as `draft` when positive, as `together` when negative.
+    """
+    tokens = sum(one.tokens for one in group.values())
+    decode = sum(one.decode_s for one in group.values())
+    traversals = (len(group) + sum(one.misses for one in group.values())) / tokens
+    one_row, links = _one_row(plain, wall)
+    ours = [max(s, t) for s, t in zip(one_row, _per_flight(group))]
+    ideal = max(one_row)
+    misses, wire = traversals * (sum(one_row) - ideal), traversals * links
+    rows = traversals * (sum(ours) - sum(one_row)) + (1 - traversals) * (max(ours) - ideal)
+    overhead = _engine(group) if wall else 0.0
+    left = decode / tokens - ideal - misses - wire - rows - overhead
+    if any(one.method in SERIAL for one in group.values()):
+        draft = sum(one.draft_busy * one.decode_s for one in group.values()) / tokens
+    else:
+        draft = max(left, 0.0)
+    return Blame(ideal, misses, wire, rows, draft, overhead, left - draft)
+
+
+def _one_row(plain: Group, wall: bool) -> tuple[list[float], float]:
+    """What `pp` shows: seconds of each stage for one row, and seconds on links per traversal."""
+    tokens = sum(one.tokens for one in plain.values())
+    stages = [total / tokens for total in _sums(_busy(one) for one in plain.values())]
+    traversal = sum(one.decode_s for one in plain.values()) / tokens
+    return stages, max(traversal - sum(stages) - (_engine(plain) if wall else 0.0), 0.0)
+
+
+def _engine(group: Group) -> float:
+    """Seconds of the engine's own code per token, by the wall clock."""
+    return sum(one.engine_s for one in group.values()) / sum(one.tokens for one in group.values())
+
+
+def _busy(sample: Sample) -> list[float]:
+    return [(1 - idle) * sample.decode_s for idle in sample.bubbles]
+
+
+def _per_flight(group: Group) -> list[float]:
+    """Mean seconds that each stage is busy per flight."""
+    flights = sum(one.steps * (1 - one.bubbles[0]) for one in group.values())
+    return [_ratio(total, flights) for total in _sums(_busy(one) for one in group.values())]

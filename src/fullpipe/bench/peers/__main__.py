@@ -1,0 +1,9 @@
+"""`python -m fullpipe.bench.peers`: make the peers' environments."""
+
+from __future__ import annotations
+
+import sys
+
+from fullpipe.bench.peers.envs import main
+
+sys.exit(main())

@@ -1,0 +1,79 @@
+"""Where figures come from: command, commit, versions, machine; and the receipt that holds it all."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fullpipe.bench.receipt import ClusterInfo, ModelInfo, Receipt, Sample, Tuning
+from fullpipe.bench.recording import Recording
+from fullpipe.planning.cluster import Cluster
+
+_VERSIONS = ("fullpipe", "torch", "numpy", "gguf", "tokenizers")
+_NEAR = 0.05  # of logits: closer than that, another order of summing may pick the other token
+
+
+def make_receipt(samples: Sequence[Sample], tunings: Sequence[Tuning], clusters: Mapping[str, Cluster],
+                 recordings: Mapping[float, Recording], model: str, draft: str,
+                 settings: dict[str, Any]) -> Receipt:
+    head = next(iter(recordings.values())).head
+    commit, dirty = commit_of(Path(__file__).parent)
+    infos = [ClusterInfo(name=name, label=label_of(cluster), note=cluster.file.cluster.note.strip(),
+                         stages=cluster.num_stages, text=cluster.text) for name, cluster in clusters.items()]
+    return Receipt(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit, dirty=dirty,
+                   date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), versions=versions(), machine=machine(),
+                   clock="virtual", model=ModelInfo(target=model, draft=draft, dtype=head.dtype), settings=settings,
+                   clusters=infos, samples=list(samples), tuning=list(tunings), notes=_notes(recordings))
+
+
+def label_of(cluster: Cluster) -> Any:
+    if cluster.file.cluster.kind == "measured":
+        return "measured"
+    curves = [device.stage_ms or device.draft_ms for device in cluster.file.devices]
+    return "unit" if all(curve is not None and len(curve) == 1 for curve in curves) else "modelled"
+
+
+def _notes(recordings: Mapping[float, Recording]) -> list[str]:
+    close = sum(margin is not None and margin < _NEAR for recording in recordings.values()
+                for answer in recording.answers.values() for margin in answer.margins)
+    tokens = sum(len(answer.tokens) for recording in recordings.values() for answer in recording.answers.values())
+    return [f"Every text is the recorded one: a replay fails where it is not. Of the {tokens} recorded picks {close} "
+            f"stand less than {_NEAR} above the second best; another machine may decide those otherwise."]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {"cpu": next(names, platform.processor()), "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def commit_of(folder: Path) -> tuple[str, bool]:
+    """The checkout's commit ("unknown" for an installed package), and whether its sources differ from it."""
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return (commit, bool(git("status", "--porcelain", "--", "."))) if commit else ("unknown", False)
+    except OSError:
+        return "unknown", False

@@ -1,0 +1,153 @@
+"""Run a method against recorded tokens: exact in steps, hits and waste, without running the target. No torch.
+
+The text does not depend on the method, and rows off the true path decide nothing. So the stages only pass
+flights on, the last one answers with the recorded token, and all that costs time is imagined by a cluster.
+The draft's answers are the real draft's (`memo.MemoSource`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Protocol
+
+from fullpipe.bench.recording import Answer
+from fullpipe.engine import Engine
+from fullpipe.errors import UsageError
+from fullpipe.messages import Drafted, Emitted, Event, Flight, Landed
+from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
+from fullpipe.pipeline.links import Links
+from fullpipe.pipeline.station import SourceLike, Verdict
+from fullpipe.policies.base import Policy
+from fullpipe.request import Request, SamplingParams
+from fullpipe.stats import RequestStats
+
+_requests = count()
+
+
+class Hardware(Protocol):
+    """What a replay needs of a cluster (`planning.cluster.Cluster`)."""
+
+    @property
+    def num_stages(self) -> int: ...
+    @property
+    def links(self) -> Links: ...
+
+    def message_bytes(self, rows: int) -> int: ...
+    def device_of(self, station: str) -> str: ...
+    def __call__(self, station: str, rows: int, measured: float, context: int) -> float: ...
+
+
+class RecordedStage:
+    """A stage that computes nothing; the last one says the recorded tokens."""
+
+    def __init__(self, answer: Answer, *, is_last: bool) -> None:
+        self._tokens, self._before = answer.tokens, len(answer.prompt) - 1
+        self._is_last = is_last
+
+    def run(self, flight: Flight, hidden: None) -> Verdict | None:
+        if not self._is_last:
+            return None
+        verdict = Verdict([], [], [])
+        for part in flight.parts:
+            for node, position, wanted in zip(part.nodes, part.positions, part.wants):
+                if wanted:
+                    verdict.nodes.append(node)
+                    verdict.tokens.append(self._tokens[min(position - self._before, len(self._tokens) - 1)])
+        return verdict
+
+
+@dataclass(slots=True)
+class Meter:
+    """Listens to an engine: what the stations did, and how far hits go.
+
+    busy: seconds of work by station, since `start`. rows: rows computed by station. asked, hits: by places
+    after the last miss, how many tokens came there, and how many of them were in flight already.
+    """
+
+    start: float = 0.0
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    asked: list[int] = field(default_factory=list)
+    hits: list[int] = field(default_factory=list)
+    _since: int = 0
+    _last: Emitted | None = None
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Landed():
+                for leg in event.legs:
+                    self._work(leg.station, leg.start, leg.end, len(leg.nodes))
+            case Drafted():
+                self._work("draft", event.leg.start, event.leg.end, len(event.leg.nodes))
+            case Emitted():
+                if self._last is not None:  # the very last token counts as neither hit nor miss
+                    self._count(self._last.hit)
+                self._last = event
+
+    def _work(self, station: str, start: float, end: float, rows: int) -> None:
+        self.busy[station] += max(0.0, end - max(start, self.start))
+        self.rows[station] += rows
+
+    def _count(self, hit: bool) -> None:
+        if self._since == len(self.asked):
+            self.asked.append(0)
+            self.hits.append(0)
+        self.asked[self._since] += 1
+        self.hits[self._since] += hit
+        self._since = self._since + 1 if hit else 0
+
+
+class _Clocked(InProcessPipeline):
+    """Counts the wall-clock time that passes inside the pipeline, which is not the engine's."""
+
+    inside = 0.0
+
+    def events(self) -> list[Event]:
+        begun = time.perf_counter()
+        try:
+            return super().events()
+        finally:
+            self.inside += time.perf_counter() - begun
+
+
+@dataclass(slots=True)
+class Run:
+    """What one replay measured. stats: of the request. engine_s: wall clock of tree, policy and bookkeeping.
+    wall_s: of all of it."""
+
+    stats: RequestStats
+    meter: Meter
+    engine_s: float
+    wall_s: float
+
+
+def replay(answer: Answer, params: SamplingParams, source: SourceLike | None, policy: Policy, hardware: Hardware,
+           *, costs: Costs | None = None, listeners: tuple[Any, ...] = ()) -> Run:
+    """One method on one recorded answer.
+
+    Raises AssertionError when the text comes out other than recorded, which no draft can bring about, and
+    UsageError for hardware whose costs would have to be measured.
+    """
+    if getattr(hardware, "is_measured", False):
+        raise UsageError("a replay runs no stages, so their time cannot be measured",
+                         hint="Give the devices a profile (`fullpipe profile`), a cost curve or a bandwidth.")
+    begun = time.perf_counter()
+    n = hardware.num_stages
+    pipeline = _Clocked([RecordedStage(answer, is_last=k == n - 1) for k in range(n)], source,
+                        costs=costs or hardware, links=hardware.links, message_bytes=hardware.message_bytes,
+                        device_of=hardware.device_of)
+    meter = Meter()
+    engine = Engine(pipeline, policy, listeners=[meter, *listeners])
+    params = replace(params, max_tokens=len(answer.tokens))
+    track = engine.submit(Request(next(_requests), tuple(answer.prompt), params))
+    said: list[int] = []
+    while engine.busy:
+        said += [event.token for event in engine.step() if isinstance(event, Emitted)]
+        if track.stats.first_launch is not None and not meter.start:
+            meter.start = track.stats.first_launch
+    assert said == answer.tokens, f"{answer.id}: the text differs from the recorded one"
+    wall = time.perf_counter() - begun
+    return Run(track.stats, meter, wall - pipeline.inside, wall)

@@ -1,0 +1,31 @@
+"""Options that take numbers with commas between."""
+
+from __future__ import annotations
+
+import math
+
+from fullpipe.errors import UsageError
+
+
+def integers(text: str, option: str) -> list[int]:
+    """Raises UsageError naming the option for what is no list of whole numbers from 1 on."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise UsageError(f"{option} takes whole numbers from 1 on with commas between (got {text!r})",
+                         hint=f"For example {option} 1,2,4.")
+    return found
+
+
+def decimals(text: str, option: str) -> list[float]:
+    """The same for numbers from 0 on."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(math.isfinite(number) and number >= 0 for number in found):
+        raise UsageError(f"{option} takes numbers from 0 on with commas between (got {text!r})",
+                         hint=f"For example {option} 0.5,1.")
+    return found

@@ -1,0 +1,144 @@
+"""`fullpipe profile`: what this machine takes for the parts of a step, in a file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+
+from fullpipe import hub
+from fullpipe.cli import console, options
+from fullpipe.cli.lists import integers
+from fullpipe.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from fullpipe.planning.profile import Cost, Curve, Profile, Surface
+
+_QUARTERS = 4
+
+
+def profile(
+    model: options.Model = options.DEFAULT_MODEL,
+    draft: Annotated[str, typer.Option("--draft", "-d", help="Draft model to measure too: auto (the model's partner, "
+                                       "if it has one), none, or a model.")] = "auto",
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("profile.json"),
+    rows: Annotated[str, typer.Option("--rows", help="Rows of a flight, rising.")] = "1,2,4,8,16,32,64",
+    contexts: Annotated[str, typer.Option("--contexts", help="Tokens before the rows, rising.")] = "128,512,2048",
+    repeats: Annotated[int, typer.Option("--repeats", help="Samples of each time; the median is taken.")] = 5,
+    threads: Annotated[int, typer.Option("--threads", help="Compute threads, as of one stage.")] = 1,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the profile instead of tables.")] = False,
+) -> None:
+    """Measure this machine: layers, head, embedding, draft calls and messages, by rows and context.
+
+    Nothing else should be running. An interrupted run leaves an older file as it is.
+    """
+    row_counts, context_sizes = integers(rows, "--rows"), integers(contexts, "--contexts")
+    if not out.parent.is_dir():
+        raise UsageError(f"cannot write {out}: there is no folder {out.parent}", hint="Name a file in one that exists.")
+    guesser = _draft_model(model, draft)
+    with console.TransferBar() as transfer:
+        for name in filter(None, (model, guesser)):
+            hub.resolve(name, progress=transfer)
+    from fullpipe.bench.measure import measure
+
+    with _Bar() as bar:
+        found = measure(model, guesser, rows=row_counts, contexts=context_sizes, repeats=repeats, threads=threads,
+                        dtype=dtype.value, progress=bar)
+    found.save(out)
+    if as_json:
+        console.print_json(found.model_dump(mode="json"))
+    else:
+        _print(found)
+    console.print_note(f"wrote {out}")
+
+
+def _draft_model(model: str, draft: str) -> str | None:
+    """The one model among the sources that `draft` stands for; n-gram costs nothing worth measuring."""
+    from fullpipe.assembly import draft_names
+
+    names = [name for name in draft_names(model, draft) if name != "ngram"]
+    if len(names) > 1:
+        raise UsageError(f"a profile holds one draft model (got {', '.join(names)})", hint="Measure one at a time.")
+    return names[0] if names else None
+
+
+# ---- tables ----------------------------------------------------------------------------------------------
+
+
+def _print(found: Profile) -> None:
+    draft = f", draft {found.draft_model.name}" if found.draft_model else ""
+    typer.echo(f"{found.target.name}{draft}, {found.dtype}, {_count(found.threads, 'thread')} of "
+               f"{found.machine['cpu']}; milliseconds: median and median absolute deviation of "
+               f"{_count(found.layers.costs[0][0].samples, 'sample')}\n")
+    _print_surface("one layer", found.layers)
+    _print_surface("a flight, beside its layers", found.flights)
+    if found.drafts is not None:
+        _print_surface("a draft call", found.drafts)
+    _print_curve("ROWS", {"HEAD": found.heads, "EMBEDDING": found.lookups})
+    _print_curve("BYTES", {"MESSAGE": found.messages})
+
+
+def _print_surface(what: str, surface: Surface) -> None:
+    typer.echo(f"{what}, by rows and context:")
+    console.print_table(("ROWS", *(f"{context:,} TOKENS" for context in surface.contexts)),
+                        [(str(rows), *map(_cell, line)) for rows, line in zip(surface.rows, surface.costs)])
+    typer.echo()
+
+
+def _print_curve(size: str, curves: dict[str, Curve]) -> None:
+    sizes = next(iter(curves.values())).sizes
+    console.print_table((size, *curves), [(f"{number:,}", *(_cell(curve.costs[k]) for curve in curves.values()))
+                                          for k, number in enumerate(sizes)])
+    typer.echo()
+
+
+def _cell(cost: Cost) -> str:
+    return f"{1e3 * cost.seconds:.3f} ± {1e3 * cost.spread:.3f}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+# ---- progress --------------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """A `fullpipe.bench.measure.Progress`: a bar on a terminal, a line per quarter elsewhere. Use it in a `with`."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._said: tuple[str, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            self._draw(what, done, total)
+        elif (now := (what, _QUARTERS * done // total)) != self._said:
+            self._said = now
+            console.print_note(f"{what}: {done} of {total}")
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        from rich import progress
+
+        if self._bar is None:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(), console=console.error_console(), transient=True)
+            self._bar.start()
+        known = {task.description: task.id for task in self._bar.tasks}
+        task = known[what] if what in known else self._bar.add_task(what, total=total)
+        self._bar.update(task, completed=done)

@@ -1,0 +1,530 @@
+"""A cluster in a file: devices, links, and what sits where. No torch.
+
+The file is TOML. Its parts:
+
+- `[cluster]` name, kind ("modelled" or "measured"), note (where the figures come from).
+- `[target]` and `[draft]`: the shape of the models whose cost is imagined, for devices described by bandwidth
+  and FLOP/s (a roofline). Devices described by curves or profiles do not need them.
+- `[[devices]]` name, memory_gb, and one description of speed: `bandwidth_gb_s` with `tflop_s` (and
+  `overhead_ms`); or `stage_ms` / `draft_ms`, a cost curve [[rows, milliseconds], ...]; or `profile`, a file of
+  `fullpipe profile` (beside the cluster file), and `speed` relative to the machine that it was taken on; or
+  `speed` alone, when every stage really runs here and its measured time is divided by it.
+- `[links]` latency_ms and bandwidth_mbit_s between any two devices, with `[[links.pair]]` for those that differ.
+- `[placement]` stages (a device each, in order), draft and engine (default: with stage 0), layers (how many
+  each stage has; default: cut evenly by cost).
+
+Everything that cannot be is refused with the line it stands on.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fullpipe.errors import UsageError
+from fullpipe.pipeline.links import Link, Links
+from fullpipe.planning.partition import cut
+from fullpipe.planning.profile import Profile
+
+_MESSAGE_BYTES = 128  # of a flight beside its rows
+_ROW_BYTES = 64  # of a row beside its hidden state: token, position, slot, path
+_LOOPBACK = Link()
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Curve = Annotated[list[tuple[Annotated[int, Field(ge=1)], NotNegative]], Field(min_length=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shape(_Part):
+    """Of a model that is only imagined. layer_params: weights of a layer. head_params: of the output matrix.
+    hidden: width of a hidden state. kv_size: numbers that a token leaves in the cache of each layer. bits: of
+    a weight; hidden states and cache have 16."""
+
+    name: str
+    layers: Annotated[int, Field(ge=1)]
+    layer_params: Positive
+    head_params: Positive
+    hidden: Annotated[int, Field(ge=1)]
+    kv_size: Annotated[int, Field(ge=1)]
+    bits: Annotated[float, Field(gt=0, le=32)] = 16
+
+    @property
+    def layer_bytes(self) -> float:
+        return self.layer_params * self.bits / 8
+
+    @property
+    def head_bytes(self) -> float:
+        return self.head_params * self.bits / 8
+
+
+class Device(_Part):
+    """count: how many of them there are; then they are called name0, name1, ..."""
+
+    name: str
+    count: Annotated[int, Field(ge=1)] | None = None
+    memory_gb: Positive | None = None
+    bandwidth_gb_s: Positive | None = None
+    tflop_s: Positive | None = None
+    overhead_ms: NotNegative = 0.0
+    stage_ms: Curve | None = None
+    draft_ms: Curve | None = None
+    profile: str | None = None
+    speed: Positive | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name] if self.count is None else [f"{self.name}{index}" for index in range(self.count)]
+
+    @property
+    def kind(self) -> Literal["roofline", "curve", "profile", "measured"]:
+        if self.bandwidth_gb_s is not None:
+            return "roofline"
+        if self.stage_ms is not None or self.draft_ms is not None:
+            return "curve"
+        return "profile" if self.profile is not None else "measured"
+
+    @model_validator(mode="after")
+    def _one_description(self) -> Self:
+        ways = [self.bandwidth_gb_s is not None or self.tflop_s is not None,
+                self.stage_ms is not None or self.draft_ms is not None,
+                self.profile is not None or self.speed is not None]
+        if sum(ways) != 1:
+            raise ValueError("describe its speed in one way: bandwidth_gb_s with tflop_s, stage_ms or draft_ms, "
+                             "or profile or speed")
+        if (self.bandwidth_gb_s is None) != (self.tflop_s is None):
+            raise ValueError("bandwidth_gb_s and tflop_s belong together")
+        for curve in (self.stage_ms, self.draft_ms):
+            if curve is not None and any(a[0] >= b[0] for a, b in pairwise(curve)):
+                raise ValueError("a cost curve goes by rising numbers of rows")
+        return self
+
+
+class Pair(_Part):
+    ends: tuple[str, str]
+    latency_ms: NotNegative
+    bandwidth_mbit_s: Positive | None = None
+
+
+class LinkTable(_Part):
+    latency_ms: NotNegative | None = None
+    bandwidth_mbit_s: Positive | None = None
+    pair: list[Pair] = []
+
+
+class Placement(_Part):
+    stages: Annotated[list[str], Field(min_length=1)]
+    draft: str | None = None
+    engine: str | None = None
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+
+
+class About(_Part):
+    name: str
+    kind: Literal["modelled", "measured"]
+    note: str = ""
+
+
+class ClusterFile(_Part):
+    """The file as it stands."""
+
+    cluster: About
+    target: Shape | None = None
+    draft: Shape | None = None
+    devices: Annotated[list[Device], Field(min_length=1)]
+    links: LinkTable = LinkTable()
+    placement: Placement
+
+    @cached_property
+    def blocks(self) -> dict[str, int]:
+        """By a device's name the index of the block that describes it."""
+        return {name: index for index, block in enumerate(self.devices) for name in block.names}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that holds together: every name is known, every link is there, everything fits.
+
+    file: its description. text: as it was read. folder: where its profiles are looked for. profiles: of the
+    devices that name one, by block.
+    """
+
+    file: ClusterFile
+    text: str
+    folder: str
+    profiles: Mapping[str, Profile]
+
+    @property
+    def name(self) -> str:
+        return self.file.cluster.name
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.file.placement.stages)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether costs come from running the stages, so that two runs differ."""
+        return any(self._device(name).kind == "measured" for name in self.file.placement.stages)
+
+    def device_of(self, station: str) -> str:
+        """Where a station ("stage 3", "draft", "engine") sits."""
+        place = self.file.placement
+        if station.startswith("stage "):
+            return place.stages[int(station.removeprefix("stage "))]
+        return (place.draft if station == "draft" else place.engine) or place.stages[0]
+
+    # ---- time --------------------------------------------------------------------------------------------
+
+    def stage_seconds(self, index: int, rows: int, context: int, measured: float = 0.0) -> float:
+        """What `rows` rows take on a stage, with `context` tokens in the cache. measured: seconds that it took
+        here, where that counts."""
+        device = self._device(self.device_of(f"stage {index}"))
+        is_last = index == self.num_stages - 1
+        match device.kind:
+            case "roofline":
+                target = self._shape("target")
+                layers = self.layers[index]
+                weights = layers * target.layer_params + is_last * target.head_params
+                return _roofline(device, weights, target.bits, layers * target.kv_size * context, rows)
+            case "curve":
+                return _on_curve(device.stage_ms or [], rows)
+            case "profile":
+                profile = self.profiles[device.name]
+                return profile.stage(self.layers[index], rows, context, is_first=index == 0,
+                                     is_last=is_last) / (device.speed or 1.0)
+        return measured / (device.speed or 1.0)
+
+    def draft_seconds(self, rows: int, context: int, measured: float = 0.0) -> float:
+        """What a draft call with `rows` rows takes."""
+        device = self._device(self.device_of("draft"))
+        match device.kind:
+            case "roofline":
+                draft = self._shape("draft")
+                weights = draft.layers * draft.layer_params + draft.head_params
+                return _roofline(device, weights, draft.bits, draft.layers * draft.kv_size * context, rows)
+            case "curve":
+                return _on_curve(device.draft_ms or [], rows)
+            case "profile":
+                return self.profiles[device.name].draft(rows, context) / (device.speed or 1.0)
+        return measured / (device.speed or 1.0)
+
+    def __call__(self, station: str, rows: int, measured: float, context: int = 0) -> float:
+        """Seconds of virtual time (see `pipeline.inprocess.Costs`)."""
+        if not rows:
+            return 0.0
+        if station == "draft":
+            return self.draft_seconds(rows, context, measured)
+        return self.stage_seconds(int(station.removeprefix("stage ")), rows, context, measured)
+
+    # ---- links -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def links(self) -> Links:
+        stages = [self.device_of(f"stage {k}") for k in range(self.num_stages)]
+        engine, draft = self.device_of("engine"), self.device_of("draft")
+        return Links(stage_hops=[self._link(*pair) for pair in pairwise(stages)],
+                     to_first=self._link(engine, stages[0]), landing=self._link(stages[-1], engine),
+                     draft=self._link(engine, draft))
+
+    def message_bytes(self, rows: int) -> int:
+        """Of a flight with its hidden states on the way to the next stage."""
+        return _MESSAGE_BYTES + rows * (_ROW_BYTES + 2 * self.hidden)
+
+    @cached_property
+    def hidden(self) -> int:
+        """Numbers in a hidden state; 0 when no shape is given."""
+        return self.file.target.hidden if self.file.target else 0
+
+    def _link(self, a: str, b: str) -> Link:
+        if a == b:
+            return _LOOPBACK
+        table = self.file.links
+        for pair in table.pair:
+            if {a, b} == set(pair.ends):
+                return _as_link(pair.latency_ms, pair.bandwidth_mbit_s or table.bandwidth_mbit_s)
+        assert table.latency_ms is not None, "checked when the file was read"
+        return _as_link(table.latency_ms, table.bandwidth_mbit_s)
+
+    # ---- layers ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """How many layers each stage has: as given, or cut so that the slowest stage costs least."""
+        given = self.file.placement.layers
+        if given is not None:
+            return given
+        total, layer, head = self._layer_costs()
+        return [len(part) for part in cut([layer] * total, head, 0.0, self.num_stages)]
+
+    def _layer_costs(self) -> tuple[int, float, float]:
+        if self.file.target is not None:
+            return self.file.target.layers, self.file.target.layer_bytes, self.file.target.head_bytes
+        for profile in self.profiles.values():
+            return profile.num_layers, profile.layer(1, 0), profile.head(1)
+        return self.num_stages, 1.0, 0.0  # curves are for whole stages: nothing to cut
+
+    def _device(self, name: str) -> Device:
+        return self.file.devices[self.file.blocks[name]]
+
+    def _shape(self, which: Literal["target", "draft"]) -> Shape:
+        shape = self.file.target if which == "target" else self.file.draft
+        assert shape is not None, "checked when the file was read"
+        return shape
+
+    # ---- reading -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> Cluster:
+        """Read a cluster file, or a preset by its name (`presets()`). Raises UsageError with the line."""
+        path = Path(path)
+        if not path.exists() and path.suffix != ".toml":
+            return cls._preset(str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the cluster {path}: {error}",
+                             hint=f"Give a TOML file, or a preset: {', '.join(presets())}.") from error
+        return cls.parse(text, str(path), path.parent)
+
+    @classmethod
+    def _preset(cls, name: str) -> Cluster:
+        if name not in presets():
+            raise UsageError(f"there is no cluster {name!r}", hint=f"Give a TOML file, or a preset: "
+                                                                   f"{', '.join(presets())}.")
+        text = (_folder() / f"{name}.toml").read_text(encoding="utf-8")
+        return cls.parse(text, f"preset {name}", Path())
+
+    @classmethod
+    def parse(cls, text: str, where: str, folder: Path) -> Cluster:
+        """where: what to call it in messages. folder: where profiles are looked for."""
+        try:
+            file = ClusterFile.model_validate(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"{where} is not TOML: {error}", hint="See docs/clusters.md.") from None
+        except ValidationError as error:
+            raise _refusal(error, text, where) from None
+        _Check(file, text, where).run()
+        profiles = {device.name: Profile.load(folder / device.profile)
+                    for device in file.devices if device.profile is not None}
+        cluster = cls(file, text, str(folder), profiles)
+        _check_layers(cluster, text, where)
+        _check_memory(cluster, text, where)
+        return cluster
+
+
+_UNIT = """
+[cluster]
+name = "{stages} stages, unit steps"
+kind = "modelled"
+note = "Every stage step and every draft call takes 1 ms, whatever its rows; links take nothing."
+
+[[devices]]
+name = "unit"
+count = {stages}
+stage_ms = [[1, 1.0]]
+
+[[devices]]
+name = "drafter"
+draft_ms = [[1, 1.0]]
+
+[links]
+latency_ms = 0.0
+
+[placement]
+stages = [{names}]
+draft = "drafter"
+"""
+
+
+def unit_cluster(stages: int) -> Cluster:
+    """Stages and a draft whose every step takes one unit of time, on links that take none: what is left is the
+    counting of pipeline steps. Comparable with any paper that counts steps."""
+    if stages < 1:
+        raise UsageError(f"a pipeline needs at least one stage (got {stages})")
+    names = ", ".join(f'"unit{index}"' for index in range(stages))
+    return Cluster.parse(_UNIT.format(stages=stages, names=names).lstrip(), f"{stages} unit stages", Path())
+
+
+def presets() -> list[str]:
+    """Names of the clusters that come with Fullpipe."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.name.endswith(".toml"))
+
+
+def _folder() -> Any:
+    return resources.files("fullpipe.planning") / "presets"
+
+
+def _roofline(device: Device, weights: float, bits: float, cache: float, rows: int) -> float:
+    """Reading the weights and the cache once, or computing two operations per weight and row, whichever takes
+    longer (S. Williams et al., "Roofline", 2009), and what a step costs besides."""
+    assert device.bandwidth_gb_s is not None and device.tflop_s is not None
+    read = (weights * bits / 8 + 2 * cache) / (device.bandwidth_gb_s * 1e9)
+    compute = 2 * weights * rows / (device.tflop_s * 1e12)
+    return max(read, compute) + device.overhead_ms / 1e3
+
+
+def _on_curve(curve: Sequence[tuple[int, float]], rows: int) -> float:
+    """Seconds; straight lines between the points, the first one's cost below it, the last slope beyond."""
+    xs, ys = [point[0] for point in curve], [point[1] / 1e3 for point in curve]
+    if rows > xs[-1] and len(xs) > 1:
+        slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
+        return ys[-1] + max(slope, 0.0) * (rows - xs[-1])
+    return float(np.interp(rows, xs, ys))
+
+
+def _as_link(latency_ms: float, mbit_s: float | None) -> Link:
+    return Link(latency_ms / 1e3) if mbit_s is None else Link(latency_ms / 1e3, mbit_s * 1e6 / 8)
+
+
+# ---- refusing with the line --------------------------------------------------------------------------------
+
+
+def _refusal(error: ValidationError, text: str, where: str) -> UsageError:
+    first = error.errors()[0]
+    place = [step for step in first["loc"] if isinstance(step, (str, int))]
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        what = "there is no such setting"
+    elif first["type"] == "missing":
+        what = "this setting is missing"
+    name = ".".join(str(step) for step in place)
+    return UsageError(f"{where}, line {line_of(text, place)}: {name}: {what}", hint="See docs/clusters.md.")
+
+
+def line_of(text: str, place: Sequence[str | int]) -> int:
+    """The line of a TOML document on which a setting stands, or its table, or 1. place: keys and indices."""
+    keys = list(place)
+    tables = [step for step in keys if isinstance(step, str)]
+    number = next((step for step in keys if isinstance(step, int)), 0)
+    best = 1
+    for depth in range(len(tables), 0, -1):
+        header = re.escape(".".join(tables[:depth]))
+        found = [index for index, line in enumerate(text.splitlines(), 1)
+                 if re.match(rf"\s*\[\[?\s*{header}\s*\]\]?", line)]
+        if found:
+            best = found[min(number, len(found) - 1)]
+            return _key_line(text, best, tables[depth] if depth < len(tables) else None)
+    return best
+
+
+def _key_line(text: str, header: int, key: str | None) -> int:
+    if key is None:
+        return header
+    lines = text.splitlines()
+    for index in range(header, len(lines)):
+        if re.match(r"\s*\[", lines[index]):
+            break
+        if re.match(rf"\s*{re.escape(key)}\s*=", lines[index]):
+            return index + 1
+    return header
+
+
+class _Check:
+    """What cannot be said field by field."""
+
+    def __init__(self, file: ClusterFile, text: str, where: str) -> None:
+        self.file, self.text, self.where = file, text, where
+        self.names = [name for device in file.devices for name in device.names]
+
+    def run(self) -> None:
+        self._names()
+        self._placement()
+        self._shapes()
+        self._links()
+
+    def refuse(self, place: Sequence[str | int], what: str, hint: str) -> UsageError:
+        return UsageError(f"{self.where}, line {line_of(self.text, place)}: {what}", hint=hint)
+
+    def _names(self) -> None:
+        for index, name in enumerate(self.names):
+            if name in self.names[:index]:
+                raise self.refuse(["devices", self.file.blocks[name], "name"], f"two devices are called {name!r}",
+                                  "Give each device a name of its own.")
+
+    def _placement(self) -> None:
+        place = self.file.placement
+        for key, names in (("stages", place.stages), ("draft", [place.draft]), ("engine", [place.engine])):
+            for name in names:
+                if name is not None and name not in self.names:
+                    raise self.refuse(["placement", key], f"there is no device {name!r}",
+                                      f"Devices are: {', '.join(self.names)}.")
+        for index, pair in enumerate(self.file.links.pair):
+            for name in pair.ends:
+                if name not in self.names:
+                    raise self.refuse(["links", "pair", index, "ends"], f"there is no device {name!r}",
+                                      f"Devices are: {', '.join(self.names)}.")
+
+    def _shapes(self) -> None:
+        place, blocks = self.file.placement, self.file.blocks
+        for name in place.stages:
+            device = self.file.devices[blocks[name]]
+            if device.kind == "roofline" and self.file.target is None:
+                raise self.refuse(["devices", blocks[name]], f"{name} has a bandwidth, but no model is "
+                                  "described whose weights it reads", "Add [target] (see docs/clusters.md).")
+            if device.kind == "curve" and device.stage_ms is None:
+                raise self.refuse(["devices", blocks[name]], f"{name} holds a stage but has no stage_ms",
+                                  "Add stage_ms = [[rows, milliseconds], ...].")
+        device = self.file.devices[blocks[place.draft or place.stages[0]]]
+        if place.draft is not None and device.kind == "roofline" and self.file.draft is None:
+            raise self.refuse(["placement", "draft"], f"{device.name} holds the draft, but no draft is described",
+                              "Add [draft] (see docs/clusters.md).")
+        if place.draft is not None and device.kind == "curve" and device.draft_ms is None:
+            raise self.refuse(["placement", "draft"], f"{device.name} holds the draft but has no draft_ms",
+                              "Add draft_ms = [[rows, milliseconds], ...].")
+
+    def _links(self) -> None:
+        place, table = self.file.placement, self.file.links
+        engine, draft = place.engine or place.stages[0], place.draft or place.stages[0]
+        needed = [*pairwise(place.stages), (engine, place.stages[0]), (place.stages[-1], engine), (engine, draft)]
+        for a, b in needed:
+            known = table.latency_ms is not None or any({a, b} == set(pair.ends) for pair in table.pair)
+            if a != b and not known:
+                raise self.refuse(["links"], f"there is no link between {a!r} and {b!r}",
+                                  f'Add [[links.pair]] with ends = ["{a}", "{b}"], or links.latency_ms for all.')
+
+
+def _check_layers(cluster: Cluster, text: str, where: str) -> None:
+    given = cluster.file.placement.layers
+    if given is None:
+        return
+    total = cluster._layer_costs()[0]
+    if len(given) != cluster.num_stages or sum(given) != total:
+        raise UsageError(f"{where}, line {line_of(text, ['placement', 'layers'])}: {len(given)} numbers of layers, "
+                         f"{sum(given)} in all, for {cluster.num_stages} stages and {total} layers",
+                         hint="Give one number per stage that add up to all layers, or leave it out.")
+
+
+def _check_memory(cluster: Cluster, text: str, where: str) -> None:
+    """Weights alone: what the cache takes depends on requests."""
+    file = cluster.file
+    if file.target is None:
+        return
+    held = dict.fromkeys(file.blocks, 0.0)
+    for index, name in enumerate(file.placement.stages):
+        held[name] += cluster.layers[index] * file.target.layer_bytes
+    held[file.placement.stages[0]] += file.target.head_bytes  # the embedding
+    if file.placement.stages[0] != file.placement.stages[-1]:
+        held[file.placement.stages[-1]] += file.target.head_bytes
+    if file.draft is not None and file.placement.draft is not None:
+        held[file.placement.draft] += file.draft.layers * file.draft.layer_bytes + file.draft.head_bytes
+    for name, index in file.blocks.items():
+        room = file.devices[index].memory_gb
+        if room is not None and held[name] > room * 1e9:
+            raise UsageError(
+                f"{where}, line {line_of(text, ['devices', index])}: {name} has {room:g} GB, "
+                f"and the weights placed there take {held[name] / 1e9:.1f} GB",
+                hint="Use more stages, fewer bits, or placement.layers to give it less.")

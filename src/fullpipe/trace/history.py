@@ -1,0 +1,251 @@
+"""What a stream of events says of a run: who was where and when, and what became of every node. No torch.
+
+The stream tells things when the engine learns of them: where a flight has been only when it lands, whose child a
+missed token is only by its place in the text. Pictures need it sorted by station and by node, and `history` sorts it.
+Times stay those of the events.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from fullpipe.errors import UsageError
+from fullpipe.messages import (
+    Died,
+    Drafted,
+    Emitted,
+    Event,
+    Expansion,
+    Failed,
+    Finished,
+    Landed,
+    Launched,
+    Leg,
+)
+
+DRAFT = "draft"
+PROMPT = -1  # the node id of prompt rows
+
+
+@dataclass(slots=True)
+class Stay:
+    """A flight at a stage, or a job at the draft; `number` is its id.
+
+    nodes: rows computed there. alive: how many of them were alive at the end of the stay; prompt rows always are.
+    """
+
+    station: str
+    number: int
+    start: float
+    end: float
+    nodes: list[int]
+    alive: int
+
+
+@dataclass(slots=True)
+class Life:
+    """A launched node.
+
+    parent: the node before it, -1 for the last prompt token. job, proposed: the first draft call that guessed it,
+    and when its answer came; None for a token that nobody guessed, or only when it was launched already.
+    next_token: what truly follows, once landed. committed: when it became text; None for the last prompt token,
+    and for a guess that never did.
+    """
+
+    id: int
+    request: int
+    token: int
+    position: int
+    parent: int
+    flight: int
+    launched: float
+    job: int | None = None
+    proposed: float | None = None
+    landed: float | None = None
+    next_token: int | None = None
+    committed: float | None = None
+    died: float | None = None
+
+    def died_in_flight(self) -> bool:
+        return self.died is not None and (self.landed is None or self.died < self.landed)
+
+
+@dataclass(slots=True)
+class History:
+    """start, end: of all that was seen. stays: per station, the draft first, then stages in order; in order of time.
+
+    child: of an emission, by its index, the node that carries its token (absent when it was not launched any more).
+    last: indices of emissions that ended a request: neither hit nor miss, for nothing was to follow.
+    """
+
+    start: float
+    end: float
+    stays: dict[str, list[Stay]]
+    lives: dict[int, Life]
+    emissions: list[Emitted]
+    deaths: list[Died]
+    finishes: list[Finished]
+    failures: list[Failed]
+    child: dict[int, int] = field(default_factory=dict)
+    last: set[int] = field(default_factory=set)
+
+    @property
+    def stages(self) -> list[str]:
+        return [station for station in self.stays if station != DRAFT]
+
+    @property
+    def hits(self) -> int:
+        return sum(one.hit for index, one in enumerate(self.emissions) if index not in self.last)
+
+    @property
+    def misses(self) -> int:
+        return len(self.emissions) - len(self.last) - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+
+    def all_stays(self) -> Iterator[Stay]:
+        for stays in self.stays.values():
+            yield from stays
+
+
+def history(events: Iterable[Event]) -> History:
+    """Sort a stream. Raises `UsageError` when nothing in it took time: there is nothing to draw then."""
+    stream = list(events)
+    legs = list(_legs(stream))
+    if not legs:
+        raise UsageError("the trace shows no work: no flight landed and no draft call returned",
+                         hint="Record a run that emits at least one token.")
+    lives, emissions = _lives(stream), [event for event in stream if isinstance(event, Emitted)]
+    deaths = [event for event in stream if isinstance(event, Died)]
+    dead = {node: event.time for event in deaths for node in event.nodes}
+    told = History(
+        min(min(leg.start for _, leg in legs), stream[0].time), max(max(leg.end for _, leg in legs), stream[-1].time),
+        _stays(legs, dead), lives, emissions, deaths,
+        [event for event in stream if isinstance(event, Finished)],
+        [event for event in stream if isinstance(event, Failed)])
+    _commit(told)
+    return told
+
+
+def tokens_of(events: Iterable[Event]) -> set[int]:
+    """Every token that a picture may have to name."""
+    found: set[int] = set()
+    for event in events:
+        if isinstance(event, Launched | Landed):
+            found.update(event.tokens)
+        elif isinstance(event, Emitted):
+            found.add(event.token)
+    return found
+
+
+def _legs(stream: Iterable[Event]) -> Iterator[tuple[int, Leg]]:
+    for event in stream:
+        if isinstance(event, Landed):
+            yield from ((event.flight, leg) for leg in event.legs)
+        elif isinstance(event, Drafted):
+            yield event.job, event.leg
+
+
+def _stays(legs: list[tuple[int, Leg]], dead: dict[int, float]) -> dict[str, list[Stay]]:
+    """A stay without rows (all were cancelled before it) took no work and is left out."""
+    stations = sorted({leg.station for _, leg in legs}, key=_place)
+    found: dict[str, list[Stay]] = {station: [] for station in stations}
+    for number, leg in legs:
+        if leg.nodes:
+            alive = sum(dead.get(node, leg.end) >= leg.end for node in leg.nodes)
+            found[leg.station].append(Stay(leg.station, number, leg.start, leg.end, leg.nodes, alive))
+    for stays in found.values():
+        stays.sort(key=lambda stay: stay.start)
+    return found
+
+
+def _place(station: str) -> tuple[int, str]:
+    """The draft first; "stage 10" after "stage 9"."""
+    number = re.search(r"\d+$", station)
+    return (int(number[0]) if number else -1), station
+
+
+# ---- nodes -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Guess:
+    """A place in a draft's answer: guess `index` of `expansion`, or with -1 the node that it is about."""
+
+    expansion: Expansion
+    index: int
+    job: int
+    time: float
+
+    def followed_by(self, token: int) -> _Guess | None:
+        columns = zip(self.expansion.tokens, self.expansion.parents)
+        index = next((i for i, one in enumerate(columns) if one == (token, self.index)), None)
+        return None if index is None else _Guess(self.expansion, index, self.job, self.time)
+
+
+def _lives(stream: list[Event]) -> dict[int, Life]:
+    owner = _owners(stream)
+    lives: dict[int, Life] = {}
+    guesses: defaultdict[int, list[_Guess]] = defaultdict(list)
+    missed: dict[tuple[int, int], int] = {}  # request and position of a missed token -> the node before it
+    for event in stream:
+        match event:
+            case Launched():
+                for node in zip(event.nodes, event.parents, event.tokens, event.positions):
+                    _launch(event, node, owner, missed, lives, guesses)
+            case Drafted():
+                for expansion in event.expansions:
+                    guesses[expansion.node].append(_Guess(expansion, -1, event.job, event.time))
+            case Landed():
+                for id, token in zip(event.nodes, event.tokens):
+                    if life := lives.get(id):
+                        life.landed, life.next_token = event.time, token
+            case Emitted() if not event.hit:
+                missed[event.request, event.position] = event.node
+            case Died():
+                for id in event.nodes:
+                    if life := lives.get(id):
+                        life.died = event.time
+    return lives
+
+
+def _launch(event: Launched, node: tuple[int, int, int, int], owner: dict[int, int], missed: dict[tuple[int, int], int],
+            lives: dict[int, Life], guesses: defaultdict[int, list[_Guess]]) -> None:
+    id, parent, token, position = node
+    request = owner.get(id, lives[parent].request if parent in lives else 0)
+    if parent < 0:  # a root: the last prompt token, or one that was missed
+        parent = missed.get((request, position), -1)
+    places = [place for guess in guesses[parent] if (place := guess.followed_by(token))] if parent >= 0 else []
+    guesses[id] += places
+    first = min(places, key=lambda place: place.time, default=None)
+    lives[id] = Life(id, request, token, position, parent, event.flight, event.time,
+                     first.job if first else None, first.time if first else None)
+
+
+def _owners(stream: list[Event]) -> dict[int, int]:
+    """Launches do not name requests; every node's end does."""
+    found: dict[int, int] = {}
+    for event in stream:
+        if isinstance(event, Emitted):
+            found[event.node] = event.request
+        elif isinstance(event, Died):
+            found |= dict.fromkeys(event.nodes, event.request)
+    return found
+
+
+def _commit(told: History) -> None:
+    """Find the node of every emitted token, and the emissions that ended a request."""
+    by_place = {(life.parent, life.token): life for life in told.lives.values() if life.parent >= 0}
+    newest: dict[int, int] = {}
+    for index, one in enumerate(told.emissions):
+        newest[one.request] = index
+        if life := by_place.get((one.node, one.token)):
+            life.committed = one.time
+            told.child[index] = life.id
+    told.last = {newest[one.request] for one in told.finishes
+                 if one.request in newest and one.reason in ("stop", "length")}

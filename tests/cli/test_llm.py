@@ -1,0 +1,127 @@
+"""The front door in Python: what it remembers, what it takes, and what it refuses before a station sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+from command import Models
+
+from fullpipe.errors import StationFailed, UsageError
+from fullpipe.llm import LLM
+from fullpipe.policies import WITH_DEPTH
+from fullpipe.request import SamplingParams
+
+PARAMS = SamplingParams(max_tokens=12)
+VOCAB = 96
+
+
+@pytest.fixture(scope="module")
+def llm(models: Models) -> Iterator[LLM]:
+    with LLM(str(models.target), draft=str(models.draft), stages=3, method="static-tree", width=3, depth=2, floor=0.01,
+             dtype="float32", threads=1, max_num_seqs=2) as llm:
+        yield llm
+
+
+# ---- changing the method ---------------------------------------------------------------------------------
+
+
+def shape(llm: LLM) -> tuple[int, int | None, float]:
+    policy = llm._engine.policy
+    return policy.width, getattr(policy, "depth", None), round(math.exp(policy.floor), 9)
+
+
+def test_use_keeps_what_the_constructor_was_given(llm: LLM) -> None:
+    llm.use("fullpipe")
+    assert shape(llm) == (3, None, 0.01), "fullpipe has no depth"
+    llm.use("pipedec", width=5, floor=0.5)
+    assert shape(llm) == (5, None, 0.5)
+    llm.use("static-tree")
+    assert shape(llm) == (3, 2, 0.01), "the constructor's values, not those of the last use"
+    llm.use("chain", depth=6)
+    assert shape(llm) == (1, 6, 0.01), "a chain is one node wide"
+    llm.use("pp")
+
+
+def test_what_nobody_gave_is_the_methods_own(models: Models) -> None:
+    with LLM(str(models.target), draft="ngram", stages=2, dtype="float32", threads=1) as llm:
+        llm.use("chain")
+        assert shape(llm) == (1, 4, 0.0)
+        llm.use("static-tree")
+        assert shape(llm) == (8, 4, 1e-4)
+
+
+def test_a_method_that_is_refused_leaves_the_old_one(llm: LLM) -> None:
+    llm.use("pipedec")
+    for method in ("spqr", "fullpipe"):
+        with pytest.raises(UsageError, match=r"unknown method|the method fullpipe has no depth \(got 3\)"):
+            llm.use(method, depth=3)
+    assert llm._engine.policy.name == "pipedec"
+
+
+def test_the_constructor_refuses_a_depth_too(models: Models) -> None:
+    with pytest.raises(UsageError, match=f"Leave the depth out, or use one of: {', '.join(WITH_DEPTH)}"):
+        LLM(str(models.target), draft="ngram", depth=3)
+
+
+# ---- sampling parameters ---------------------------------------------------------------------------------
+
+
+def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+    several = [PARAMS, SamplingParams(max_tokens=5, temperature=1.0, seed=3), SamplingParams(max_tokens=7)]
+    prompts = ["hello", "hello", "another"]
+    together = llm.generate(prompts, several)
+    assert [len(one.token_ids) for one in together] == [12, 5, 7]
+    alone = [llm.generate(prompt, own)[0] for prompt, own in zip(prompts, several)]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    assert llm.generate("hello", [PARAMS])[0].token_ids == together[0].token_ids
+    assert llm.generate([], []) == []
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_another_number_of_parameters_is_refused(llm: LLM, number: int) -> None:
+    with pytest.raises(UsageError, match=f"there are 2 prompts and {number} sampling parameters\nGive one"):
+        llm.generate(["one", "two"], [PARAMS] * number)
+
+
+# ---- a bias that leaves nothing to pick ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("least", [-math.inf, -1e300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forbidding_every_token_is_refused_and_the_next_request_runs(llm: LLM, least: float,
+                                                                     temperature: float) -> None:
+    forbidden = SamplingParams(temperature=temperature, logit_bias=dict.fromkeys(range(VOCAB), least))
+    with pytest.raises(UsageError, match=r"forbids every one of the 96 tokens.*\nLeave at least one"):
+        llm.generate("hello", forbidden)
+    assert len(llm.generate("hello", PARAMS)[0].token_ids) == PARAMS.max_tokens
+
+
+def test_all_tokens_but_one_may_be_forbidden(llm: LLM) -> None:
+    (one,) = llm.generate("hello", SamplingParams(max_tokens=3, logit_bias=dict.fromkeys(range(1, VOCAB), -math.inf)))
+    assert one.token_ids == [0, 0, 0]
+
+
+def test_a_bias_beyond_the_logits_is_refused(llm: LLM) -> None:
+    with pytest.raises(UsageError, match="the logit_bias of token 7 is too large"):
+        llm.generate("hello", SamplingParams(logit_bias={7: 1e39}))
+    (one,) = llm.generate("hello", SamplingParams(max_tokens=2, logit_bias={7: 3.4e38}))
+    assert one.token_ids == [7, 7]
+
+
+# ---- starting --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf, math.nan])
+def test_a_time_to_start_that_is_none(models: Models, seconds: float) -> None:
+    with pytest.raises(UsageError, match="the time to start must be above 0 and at most a day"):
+        LLM(str(models.target), draft="none", method="pp", pipeline="distributed", start_timeout=seconds)
+
+
+@pytest.mark.processes
+def test_processes_that_start_too_slowly(models: Models) -> None:
+    """No interpreter starts within a millisecond."""
+    with pytest.raises(StationFailed, match=r"not ready after 0.001 s\nLoading may just be slow here"):
+        LLM(str(models.target), draft="none", method="pp", stages=2, dtype="float32", pipeline="distributed",
+            start_timeout=0.001)

@@ -37,8 +37,8 @@ def profile(**changes: Any) -> Profile:
                   row_bytes=4)
     values: dict[str, Any] = {
         "target": shape, "draft_model": None, "dtype": "bfloat16", "threads": 1, "machine": {"cpu": "some", "cores": 2},
-        "commit": "", "date": "2026-11-21T00:00:00Z", "layers": surface(), "flights": surface(0.5),
-        "heads": curve((1, 4), (1.0, 2.0)), "lookups": curve((1,), (0.25,)), "drafts": None,
+        "commit": "unknown", "dirty": False, "date": "2026-11-21T00:00:00Z", "layers": surface(),
+        "flights": surface(0.5), "heads": curve((1, 4), (1.0, 2.0)), "lookups": curve((1,), (0.25,)), "drafts": None,
         "messages": curve((100, 200), (3.0, 4.0))}
     return Profile(**(values | changes))
 

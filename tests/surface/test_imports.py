@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "fullpipe"
 # neighbours on the line. The longest name that fits decides. docs/architecture.md has the same list.
 LAYERS = (
     ("errors", "threads", "text"),
-    ("request", "prompts"),
+    ("request", "prompts", "pipeline.links", "pipeline.pace"),
     ("messages",),
     ("tree", "stats", "trace", "kvcache.slots", "planning", "hub"),
     ("track", "policies", "pipeline.base", "pipeline.station"),
@@ -30,6 +30,7 @@ LAYERS = (
     ("sources",),
     ("assembly",),
     ("llm",),
+    ("bench",),
     ("cli",),
     ("__init__", "__main__"),  # the public names; `python -m fullpipe`
 )

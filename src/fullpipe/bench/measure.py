@@ -10,9 +10,6 @@ and one layer: with `many = flight + n layer` and `one = flight + layer`, `layer
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +23,7 @@ from torch import Tensor
 
 from fullpipe.assembly import pick_dtype
 from fullpipe.bench.hops import measure_hops
+from fullpipe.bench.provenance import commit_of, machine, versions
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.kvcache.slots import SlotTable
@@ -83,33 +81,11 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
     shapes = [None if files is None else _shape(name or "", files, dtype)
               for name, files in ((model, target), (draft, guesser))]
     assert shapes[0] is not None
+    commit, dirty = commit_of(Path(__file__).parents[1])
     return Profile(target=shapes[0], draft_model=shapes[1], dtype=dtype,  # type: ignore[arg-type]
-                   threads=threads, machine=machine(), commit=commit(),
+                   threads=threads, machine={**machine(), **versions()}, commit=commit, dirty=dirty,
                    date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), layers=layers, flights=flights,
                    heads=heads, lookups=lookups, drafts=drafts, messages=_messages(progress))
-
-
-def machine() -> dict[str, str | int | float | None]:
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(),
-            "python": platform.python_version(), "torch": torch.__version__}
-
-
-def commit() -> str:
-    """Of the checkout that this package runs from; "" where it runs from none."""
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True,
-                              check=False)
-    except OSError:  # no git on this machine
-        return ""
-    return done.stdout.strip()
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor())
 
 
 def _check(rows: Sequence[int], contexts: Sequence[int], repeats: int, threads: int) -> None:

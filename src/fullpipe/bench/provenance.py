@@ -22,16 +22,28 @@ _NEAR = 0.05  # of logits: closer than that, another order of summing may pick t
 
 
 def make_receipt(samples: Sequence[Sample], tunings: Sequence[Tuning], clusters: Mapping[str, Cluster],
-                 recordings: Mapping[float, Recording], model: str, draft: str,
-                 settings: dict[str, Any]) -> Receipt:
+                 recordings: Mapping[float, Recording], model: str, draft: str, settings: dict[str, Any],
+                 **rows: Any) -> Receipt:
+    """Of replays, in virtual time. rows: `agreement` and `peers` of other runs in the same place."""
     head = next(iter(recordings.values())).head
-    commit, dirty = commit_of(Path(__file__).parent)
     infos = [ClusterInfo(name=name, label=label_of(cluster), note=cluster.file.cluster.note.strip(),
                          stages=cluster.num_stages, text=cluster.text) for name, cluster in clusters.items()]
-    return Receipt(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit, dirty=dirty,
-                   date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), versions=versions(), machine=machine(),
-                   clock="virtual", model=ModelInfo(target=model, draft=draft, dtype=head.dtype), settings=settings,
-                   clusters=infos, samples=list(samples), tuning=list(tunings), notes=_notes(recordings))
+    return Receipt(**provenance(), clock="virtual", model=ModelInfo(target=model, draft=draft, dtype=head.dtype),
+                   settings=settings, clusters=infos, samples=list(samples), tuning=list(tunings),
+                   notes=_notes(recordings), **rows)
+
+
+def wall_receipt(model: str, draft: str, dtype: str, settings: dict[str, Any], **rows: Any) -> Receipt:
+    """Of what ran on the wall clock: `peers` or `agreement` rows."""
+    return Receipt(**provenance(), clock="wall", model=ModelInfo(target=model, draft=draft, dtype=dtype),
+                   settings=settings, clusters=[], samples=[], **rows)
+
+
+def provenance() -> dict[str, Any]:
+    """Command, commit, date, versions and machine."""
+    commit, dirty = commit_of(Path(__file__).parent)
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit, "dirty": dirty,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(), "machine": machine()}
 
 
 def label_of(cluster: Cluster) -> Any:

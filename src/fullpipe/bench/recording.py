@@ -90,19 +90,24 @@ class Recording:
                              hint="Record again with this version of Fullpipe.")
         try:
             head = Head(**{**first, "eos": tuple(first["eos"])})
-            answers = []
-            for number, values in lines:
-                answers.append(Answer(**values))
         except (TypeError, KeyError) as error:
-            raise UsageError(f"{path}, line {number}: not an answer ({error})",
-                             hint="The file is damaged; delete the line, and record again.") from None
-        return cls(path, head, answers)
+            raise UsageError(f"{path}, line {number}: not the head of a recording ({error})",
+                             hint="The file is damaged; record again.") from None
+        return cls(path, head, [_answer(path, number, values) for number, values in lines])
 
     def add(self, answer: Answer) -> None:
         """Append an answer; it is on the disk when this returns."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(asdict(answer)))
         self.answers[answer.id] = answer
+
+
+def _answer(path: Path, number: int, values: dict[str, Any]) -> Answer:
+    try:
+        return Answer(**values)
+    except TypeError as error:
+        raise UsageError(f"{path}, line {number}: not an answer ({error})",
+                         hint="The file is damaged; delete the line, and record again.") from None
 
 
 def _line(values: dict[str, Any]) -> str:

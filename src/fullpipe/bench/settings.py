@@ -40,7 +40,8 @@ class Setting:
         return ", ".join(parts) + (f", {self.draft}" if self.draft != "none" else "")
 
 
-def candidates(method: str, drafts: Sequence[str], widths: Sequence[int], depths: Sequence[int] | None) -> list[Setting]:
+def candidates(method: str, drafts: Sequence[str], widths: Sequence[int],
+               depths: Sequence[int] | None) -> list[Setting]:
     """All settings of a method worth trying. depths: None for the method's own range.
 
     Raises UsageError for an unknown method.

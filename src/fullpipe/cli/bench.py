@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from fullpipe.cli import console, options
+from fullpipe.cli import beside, console, options
 from fullpipe.cli.generate import fetch_all
 from fullpipe.cli.record import Limit, Prompts, Turns, fill, read
 from fullpipe.errors import UsageError
@@ -49,19 +49,24 @@ def bench(
     threads: options.Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Recordings, samples, receipt and report "
                                       "go here; an interrupted run is gone on with.")] = Path("bench-out"),
-    peers: Annotated[bool, typer.Option("--peers", help="Run Fullpipe and other programs side by side, on the wall "
-                                        "clock, instead.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="Instead: Fullpipe and other programs side by side, on the "
+                                        "wall clock (python -m fullpipe.bench.peers sets them up).")] = False,
+    agreement: Annotated[bool, typer.Option("--agreement", help="Instead: two stages by the virtual and by the wall "
+                                            "clock.")] = False,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds of --agreement.")] = 5,
 ) -> None:
     """Measure every method on the same prompts: exact steps and tokens, on the virtual time of described clusters.
 
     The model answers each prompt once; then each method runs with the real draft against those tokens, first to
     find its best setting on each cluster, then on all prompts. Writes FOLDER/receipt.json and a report.
     """
-    if peers:
-        from fullpipe.cli.peers import run_beside
-
-        return run_beside(model, draft, read(prompts, limit), max_new_tokens, dtype.value, threads, out)
     chosen = read(prompts, limit)
+    if peers or agreement:
+        if peers:
+            beside.run_peers(model, draft, chosen, max_new_tokens, dtype.value, threads, out)
+        if agreement:
+            beside.run_agreement(model, draft, chosen, max_new_tokens, repeats, dtype.value, out)
+        return
     clusters = _clusters(cluster, stages)
     heats = _numbers(temperatures, float, "temperatures")
     names = _draft_variants(model, draft)
@@ -77,7 +82,6 @@ def bench(
     receipt = _measure(recordings, ids, clusters, settings, _draft_path(model, draft), tune,
                        workers or len(os.sched_getaffinity(0)), out, model, draft)
     _conclude(receipt, out)
-    return None
 
 
 def _measure(recordings: dict[float, Recording], ids: list[str], clusters: dict[str, Cluster],
@@ -87,7 +91,7 @@ def _measure(recordings: dict[float, Recording], ids: list[str], clusters: dict[
 
     journal = Journal(out / "samples.jsonl")
     tunings: list[Tuning] = []
-    everything = {name: settings for name in clusters}
+    everything = dict.fromkeys(clusters, settings)
     wanted = set()
     for heat, recording in recordings.items():
         plan = _plan(recording, clusters, draft_model, out, workers)
@@ -107,7 +111,8 @@ def _measure(recordings: dict[float, Recording], ids: list[str], clusters: dict[
         one.prompt) in wanted]
     from fullpipe.bench.provenance import make_receipt
 
-    return make_receipt(samples, tunings, clusters, recordings, model, draft, _settings_note(recordings, ids, tune))
+    return make_receipt(samples, tunings, clusters, recordings, model, draft, _settings_note(recordings, ids, tune),
+                        **beside.kept(out))
 
 
 def _plan(recording: Recording, clusters: dict[str, Cluster], draft_model: str | None, out: Path,

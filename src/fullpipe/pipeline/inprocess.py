@@ -9,6 +9,7 @@ are. No torch here: what a station is, it alone knows.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -103,7 +104,7 @@ class InProcessPipeline(Pipeline):
         self._time = 0.0
         self._order = count()
         self._agenda: list[tuple[float, int, int, Callable[[], Event | None]]] = []
-        self._cancelled: set[int] = set()
+        self._cancelled: dict[int, float] = {}  # node -> when
         self._under_way: dict[int, list[int]] = {}  # flight -> its nodes; what landed need not stay cancelled
         self._at(0.0, _ENDS, lambda: Ready(self.now()))
 
@@ -118,7 +119,7 @@ class InProcessPipeline(Pipeline):
         self._travel(self._draft, _Cargo(job, None, []), _REPLY_ROW_BYTES * job.num_rows)
 
     def cancel(self, nodes: list[int]) -> None:
-        self._cancelled.update(nodes)
+        self._cancelled.update(dict.fromkeys(nodes, self._time))
 
     def events(self) -> list[Event]:
         happened: list[Event] = []
@@ -165,7 +166,7 @@ class InProcessPipeline(Pipeline):
         self._release_before(station)
         flight, hidden = cargo.flight, cargo.hidden
         if station is not self._draft and self._cancelled:
-            flight, hidden = drop_rows(flight, hidden, self._cancelled)
+            flight, hidden = drop_rows(flight, hidden, self._heard(station, flight))
         begun, before = self.now(), time.perf_counter()
         result = station.run(flight, hidden)
         measured = time.perf_counter() - before
@@ -174,6 +175,11 @@ class InProcessPipeline(Pipeline):
                   [node for part in flight.parts for node in part.nodes])
         finish = self._drafted if station is self._draft else self._done
         self._at(self._time + duration, _ENDS, lambda: finish(station, _Cargo(flight, result, [*cargo.legs, leg])))
+
+    def _heard(self, station: _Station, flight: Flight) -> set[int]:
+        """Rows of the flight whose cancelling has reached the station: it overtakes, but takes a latency."""
+        sent = self._time - station.wire.link.latency_s
+        return {node for part in flight.parts for node in part.nodes if self._cancelled.get(node, math.inf) <= sent}
 
     def _drafted(self, station: _Station, cargo: _Cargo) -> Event | None:
         self._free(station)
@@ -218,7 +224,8 @@ class InProcessPipeline(Pipeline):
         verdict, flight = cargo.hidden, cargo.flight
 
         def landed() -> Event:
-            self._cancelled.difference_update(self._under_way.pop(flight.id))
+            for node in self._under_way.pop(flight.id):
+                self._cancelled.pop(node, None)
             return Landed(self.now(), flight.id, verdict.nodes, verdict.tokens, verdict.margins, cargo.legs)
 
         if self.num_stages == 1:

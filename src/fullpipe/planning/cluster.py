@@ -39,6 +39,8 @@ from fullpipe.planning.profile import Profile
 _MESSAGE_BYTES = 128  # of a flight beside its rows
 _ROW_BYTES = 64  # of a row beside its hidden state: token, position, slot, path
 _LOOPBACK = Link()
+_HEADER = re.compile(r"\s*\[\[?[^,\[\]]+\]\]?\s*(#|$)")  # of a table; a line of an array has commas
+_LONG_TEXT = re.compile(r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'')
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -63,12 +65,21 @@ class Shape(_Part):
     bits: Annotated[float, Field(gt=0, le=32)] = 16
 
     @property
+    def num_layers(self) -> int:
+        return self.layers
+
+    @property
     def layer_bytes(self) -> float:
         return self.layer_params * self.bits / 8
 
     @property
     def head_bytes(self) -> float:
         return self.head_params * self.bits / 8
+
+    @property
+    def embedding_bytes(self) -> float:
+        """It has the head's shape."""
+        return self.head_bytes
 
 
 class Device(_Part):
@@ -110,6 +121,8 @@ class Device(_Part):
         for curve in (self.stage_ms, self.draft_ms):
             if curve is not None and any(a[0] >= b[0] for a, b in pairwise(curve)):
                 raise ValueError("a cost curve goes by rising numbers of rows")
+        if self.overhead_ms and self.bandwidth_gb_s is None:
+            raise ValueError("overhead_ms goes with bandwidth_gb_s; curves and profiles have it in their figures")
         return self
 
 
@@ -177,8 +190,14 @@ class Cluster:
 
     @property
     def is_measured(self) -> bool:
-        """Whether costs come from running the stages, so that two runs differ."""
-        return any(self._device(name).kind == "measured" for name in self.file.placement.stages)
+        """Whether costs come from running the stages or the draft, so that two runs differ."""
+        names = [*self.file.placement.stages, self.device_of("draft")]
+        return any(self._device(name).kind == "measured" for name in names)
+
+    @property
+    def draft_is_curve(self) -> bool:
+        """Whether a draft call's cost is given as it is, whoever drafts."""
+        return self._device(self.device_of("draft")).kind == "curve"
 
     def device_of(self, station: str) -> str:
         """Where a station ("stage 3", "draft", "engine") sits."""
@@ -209,18 +228,28 @@ class Cluster:
         return measured / (device.speed or 1.0)
 
     def draft_seconds(self, rows: int, context: int, measured: float = 0.0) -> float:
-        """What a draft call with `rows` rows takes."""
+        """What a draft call with `rows` rows takes. Raises UsageError as `check_draft` does."""
         device = self._device(self.device_of("draft"))
         match device.kind:
             case "roofline":
+                self.check_draft()
                 draft = self._shape("draft")
                 weights = draft.layers * draft.layer_params + draft.head_params
                 return _roofline(device, weights, draft.bits, draft.layers * draft.kv_size * context, rows)
             case "curve":
+                self.check_draft()
                 return _on_curve(device.draft_ms or [], rows)
             case "profile":
                 return self.profiles[device.name].draft(rows, context) / (device.speed or 1.0)
         return measured / (device.speed or 1.0)
+
+    def check_draft(self) -> None:
+        """Raises UsageError unless it is said what a call of the draft model costs. A file need not say so if it
+        places no draft, for there are drafts without a model."""
+        missing = _missing_for_draft(self.file, self.file.devices[self.file.blocks[self.device_of("draft")]])
+        if missing is not None:
+            what, hint = missing
+            raise UsageError(f"{self.name}: {what}", hint=hint)
 
     def __call__(self, station: str, rows: int, measured: float, context: int = 0) -> float:
         """Seconds of virtual time (see `pipeline.inprocess.Costs`)."""
@@ -242,12 +271,14 @@ class Cluster:
 
     def message_bytes(self, rows: int) -> int:
         """Of a flight with its hidden states on the way to the next stage."""
-        return _MESSAGE_BYTES + rows * (_ROW_BYTES + 2 * self.hidden)
+        return _MESSAGE_BYTES + rows * (_ROW_BYTES + self._hidden_bytes)
 
     @cached_property
-    def hidden(self) -> int:
-        """Numbers in a hidden state; 0 when no shape is given."""
-        return self.file.target.hidden if self.file.target else 0
+    def _hidden_bytes(self) -> int:
+        """Of a hidden state: of the target described, else of the one profiled; 0 where neither is known."""
+        if self.file.target is not None:
+            return 2 * self.file.target.hidden
+        return next((profile.row_bytes for profile in self.profiles.values()), 0)
 
     def _link(self, a: str, b: str) -> Link:
         if a == b:
@@ -318,9 +349,7 @@ class Cluster:
         except ValidationError as error:
             raise _refusal(error, text, where) from None
         _Check(file, text, where).run()
-        profiles = {device.name: Profile.load(folder / device.profile)
-                    for device in file.devices if device.profile is not None}
-        cluster = cls(file, text, str(folder), profiles)
+        cluster = cls(file, text, str(folder), _load_profiles(file, text, where, folder))
         _check_layers(cluster, text, where)
         _check_memory(cluster, text, where)
         return cluster
@@ -406,31 +435,34 @@ def _refusal(error: ValidationError, text: str, where: str) -> UsageError:
 
 
 def line_of(text: str, place: Sequence[str | int]) -> int:
-    """The line of a TOML document on which a setting stands, or its table, or 1. place: keys and indices."""
-    keys = list(place)
-    tables = [step for step in keys if isinstance(step, str)]
-    number = next((step for step in keys if isinstance(step, int)), 0)
-    best = 1
+    """The line of a TOML document on which a setting stands, or its table, or 1. place: keys and indices.
+
+    Settings are looked for under table headers, as docs/clusters.md writes them, not in dotted keys and inline tables.
+    """
+    lines = _without_texts(text).splitlines()
+    tables = [step for step in place if isinstance(step, str)]
+    number = next((step for step in place if isinstance(step, int)), 0)
     for depth in range(len(tables), 0, -1):
         header = re.escape(".".join(tables[:depth]))
-        found = [index for index, line in enumerate(text.splitlines(), 1)
-                 if re.match(rf"\s*\[\[?\s*{header}\s*\]\]?", line)]
+        found = [index for index, line in enumerate(lines, 1) if re.match(rf"\s*\[\[?\s*{header}\s*\]\]?", line)]
         if found:
             best = found[min(number, len(found) - 1)]
-            return _key_line(text, best, tables[depth] if depth < len(tables) else None)
-    return best
+            return _key_line(lines, best, tables[depth]) if depth < len(tables) else best
+    return 1
 
 
-def _key_line(text: str, header: int, key: str | None) -> int:
-    if key is None:
-        return header
-    lines = text.splitlines()
+def _key_line(lines: Sequence[str], header: int, key: str) -> int:
     for index in range(header, len(lines)):
-        if re.match(r"\s*\[", lines[index]):
+        if _HEADER.match(lines[index]):
             break
         if re.match(rf"\s*{re.escape(key)}\s*=", lines[index]):
             return index + 1
     return header
+
+
+def _without_texts(text: str) -> str:
+    """The document with its texts of several lines left empty: what looks like a setting there is none."""
+    return _LONG_TEXT.sub(lambda found: "\n" * found[0].count("\n"), text)
 
 
 class _Check:
@@ -478,16 +510,17 @@ class _Check:
             if device.kind == "curve" and device.stage_ms is None:
                 raise self.refuse(["devices", blocks[name]], f"{name} holds a stage but has no stage_ms",
                                   "Add stage_ms = [[rows, milliseconds], ...].")
-        device = self.file.devices[blocks[place.draft or place.stages[0]]]
-        if place.draft is not None and device.kind == "roofline" and self.file.draft is None:
-            raise self.refuse(["placement", "draft"], f"{device.name} holds the draft, but no draft is described",
-                              "Add [draft] (see docs/clusters.md).")
-        if place.draft is not None and device.kind == "curve" and device.draft_ms is None:
-            raise self.refuse(["placement", "draft"], f"{device.name} holds the draft but has no draft_ms",
-                              "Add draft_ms = [[rows, milliseconds], ...].")
+        if place.draft is not None:
+            missing = _missing_for_draft(self.file, self.file.devices[blocks[place.draft]])
+            if missing is not None:
+                raise self.refuse(["placement", "draft"], *missing)
 
     def _links(self) -> None:
         place, table = self.file.placement, self.file.links
+        for index, pair in enumerate(table.pair):
+            if any(set(pair.ends) == set(other.ends) for other in table.pair[:index]):
+                raise self.refuse(["links", "pair", index, "ends"], f"the link between {pair.ends[0]!r} and "
+                                  f"{pair.ends[1]!r} is described twice", "A link is the same both ways: leave one out.")
         engine, draft = place.engine or place.stages[0], place.draft or place.stages[0]
         needed = [*pairwise(place.stages), (engine, place.stages[0]), (place.stages[-1], engine), (engine, draft)]
         for a, b in needed:
@@ -497,12 +530,43 @@ class _Check:
                                   f'Add [[links.pair]] with ends = ["{a}", "{b}"], or links.latency_ms for all.')
 
 
+def _missing_for_draft(file: ClusterFile, device: Device) -> tuple[str, str] | None:
+    """What is missing to say what a call of a draft model on this device costs, and what to do about it."""
+    if device.kind == "roofline" and file.draft is None:
+        return f"{device.name} holds the draft, but no draft is described", "Add [draft] (see docs/clusters.md)."
+    if device.kind == "curve" and device.draft_ms is None:
+        return f"{device.name} holds the draft but has no draft_ms", "Add draft_ms = [[rows, milliseconds], ...]."
+    return None
+
+
+def _load_profiles(file: ClusterFile, text: str, where: str, folder: Path) -> dict[str, Profile]:
+    """By the name of the device block. Raises UsageError with the line that names a profile which cannot be used."""
+    profiles: dict[str, Profile] = {}
+    for index, device in enumerate(file.devices):
+        if device.profile is None:
+            continue
+        line = f"{where}, line {line_of(text, ['devices', index, 'profile'])}"
+        try:
+            profile = profiles[device.name] = Profile.load(folder / device.profile)
+        except UsageError as error:
+            raise UsageError(f"{line}: {error.message}", hint=error.hint) from None
+        first = next(iter(profiles.values()))
+        if profile.num_layers != first.num_layers:
+            raise UsageError(f"{line}: this profile is of a model of {profile.num_layers} layers, the one before of "
+                             f"{first.num_layers}", hint="Profile the same model on every machine.")
+        if file.placement.draft in device.names and profile.drafts is None:
+            raise UsageError(f"{line}: {file.placement.draft} holds the draft, but its profile has none",
+                             hint="Measure one too: `fullpipe profile --draft MODEL`.")
+    return profiles
+
+
 def _check_layers(cluster: Cluster, text: str, where: str) -> None:
-    given = cluster.file.placement.layers
+    given, total = cluster.file.placement.layers, cluster._layer_costs()[0]
     if given is None:
-        return
-    total = cluster._layer_costs()[0]
-    if len(given) != cluster.num_stages or sum(given) != total:
+        if cluster.num_stages > total:
+            raise UsageError(f"{where}, line {line_of(text, ['placement', 'stages'])}: {total} layers cannot be cut "
+                             f"into {cluster.num_stages} stages", hint="Name fewer stages.")
+    elif len(given) != cluster.num_stages or sum(given) != total:
         raise UsageError(f"{where}, line {line_of(text, ['placement', 'layers'])}: {len(given)} numbers of layers, "
                          f"{sum(given)} in all, for {cluster.num_stages} stages and {total} layers",
                          hint="Give one number per stage that add up to all layers, or leave it out.")
@@ -510,17 +574,7 @@ def _check_layers(cluster: Cluster, text: str, where: str) -> None:
 
 def _check_memory(cluster: Cluster, text: str, where: str) -> None:
     """Weights alone: what the cache takes depends on requests."""
-    file = cluster.file
-    if file.target is None:
-        return
-    held = dict.fromkeys(file.blocks, 0.0)
-    for index, name in enumerate(file.placement.stages):
-        held[name] += cluster.layers[index] * file.target.layer_bytes
-    held[file.placement.stages[0]] += file.target.head_bytes  # the embedding
-    if file.placement.stages[0] != file.placement.stages[-1]:
-        held[file.placement.stages[-1]] += file.target.head_bytes
-    if file.draft is not None and file.placement.draft is not None:
-        held[file.placement.draft] += file.draft.layers * file.draft.layer_bytes + file.draft.head_bytes
+    held, file = _held(cluster), cluster.file
     for name, index in file.blocks.items():
         room = file.devices[index].memory_gb
         if room is not None and held[name] > room * 1e9:
@@ -528,3 +582,20 @@ def _check_memory(cluster: Cluster, text: str, where: str) -> None:
                 f"{where}, line {line_of(text, ['devices', index])}: {name} has {room:g} GB, "
                 f"and the weights placed there take {held[name] / 1e9:.1f} GB",
                 hint="Use more stages, fewer bits, or placement.layers to give it less.")
+
+
+def _held(cluster: Cluster) -> dict[str, float]:
+    """Bytes of weights by device, of models that are described or profiled. A device that has both ends of the target
+    holds one matrix for embedding and head."""
+    file, place = cluster.file, cluster.file.placement
+    held = dict.fromkeys(file.blocks, 0.0)
+    profile = next(iter(cluster.profiles.values()), None)
+    if target := file.target or (profile and profile.target):
+        for index, name in enumerate(place.stages):
+            held[name] += cluster.layers[index] * target.layer_bytes
+        held[place.stages[0]] += target.embedding_bytes
+        if place.stages[0] != place.stages[-1]:
+            held[place.stages[-1]] += target.head_bytes
+    if place.draft is not None and (draft := file.draft or (profile and profile.draft_model)):
+        held[place.draft] += draft.num_layers * draft.layer_bytes + draft.head_bytes
+    return held

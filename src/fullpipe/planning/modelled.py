@@ -9,14 +9,15 @@ traversal takes S = to_first + sum of stages + sum of hops + landing. A draft ca
 - `chain`, `static-tree`: with the pipeline empty the draft is called once for each layer of the tree, `depth` times,
   and then all of it travels as one flight: a round takes depth d + S and gives 1 + (guesses accepted in a row) tokens.
 - `pipedec`, `fullpipe`: the root enters; then a layer of the tree follows every B seconds. B, the bottleneck's period,
-  is the largest of the stages' times and d. Stations are queues in a row and each takes the same time for every flight,
-  so flights that enter B apart land B apart. A *hit* (the token that follows was in flight) therefore commits B after
-  its predecessor. A *miss* empties the pipeline; the new root enters as soon as stage 0 has finished what it is
-  computing (nothing stops that; rows that wait are dropped without cost), and its answer comes S later, or later still
-  where a slower stage beyond is at work for a dead flight when it comes. The first layer after it waits for the draft,
-  which first finishes the call it is in: that layer enters max(stages[0], rest + d) after the root, and if that is more
-  than B the first hit comes so much later. With unit stages, no links and d at most 1 a hit costs 1 and a miss n, so
-  a token costs p + (1 - p) n on average: n / (1 + (1 - p)(n - 1)) times faster than pp.
+  is the largest of the stages' times, d, and stages[0] + 2 to_first (the engine waits to hear that stage 0 is free).
+  Stations are queues in a row and each takes the same time for every flight, so flights that enter B apart land B
+  apart. A *hit* (the token that follows was in flight) therefore commits B after its predecessor. A *miss* empties the
+  pipeline; the new root enters as soon as stage 0 has finished what it is computing (nothing stops that; rows that wait
+  are dropped without cost), and its answer comes S later, or later still where a slower stage beyond is at work for a
+  dead flight when it comes. The first layer after it waits for the draft, which first finishes the call it is in: that
+  layer enters max(stages[0], rest + d) after the root, and if that is more than B the first hit comes so much later.
+  With unit stages, no links and d at most 1 a hit costs 1 and a miss n, so a token costs p + (1 - p) n on average: n /
+  (1 + (1 - p)(n - 1)) times faster than pp.
 
 Who hits is drawn per token. With `hits`, token number j after the last miss (0: the answer to the new root) is
 followed by a hit with probability hits[j], the last of which goes on for ever. With `ranks` the truth is the draft's
@@ -170,8 +171,8 @@ class Outcome:
 def modelled(setups: Sequence[Setup], tokens: int = 1000, seed: int = 0) -> list[Outcome]:
     """The outcome of every set-up over so many tokens, in the order given.
 
-    Takes about tokens x (set-ups) x 0.2 us with hits or width 1, and width^2 x 15 ns more with trees. Raises UsageError
-    for fewer than 2 tokens.
+    For a thousand set-ups and a thousand tokens it takes 0.4 s with hits or width 1, and 3 s with trees of width 8, on
+    one core of the development machine. Raises UsageError for fewer than 2 tokens.
     """
     if tokens < 2:
         raise UsageError(f"tokens must be 2 or more (got {tokens})", hint="A time between tokens needs two of them.")

@@ -106,8 +106,8 @@ class Shape(_Part):
 class Profile(_Part):
     """Costs of one target, and perhaps of one draft, on one machine. Sizes beside them are those measured.
 
-    threads: compute threads of the measured process. machine: what the figures hold for. commit: of Fullpipe, ""
-    where it was not known. date: UTC, ISO 8601.
+    threads: compute threads of the measured process. machine: what the figures hold for, versions included. commit: of
+    Fullpipe's checkout, "unknown" for an installed package; dirty: its sources differed. date: UTC, ISO 8601.
     layers: one decoder layer. flights: what a stage takes for a flight beside its layers, such as
     masks and rotations. heads: final norm, head and argmax by rows. lookups: embedding by rows. drafts: a
     draft call, the whole model and its ranking; None without a draft. messages: one way between two processes of
@@ -122,6 +122,7 @@ class Profile(_Part):
     threads: Count
     machine: dict[str, str | int | float | None]
     commit: str
+    dirty: bool
     date: str
     layers: Surface
     flights: Surface

@@ -110,7 +110,8 @@ def measure_all(peers: Sequence[Peer], job: Job, say: Say) -> list[PeerResult]:
     results: list[PeerResult] = []
     try:
         for peer in peers:
-            results.append(measure(peer, job, say))
+            result = measure(peer, job, say)
+            results.append(result)
     except KeyboardInterrupt as error:
         error.results = compare(results)  # type: ignore[attr-defined]
         raise

@@ -14,7 +14,7 @@ from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.spec import StationSpec
-from fullpipe.planning.cluster import Cluster
+from fullpipe.planning.cluster import Cluster, DraftCosts
 from fullpipe.planning.partition import cut
 
 Say = Callable[[str], None]
@@ -59,14 +59,14 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
         (link_mbit is None or link_mbit > 0, f"the links' bandwidth must be above 0 (got {link_mbit} Mbit/s)"),
         ((not link_ms and link_mbit is None) or (pipeline, clock) != ("inprocess", "wall"),
          "links can be given in virtual time and for stage processes; in one process on the wall clock there are none"),
-        (cluster is None or (pipeline, clock, costs) == ("inprocess", "virtual", "measured"),
-         "a cluster has its own costs: it goes with --pipeline inprocess and --clock virtual, without --costs"),
-        (cluster is None or not (link_ms or link_mbit), "a cluster has its own links: leave out the others"),
+        (cluster is None or (clock, costs) == ("virtual", "measured"),
+         "a cluster has its own costs: leave out the clock and the costs"),
+        (cluster is None or not (link_ms or link_mbit or pace), "a cluster has its own links and paces: leave them out"),
         (pace is None or pipeline == "distributed", "devices can be paced only where they are processes (distributed)"),
     ):
         if not ok:
             raise UsageError(what)
-    links = Links.even(stages, Link.of(link_ms, link_mbit))
+    links = cluster.links if cluster is not None else Links.even(stages, Link.of(link_ms, link_mbit))
     from fullpipe.model.weights import open_model
 
     path = resolve(model)
@@ -76,11 +76,16 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
     dtype = pick_dtype(dtype)
     specs = stage_specs(path, files.config, stages, dtype, vocab, margins)
     wanted = needs_draft or draft != "auto"
-    source = draft_spec(draft_names(model, draft), tokenizer, dtype, vocab) if wanted else None
+    names = draft_names(model, draft) if wanted else []
+    if cluster is not None and any(name != "ngram" for name in names):
+        cluster.check_draft()
+    source = draft_spec(names, tokenizer, dtype, vocab)
     if needs_draft and source is None:
         raise UsageError(f"the method {method} needs a draft",
                          hint="Name one (a model, or ngram), or use the method pp.")
     length = min(max_model_len or files.config.max_positions, files.config.max_positions)
+    if cluster is not None and pipeline == "distributed":
+        pace = cluster.pace(names)
     progress(f"loading {path.name} as {stages} stages in {dtype}")
     if pipeline == "distributed":
         from fullpipe.pipeline.distributed import DistributedPipeline
@@ -89,12 +94,12 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
                                         heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, timeout),
                                         start_timeout=start_timeout)
         return Assembly(processes, tokenizer, "wall", length, vocab)
-    stations = _inprocess(specs, source, clock, costs, links, cluster, threads)
+    stations = _inprocess(specs, source, clock, costs, links, cluster, names, threads)
     return Assembly(stations, tokenizer, clock, length, vocab)
 
 
 def _inprocess(specs: list[StationSpec], source: StationSpec | None, clock: Literal["virtual", "wall"], costs: str,
-               links: Links, cluster: Cluster | None, threads: int | None) -> Pipeline:
+               links: Links, cluster: Cluster | None, names: list[str], threads: int | None) -> Pipeline:
     import torch
 
     from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs, unit_costs
@@ -103,7 +108,7 @@ def _inprocess(specs: list[StationSpec], source: StationSpec | None, clock: Lite
         torch.set_num_threads(threads)
     stages, draft = [spec.build() for spec in specs], source.build() if source else None
     if cluster is not None:
-        return InProcessPipeline(stages, draft, costs=cluster, links=cluster.links,  # type: ignore[arg-type]
+        return InProcessPipeline(stages, draft, costs=DraftCosts(cluster, names), links=cluster.links,  # type: ignore
                                  message_bytes=cluster.message_bytes, device_of=cluster.device_of)
     return InProcessPipeline(stages, draft, clock=clock, links=links,  # type: ignore[arg-type]
                              costs=unit_costs if costs == "unit" else measured_costs)

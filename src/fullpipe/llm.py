@@ -103,8 +103,9 @@ class LLM:
     timeout: seconds without progress after which a station of a distributed pipeline counts as hung.
     start_timeout: seconds that the processes of a distributed pipeline may take to start, loading included.
     max_num_seqs: prompts of one `generate` that share the pipeline at a time.
-    cluster: a TOML file or preset that describes devices and links (docs/clusters.md): the stages run here, on the
-    cluster's virtual time. It says how many stages there are.
+    cluster: a `Cluster`, or a TOML file or preset that describes devices and links (docs/clusters.md), and says how
+    many stages there are. In process the stages run on its virtual time; a distributed pipeline emulates its links, and
+    its stages take at least its devices' times.
     listeners: called with every event. progress: called with a line on what is being loaded.
 
     Raises UsageError, ModelError and their kin for what cannot be done; StationFailed when a process dies.
@@ -117,9 +118,9 @@ class LLM:
                  link_ms: float = 0.0, link_mbit: float | None = None,
                  pace: Mapping[str, Mapping[Any, float]] | None = None, threads: int | None = None,
                  timeout: float = 60.0, start_timeout: float = 300.0, max_model_len: int | None = None,
-                 max_num_seqs: int = 1, margins: bool = False, cluster: str | Path | None = None,
+                 max_num_seqs: int = 1, margins: bool = False, cluster: str | Path | Cluster | None = None,
                  listeners: Iterable[Listener] = (), progress: Callable[[str], None] | None = None) -> None:
-        imagined = Cluster.load(cluster) if cluster is not None else None
+        imagined = Cluster.load(cluster) if isinstance(cluster, (str, Path)) else cluster
         stages = imagined.num_stages if imagined is not None else stages
         policy = make_policy(method, width=width, depth=depth, floor=floor)  # refuse before anything is loaded
         self._width, self._depth, self._floor = width, depth, floor

@@ -65,6 +65,9 @@ def whole_receipt(stages: Sequence[int] = (8, 14), temperatures: Sequence[float]
         agreement=[{"run": "2 stages", "virtual_tbt_s": 0.0512, "wall_tbt_s": 0.0548, "ratio": 0.934, "within": True}],
         peers=[{"program": "transformers", "status": "ok", "tbt_ms": 61.2, "text": "equal"},
                {"program": "vllm", "status": "missing", "reason": "no environment"}],
+        checks=[{"cluster": f"gpus-{n}", "temperature": 0.0, "method": method, "prompt": f"{TASKS[0]}/0#0",
+                 "tokens": tokens, "text equal": True, "steps equal": True, "near-ties": 0}
+                for n in stages for method in METHODS],
     )
 
 

@@ -7,7 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_receipt import receipt, sample, whole_receipt
 
-from fullpipe.bench.metrics import ALL, Key, Results, Summary, blame, main_groups, speedup, speedup_by_prompt, summarise
+from fullpipe.bench.metrics import (
+    ALL,
+    Estimate,
+    Group,
+    Key,
+    Results,
+    Summary,
+    blame,
+    main_groups,
+    pairs,
+    speedup,
+    speedup_by_prompt,
+    summarise,
+    without_tbt,
+)
 from fullpipe.bench.receipt import Sample
 from fullpipe.errors import UsageError
 
@@ -21,6 +35,16 @@ OURS = [
            launched_rows=60, wasted_rows=40, fill=0.6, bubbles=[0.2, 0.5], draft_busy=0.25, link_bytes=[6000.0, 90.0],
            hits_by_depth=[5, 8], asked_by_depth=[7, 12], engine_s=0.014, same_text=False, near_ties=1, ttft_s=3.0),
 ]
+
+
+def group(samples: list[Sample]) -> Group:
+    return {(one.prompt, one.repeat): one for one in samples}
+
+
+def over(baseline: list[Sample], samples: list[Sample]) -> Estimate:
+    found = speedup(group(baseline), group(samples))
+    assert found is not None
+    return found
 
 
 def only(samples: list[Sample], **changes: object) -> Summary:
@@ -40,7 +64,12 @@ def test_ratios_are_of_totals() -> None:
     assert one.waste == pytest.approx(70 / 30)
     assert one.restarts == pytest.approx(3 / 30)
     assert one.engine_s_per_step == pytest.approx(0.020 / 40)
-    assert (one.same_texts, one.near_ties) == (1, 1)
+    assert (one.compared, one.same_texts, one.near_ties) == (2, 1, 1)
+
+
+def test_a_replayed_text_was_not_compared() -> None:
+    one = only([OURS[0].model_copy(update={"same_text": None, "near_ties": None}), OURS[1]])
+    assert (one.samples, one.compared, one.same_texts, one.near_ties) == (2, 1, 0, 1)
 
 
 def test_shares_are_weighted_by_time() -> None:
@@ -58,36 +87,75 @@ def test_lists_of_other_lengths_are_added_place_by_place() -> None:
 
 def test_speedup_is_of_totals_and_paired() -> None:
     both = only(PP + OURS)
-    assert both.over_pp is not None and both.over_pp.value == pytest.approx(60 / 40)
+    # 9 and 19 gaps: 2 seconds each with pp, 1 and 1.25 with the method.
+    assert both.over_pp is not None and both.over_pp.value == pytest.approx(56 / (9 * 1.0 + 19 * 1.25))
     assert both.over_static_tree is None
-    assert speedup_by_prompt(group(PP), group(OURS)) == pytest.approx({"set/0#0": 20 / 12, "set/1#0": 40 / 28})
+    assert speedup_by_prompt(group(PP), group(OURS)) == pytest.approx({"set/0#0": 2 / 1, "set/1#0": 2 / 1.25})
     low, high = both.over_pp.low, both.over_pp.high
     # With two prompts a resample is one of three: twice the first, both, twice the second.
-    assert (low, high) == pytest.approx((40 / 28, 20 / 12))
+    assert (low, high) == pytest.approx((2 / 1.25, 2 / 1))
+
+
+def test_the_first_token_is_no_part_of_a_speedup() -> None:
+    late = sample(**FAST, tbt_s=1.0, decode_s=1000.0, ttft_s=990.0)
+    assert over([sample()], [late]).value == 2.0
 
 
 def test_a_shorter_text_is_no_speedup() -> None:
-    """A near-tie may end a text early; time per token is compared."""
+    """A near-tie may end a text early; times between tokens are compared."""
     half = sample(**FAST, tokens=5, decode_s=10.0, same_text=False, near_ties=1)
-    assert speedup(group([sample()]), group([half])).value == 1.0
+    assert over([sample()], [half]).value == 1.0
 
 
 def test_one_prompt_has_no_interval() -> None:
-    found = speedup(group(PP[:1]), group(OURS[:1]))
+    found = over(PP[:1], OURS[:1])
     assert (found.low, found.high) == (None, None)
 
 
 def test_repeats_of_a_prompt_are_one_prompt() -> None:
-    twice = [sample(), sample(repeat=1)], [sample(**FAST, decode_s=10.0), sample(**FAST, decode_s=30.0, repeat=1)]
-    found = speedup(group(twice[0]), group(twice[1]))
+    found = over([sample(), sample(repeat=1)], [sample(**FAST, tbt_s=1.0), sample(**FAST, tbt_s=3.0, repeat=1)])
     assert (found.value, found.low) == (1.0, None)
+
+
+def test_an_answer_of_one_token_is_left_out() -> None:
+    one = {"prompt": "set/2#0", "tokens": 1, "tbt_s": 0.0, "decode_s": 2.0}
+    with_it = group([*PP, sample(**one)]), group([*OURS, sample(**FAST | one)])
+    assert pairs(*with_it) == pairs(group(PP), group(OURS))
+    assert speedup(*with_it) == speedup(group(PP), group(OURS))
+    assert list(speedup_by_prompt(*with_it)) == ["set/0#0", "set/1#0"]
+    assert (without_tbt(with_it[1]), without_tbt(group(OURS))) == (["set/2#0"], [])
+
+
+def test_where_one_of_the_two_said_one_token_there_is_no_pair() -> None:
+    short = sample(**FAST, tokens=1, tbt_s=0.0, same_text=False, near_ties=1)
+    assert pairs(group([sample()]), group([short])) == pairs(group([short]), group([sample()])) == {}
+    alone = only([sample(), short])
+    assert alone.over_pp is alone.over_pp_with_engine is None and alone.tbt_s == 0.0
+
+
+def test_tokens_that_land_together_have_no_ratio_of_their_own() -> None:
+    together = [sample(**FAST, tokens=2, tbt_s=0.0), OURS[1]]
+    plain = [sample(tokens=2), PP[1]]
+    assert over(plain, together) == Estimate(pytest.approx(2 * 20 / 20 / (19 * 1.25 / 20)), None, None)
+    assert list(speedup_by_prompt(group(plain), group(together))) == ["set/1#0"]
+    assert speedup(group(plain[:1]), group(together[:1])) is None
+
+
+def test_with_engine_time_both_pay_for_their_engines() -> None:
+    plain = [sample(engine_s=0.9)]
+    ours = [sample(**FAST, tbt_s=1.0, engine_s=4.5)]
+    both = only(plain + ours)
+    assert both.over_pp is not None and both.over_pp.value == 2.0
+    assert both.over_pp_with_engine == pytest.approx((18 + 0.9) / (9 + 4.5))
+    assert only(plain + ours, clock="wall").over_pp_with_engine is None
+    assert only(ours).over_pp_with_engine is None
 
 
 def test_the_interval_is_the_same_each_time_and_narrows_with_prompts() -> None:
     def width(prompts: int) -> float:
         plain = [sample(prompt=f"s/{i}#0") for i in range(prompts)]
-        ours = [sample(**FAST, prompt=f"s/{i}#0", decode_s=4.0 + i % 4) for i in range(prompts)]
-        first, second = (speedup(group(plain), group(ours)) for _ in range(2))
+        ours = [sample(**FAST, prompt=f"s/{i}#0", tbt_s=0.4 + 0.1 * (i % 4)) for i in range(prompts)]
+        first, second = (over(plain, ours) for _ in range(2))
         assert first == second and first.low is not None and first.high is not None
         assert first.low <= first.value <= first.high
         return first.high - first.low
@@ -96,30 +164,26 @@ def test_the_interval_is_the_same_each_time_and_narrows_with_prompts() -> None:
     assert width(64) / width(16) == pytest.approx(0.5, rel=0.2)
 
 
-times = st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.01, 100), st.integers(1, 50)), min_size=1, max_size=12)
+times = st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.01, 100), st.integers(2, 50)), min_size=1, max_size=12)
 
 
 @given(times, st.floats(0.1, 10))
 def test_a_speedup_scales_with_time_and_lies_among_those_of_the_prompts(
     rows: list[tuple[float, float, int]], factor: float
 ) -> None:
-    plain = [sample(prompt=f"s/{i}#0", decode_s=a, tokens=n) for i, (a, _, n) in enumerate(rows)]
-    ours = [sample(**FAST, prompt=f"s/{i}#0", decode_s=b, tokens=n) for i, (_, b, n) in enumerate(rows)]
-    slower = [sample(**FAST, prompt=f"s/{i}#0", decode_s=b * factor, tokens=n) for i, (_, b, n) in enumerate(rows)]
-    found, scaled = speedup(group(plain), group(ours)), speedup(group(plain), group(slower))
+    plain = [sample(prompt=f"s/{i}#0", tbt_s=a, tokens=n) for i, (a, _, n) in enumerate(rows)]
+    ours = [sample(**FAST, prompt=f"s/{i}#0", tbt_s=b, tokens=n) for i, (_, b, n) in enumerate(rows)]
+    slower = [sample(**FAST, prompt=f"s/{i}#0", tbt_s=b * factor, tokens=n) for i, (_, b, n) in enumerate(rows)]
+    found, scaled = over(plain, ours), over(plain, slower)
     alone = speedup_by_prompt(group(plain), group(ours)).values()
     assert min(alone) * (1 - 1e-9) <= found.value <= max(alone) * (1 + 1e-9)
     assert scaled.value * factor == pytest.approx(found.value)
-    assert speedup(group(ours), group(plain)).value == pytest.approx(1 / found.value)
+    assert over(ours, plain).value == pytest.approx(1 / found.value)
     if found.low is not None and found.high is not None:
         assert min(alone) * (1 - 1e-9) <= found.low <= found.high <= max(alone) * (1 + 1e-9)
 
 
 # ---- what cannot be compared -----------------------------------------------------------------------------
-
-
-def group(samples: list[Sample]) -> dict[tuple[str, int], Sample]:
-    return {(one.prompt, one.repeat): one for one in samples}
 
 
 def test_missing_pairs_are_named() -> None:

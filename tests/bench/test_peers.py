@@ -20,6 +20,8 @@ from fullpipe.bench.peers import PEERS, Peer, PeerModels, PeerResult, PeerSample
 from fullpipe.bench.peers.process import RunnerFailed, peak_memory
 from fullpipe.bench.peers.run import Job, Question, compare, measure, measure_all
 from fullpipe.bench.peers.weights import as_folder
+from fullpipe.bench.receipt import load_receipt
+from fullpipe.cli import beside
 from fullpipe.errors import FetchError, UsageError
 from fullpipe.model.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
@@ -246,10 +248,11 @@ def test_an_interruption_keeps_what_is_done(job: Job) -> None:
             raise KeyboardInterrupt
 
     peers = [fake("counts", name="fullpipe-pp"), fake("counts", name="second")]
-    with pytest.raises(KeyboardInterrupt) as caught:
-        measure_all(peers, job, interrupt)
-    (kept,) = caught.value.results  # type: ignore[attr-defined]
-    assert (kept.name, kept.status, kept.agreement) == ("fullpipe-pp", "ok", dict.fromkeys("abc"))
+    kept: list[list[PeerResult]] = []
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(peers, job, interrupt, kept.append)
+    ((only,),) = kept
+    assert (only.name, only.status, only.agreement) == ("fullpipe-pp", "ok", dict.fromkeys("abc"))
 
 
 def test_the_table_says_what_was_measured() -> None:
@@ -310,3 +313,83 @@ def test_fullpipe_is_a_peer_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [result.status for result in results] == ["ok", "ok"]
     assert results[1].agreement == {results[1].samples[0].prompt: None}
     assert len(results[1].samples[0].tokens) == 6
+
+
+# ---- the verb's tables -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[PeerResult | KeyboardInterrupt]:
+    """What the peers that `fullpipe bench --peers` asks will say, one after another."""
+    said: list[PeerResult | KeyboardInterrupt] = []
+
+    def ask(*_: Any, keep: Any, repeats: int, **__: Any) -> list[PeerResult]:
+        assert repeats == 3
+        done: list[PeerResult] = []
+        for one in said:
+            if isinstance(one, KeyboardInterrupt):
+                raise one
+            done.append(one)
+            keep(done)
+        return done
+
+    monkeypatch.setattr("fullpipe.bench.peers.run_peers", ask)
+    monkeypatch.setattr(beside, "fetch_all", lambda *_: None)
+    return said
+
+
+def ask_all(out: Path, model: str = "m") -> None:
+    beside.run_peers(model, "none", [], 8, "float32", None, out, repeats=3)
+
+
+def names(path: Path) -> list[str]:
+    return [row["peer"] for row in load_receipt(path).peers]
+
+
+def test_ctrl_c_leaves_the_table_of_the_peers_that_answered(answers: list[Any], tmp_path: Path) -> None:
+    answers[:] = [result_of("x", {"a": [1, 2]}), KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        ask_all(tmp_path)
+    assert names(tmp_path / "peers.json") == ["X"]
+    assert load_receipt(tmp_path / "peers.json").settings["repeats"] == 3
+
+
+def test_an_earlier_table_stays_until_the_new_one_is_whole(answers: list[Any], tmp_path: Path) -> None:
+    answers[:] = [result_of("x", {"a": [1, 2]}), result_of("y", {"a": [1, 2]})]
+    ask_all(tmp_path)
+    before = (tmp_path / "peers.json").read_bytes()
+    answers[:] = [result_of("z", {"a": [1, 2]}), KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        ask_all(tmp_path)
+    assert (tmp_path / "peers.json").read_bytes() == before
+    assert names(tmp_path / "peers-unfinished.json") == ["Z"]
+    answers.pop()
+    ask_all(tmp_path)
+    assert names(tmp_path / "peers.json") == ["Z"] and not (tmp_path / "peers-unfinished.json").exists()
+
+
+def test_rows_of_earlier_runs_say_when_and_by_what(answers: list[Any], tmp_path: Path) -> None:
+    answers[:] = [result_of("x", {"a": [1, 2]})]
+    ask_all(tmp_path)
+    receipt = load_receipt(tmp_path / "peers.json")
+    found = beside.kept(tmp_path, "m")
+    assert found["agreement"] == []
+    (row,) = found["peers"]
+    assert row["peer"] == "X" and row["date"] == receipt.date and row["commit"].startswith(receipt.commit[:12])
+    assert row["commit"].endswith(" with changes") == receipt.dirty
+
+
+def test_rows_on_another_model_are_left_out(
+    answers: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers[:] = [result_of("x", {"a": [1, 2]})]
+    ask_all(tmp_path, "another")
+    assert beside.kept(tmp_path, "m") == {"peers": [], "agreement": []}
+    assert "is of another, not of m" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_damaged_table_costs_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "agreement.json").write_text("{")
+    assert beside.kept(tmp_path, "m") == {"peers": [], "agreement": []}
+    assert "left out of the report" in capsys.readouterr().err
+    assert (tmp_path / "agreement.json").read_text() == "{"

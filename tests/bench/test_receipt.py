@@ -31,6 +31,17 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_a_receipt_without_checks_is_read(tmp_path: Path) -> None:
+    path = changed(tmp_path, lambda values: values.pop("checks"))
+    assert load_receipt(path).checks == []
+
+
+def test_what_was_not_compared_comes_back_as_nothing(tmp_path: Path) -> None:
+    replayed = receipt([sample(same_text=None, near_ties=None)], checks=[{"method": "pp", "text equal": True}])
+    save_receipt(replayed, tmp_path / "r.json")
+    assert load_receipt(tmp_path / "r.json") == replayed
+
+
 @given(settings=st.dictionaries(st.text(st.characters(codec="utf-8")), plain, max_size=3))
 def test_any_plain_settings_come_back(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("receipts") / "r.json"

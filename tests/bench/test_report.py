@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from fullpipe.bench.document import Cell, Document, Folded, Grid, Heading, Prose, Verbatim, to_html, to_markdown
 from fullpipe.bench.figures import Panel, acceptance, cumulative
-from fullpipe.bench.receipt import Candidate, Tuning, save_receipt
+from fullpipe.bench.receipt import Candidate, Receipt, Tuning, save_receipt
 from fullpipe.bench.report import make_report, write_report
 from fullpipe.cli.main import app
 from fullpipe.errors import MissingExtra, UsageError
 
 VOID = {"meta", "link", "br", "path", "use", "rect", "circle", "line", "image"}
-FAST = {"method": "fullpipe", "width": 4, "decode_s": 5.0, "hits": 8, "misses": 1}
+FAST = {"method": "fullpipe", "width": 4, "tbt_s": 0.5, "decode_s": 6.5, "hits": 8, "misses": 1}
 
 
 class Page(HTMLParser):
@@ -90,9 +90,10 @@ def test_the_page_loads_nothing(html: str) -> None:
 
 def test_every_sample_is_in_the_page(html: str) -> None:
     page = Page(html)
-    samples = whole_receipt(stages=(8,), prompts=2, tokens=32).samples
-    for one in samples:
-        assert page.cells.count(one.prompt) == len([other for other in samples if other.prompt == one.prompt])
+    whole = whole_receipt(stages=(8,), prompts=2, tokens=32)
+    prompts = [*(one.prompt for one in whole.samples), *(row["prompt"] for row in whole.checks)]
+    for prompt in prompts:
+        assert page.cells.count(prompt) == prompts.count(prompt)
 
 
 def test_ids_are_unique_and_every_reference_leads_somewhere(html: str) -> None:
@@ -139,7 +140,7 @@ def test_a_dirty_checkout_is_said() -> None:
 
 
 def test_the_numbers_are_those_of_the_samples() -> None:
-    """20 seconds against 5: four times as fast, five tokens for every two steps."""
+    """2 seconds between tokens against a half: four times as fast, five tokens for every two steps."""
     document = make_report(receipt([sample(), sample(**FAST, steps=4.0)]))
     page = Page(to_html(document))
     assert "4.00x0.40 steps" in page.cells
@@ -147,9 +148,9 @@ def test_the_numbers_are_those_of_the_samples() -> None:
 
 
 def test_a_slower_fullpipe_is_called_slower() -> None:
-    rows = [sample(), sample(**FAST | {"decode_s": 10.0}), sample(method="pipedec", width=4, decode_s=9.5)]
+    rows = [sample(), sample(**FAST | {"tbt_s": 1.0}), sample(method="pipedec", width=4, tbt_s=0.95)]
     assert "0.95xSLOWER than pipedec" in Page(to_html(make_report(receipt(rows)))).cells
-    rows[2] = sample(method="pipedec", width=4, decode_s=9.9)
+    rows[2] = sample(method="pipedec", width=4, tbt_s=0.99)
     assert "0.99xeven with pipedec" in Page(to_html(make_report(receipt(rows)))).cells
 
 
@@ -161,6 +162,58 @@ def test_what_differs_from_pp_is_counted() -> None:
     assert [cell.text for cell in grid.rows[0]] == ["two", "0", "fullpipe", "1 of 2", "1", "1"]
 
 
+def exactness(whole: Receipt) -> str:
+    text = to_markdown(make_report(whole))
+    return text[text.index("## Exactness"):text.index("## How it was made")]
+
+
+REPLAYED = {"same_text": None, "near_ties": None}
+
+
+def test_replayed_texts_are_not_called_equal() -> None:
+    said = exactness(receipt([sample(**REPLAYED), sample(**FAST, **REPLAYED)]))
+    assert "by construction" in said and "was not checked in this run" in said
+    assert "texts equal" not in said and " of " not in said.split("nothing to compare")[1]
+
+
+def test_checks_are_counted_by_combination_and_listed() -> None:
+    checks = [{"cluster": "two", "temperature": 0.0, "method": "fullpipe", "prompt": f"set/{index}#0", "tokens": 10,
+               "text equal": equal, "steps equal": steps, "near-ties": ties}
+              for index, (equal, steps, ties) in enumerate([(True, True, 0), (False, None, 1), (True, False, 2)])]
+    whole = receipt([sample(**REPLAYED), sample(**FAST, **REPLAYED)], checks=checks)
+    said = exactness(whole)
+    assert "by construction" in said and "was not checked" not in said
+    assert "| two | 0 | fullpipe | 3 | 2 of 3 | 1 of 2 | 3 |" in said
+    assert all(f"| set/{index}" in said for index in range(3))
+
+
+def test_of_replays_and_runs_the_runs_are_counted() -> None:
+    rows = [sample(), sample(prompt="set/1#0"), sample(**FAST), sample(**FAST, **REPLAYED, prompt="set/1#0")]
+    assert "| two | 0 | fullpipe | 1 of 1 | 0 | 0 |" in exactness(receipt(rows))
+
+
+def test_prompts_without_a_tbt_are_named() -> None:
+    one = {"prompt": "set/1#0", "tokens": 1, "tbt_s": 0.0}
+    whole = receipt([sample(), sample(**FAST), sample(**one), sample(**FAST | one)])
+    said = "Left out of every speedup, for an answer of one token has no time between tokens: set/1#0 (temperature 0)."
+    assert said in Page(to_html(make_report(whole))).text
+    assert "Left out" not in Page(to_html(make_report(receipt([sample(), sample(**FAST)])))).text
+
+
+def test_a_report_of_answers_that_have_no_tbt() -> None:
+    one = {"tokens": 1, "tbt_s": 0.0}
+    text = to_markdown(make_report(receipt([sample(**one), sample(**FAST | one)])))
+    assert "Left out of every speedup" in text and "inf" not in text and "nan" not in text
+
+
+def test_engine_time_is_charged_in_full_beside_what_virtual_time_says() -> None:
+    samples = [sample(engine_s=0.9), sample(**FAST, engine_s=4.5)]
+    page = Page(to_html(make_report(receipt(samples))))
+    assert "2.10x4.00x without" in page.cells and "with engine time" in page.text  # (18 + 0.9) / (4.5 + 4.5)
+    for changes in ({"clock": "wall"}, {"clusters": [cluster(label="unit")]}):
+        assert "with engine time" not in Page(to_html(make_report(receipt(samples, **changes)))).text
+
+
 def test_one_method_alone_makes_a_report() -> None:
     text = Page(to_html(make_report(receipt([sample(**FAST)])))).text
     assert "fullpipe on the same 1 prompt" in text and "At a glance" not in text
@@ -169,6 +222,7 @@ def test_one_method_alone_makes_a_report() -> None:
 def test_other_programs_and_agreement_are_shown_as_they_came(html: str) -> None:
     cells = Page(html).cells
     assert {"transformers", "61.2", "vllm", "missing", "no environment", "0.934", "yes"} <= set(cells)
+    assert Page(html).text.count("From a run of its own") == 2
 
 
 def test_hostile_words_are_only_words() -> None:
@@ -177,7 +231,7 @@ def test_hostile_words_are_only_words() -> None:
         [sample(cluster=bad, task=task, prompt=bad + task, draft=bad, finish=bad, method=method)
          for task in (bad, "tame") for method in ("pp", bad)],
         command=bad, notes=[bad], settings={bad: bad}, machine={bad: [1, bad]}, versions={bad: bad},
-        peers=[{bad: bad}], agreement=[{bad: {bad: bad}}])
+        peers=[{bad: bad}], agreement=[{bad: {bad: bad}}], checks=[{bad: True, "method": bad, "cluster": [bad]}])
     document = make_report(whole)
     page = Page(to_html(document))
     assert [tag for tag, *_ in page.attributes if tag == "script"] == []  # ours has no attributes

@@ -7,9 +7,24 @@ from collections.abc import Iterator
 from fullpipe.bench import figures
 from fullpipe.bench.claims import CLAIMS
 from fullpipe.bench.document import Block, Cell, Folded, Grid, Heading, Picture, Prose
-from fullpipe.bench.metrics import ALL, PLAIN, STATIC, Blame, Estimate, Results, Summary, speedup_by_prompt
+from fullpipe.bench.metrics import (
+    ALL,
+    PLAIN,
+    STATIC,
+    Blame,
+    Estimate,
+    Results,
+    Summary,
+    listed,
+    speedup_by_prompt,
+    without_tbt,
+)
 from fullpipe.bench.receipt import ClusterInfo, Tuning
 from fullpipe.bench.wording import LABELS, interval, many, number, percent, setting, unit_of, where
+
+_WITH_ENGINE = (" With engine time: the speedup over pp if every second of the engine's own time were added to the "
+                "time between tokens, of pp as of the method. Virtual time charges the engine nothing; this charges "
+                "it in full, which is an upper bound, for on real machines it overlaps with the stages.")
 
 
 class Chapter:
@@ -33,11 +48,21 @@ class Chapter:
             Heading(cluster.name),
             Prose(f"{many(cluster.stages, 'stage')}, {LABELS[cluster.label]}. Times are {self.where}. "
                   f"{cluster.note}"),
-            *self._speedups(PLAIN), *self._main_table(), *self._speedups(STATIC), *self._metrics(), *self._time(),
-            *self._acceptance(), *self._occupancy(), *self._prompts(), *self._tuning(),
+            *self._left_out(), *self._speedups(PLAIN), *self._main_table(), *self._speedups(STATIC),
+            *self._metrics(), *self._time(), *self._acceptance(), *self._occupancy(), *self._prompts(),
+            *self._tuning(),
         ]
 
     # ---- speedups --------------------------------------------------------------------------------------------
+
+    def _left_out(self) -> list[Block]:
+        """Which prompts no speedup is of."""
+        found = {f"{prompt} (temperature {temperature:g})": None for temperature, method, _ in self._all()
+                 for prompt in without_tbt(self.results.groups[self.cluster.name, temperature, method])}
+        if not found:
+            return []
+        return [Prose(f"Left out of every speedup, for an answer of one token has no time between tokens: "
+                      f"{listed(list(found))}.", small=True)]
 
     def _speedups(self, baseline: str) -> list[Block]:
         panels = [figures.Panel(f"temperature {temperature:g}", {
@@ -51,8 +76,9 @@ class Chapter:
         name = f"{self.prefix}-speedup-over-{baseline}"
         theirs = " The grey band is what a paper states of its own models and machines." if bands else ""
         return [Picture(name, figures.speedups(name, panels, self.tasks, baseline, bands),
-                        f"Speedup over {baseline} on the same prompts, {self.where}; the line at 1 is {baseline} "
-                        f"itself. Whiskers: 95% intervals by a paired bootstrap over prompts.{theirs}")]
+                        f"Speedup over {baseline}: its TBT / that of the method on the same prompts, {self.where}; "
+                        f"the line at 1 is {baseline} itself. Whiskers: 95% intervals by a paired bootstrap over "
+                        f"prompts.{theirs}")]
 
     def _over(self, temperature: float, method: str, task: str, baseline: str) -> Estimate | None:
         found = self.results.at(self.cluster.name, temperature, method, task)
@@ -65,7 +91,7 @@ class Chapter:
         rows = [[number(temperature, "g"), Cell(method),
                  *(self._main_cell(temperature, method, task, best[temperature, task]) for task in self.tasks)]
                 for temperature, method, _ in self._all()]
-        return [Grid(f"Speedup over pp (95% interval), steps per token; {self.where}. "
+        return [Grid(f"Speedup over pp, TBT / TBT (95% interval), and steps per token; {self.where}. "
                      f"1 step per token is the ideal of one token per period, pp needs {self.cluster.stages}.",
                      ["T", "method", *self.tasks], rows)]
 
@@ -96,21 +122,27 @@ class Chapter:
     def _metric_grid(self, task: str) -> Grid:
         columns = ["T", "method", f"TBT {self.unit}", f"TTFT {self.unit}", "tokens/s", "steps/token", "hit rate",
                    "accepted length", "fill", "waste", "restarts", "draft busy", "link bytes",
-                   "engine"]
+                   "engine", *(["with engine time"] if self._has_engine_column else [])]
         rows = [[number(temperature, "g"), Cell(method, self._chosen(temperature, method)),
                  number(one.tbt_s * self.scale, ".3g"), number(one.ttft_s * self.scale, ".3g"),
                  number(1 / one.s_per_token, ".3g"), number(one.steps_per_token, ".2f"), percent(one.hit_rate),
                  number(one.mean_acceptance_length, ".2f"), percent(one.fill), number(one.waste, ".2f"),
                  percent(one.restarts), percent(one.draft_busy),
                  number(max(one.bytes_per_token, default=0.0), ",.0f"),
-                 Cell(f"{1e6 * one.engine_s_per_step:,.0f} µs", value=one.engine_s_per_step)]
+                 Cell(f"{1e6 * one.engine_s_per_step:,.0f} µs", value=one.engine_s_per_step),
+                 *([_with_engine(one)] if self._has_engine_column else [])]
                 for temperature, method, one in self._all(task)]
         if self.cluster.label == "unit":
             columns[4] = "tokens/unit"
         return Grid(f"{'All tasks' if task == ALL else task}, {self.where}. Accepted length: 1 + accepted "
                     f"drafts per verification. Waste: rows thrown away per token. Restarts: share of the tokens that "
                     f"left the pipeline empty. Link bytes: per token, over the busiest hop. Engine: its own time per "
-                    f"step, wall clock.", columns, rows)
+                    f"step, wall clock.{_WITH_ENGINE if self._has_engine_column else ''}", columns, rows)
+
+    @property
+    def _has_engine_column(self) -> bool:
+        """Where times are seconds to which the engine's could be added, and do not hold them already."""
+        return self.results.receipt.clock == "virtual" and self.cluster.label != "unit" and PLAIN in self.methods
 
     def _chosen(self, temperature: float, method: str) -> str:
         group = self.results.groups[self.cluster.name, temperature, method]
@@ -133,9 +165,9 @@ class Chapter:
         return [Heading("Where the time goes", 3),
                 Picture(name, figures.time_per_token(name, rows, f"{self.unit} ({self.results.clock})", self.scale),
                         f"Mean decode time of a token and its causes, {self.where}; the number is the sum, less "
-                        f"what was saved. One row's stage times and the links are read off pp. A miss costs a whole "
-                        f"traversal; what no other cause explains is waiting for guesses. The formula is in "
-                        f"`bench/metrics.py`."),
+                        f"what was saved. The first token's way counts, so it is more than the TBT. One row's stage "
+                        f"times and the links are read off pp. A miss costs a whole traversal; what no other cause "
+                        f"explains is waiting for guesses. The formula is in `bench/metrics.py`."),
                 Folded("The same in numbers", [grid])]
 
     def _label(self, temperature: float, method: str) -> str:
@@ -169,9 +201,9 @@ class Chapter:
         for temperature in self.temperatures:
             plain = self.results.groups.get((self.cluster.name, temperature, PLAIN))
             panels.append(figures.Panel(f"temperature {temperature:g}", {
-                method: list(speedup_by_prompt(plain, self.results.groups[self.cluster.name, temperature, method])
-                             .values())
-                for at, method, _ in self._all() if at == temperature and method != PLAIN
+                method: list(values) for at, method, _ in self._all() if at == temperature and method != PLAIN
+                if (values := speedup_by_prompt(
+                    plain, self.results.groups[self.cluster.name, temperature, method]).values())
             } if plain else {}))
         if not any(panel.series for panel in panels):
             return []
@@ -191,7 +223,7 @@ class Chapter:
             unit, scale = unit_of(self.cluster, max(each.tbt_s for one in mine for each in one.candidates))
             blocks.append(Picture(name, figures.sweeps(name, [_sweep(one) for one in mine],
                                                        f"{unit} ({self.results.clock})", scale),
-                                  f"Temperature {temperature:g}: mean TBT over the tuning prompts of every setting "
+                                  f"Temperature {temperature:g}: TBT over all tuning prompts, of every setting "
                                   f"tried, {self.where}. The ring is the setting that was chosen."))
         rows = [[number(one.temperature, "g"), Cell(one.method), Cell(setting(each)),
                  number(each.tbt_s * self.scale, ".4g"), number(one.prompts),
@@ -199,6 +231,12 @@ class Chapter:
                 for one in found for index, each in enumerate(one.candidates)]
         grid = Grid("", ["T", "method", "setting", f"TBT, {self.unit} ({self.results.clock})", "prompts", ""], rows)
         return [*blocks, Folded(f"All {len(rows)} settings", [grid])]
+
+
+def _with_engine(one: Summary) -> Cell:
+    if one.over_pp is None or one.over_pp_with_engine is None:
+        return Cell("-")
+    return Cell(f"{one.over_pp_with_engine:.2f}x", f"{one.over_pp.value:.2f}x without", one.over_pp_with_engine)
 
 
 def _shares(blame: Blame) -> str:

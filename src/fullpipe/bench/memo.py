@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,18 +26,19 @@ from fullpipe.model.sampling import RowContext, rank
 from fullpipe.request import SamplingParams
 
 TOP_K = 16
-_POOL = 768  # slots for branches
+POOL = 768  # slots for branches
 _CHUNK = 256  # rows of a step
 
 
 class Memo:
     """The draft's answers for one prompt and one set of sampling parameters.
 
-    slice: the whole draft model; None: only kept answers can be given. tokens: what the target said.
+    slice: the whole draft model; None: only kept answers can be given. tokens: what the target said. pool: slots
+    for branches; at least as many as the longest branch has tokens.
     """
 
     def __init__(self, slice: DecoderSlice | None, prompt: Sequence[int], tokens: Sequence[int],
-                 params: SamplingParams, vocab: int) -> None:
+                 params: SamplingParams, vocab: int, *, pool: int = POOL) -> None:
         assert not params.needs_history, "penalties look at the path; recordings have none"
         self._slice, self._params, self._vocab = slice, params, vocab
         self._prompt, self._truth = list(prompt), list(tokens)
@@ -47,6 +49,7 @@ class Memo:
         for token in self._truth:
             self.true.append(self.child(self.true[-1], token))
         self._arena: Any = None
+        self._pool = max(pool, params.max_tokens + 1)
         self._slots: dict[int, int] = {}  # of branch nodes whose keys and values stand in the pool
         self.computed_rows = 0
 
@@ -88,7 +91,7 @@ class Memo:
             return
         assert self._slice is not None, "these answers were kept without this path"
         path = self._prompt + self._truth
-        self._arena = self._slice.allocate(len(path) + _POOL)
+        self._arena = self._slice.allocate(len(path) + self._pool)
         first = len(self._prompt) - 1
         for start in range(0, len(path), _CHUNK):
             end = min(start + _CHUNK, len(path))
@@ -102,17 +105,17 @@ class Memo:
     def _step(self, wanted: list[int]) -> None:
         """One forward over the wanted paths and those of their ancestors whose keys are not there."""
         rows = self._with_ancestors(wanted)
-        if len(rows) > _POOL - len(self._slots):
+        if len(rows) > self._pool - len(self._slots):
             self._slots.clear()
             rows = self._with_ancestors(wanted)
-        if len(rows) > _POOL:  # long branches: half as many at a time
+        if len(rows) > self._pool:  # long branches: half as many at a time
             half = len(wanted) // 2
             self._step(wanted[:half])
             return self._step(wanted[half:])
-        base, free = len(self._prompt) + len(self._truth), sorted(set(range(_POOL)) - set(self._slots.values()))
+        base, free = len(self._prompt) + len(self._truth), sorted(set(range(self._pool)) - set(self._slots.values()))
         self._slots.update(zip(rows, free))
         slots = torch.tensor([base + self._slots[id] for id in rows])
-        width = int(slots.max()) + 1
+        width = base + max(self._slots.values()) + 1  # ancestors may stand in higher slots than the rows
         mask = np.zeros((len(rows), width), np.bool_)
         index = {id: row for row, id in enumerate(rows)}
         for row, id in enumerate(rows):
@@ -175,15 +178,20 @@ class Memo:
         temporary.replace(path)
 
     def load(self, path: Path) -> None:
-        """Take over what `save` kept of the same prompt, tokens and parameters."""
-        with np.load(path, allow_pickle=False) as kept:
-            same = {0: 0}
-            for id, (parent, token) in enumerate(zip(kept["parents"].tolist(), kept["last"].tolist())):
-                if parent >= 0:
-                    same[id] = self.child(same[parent], token)
-            for id, guesses, weights in zip(kept["ids"].tolist(), kept["tokens"].tolist(), kept["logprobs"].tolist()):
-                count = sum(token >= 0 for token in guesses)
-                self._answers[same[id]] = guesses[:count], weights[:count]
+        """Take over what `save` kept of the same prompt, tokens and parameters. A damaged file is as good as none:
+        what it held is computed again."""
+        try:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+                kept = {name: file[name].tolist() for name in ("parents", "last", "ids", "tokens", "logprobs")}
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return
+        same = {0: 0}
+        for id, (parent, token) in enumerate(zip(kept["parents"], kept["last"])):
+            if parent >= 0:
+                same[id] = self.child(same[parent], token)
+        for id, guesses, weights in zip(kept["ids"], kept["tokens"], kept["logprobs"]):
+            count = sum(token >= 0 for token in guesses)
+            self._answers[same[id]] = guesses[:count], weights[:count]
 
 
 class MemoSource:

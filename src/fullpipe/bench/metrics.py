@@ -1,8 +1,9 @@
 """What a receipt's samples say, per combination and task class. No torch.
 
-The metrics mean what DESIGN section 8 says. Everything is a ratio of totals over prompts (all hits over all hits and
-misses, all time over all tokens), never a mean of ratios, so a long answer weighs more than a short one, as it does
-for who waits for it. Shares of time (fill, bubbles, the draft's) are weighted by decode time for the same reason.
+The metrics mean what DESIGN section 8 says; a speedup is the TBT of the baseline / that of the method. Everything is a
+ratio of totals over prompts (all hits over all hits and misses, all time between tokens over all gaps), never a mean of
+ratios, so a long answer weighs more than a short one, as it does for who waits for it. Shares of time (fill, bubbles,
+the draft's) are weighted by decode time for the same reason.
 
 Only samples of phase "main" are counted. Repeats of a prompt are summed before anything is compared.
 """
@@ -28,7 +29,7 @@ SERIAL = frozenset({"chain", STATIC})
 
 _RESAMPLES, _SEED = 2000, 20261121
 _TAILS = (2.5, 97.5)  # per cent: what lies between is the 95% interval
-_NAMED = 5  # prompts that an error names
+_NAMED = 5  # of a list that may be long
 
 
 class Key(NamedTuple):
@@ -68,9 +69,12 @@ class Blame:
 class Summary:
     """One method on one cluster at one temperature, over the prompts of one task class.
 
-    tbt_s, ttft_s: seconds of the receipt's clock. waste, restarts: per emitted token. bubbles: idle share per stage.
-    bytes_per_token: of each hop. acceptance: (hits, asked) by depth. engine_s_per_step: by the wall clock.
-    over_pp, over_static_tree: speedup (None where that method was not run).
+    tbt_s, ttft_s: seconds of the receipt's clock; TBT is 0 where no answer has two tokens. waste, restarts: per emitted
+    token. bubbles: idle share per stage. bytes_per_token: of each hop. acceptance: (hits, asked) by depth.
+    engine_s_per_step: by the wall clock. compared: samples whose text was compared with that of `pp`, and of these
+    same_texts were equal.
+    over_pp, over_static_tree: speedup (None where that method was not run, or nothing has a TBT).
+    over_pp_with_engine: see `speedup_with_engine`; None by the wall clock, whose times hold the engine's already.
     """
 
     prompts: int
@@ -89,15 +93,18 @@ class Summary:
     bytes_per_token: list[float]
     acceptance: list[tuple[int, int]]
     engine_s_per_step: float
+    compared: int
     same_texts: int
     near_ties: int
     samples: int
     over_pp: Estimate | None
     over_static_tree: Estimate | None
+    over_pp_with_engine: float | None
     blame: Blame | None
 
     @property
     def s_per_token(self) -> float:
+        """The first token's way counted, which a TBT does not do."""
         return self.decode_s / self.tokens
 
     def over(self, baseline: str) -> Estimate | None:
@@ -182,7 +189,7 @@ def _summary(group: Group, plain: Group, static: Group, wall: bool) -> Summary:
         prompts=len({one.prompt for one in samples}),
         tokens=tokens,
         decode_s=decode,
-        tbt_s=_ratio(sum(one.tbt_s * (one.tokens - 1) for one in samples), sum(one.tokens - 1 for one in samples)),
+        tbt_s=_ratio(sum(_between(one) for one in samples), sum(one.tokens - 1 for one in samples)),
         ttft_s=sum(one.ttft_s for one in samples) / len(samples),
         steps_per_token=sum(one.steps for one in samples) / tokens,
         hit_rate=_ratio(hits, hits + misses),
@@ -196,11 +203,13 @@ def _summary(group: Group, plain: Group, static: Group, wall: bool) -> Summary:
         acceptance=[(int(hit), int(asked)) for hit, asked in zip(_sums(one.hits_by_depth for one in samples),
                                                                  _sums(one.asked_by_depth for one in samples))],
         engine_s_per_step=_ratio(sum(one.engine_s for one in samples), sum(one.steps for one in samples)),
-        same_texts=sum(one.same_text for one in samples),
-        near_ties=sum(one.near_ties for one in samples),
+        compared=sum(one.same_text is not None for one in samples),
+        same_texts=sum(one.same_text is True for one in samples),
+        near_ties=sum(one.near_ties or 0 for one in samples),
         samples=len(samples),
         over_pp=speedup(plain, group) if plain else None,
         over_static_tree=speedup(static, group) if static else None,
+        over_pp_with_engine=speedup_with_engine(plain, group) if plain and not wall else None,
         blame=blame(group, plain, wall) if plain else None,
     )
 
@@ -222,27 +231,49 @@ def _sums(rows: Iterable[Sequence[float]]) -> list[float]:
 # ---- one method against another --------------------------------------------------------------------------
 
 
-def pairs(baseline: Group, group: Group) -> dict[str, tuple[float, int, float, int]]:
-    """By prompt: (decode seconds, tokens) with the baseline, and with the method; repeats summed.
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt with the baseline and with the method; repeats summed.
+
+    between_s: seconds from the first token to the last. gaps: between how many tokens. engine_s: by the wall clock.
+    """
+
+    baseline_between_s: float = 0.0
+    baseline_gaps: int = 0
+    baseline_engine_s: float = 0.0
+    between_s: float = 0.0
+    gaps: int = 0
+    engine_s: float = 0.0
+
+
+def pairs(baseline: Group, group: Group) -> dict[str, Pair]:
+    """By prompt. An answer of one token has no TBT: where either's is one, that prompt and repeat is left out.
 
     Raises UsageError naming the prompts that only one of the two answered.
     """
     if baseline.keys() != group.keys():
         raise _unpaired(baseline, group)
-    totals: dict[str, tuple[float, int, float, int]] = {}
+    totals: dict[str, Pair] = {}
     for key, one in group.items():
         other = baseline[key]
-        before = totals.get(one.prompt, (0.0, 0, 0.0, 0))
-        totals[one.prompt] = (before[0] + other.decode_s, before[1] + other.tokens,
-                              before[2] + one.decode_s, before[3] + one.tokens)
+        if min(one.tokens, other.tokens) < 2:
+            continue
+        before = totals.get(one.prompt, Pair())
+        totals[one.prompt] = Pair(
+            before.baseline_between_s + _between(other), before.baseline_gaps + other.tokens - 1,
+            before.baseline_engine_s + other.engine_s,
+            before.between_s + _between(one), before.gaps + one.tokens - 1, before.engine_s + one.engine_s)
     return totals
+
+
+def _between(sample: Sample) -> float:
+    """Seconds from the first token to the last."""
+    return sample.tbt_s * (sample.tokens - 1)
 
 
 def _unpaired(baseline: Group, group: Group) -> UsageError:
     def names(keys: Iterable[tuple[str, int]]) -> str:
-        listed = [f"{prompt} (repeat {repeat})" for prompt, repeat in sorted(keys)]
-        more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
-        return ", ".join(listed[:_NAMED]) + more
+        return listed([f"{prompt} (repeat {repeat})" for prompt, repeat in sorted(keys)])
 
     one, other = next(iter(group.values())), next(iter(baseline.values()))
     parts = [f"{method} has no sample of {names(keys)}"
@@ -253,31 +284,69 @@ def _unpaired(baseline: Group, group: Group) -> UsageError:
                       hint="A speedup is of the same prompts. Run the benchmark again; it fills in what is missing.")
 
 
-def speedup(baseline: Group, group: Group) -> Estimate:
-    """Decode time per token of the baseline over that of the method, on the same prompts.
+def listed(names: Sequence[str]) -> str:
+    """A few of them, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
-    Where the texts are equal, and so are their lengths, that is the ratio of the total decode times. The interval is
-    a paired bootstrap over prompts: 2,000 times as many prompts are drawn as there are, each with both its times, and
-    the ratio taken anew (percentile method; Efron and Tibshirani 1993, chapter 13). The seed is fixed.
+
+def speedup(baseline: Group, group: Group) -> Estimate | None:
+    """TBT of the baseline / TBT of the method, on the same prompts. None where one of them has none.
+
+    Where the texts are equal, and so are their lengths, that is the ratio of the total times between tokens. The
+    interval is a paired bootstrap over prompts: 2,000 times as many prompts are drawn as there are, each with both its
+    times, and the ratio taken anew (percentile method; Efron and Tibshirani 1993, chapter 13). The seed is fixed.
+    There is no interval where a draw holds no time at all: tokens that land together have none between them.
     """
-    rows = np.array(list(pairs(baseline, group).values()), dtype=np.float64)
-    value = float(_time_ratio(rows.sum(axis=0)))
-    if len(rows) < 2:
+    rows = _rows(pairs(baseline, group))
+    totals = rows.sum(axis=0)
+    if not totals[2]:
+        return None
+    value = float(_tbt_ratio(totals))
+    drawn = rows[np.random.default_rng(_SEED).integers(len(rows), size=(_RESAMPLES, len(rows)))].sum(axis=1)
+    if len(rows) < 2 or not drawn[:, 2].all():
         return Estimate(value, None, None)
-    drawn = np.random.default_rng(_SEED).integers(len(rows), size=(_RESAMPLES, len(rows)))
-    low, high = np.percentile(_time_ratio(rows[drawn].sum(axis=1)), _TAILS)
+    low, high = np.percentile(_tbt_ratio(drawn), _TAILS)
     return Estimate(value, float(low), float(high))
 
 
-def _time_ratio(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """totals [..., 4]: seconds and tokens of the baseline, of the method."""
+def _rows(found: dict[str, Pair]) -> NDArray[np.float64]:
+    """[prompts, 4]: seconds and gaps of the baseline, of the method."""
+    return np.array([(one.baseline_between_s, one.baseline_gaps, one.between_s, one.gaps) for one in found.values()],
+                    dtype=np.float64).reshape(-1, 4)
+
+
+def _tbt_ratio(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """totals [..., 4], as `_rows` has them."""
     ratio: NDArray[np.float64] = totals[..., 0] / totals[..., 1] / (totals[..., 2] / totals[..., 3])
     return ratio
 
 
 def speedup_by_prompt(baseline: Group, group: Group) -> dict[str, float]:
-    """The same ratio for every prompt alone."""
-    return {prompt: float(_time_ratio(np.array(row))) for prompt, row in pairs(baseline, group).items()}
+    """The same ratio for every prompt alone. Prompts without time between their tokens are left out: for them there
+    is no such number."""
+    found = pairs(baseline, group)
+    return {prompt: float(_tbt_ratio(row)) for prompt, row in zip(found, _rows(found)) if row[2]}
+
+
+def speedup_with_engine(baseline: Group, group: Group) -> float | None:
+    """The speedup if every second of the engine's own time were added to the time between tokens, on both sides.
+
+    Virtual time charges the engine nothing. This charges each the most that it can cost: with `pp` the stages stand
+    still while the engine works, with other methods they need not, and some of the work comes before the first token.
+    None as in `speedup`.
+    """
+    found = pairs(baseline, group).values()
+    ours = sum(one.between_s + one.engine_s for one in found)
+    if not ours:
+        return None
+    theirs = sum(one.baseline_between_s + one.baseline_engine_s for one in found)
+    return theirs / sum(one.baseline_gaps for one in found) / (ours / sum(one.gaps for one in found))
+
+
+def without_tbt(group: Group) -> list[str]:
+    """Prompts of which some answer has one token, and so no time between tokens."""
+    return list(dict.fromkeys(one.prompt for one in group.values() if one.tokens < 2))
 
 
 # ---- where the time goes ---------------------------------------------------------------------------------

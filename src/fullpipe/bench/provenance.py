@@ -23,14 +23,15 @@ _NEAR = 0.05  # of logits: closer than that, another order of summing may pick t
 
 def make_receipt(samples: Sequence[Sample], tunings: Sequence[Tuning], clusters: Mapping[str, Cluster],
                  recordings: Mapping[float, Recording], model: str, draft: str, settings: dict[str, Any],
-                 **rows: Any) -> Receipt:
-    """Of replays, in virtual time. rows: `agreement` and `peers` of other runs in the same place."""
+                 *, notes: Sequence[str] = (), **rows: Any) -> Receipt:
+    """Of replays, in virtual time. notes: to be said besides. rows: `checks`, and `agreement` and `peers` of other
+    runs in the same place."""
     head = next(iter(recordings.values())).head
     infos = [ClusterInfo(name=name, label=label_of(cluster), note=cluster.file.cluster.note.strip(),
                          stages=cluster.num_stages, text=cluster.text) for name, cluster in clusters.items()]
     return Receipt(**provenance(), clock="virtual", model=ModelInfo(target=model, draft=draft, dtype=head.dtype),
                    settings=settings, clusters=infos, samples=list(samples), tuning=list(tunings),
-                   notes=_notes(recordings), **rows)
+                   notes=[*_notes(recordings), *notes], **rows)
 
 
 def wall_receipt(model: str, draft: str, dtype: str, settings: dict[str, Any], **rows: Any) -> Receipt:
@@ -41,16 +42,21 @@ def wall_receipt(model: str, draft: str, dtype: str, settings: dict[str, Any], *
 
 def provenance() -> dict[str, Any]:
     """Command, commit, date, versions and machine."""
-    commit, dirty = commit_of(Path(__file__).parent)
+    commit, dirty = commit_of(Path(__file__).parents[1])
     return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit, "dirty": dirty,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(), "machine": machine()}
 
 
 def label_of(cluster: Cluster) -> Any:
+    """"unit" where every step takes the same, whatever its rows, and links take nothing."""
     if cluster.file.cluster.kind == "measured":
         return "measured"
-    curves = [device.stage_ms or device.draft_ms for device in cluster.file.devices]
-    return "unit" if all(curve is not None and len(curve) == 1 for curve in curves) else "modelled"
+    links = cluster.links
+    curves = [curve for device in cluster.file.devices for curve in (device.stage_ms, device.draft_ms) if curve]
+    instant = all(link.instant for link in (*links.stage_hops, links.to_first, links.landing, links.draft))
+    costs = {point[1] for curve in curves for point in curve}
+    curved = all(device.kind == "curve" for device in cluster.file.devices)
+    return "unit" if curved and instant and len(costs) == 1 else "modelled"
 
 
 def _notes(recordings: Mapping[float, Recording]) -> list[str]:
@@ -85,7 +91,7 @@ def commit_of(folder: Path) -> tuple[str, bool]:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD")
+        commit = git("rev-parse", "HEAD") if git("ls-files", "--", ".") else ""  # of a checkout that holds us
         return (commit, bool(git("status", "--porcelain", "--", "."))) if commit else ("unknown", False)
     except OSError:
         return "unknown", False

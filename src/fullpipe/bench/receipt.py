@@ -83,7 +83,7 @@ class Sample(_Part):
 
     prompt: "set/id#turn", unique within a combination. task: the class it is counted under. width, depth, floor:
     as given to the method, None where it has none. same_text: equal to what `pp` said; near_ties: places where it
-    left that text at a near-tie.
+    left that text at a near-tie. Both None of a replay, whose text is the recorded one: there is nothing to compare.
     ttft_s, tbt_s, decode_s, steps, hits, misses, launched_rows, wasted_rows, fill: as `RequestStats` counts them.
     restarts: misses that left the pipeline empty of live rows. bubbles: idle share of each stage during `decode_s`.
     draft_busy: busy share of the draft station in the same time. link_bytes: bytes over each hop, in the order of the
@@ -107,8 +107,8 @@ class Sample(_Part):
     phase: Literal["tuning", "main"]
     tokens: Count
     finish: str
-    same_text: bool
-    near_ties: Count
+    same_text: bool | None
+    near_ties: Count | None
     ttft_s: Seconds
     tbt_s: Seconds
     decode_s: Seconds
@@ -142,7 +142,7 @@ class Sample(_Part):
 
 
 class Candidate(_Part):
-    """One setting that was tried. tbt_s: mean over the tuning prompts."""
+    """One setting that was tried. tbt_s: its TBT over all tuning prompts together."""
 
     width: Count | None
     depth: Count | None
@@ -171,7 +171,11 @@ class Tuning(_Part):
 class Receipt(_Part):
     """All of one benchmark. date: UTC, ISO 8601. dirty: whether the checkout differed from `commit`.
 
-    agreement: rows that put the virtual clock's prediction beside the wall clock. peers: rows on other programs.
+    agreement: rows that put the virtual clock's prediction beside the wall clock. peers: rows on other programs. Both
+    are of runs of their own, whose date and commit each row names.
+    checks: what stages that compute said, where the samples are replays: a row per prompt and combination, with
+    "cluster", "temperature", "method", "prompt", and what was compared, such as "text equal": true, false, or None
+    where it was not compared. "near-ties": how many, if they were counted.
     """
 
     format: Literal["fullpipe-bench"] = "fullpipe-bench"
@@ -190,6 +194,7 @@ class Receipt(_Part):
     tuning: list[Tuning] = []
     agreement: list[Table] = []
     peers: list[Table] = []
+    checks: list[Table] = []
     notes: list[str] = []
 
     @model_validator(mode="after")

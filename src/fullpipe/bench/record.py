@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fullpipe.bench.recording import Answer, Head, Recording
+from fullpipe.bench.recording import Answer, Head, Recording, digest
+from fullpipe.errors import UsageError
 from fullpipe.llm import LLM
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
@@ -17,7 +18,17 @@ Progress = Callable[[int, int, str], None]
 
 def wanted_ids(prompts: Sequence[FilePrompt], turns: int | None) -> list[str]:
     """The ids of the answers to record. turns: of each prompt at most; None: all."""
-    return [f"{prompt.id}#{turn}" for prompt in prompts for turn in range(min(len(prompt.turns), turns or 99))]
+    return [f"{prompt.id}#{turn}" for prompt in prompts for turn in range(len(prompt.turns[:turns]))]
+
+
+def check_prompts(recording: Recording, prompts: Sequence[FilePrompt], turns: int | None) -> None:
+    """Raises UsageError where an answer that is there was given to another prompt of the same id."""
+    for prompt in prompts:
+        for turn in range(len(prompt.turns[:turns])):
+            found = recording.answers.get(f"{prompt.id}#{turn}")
+            if found is not None and found.asked not in ("", digest(prompt.turns[: turn + 1])):
+                raise UsageError(f"{recording.path} answers another prompt {found.id!r} than the one in the file",
+                                 hint="Name another file or folder, or rename the file of prompts.")
 
 
 def task_of(prompt: FilePrompt) -> str:
@@ -48,7 +59,8 @@ def record(llm: LLM, recording: Recording, prompts: Sequence[FilePrompt], turns:
             for prompt, tokens, said in zip(part, asked, llm.generate(asked, params)):
                 recording.add(Answer(f"{prompt.id}#{turn}", task_of(prompt), tokens, said.token_ids,
                                      said.finish_reason,
-                                     [round(margin, 5) if math.isfinite(margin) else None for margin in said.margins]))
+                                     [round(margin, 5) if math.isfinite(margin) else None for margin in said.margins],
+                                     digest(prompt.turns[: turn + 1])))
                 done += 1
                 progress(done, total, prompt.id)
 

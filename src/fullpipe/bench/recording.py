@@ -9,6 +9,7 @@ interrupted recording goes on where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,7 +39,8 @@ class Answer:
     """What the target said to one prompt.
 
     id: "set/question#turn". task: the set's name, or the prompt's category. prompt, tokens: token ids. finish:
-    "stop" or "length". margins: how far each pick stood above the second best (None: no rival).
+    "stop" or "length". margins: how far each pick stood above the second best (None: no rival). asked: `digest` of
+    what the user had said ("": not known).
     """
 
     id: str
@@ -47,6 +49,12 @@ class Answer:
     tokens: list[int]
     finish: str
     margins: list[float | None] = field(default_factory=list)
+    asked: str = ""
+
+
+def digest(turns: Sequence[str]) -> str:
+    """By which another prompt of the same id is told."""
+    return hashlib.sha256(json.dumps(list(turns)).encode()).hexdigest()[:16]
 
 
 class Recording:
@@ -64,7 +72,7 @@ class Recording:
         model's or other parameters' answers, and for a file that is no recording.
         """
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             path.write_text(_line({"format": FORMAT, "version": VERSION, **asdict(head)}), encoding="utf-8")
             return cls(path, head)
         found = cls.load(path)
@@ -108,6 +116,15 @@ def _answer(path: Path, number: int, values: dict[str, Any]) -> Answer:
     except TypeError as error:
         raise UsageError(f"{path}, line {number}: not an answer ({error})",
                          hint="The file is damaged; delete the line, and record again.") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UsageError when it is not there and cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror or error}",
+                         hint="Name a folder that is writable.") from error
 
 
 def _line(values: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ The draft's answers are the real draft's (`memo.MemoSource`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 from fullpipe.bench.recording import Answer
 from fullpipe.engine import Engine
 from fullpipe.errors import UsageError
-from fullpipe.messages import Drafted, Emitted, Event, Flight, Landed
+from fullpipe.messages import Drafted, Emitted, Event, Flight, Landed, Launched
 from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
 from fullpipe.pipeline.links import Links
 from fullpipe.pipeline.station import SourceLike, Verdict
@@ -52,31 +53,53 @@ class RecordedStage:
             return None
         verdict = Verdict([], [], [])
         for part in flight.parts:
-            for node, position, wanted in zip(part.nodes, part.positions, part.wants):
+            for node, token, position, path, wanted in zip(part.nodes, part.tokens, part.positions, part.paths,
+                                                           part.wants):
+                place = position - self._before
+                if place > 0 and not path:
+                    assert token == self._tokens[place - 1], "the committed path is not the recorded one"
                 if wanted:
                     verdict.nodes.append(node)
-                    verdict.tokens.append(self._tokens[min(position - self._before, len(self._tokens) - 1)])
+                    verdict.tokens.append(self._tokens[min(place, len(self._tokens) - 1)])
         return verdict
+
+
+class _Ending:
+    """Ends a request where its recording ends."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._left, self._finish = len(answer.tokens), answer.finish
+
+    def __call__(self, token: int) -> str | None:
+        self._left -= 1
+        return None if self._left else self._finish
 
 
 @dataclass(slots=True)
 class Meter:
     """Listens to an engine: what the stations did, and how far hits go.
 
-    busy: seconds of work by station, since `start`. rows: rows computed by station. asked, hits: by places
-    after the last miss, how many tokens came there, and how many of them were in flight already.
+    start, end: first launch and last token. busy: seconds of work by station between them. rows, flights: computed
+    by station until `end`, the prompt's included. asked, hits: by places after the last miss, how many tokens came
+    there, and how many of them were in flight already.
     """
 
     start: float = 0.0
+    end: float = math.inf
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    flights: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     asked: list[int] = field(default_factory=list)
     hits: list[int] = field(default_factory=list)
     _since: int = 0
     _last: Emitted | None = None
+    _began: bool = False
 
     def __call__(self, event: Event) -> None:
         match event:
+            case Launched() if event.nodes and not self._began:
+                self._began, self.start = True, event.time
+                self.busy.clear()  # of the prompt's other chunks
             case Landed():
                 for leg in event.legs:
                     self._work(leg.station, leg.start, leg.end, len(leg.nodes))
@@ -88,8 +111,10 @@ class Meter:
                 self._last = event
 
     def _work(self, station: str, start: float, end: float, rows: int) -> None:
-        self.busy[station] += max(0.0, end - max(start, self.start))
-        self.rows[station] += rows
+        if start < self.end:
+            self.busy[station] += max(0.0, min(end, self.end) - max(start, self.start))
+            self.rows[station] += rows
+            self.flights[station] += 1
 
     def _count(self, hit: bool) -> None:
         if self._since == len(self.asked):
@@ -101,21 +126,21 @@ class Meter:
 
 
 class _Clocked(InProcessPipeline):
-    """Counts the wall-clock time that passes inside the pipeline, which is not the engine's."""
+    """Counts the processor time that is spent inside the pipeline, which is not the engine's."""
 
     inside = 0.0
 
     def events(self) -> list[Event]:
-        begun = time.perf_counter()
+        begun = time.thread_time()
         try:
             return super().events()
         finally:
-            self.inside += time.perf_counter() - begun
+            self.inside += time.thread_time() - begun
 
 
 @dataclass(slots=True)
 class Run:
-    """What one replay measured. stats: of the request. engine_s: wall clock of tree, policy and bookkeeping.
+    """What one replay measured. stats: of the request. engine_s: processor time of tree, policy and bookkeeping.
     wall_s: of all of it."""
 
     stats: RequestStats
@@ -128,26 +153,26 @@ def replay(answer: Answer, params: SamplingParams, source: SourceLike | None, po
            *, costs: Costs | None = None, listeners: tuple[Any, ...] = ()) -> Run:
     """One method on one recorded answer.
 
-    Raises AssertionError when the text comes out other than recorded, which no draft can bring about, and
-    UsageError for hardware whose costs would have to be measured.
+    params: those of the recording; its `max_tokens` bounds what is guessed, as it did then. Raises AssertionError
+    when the text comes out other than recorded, which no draft can bring about, and UsageError for hardware whose
+    costs would have to be measured.
     """
     if getattr(hardware, "is_measured", False):
         raise UsageError("a replay runs no stages, so their time cannot be measured",
                          hint="Give the devices a profile (`fullpipe profile`), a cost curve or a bandwidth.")
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), time.thread_time()
     n = hardware.num_stages
     pipeline = _Clocked([RecordedStage(answer, is_last=k == n - 1) for k in range(n)], source,
                         costs=costs or hardware, links=hardware.links, message_bytes=hardware.message_bytes,
                         device_of=hardware.device_of)
     meter = Meter()
     engine = Engine(pipeline, policy, listeners=[meter, *listeners])
-    params = replace(params, max_tokens=len(answer.tokens))
-    track = engine.submit(Request(next(_requests), tuple(answer.prompt), params))
     said: list[int] = []
+    track = engine.submit(Request(next(_requests), tuple(answer.prompt), params), _Ending(answer))
     while engine.busy:
         said += [event.token for event in engine.step() if isinstance(event, Emitted)]
-        if track.stats.first_launch is not None and not meter.start:
-            meter.start = track.stats.first_launch
     assert said == answer.tokens, f"{answer.id}: the text differs from the recorded one"
-    wall = time.perf_counter() - begun
-    return Run(track.stats, meter, wall - pipeline.inside, wall)
+    engine_s, stats = time.thread_time() - worked - pipeline.inside, replace(track.stats)
+    meter.end = stats.last_token or 0.0
+    engine.drain()  # what had not landed yet was work too
+    return Run(stats, meter, engine_s, time.perf_counter() - begun)

@@ -34,6 +34,10 @@ from fullpipe.errors import UsageError
 
 _ALLOWANCE = 1.02  # `fullpipe` may be this much slower than the best other method and still count as even
 
+_REPLAYED = ("The samples are replays of recorded texts: every method says the recorded text by construction, so there "
+             "is nothing to compare.")
+_UNCHECKED = " Whether it would say so with the stages computing was not checked in this run."
+
 
 def write_report(receipt: Receipt, folder: str | Path) -> list[Path]:
     """Write report.html, report.md and figures/*.svg into `folder`; returns what was written, the page first.
@@ -67,10 +71,12 @@ def make_report(receipt: Receipt) -> Document:
     chapters = [Chapter(results, cluster, f"c{index}") for index, cluster in enumerate(results.clusters)]
     return Document("Fullpipe benchmark", [
         *_headline(results), *_comparisons(results), *(block for one in chapters for block in one.blocks()),
-        *_exactness(results), *_free("Other programs", "The same prompts on the same machine in the same run, by the "
-                                     "wall clock.", receipt.peers),
-        *_free("Virtual time and the wall clock", "What the virtual clock predicts, beside what real processes took on "
-               "this machine.", receipt.agreement),
+        *_exactness(results), *_free("Other programs", "From a run of its own (`fullpipe bench --peers`), by the wall "
+                                     "clock: all programs on the same prompts and the same machine. It is not the run "
+                                     "of the figures above; each row names its date and commit.", receipt.peers),
+        *_free("Virtual time and the wall clock", "From a run of its own (`fullpipe bench --agreement`): what the "
+               "virtual clock predicts, beside what real processes took on the same machine. Each row names its date "
+               "and commit.", receipt.agreement),
         *_origin(receipt, results.clock), *_samples(receipt, results.clock),
     ])
 
@@ -117,8 +123,8 @@ def _comparisons(results: Results) -> list[Block]:
         Grid(f"{OURS} beside the papers' ranges, {results.clock}. The ranges are theirs: their models, prompts and "
              f"machines, with as many stages (arXiv 2504.04104, abstracts).",
              ["cluster", "T", "speedup over", "theirs", *results.tasks], _papers(results)),
-        Grid(f"{OURS} and the best other method, {results.clock}: time per token of that method / of {OURS}. Even: "
-             f"slower by 2% at most.", ["cluster", "T", *results.tasks], _others(results)),
+        Grid(f"{OURS} and the best other method, {results.clock}: TBT of that method / TBT of {OURS}. Even: slower "
+             f"by 2% at most.", ["cluster", "T", *results.tasks], _others(results)),
         Grid(f"What temperature takes of the speedup of {OURS} over pp, {results.clock}",
              ["cluster", "T", *results.tasks], _temperature(results)),
     ]
@@ -152,11 +158,11 @@ def _others(results: Results) -> list[list[Cell]]:
 
 def _best_other(results: Results, cluster: str, temperature: float, task: str) -> Cell:
     ours = results.at(cluster, temperature, OURS, task)
-    others = {other.s_per_token: method for method in results.methods(cluster)
+    others = {other.tbt_s: method for method in results.methods(cluster)
               if method != OURS and (other := results.at(cluster, temperature, method, task))}
-    if ours is None or not others:
+    if ours is None or not ours.tbt_s or not others:
         return Cell("-")
-    ratio = min(others) / ours.s_per_token
+    ratio = min(others) / ours.tbt_s
     verdict = "" if ratio > 1 else "even with " if ratio * _ALLOWANCE >= 1 else "SLOWER than "
     return Cell(f"{ratio:.2f}x", verdict + others[min(others)], ratio)
 
@@ -180,16 +186,49 @@ def _lost(greedy: Estimate | None, sampled: Estimate | None) -> Cell:
 
 
 def _exactness(results: Results) -> list[Block]:
-    rows = [[Cell(key.cluster), number(key.temperature, "g"), Cell(key.method),
-             Cell(f"{one.same_texts} of {one.samples}", value=one.same_texts / one.samples),
-             number(one.samples - one.same_texts), number(one.near_ties)]
-            for key, one in results.summaries.items() if key.task == ALL and key.method != PLAIN]
-    if not rows:
+    found = [(key, one) for key, one in results.summaries.items() if key.task == ALL and key.method != PLAIN]
+    if not found and not results.receipt.checks:
         return []
-    return [Heading("Exactness"),
-            Prose("No method may change what is said. A text that leaves that of pp at a near-tie (two candidates "
-                  "whose scores lie closer than rounding) counts as different; near-ties stand beside it."),
-            Grid("", ["cluster", "T", "method", "texts equal to pp", "texts that differ", "near-ties"], rows)]
+    rows = [[Cell(key.cluster), number(key.temperature, "g"), Cell(key.method),
+             Cell(f"{one.same_texts} of {one.compared}", value=one.same_texts / one.compared),
+             number(one.compared - one.same_texts), number(one.near_ties)] for key, one in found if one.compared]
+    blocks: list[Block] = [
+        Heading("Exactness"),
+        Prose("No method may change what is said. A text that leaves the other at a near-tie (two candidates whose "
+              "scores lie closer than rounding) counts as different; near-ties stand beside it."),
+    ]
+    if rows:
+        blocks.append(Grid("", ["cluster", "T", "method", "texts equal to pp", "texts that differ", "near-ties"], rows))
+    else:
+        blocks.append(Prose(_REPLAYED if results.receipt.checks else _REPLAYED + _UNCHECKED))
+    return [*blocks, *_checks(results.receipt.checks)]
+
+
+def _checks(checks: list[dict[str, object]]) -> list[Block]:
+    """By combination, how often each column that is true or false was true; below it, every row."""
+    if not checks:
+        return []
+    runs: dict[tuple[str, ...], list[dict[str, object]]] = {}
+    for row in checks:
+        runs.setdefault(tuple(show(row.get(name)) for name in ("cluster", "temperature", "method")), []).append(row)
+    compared = [name for name in dict.fromkeys(name for row in checks for name in row)
+                if any(isinstance(row.get(name), bool) for row in checks)]
+    counted = ["near-ties"] if any("near-ties" in row for row in checks) else []
+    rows = [[*map(Cell, where), number(len(mine)), *(_agreeing(mine, name) for name in compared),
+             *(_count(mine, name) for name in counted)] for where, mine in runs.items()]
+    return [Grid("Checked: the same with the target's stages computing, all in one process. Texts are compared with "
+                 "the recorded ones, what was counted with the replay's.",
+                 ["cluster", "T", "method", "prompts", *compared, *counted], rows),
+            Folded(f"{many(len(checks), 'run')}, one prompt each", [free_grid("", checks)])]
+
+
+def _agreeing(rows: list[dict[str, object]], name: str) -> Cell:
+    values = [value for row in rows if isinstance(value := row.get(name), bool)]
+    return Cell(f"{sum(values)} of {len(values)}", value=sum(values) / len(values)) if values else Cell("-")
+
+
+def _count(rows: list[dict[str, object]], name: str) -> Cell:
+    return number(sum(value for row in rows if isinstance(value := row.get(name), int)))
 
 
 def _free(heading: str, words: str, rows: list[dict[str, object]]) -> list[Block]:
@@ -217,7 +256,7 @@ def _samples(receipt: Receipt, clock: str) -> list[Block]:
         ("method", lambda one: Cell(one.method)), ("setting", lambda one: Cell(setting(one))),
         ("phase", lambda one: Cell(one.phase)), ("repeat", lambda one: number(one.repeat)),
         ("tokens", lambda one: number(one.tokens)), ("finish", lambda one: Cell(one.finish)),
-        ("same text", lambda one: Cell("yes" if one.same_text else "no")),
+        ("same text", lambda one: Cell(show(one.same_text))),
         ("TTFT s", lambda one: number(one.ttft_s, ".4g")), ("TBT s", lambda one: number(one.tbt_s, ".4g")),
         ("steps/token", lambda one: number(one.steps_per_token, ".3f")),
         ("hits", lambda one: number(one.hits)), ("misses", lambda one: number(one.misses)),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -22,19 +23,18 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from fullpipe.bench.receipt import Candidate, Sample, Tuning
-from fullpipe.bench.recording import Answer, Head
+from fullpipe.bench.receipt import Candidate, Sample, Tuning, write_whole
+from fullpipe.bench.recording import Answer, Head, make_folder
 from fullpipe.bench.settings import Setting
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.pipeline.worker import die_with_parent
-from fullpipe.planning.cluster import Cluster
+from fullpipe.planning.cluster import Cluster, DraftCosts
 from fullpipe.request import SamplingParams
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, how much there is, and a word on it."""
 
 Phase = Literal["tuning", "main"]
-_NGRAM_CALL_S, _NGRAM_ROW_S = 5e-5, 4e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +66,29 @@ class Unit:
 
 
 class Journal:
-    """Samples in a file, a line each, on the disk as soon as they are known."""
+    """Samples in a file, a line each, on the disk as soon as they are known. A file beside it says what they were
+    measured on: the clusters' descriptions and the draft's weights."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.samples: list[Sample] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if path.exists():
             self._read()
+
+    def bind(self, plan: Plan) -> None:
+        """Go on with this draft and these clusters. Raises UsageError where the samples are of another draft model, or
+        of a cluster that had the same name and another description."""
+        path = self.path.with_suffix(".made-on.json")
+        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() and self.samples else {}
+        mine = {f"cluster {name}": _fingerprint(text, Path(folder)) for name, (text, folder) in plan.clusters.items()}
+        if plan.draft_model is not None:
+            mine["draft"] = plan.draft_model
+        for name, value in mine.items():
+            if known.setdefault(name, value) != value:
+                raise UsageError(f"{self.path} holds samples of another {name}",
+                                 hint="Delete that file to measure again, or name another folder with --out.")
+        write_whole(path, json.dumps(known, indent=1) + "\n")
 
     def _read(self) -> None:
         text = self.path.read_text(encoding="utf-8")
@@ -96,6 +111,15 @@ class Journal:
 
     def done(self) -> set[tuple[Any, ...]]:
         return {_key(sample) for sample in self.samples}
+
+
+def _fingerprint(text: str, folder: Path) -> str:
+    """Of a cluster's description and the profiles that it names."""
+    digest = hashlib.sha256(text.encode())
+    for device in tomllib.loads(text)["devices"]:
+        if "profile" in device:
+            digest.update((folder / device["profile"]).read_bytes())
+    return digest.hexdigest()
 
 
 def _key(sample: Sample) -> tuple[Any, ...]:
@@ -209,41 +233,29 @@ class Worker:
 
         cluster = self._clusters[name]
         run = replay(answer, self._plan.params, _source(setting.draft, memo), setting.policy(), cluster,
-                     costs=DraftCosts(cluster, setting.draft))
+                     costs=DraftCosts(cluster, setting.draft.split(",")))
         stats, meter = run.stats, run.meter
         seconds = max(stats.decode_seconds, 1e-12)
         stations = [f"stage {k}" for k in range(cluster.num_stages)]
         return Sample(
             cluster=name, stages=cluster.num_stages, temperature=self._plan.head.temperature, method=setting.method,
             width=setting.width, depth=setting.depth, draft=setting.draft, floor=setting.floor, prompt=answer.id,
-            task=answer.task, repeat=0, phase=phase, tokens=stats.num_emitted, finish=answer.finish, same_text=True,
-            near_ties=0,
+            task=answer.task, repeat=0, phase=phase, tokens=stats.num_emitted, finish=answer.finish, same_text=None,
+            near_ties=None,
             ttft_s=stats.ttft_s, tbt_s=stats.tbt_s, decode_s=stats.decode_seconds, steps=stats.steps,
             steps_per_token=stats.steps_per_token, hits=stats.hits, misses=stats.misses, restarts=stats.misses,
             launched_rows=stats.launched_rows, wasted_rows=stats.wasted_rows, draft_calls=stats.draft_calls,
             draft_rows=stats.draft_rows, fill=stats.fill(cluster.num_stages),
             bubbles=[_share(1 - meter.busy[station] / seconds) for station in stations],
             draft_busy=_share(meter.busy["draft"] / seconds),
-            link_bytes=[float(cluster.message_bytes(meter.rows[station])) for station in stations[:-1]],
+            link_bytes=[_sent(cluster, meter.flights[station], meter.rows[station]) for station in stations[:-1]],
             hits_by_depth=meter.hits, asked_by_depth=meter.asked, engine_s=run.engine_s, wall_s=run.wall_s)
 
 
-class DraftCosts:
-    """A cluster's costs, where its draft model is asked only if the setting has it. n-gram runs on a processor: a
-    call takes 0.05 ms and 0.04 ms a row (medians on the machine of docs/log.md, 864 calls of 16 rows). A cluster
-    whose draft has a cost curve means that curve, whoever guesses."""
-
-    def __init__(self, cluster: Cluster, draft: str) -> None:
-        self._cluster = cluster
-        names = draft.split(",")
-        self._model = "model" in names or cluster.draft_is_curve
-        self._ngram = "ngram" in names and not cluster.draft_is_curve
-
-    def __call__(self, station: str, rows: int, measured: float, context: int) -> float:
-        if station != "draft" or not rows:
-            return self._cluster(station, rows, measured, context)
-        ngram = _NGRAM_CALL_S + rows * _NGRAM_ROW_S if self._ngram else 0.0
-        return ngram + (self._cluster(station, rows, measured, context) if self._model else 0.0)
+def _sent(cluster: Cluster, flights: int, rows: int) -> float:
+    """Bytes of so many flights with so many rows in all."""
+    empty = cluster.message_bytes(0)
+    return float(flights * empty + rows * (cluster.message_bytes(1) - empty))
 
 
 def _share(value: float) -> float:
@@ -272,15 +284,15 @@ def _source(draft: str, memo: Any) -> Any:
 
 def choose(samples: Sequence[Sample], clusters: Iterable[str], temperature: float,
            settings: dict[str, list[Setting]]) -> tuple[dict[str, list[Setting]], list[Tuning]]:
-    """Each method's best setting on each cluster: the least decode time over all tuning prompts together."""
-    spent: dict[tuple[Any, ...], float] = defaultdict(float)
+    """Each method's best setting on each cluster: the least time between tokens over all tuning prompts together."""
+    spent: dict[tuple[Any, ...], float] = defaultdict(float)  # seconds between tokens
     tokens: dict[tuple[Any, ...], int] = defaultdict(int)
     prompts: set[str] = set()
     for one in samples:
         if one.phase == "tuning" and one.temperature == temperature:
             key = (one.cluster, one.method, one.draft, one.width or 0, one.depth or 0, one.floor or 0.0)
-            spent[key] += one.decode_s
-            tokens[key] += one.tokens
+            spent[key] += one.tbt_s * (one.tokens - 1)
+            tokens[key] += one.tokens - 1
             prompts.add(one.prompt)
     best: dict[str, list[Setting]] = {}
     tunings = []
@@ -296,3 +308,24 @@ def choose(samples: Sequence[Sample], clusters: Iterable[str], temperature: floa
                                       Candidate(width=one.width, depth=one.depth, draft=one.draft, floor=one.floor,
                                                 tbt_s=seconds) for one, seconds in zip(tried, times)]))
     return best, tunings
+
+
+def matching(samples: Iterable[Sample], temperature: float, best: dict[str, list[Setting]],
+             ids: Sequence[str]) -> list[Sample]:
+    """Of everything in a journal the measurements of these settings on these prompts."""
+    wanted = {(id, temperature, cluster, *setting.key, "main")
+              for cluster, settings in best.items() for setting in settings for id in ids}
+    return [one for one in samples if _key(one) in wanted]
+
+
+def edges(tunings: Iterable[Tuning]) -> list[str]:
+    """Says where the best setting is the largest that was tried, so that a larger one might be better still."""
+    notes = []
+    for one in tunings:
+        best = one.candidates[one.best]
+        for what in ("width", "depth"):
+            tried = [value for each in one.candidates if (value := getattr(each, what)) is not None]
+            if len(set(tried)) > 1 and getattr(best, what) == max(tried):
+                notes.append(f"{one.method} on {one.cluster}, temperature {one.temperature:g}: the best {what} is the "
+                             f"largest that was tried ({max(tried)}).")
+    return notes

@@ -13,7 +13,7 @@ from fullpipe.policies.base import Policy
 CHAIN_DEPTHS = (2, 3, 4, 6, 8, 12, 16)
 TREE_DEPTHS = (3, 5, 8, 12)
 WIDTHS = (4, 8, 16, 32, 64)
-_TREE_ROWS = 512  # a static tree with more rows than that never pays
+_TREE_ROWS = 128  # trees of more nodes are not tried: SpecInfer, Sequoia and EAGLE-2 verify 16 to 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,5 +57,5 @@ def candidates(method: str, drafts: Sequence[str], widths: Sequence[int],
         case "static-tree":
             return [Setting(method, draft, width, depth)
                     for draft, width, depth in product(drafts, widths, depths or TREE_DEPTHS)
-                    if width * depth <= _TREE_ROWS and width <= 32]
+                    if width * depth <= _TREE_ROWS]
     return [Setting(method, draft, width) for draft, width in product(drafts, widths)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,9 +17,9 @@ from fullpipe.errors import UsageError
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
-    from fullpipe.bench.receipt import Receipt, Tuning
+    from fullpipe.bench.receipt import Receipt, Sample, Tuning
     from fullpipe.bench.recording import Answer, Recording
-    from fullpipe.bench.run import Plan
+    from fullpipe.bench.run import Journal, Plan
     from fullpipe.bench.settings import Setting
     from fullpipe.planning.cluster import Cluster
 
@@ -39,21 +41,27 @@ def bench(
     temperatures: Annotated[str, typer.Option("--temperatures", help="With commas between.")] = "0",
     prompts: Prompts = None,
     limit: Limit = None,
-    turns: Turns = 1,
+    turns: Turns = None,
     max_new_tokens: options.MaxNewTokens = 128,
     seed: options.Seed = 7,
     dtype: options.DtypeOption = options.Dtype.auto,
-    tune: Annotated[int, typer.Option("--tune", help="Prompts per class on which each method's settings are tried.")
-                    ] = 2,
-    workers: Annotated[int | None, typer.Option("--workers", help="Processes. Default: one per core.")] = None,
+    tune: Annotated[int, typer.Option("--tune", min=1, help="Prompts per class on which each method's settings are "
+                                         "tried.")] = 2,
+    tune_once: Annotated[bool, typer.Option("--tune-once", help="Keep the settings found at the first temperature for "
+                                            "the others.")] = False,
+    real: Annotated[int, typer.Option("--real", min=0, help="Prompts to run with all stages real, too, on the first "
+                                      "cluster: the text and the steps must be those replayed.")] = 1,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one per core.")] = None,
     threads: options.Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Recordings, samples, receipt and report "
                                       "go here; an interrupted run is gone on with.")] = Path("bench-out"),
     peers: Annotated[bool, typer.Option("--peers", help="Instead: Fullpipe and other programs side by side, on the "
-                                        "wall clock (python -m fullpipe.bench.peers sets them up).")] = False,
+                                        "wall clock (python -m fullpipe.bench.peers sets them up). Only --model, "
+                                        "--draft, --prompts, --limit, --max-new-tokens, --dtype, --threads, --repeats "
+                                        "and --out count.")] = False,
     agreement: Annotated[bool, typer.Option("--agreement", help="Instead: two stages by the virtual and by the wall "
                                             "clock.")] = False,
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds of --agreement.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds of --agreement and --peers.")] = 3,
 ) -> None:
     """Measure every method on the same prompts: exact steps and tokens, on the virtual time of described clusters.
 
@@ -63,7 +71,7 @@ def bench(
     chosen = read(prompts, limit)
     if peers or agreement:
         if peers:
-            beside.run_peers(model, draft, chosen, max_new_tokens, dtype.value, threads, out)
+            beside.run_peers(model, draft, chosen, max_new_tokens, dtype.value, threads, out, repeats)
         if agreement:
             beside.run_agreement(model, draft, chosen, max_new_tokens, repeats, dtype.value, out)
         return
@@ -73,60 +81,108 @@ def bench(
     settings = _settings(methods, names, _numbers(widths, int, "widths"),
                          None if depths is None else _numbers(depths, int, "depths"))
     params = SamplingParams(max_tokens=max_new_tokens, temperature=heats[0], seed=seed)
+    draft_model = _draft_path(model, draft) if any("model" in one.draft for one in settings) else None
+    for described in clusters.values() if draft_model else ():
+        described.check_draft()
     from fullpipe.bench.record import recording_path, wanted_ids
 
     recordings = fill({heat: recording_path(out, heat) for heat in heats}, model, chosen, turns, params, dtype.value,
                       threads)
     ids = wanted_ids(chosen, turns)
-    fetch_all(model, draft, "fullpipe")
-    receipt = _measure(recordings, ids, clusters, settings, _draft_path(model, draft), tune,
-                       workers or len(os.sched_getaffinity(0)), out, model, draft)
+    wanted = _Wanted(model, draft, draft_model, ids, clusters, settings, tune, tune_once, real,
+                     workers or len(os.sched_getaffinity(0)), out)
+    receipt = _measure(wanted, recordings)
     _conclude(receipt, out)
 
 
-def _measure(recordings: dict[float, Recording], ids: list[str], clusters: dict[str, Cluster],
-             settings: list[Setting], draft_model: str | None, tune: int, workers: int, out: Path, model: str,
-             draft: str) -> Receipt:
-    from fullpipe.bench.run import Journal, choose, run_units
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is to be measured, as the options say it."""
 
-    journal = Journal(out / "samples.jsonl")
-    tunings: list[Tuning] = []
-    everything = dict.fromkeys(clusters, settings)
-    wanted = set()
-    for heat, recording in recordings.items():
-        plan = _plan(recording, clusters, draft_model, out, workers)
-        answers = [recording.answers[id] for id in ids]
-        first = _first_of_each_task(answers, max(tune, 1))
-        with console.StepBar(f"tuning, temperature {heat:g}") as bar:
-            run_units(plan, first, everything, "tuning", journal, bar)
-        tuning_ids = {answer.id for answer in first}
-        tried = [one for one in journal.samples if one.prompt in tuning_ids]
-        best, found = choose(tried, clusters, heat, everything)
-        tunings += found
-        with console.StepBar(f"measuring, temperature {heat:g}") as bar:
-            run_units(plan, answers, best, "main", journal, bar)
-        wanted |= {(heat, name, setting.key, id) for name in clusters for setting in best[name] for id in ids}
-    samples = [one for one in journal.samples if one.phase == "main" and (
-        one.temperature, one.cluster, (one.method, one.draft, one.width or 0, one.depth or 0, one.floor or 0.0),
-        one.prompt) in wanted]
+    model: str
+    draft: str
+    draft_model: str | None
+    ids: list[str]
+    clusters: dict[str, Cluster]
+    settings: list[Setting]
+    tune: int
+    tune_once: bool
+    real: int
+    workers: int
+    out: Path
+
+
+def _measure(wanted: _Wanted, recordings: dict[float, Recording]) -> Receipt:
     from fullpipe.bench.provenance import make_receipt
+    from fullpipe.bench.run import Journal, edges, matching
 
-    return make_receipt(samples, tunings, clusters, recordings, model, draft, _settings_note(recordings, ids, tune),
-                        **beside.kept(out))
+    journal = Journal(wanted.out / "samples.jsonl")
+    tunings: list[Tuning] = []
+    samples: list[Sample] = []
+    best: dict[str, list[Setting]] = {}
+    for recording in recordings.values():
+        if not (best and wanted.tune_once):
+            best, found = _tune(wanted, recording, journal)
+            tunings += found
+        samples += matching(_run(wanted, recording, journal, best), recording.head.temperature, best, wanted.ids)
+    checks = _check(wanted, next(iter(recordings.values())), best, samples)
+    return make_receipt(samples, tunings, wanted.clusters, recordings, wanted.model, wanted.draft,
+                        _settings_note(wanted, recordings), notes=edges(tunings), checks=checks,
+                        **beside.kept(wanted.out, wanted.model))
 
 
-def _plan(recording: Recording, clusters: dict[str, Cluster], draft_model: str | None, out: Path,
-          workers: int) -> Plan:
+def _tune(wanted: _Wanted, recording: Recording, journal: Journal) -> tuple[dict[str, list[Setting]], list[Tuning]]:
+    """Every setting on the first prompts of each class; the best of each method on each cluster."""
+    from fullpipe.bench.run import choose, run_units
+
+    plan, heat = _plan(wanted, recording), recording.head.temperature
+    journal.bind(plan)
+    first = _first_of_each_task([recording.answers[id] for id in wanted.ids], wanted.tune)
+    everything = dict.fromkeys(wanted.clusters, wanted.settings)
+    with console.StepBar(f"tuning, temperature {heat:g}") as bar:
+        run_units(plan, first, everything, "tuning", journal, bar)
+    ids = {answer.id for answer in first}
+    return choose([one for one in journal.samples if one.prompt in ids], wanted.clusters, heat, everything)
+
+
+def _run(wanted: _Wanted, recording: Recording, journal: Journal, best: dict[str, list[Setting]]) -> list[Sample]:
+    from fullpipe.bench.run import run_units
+
+    with console.StepBar(f"measuring, temperature {recording.head.temperature:g}") as bar:
+        run_units(_plan(wanted, recording), [recording.answers[id] for id in wanted.ids], best, "main", journal, bar)
+    return journal.samples
+
+
+def _check(wanted: _Wanted, recording: Recording, best: dict[str, list[Setting]],
+           samples: list[Sample]) -> list[dict[str, Any]]:
+    """The first prompts with all stages real, on the first cluster: same text, same steps as replayed?"""
+    if not wanted.real:
+        return []
+    from fullpipe.bench.real import check_real
+
+    name = next(iter(wanted.clusters))
+    answers = [recording.answers[id] for id in wanted.ids][: wanted.real]
+    try:
+        with console.StepBar("checking with real stages") as bar:
+            return check_real(wanted.model, wanted.draft, wanted.clusters[name], best[name], recording.head, answers,
+                              samples, bar)
+    except UsageError as error:  # such as more stages than layers; what was measured is not lost over that
+        console.print_note(f"no check with real stages: {error.message}")
+        return []
+
+
+def _plan(wanted: _Wanted, recording: Recording) -> Plan:
     from fullpipe.bench.run import Plan
 
-    return Plan({name: (cluster.text, cluster.folder) for name, cluster in clusters.items()}, recording.head,
-                draft_model, str(out / "memo"), workers)
+    return Plan({name: (cluster.text, cluster.folder) for name, cluster in wanted.clusters.items()}, recording.head,
+                wanted.draft_model, str(wanted.out / "memo"), wanted.workers)
 
 
-def _settings_note(recordings: dict[float, Recording], ids: list[str], tune: int) -> dict[str, object]:
+def _settings_note(wanted: _Wanted, recordings: dict[float, Recording]) -> dict[str, object]:
     head = next(iter(recordings.values())).head
+    tuned = "at the first temperature" if wanted.tune_once else "at each temperature"
     return {"max_new_tokens": head.max_new_tokens, "temperatures": list(recordings), "seed": head.seed,
-            "prompts": len(ids), "prompts per class for tuning": max(tune, 1),
+            "prompts": len(wanted.ids), "tuned on": f"{wanted.tune} prompts of each class, {tuned}",
             "landings": "replayed from recordings of the target; the draft is real"}
 
 
@@ -157,7 +213,7 @@ def _print_table(receipt: Receipt) -> None:
     from fullpipe.bench.metrics import ALL, Results
 
     results = Results(receipt)
-    tasks = [*dict.fromkeys(sample.task for sample in receipt.samples), ALL]
+    tasks = [*(task for task in results.tasks if task != ALL), ALL]
     rows = []
     for cluster in receipt.clusters:
         for heat in results.temperatures(cluster.name):
@@ -177,8 +233,8 @@ def _numbers(text: str, kind: type[_Number], what: str) -> list[_Number]:
         values = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         values = []
-    if not values or min(values) < 0:
-        raise UsageError(f"{what} are numbers with commas between (got {text!r})")
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise UsageError(f"{what} are numbers with commas between, 0 or more (got {text!r})")
     return list(dict.fromkeys(values))
 
 
@@ -215,11 +271,18 @@ def _draft_variants(model: str, draft: str) -> list[str]:
 
 
 def _draft_path(model: str, draft: str) -> str | None:
+    """The draft model's weights, fetched if need be. Raises DraftMismatch for a vocabulary that is not the target's."""
     from fullpipe import hub
     from fullpipe.assembly import draft_names
+    from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
 
     models = [name for name in draft_names(model, draft) if name != "ngram"]
-    return str(hub.resolve(models[0])) if models else None
+    if not models:
+        return None
+    fetch_all(model, draft, "fullpipe")
+    path = hub.resolve(models[0])
+    check_same_vocabulary(Tokenizer.load(hub.resolve(model)), Tokenizer.load(path))
+    return str(path)
 
 
 def _settings(methods: str, drafts: list[str], widths: list[int], depths: list[int] | None) -> list[Setting]:
@@ -230,4 +293,7 @@ def _settings(methods: str, drafts: list[str], widths: list[int], depths: list[i
         names.insert(0, "pp")  # what every speed-up is over
     if not drafts and names != ["pp"]:
         raise UsageError("the methods need a draft", hint="Name one with --draft, or give --methods pp.")
-    return [setting for name in dict.fromkeys(names) for setting in candidates(name, drafts, widths, depths)]
+    settings = [setting for name in dict.fromkeys(names) for setting in candidates(name, drafts, widths, depths)]
+    for setting in settings:
+        setting.policy()  # refuses what it cannot be set to, before anything runs
+    return settings

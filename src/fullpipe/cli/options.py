@@ -69,8 +69,9 @@ LinkMs = Annotated[float, typer.Option("--link-ms", help="Latency of every hop: 
                                     "the processes of a distributed pipeline.")]
 LinkMbit = Annotated[float | None, typer.Option("--link-mbit", help="Bandwidth of every hop in Mbit/s; unlimited if "
                                                 "not given.")]
-ClusterOption = Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="Run on the virtual time of the "
-                                                   "cluster that a TOML file, or a preset, describes.")]
+ClusterOption = Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="As if on the cluster that a "
+                                                   "TOML file, or a preset, describes: on its virtual time, or paced "
+                                                   "and with its links emulated (distributed).")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Compute threads (distributed: of each stage, 1).")]
 Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Time without progress after which a "
                                         "process of a distributed pipeline counts as hung.")]

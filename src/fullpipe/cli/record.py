@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[list[Path] | None, typer.Option("--prompts", metavar="FILE", help="Prompts, JSON lines with turns; "
                                                     "may be repeated. Default: the bundled set.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Prompts per file at most.")]
-Turns = Annotated[int | None, typer.Option("--turns", help="Turns per prompt at most. Default: all.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Prompts per file at most; of the bundled set, per "
+                                                 "category.")]
+Turns = Annotated[int | None, typer.Option("--turns", min=1, help="Turns per prompt at most. Default: all.")]
 
 
 def record(
@@ -44,7 +46,18 @@ def record(
 def read(paths: list[Path] | None, limit: int | None) -> list[FilePrompt]:
     from fullpipe.bench.datasets import bundled, read_all
 
-    return read_all(paths, limit) if paths else bundled()[:limit]
+    return read_all(paths, limit) if paths else _first_of_each(bundled(), limit)
+
+
+def _first_of_each(prompts: list[FilePrompt], limit: int | None) -> list[FilePrompt]:
+    """Of each category as many."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for prompt in prompts:
+        taken[prompt.category] += 1
+        if limit is None or taken[prompt.category] <= limit:
+            chosen.append(prompt)
+    return chosen
 
 
 def fill(paths: dict[float, Path], model: str, prompts: list[FilePrompt], turns: int | None, params: SamplingParams,
@@ -53,17 +66,20 @@ def fill(paths: dict[float, Path], model: str, prompts: list[FilePrompt], turns:
     from dataclasses import replace
 
     from fullpipe.assembly import pick_dtype
-    from fullpipe.bench.record import make_head, record, wanted_ids
-    from fullpipe.bench.recording import Recording
+    from fullpipe.bench.record import check_prompts, make_head, record, wanted_ids
+    from fullpipe.bench.recording import Recording, make_folder
 
     dtype = pick_dtype(dtype)
     ready = {heat: Recording.load(path) for heat, path in paths.items() if path.exists()}
     wanted = wanted_ids(prompts, turns)
     for heat, recording in ready.items():
         check_head(recording, model, dtype, replace(params, temperature=heat))
+        check_prompts(recording, prompts, turns)
     missing = [heat for heat in paths if heat not in ready or any(id not in ready[heat].answers for id in wanted)]
     if not missing:
         return ready
+    for path in paths.values():
+        make_folder(path.parent)  # what cannot be written had better be known before the model runs
     fetch_all(model, "none", "pp")
     from fullpipe.llm import LLM
 

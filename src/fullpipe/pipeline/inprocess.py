@@ -51,11 +51,13 @@ _REPLY_ROW_BYTES = 64  # of a row in what travels without hidden states: jobs, d
 
 @dataclass(slots=True)
 class _Cargo:
-    """A flight on its way, with what the stage before made of it and the legs behind it."""
+    """A flight on its way, with what the stage before made of it and the legs behind it. since: when it came to
+    the queue in which it waits."""
 
     flight: Flight
     hidden: Any
     legs: list[Leg]
+    since: float = 0.0
 
 
 class _Station:
@@ -153,8 +155,9 @@ class InProcessPipeline(Pipeline):
         self._at(station.wire.arrival(self._time, size), _BEGINS, lambda: self._arrive(station, cargo))
 
     def _arrive(self, station: _Station, cargo: _Cargo) -> None:
+        cargo.since = self._time
         station.queue.append(cargo)
-        self._start(station)
+        self._start_next(station)
 
     def _start(self, station: _Station) -> None:
         """Unless its device is busy or nothing waits: drop what has died, compute the rest, say when it is done."""
@@ -200,7 +203,7 @@ class InProcessPipeline(Pipeline):
         if after.ahead >= after.wire.link.window(service):
             station.held = hand_on
             self._busy.discard(station.device)  # the device may do other stations' work meanwhile
-            self._at(self._time, _BEGINS, lambda: self._start_others(station))
+            self._at(self._time, _BEGINS, lambda: self._start_next(station))
             return None
         hand_on()
         self._free(station)
@@ -214,7 +217,7 @@ class InProcessPipeline(Pipeline):
         if before.held is not None:
             before.held()
             before.held = None
-            self._at(self._time, _BEGINS, lambda: self._start(before))
+            self._at(self._time, _BEGINS, lambda: self._start_next(before))
             if before is self._stages[0]:
                 self._at(self._time, _ENDS, self._ready)
 
@@ -245,13 +248,14 @@ class InProcessPipeline(Pipeline):
 
     def _free(self, station: _Station) -> None:
         self._busy.discard(station.device)
-        self._at(self._time, _BEGINS, lambda: self._start_others(station))
+        self._at(self._time, _BEGINS, lambda: self._start_next(station))
 
-    def _start_others(self, station: _Station) -> None:
-        """The device has time again. Who has waited longest for it goes first; the station itself goes last."""
-        neighbours = [*self._stages, *([self._draft] if self._draft else [])]
-        for other in [one for one in neighbours if one.device == station.device and one is not station] + [station]:
-            self._start(other)
+    def _start_next(self, station: _Station) -> None:
+        """If the station's device has time: what has waited there longest goes first; of equals, another station's."""
+        stations = [*self._stages, *([self._draft] if self._draft else [])]
+        waiting = [one for one in stations if one.device == station.device and one.queue]
+        for one in sorted(waiting, key=lambda one: (one.queue[0].since, one is station)):
+            self._start(one)
 
 
 def _context(flight: Flight) -> int:

@@ -39,6 +39,8 @@ from fullpipe.planning.profile import Profile
 _MESSAGE_BYTES = 128  # of a flight beside its rows
 _ROW_BYTES = 64  # of a row beside its hidden state: token, position, slot, path
 _LOOPBACK = Link()
+_PACE_ROWS, _PACE_CONTEXT = (1, 2, 4, 8, 16, 32, 64, 256), 512
+_NGRAM_CALL_S, _NGRAM_ROW_S = 5e-5, 4e-5
 _HEADER = re.compile(r"\s*\[\[?[^,\[\]]+\]\]?\s*(#|$)")  # of a table; a line of an array has commas
 _LONG_TEXT = re.compile(r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'')
 
@@ -197,7 +199,7 @@ class Cluster:
     @property
     def draft_is_curve(self) -> bool:
         """Whether a draft call's cost is given as it is, whoever drafts."""
-        return self._device(self.device_of("draft")).kind == "curve"
+        return self._device(self.device_of("draft")).draft_ms is not None
 
     def device_of(self, station: str) -> str:
         """Where a station ("stage 3", "draft", "engine") sits."""
@@ -258,6 +260,14 @@ class Cluster:
         if station == "draft":
             return self.draft_seconds(rows, context, measured)
         return self.stage_seconds(int(station.removeprefix("stage ")), rows, context, measured)
+
+    def pace(self, sources: Sequence[str]) -> dict[str, dict[int, float]]:
+        """Seconds that each station takes at least, by rows, for `DistributedPipeline(pace=...)`; at a context of 512
+        tokens, for a running stage is not told how long its requests are. Devices to be measured are not paced."""
+        costs = DraftCosts(self, sources)
+        stations = [f"stage {index}" for index in range(self.num_stages)] + (["draft"] if sources else [])
+        return {name: {rows: costs(name, rows, 0.0, _PACE_CONTEXT) for rows in _PACE_ROWS} for name in stations
+                if self._device(self.device_of(name)).kind != "measured"}
 
     # ---- links -------------------------------------------------------------------------------------------
 
@@ -353,6 +363,25 @@ class Cluster:
         _check_layers(cluster, text, where)
         _check_memory(cluster, text, where)
         return cluster
+
+
+class DraftCosts:
+    """A cluster's costs for a pipeline whose draft station asks these sources, one after another.
+
+    sources: "ngram", and anything else for the draft model. n-gram runs on a processor: a call takes 0.05 ms and
+    0.04 ms a row (docs/log.md). A cluster whose draft has a cost curve means that curve, whoever guesses.
+    """
+
+    def __init__(self, cluster: Cluster, sources: Sequence[str]) -> None:
+        self._cluster = cluster
+        self._model = any(name not in ("ngram", "none") for name in sources) or cluster.draft_is_curve
+        self._ngram = "ngram" in sources and not cluster.draft_is_curve
+
+    def __call__(self, station: str, rows: int, measured: float, context: int) -> float:
+        if station != "draft" or not rows:
+            return self._cluster(station, rows, measured, context)
+        ngram = _NGRAM_CALL_S + rows * _NGRAM_ROW_S if self._ngram else 0.0
+        return ngram + (self._cluster(station, rows, measured, context) if self._model else 0.0)
 
 
 _UNIT = """
@@ -520,7 +549,7 @@ class _Check:
         for index, pair in enumerate(table.pair):
             if any(set(pair.ends) == set(other.ends) for other in table.pair[:index]):
                 raise self.refuse(["links", "pair", index, "ends"], f"the link between {pair.ends[0]!r} and "
-                                  f"{pair.ends[1]!r} is described twice", "A link is the same both ways: leave one out.")
+                                  f"{pair.ends[1]!r} is described twice", "It is the same both ways: leave one out.")
         engine, draft = place.engine or place.stages[0], place.draft or place.stages[0]
         needed = [*pairwise(place.stages), (engine, place.stages[0]), (place.stages[-1], engine), (engine, draft)]
         for a, b in needed:

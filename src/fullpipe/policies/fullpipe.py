@@ -11,6 +11,9 @@ from __future__ import annotations
 from fullpipe.policies.base import PROBABILITY_FLOOR, Policy, root_if_new
 from fullpipe.tree.token_tree import Node, TokenTree
 
+# The draft looks at nothing whose children come after so many flights' worth of better nodes.
+_FLIGHTS_AHEAD = 2
+
 
 class FullPipe(Policy):
     """draft_width: nodes per draft call at most. Default: twice the width, but 16 to 32: with 64 instead of 32 the
@@ -28,4 +31,5 @@ class FullPipe(Policy):
         return tree.take_unlaunched(min(self.width, max(room, least)), self.floor)
 
     def expand(self, tree: TokenTree, room: int) -> list[Node]:
-        return tree.take_unasked(min(self.draft_width, room), self.floor)
+        floor = max(self.floor, tree.horizon_of_launches(_FLIGHTS_AHEAD * self.width))
+        return tree.take_unasked(min(self.draft_width, room), floor)

@@ -171,6 +171,19 @@ class TokenTree:
     def _is_askable(self, node: Node) -> bool:
         return node.state in LIVE and not node.asked and node.position < self.horizon
 
+    def horizon_of_launches(self, count: int) -> float:
+        """Log path probability, given the root, of the `count`-th best that could still be launched; -inf where there
+        are not as many. Of each node's guesses only the best is counted."""
+        waiting = [-key for key, _, node in self._unlaunched if node.state is State.PROPOSED]
+        if len(waiting) + len(self._frontier) < count:
+            return -math.inf
+        waiting += [node.guesses[-1][0] for key, _, node in self._frontier
+                    if node.state in LIVE and node.guesses and node.guesses[-1][0] == -key]
+        if len(waiting) < count:
+            return -math.inf
+        waiting.sort(reverse=True)
+        return waiting[count - 1] - self.root.cum
+
     def return_unasked(self, node: Node) -> None:
         """Give back a node of `take_unasked` that could not be asked for."""
         self._push(self._unasked, node, node.cum)

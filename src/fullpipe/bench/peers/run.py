@@ -23,6 +23,7 @@ from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
 
 Say = Callable[[str], None]
+Keep = Callable[[list[PeerResult]], None]
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SLACK, _ROUND = 64, 256  # room for guesses beyond the last token; contexts are multiples of this
 
@@ -63,8 +64,9 @@ class Job:
 
 
 def run_peers(prompts: Sequence[FilePrompt], params: SamplingParams, models: PeerModels,
-              which: Sequence[str] | None = None, progress: Say | None = None, *, dtype: str = "bfloat16",
-              threads: int | None = None, repeats: int = 1, limit_s: float = 600.0) -> list[PeerResult]:
+              which: Sequence[str] | None = None, progress: Say | None = None, keep: Keep | None = None, *,
+              dtype: str = "bfloat16", threads: int | None = None, repeats: int = 1,
+              limit_s: float = 600.0) -> list[PeerResult]:
     """Each peer's result, in order. A peer that is missing or breaks is a result too, never an exception.
 
     prompts: their first turns, through the model's chat template if it has one. The token ids are made here, so that
@@ -72,11 +74,12 @@ def run_peers(prompts: Sequence[FilePrompt], params: SamplingParams, models: Pee
     prompts in turn, `repeats` times over.
     params: greedy; `max_tokens` is the only field that may be set.
     which: names of `PEERS`; None: all of them. `REFERENCE`'s texts are what the others' are compared with.
-    progress: called with a line on what is being done. dtype: of the peers that do not compute in the file's types.
+    progress: called with a line on what is being done. keep: called after each peer with the results so far, so that
+    Ctrl-C loses no more than the peer that was being asked.
+    dtype: of the peers that do not compute in the file's types.
     threads: default: every core that this process may use. limit_s: for loading, and for each answer.
 
-    Raises UsageError for a wrong option or prompt, and ModelNotFound and its kin for the models. When Ctrl-C comes,
-    the exception's `results` are those of the peers that were done.
+    Raises UsageError for a wrong option or prompt, and ModelNotFound and its kin for the models.
     """
     peers = _chosen(which)
     if params != SamplingParams(max_tokens=params.max_tokens):
@@ -92,7 +95,7 @@ def run_peers(prompts: Sequence[FilePrompt], params: SamplingParams, models: Pee
     questions = [Question(one.id, one.category, _encode(tokenizer, one.text)) for one in prompts]
     job = Job(questions, tokenizer, model, draft, params.max_tokens, dtype, threads or len(os.sched_getaffinity(0)),
               repeats, limit_s)
-    return measure_all(peers, job, progress or (lambda line: None))
+    return measure_all(peers, job, progress or (lambda line: None), keep or (lambda results: None))
 
 
 def _chosen(which: Sequence[str] | None) -> list[Peer]:
@@ -105,16 +108,12 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.chat(text) if tokenizer.template else tokenizer.encode(text, add_special=True)
 
 
-def measure_all(peers: Sequence[Peer], job: Job, say: Say) -> list[PeerResult]:
-    """One at a time. A KeyboardInterrupt carries what there is as `results`."""
+def measure_all(peers: Sequence[Peer], job: Job, say: Say, keep: Keep) -> list[PeerResult]:
+    """One at a time. What there is after each is handed to `keep`."""
     results: list[PeerResult] = []
-    try:
-        for peer in peers:
-            result = measure(peer, job, say)
-            results.append(result)
-    except KeyboardInterrupt as error:
-        error.results = compare(results)  # type: ignore[attr-defined]
-        raise
+    for peer in peers:
+        results.append(measure(peer, job, say))
+        keep(compare(results))
     return compare(results)
 
 

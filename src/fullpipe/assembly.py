@@ -61,7 +61,8 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
          "links can be given in virtual time and for stage processes; in one process on the wall clock there are none"),
         (cluster is None or (clock, costs) == ("virtual", "measured"),
          "a cluster has its own costs: leave out the clock and the costs"),
-        (cluster is None or not (link_ms or link_mbit or pace), "a cluster has its own links and paces: leave them out"),
+        (cluster is None or not (link_ms or link_mbit or pace),
+         "a cluster has its own links and paces: leave them out"),
         (pace is None or pipeline == "distributed", "devices can be paced only where they are processes (distributed)"),
     ):
         if not ok:

@@ -33,7 +33,7 @@ def test_what_is_tried_of_each_method() -> None:
 
 def test_static_trees_of_too_many_rows_are_left_out() -> None:
     found = {(one.width, one.depth) for one in candidates("static-tree", ("ngram",), (8, 32, 64), (3, 16, 40))}
-    assert found == {(8, 3), (8, 16), (8, 40), (32, 3), (32, 16)}
+    assert found == {(8, 3), (8, 16), (32, 3)}
 
 
 def test_an_unknown_method_names_the_known() -> None:

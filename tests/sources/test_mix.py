@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fullpipe.messages import Expansion
-from fullpipe.sources.mix import merge
+from fullpipe.messages import Expansion, Flight, Part
+from fullpipe.sources.mix import Mix, merge
 
 
 def expansion(*guesses: tuple[int, float, int]) -> Expansion:
@@ -31,3 +31,29 @@ def test_the_same_chain_twice_is_one_chain() -> None:
     merged = merge([chain, chain])
     assert (merged.tokens, merged.parents) == ([1, 2], [-1, 0])
     assert merged.logprobs == pytest.approx(chain.logprobs)
+
+
+class Eager:
+    """Answers every wanted row with one guess, and keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Flight] = []
+
+    def run(self, job: Flight) -> list[Expansion]:
+        self.jobs.append(job)
+        return [Expansion(node, [node], [-1.0], [-1]) for part in job.parts
+                for node, wanted in zip(part.nodes, part.wants) if wanted]
+
+
+def test_later_sources_are_asked_about_the_first_rows_and_see_all() -> None:
+    def part(request: int, nodes: list[int], wants: list[bool]) -> Part:
+        return Part(request, [7], nodes, nodes, nodes, nodes, [[node] for node in nodes], wants)
+
+    first, second = Eager(), Eager()
+    job = Flight(0, [part(0, [1, 2, 3], [True, False, True]), part(1, [4, 5], [True, True])], top_k=4)
+    answers = Mix([first, second], second=3).run(job)
+    assert [answer.node for answer in answers] == [1, 3, 4, 5]
+    assert first.jobs == [job]
+    (seen,) = second.jobs
+    assert [p.wants for p in seen.parts] == [[True, False, True], [True, False]]
+    assert [(p.nodes, p.commits) for p in seen.parts] == [(p.nodes, p.commits) for p in job.parts]

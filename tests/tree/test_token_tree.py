@@ -102,6 +102,47 @@ def test_nothing_grows_beyond_the_horizon_and_nobody_is_asked_there() -> None:
     assert t.take_unlaunched(5, -math.inf) == []
 
 
+def test_what_came_with_a_chain_is_weighed_against_what_its_parent_guesses_later() -> None:
+    t = tree()
+    t.launch(t.root)
+    t.propose(t.root, Expansion(t.root.id, [1, 4, 5], [math.log(0.8), math.log(0.9), math.log(0.9)], [-1, 0, 1]))
+    one, four = t.take_unlaunched(2, -math.inf)
+    assert [one.token, four.token] == [1, 4]
+    t.launch(one)
+    t.propose(one, guesses(one, (6, 0.5), (4, 0.3)))
+    assert four.cum == pytest.approx(math.log(0.8 * (0.9 + 0.3) / 2))
+    assert four.guesses[0][0] == pytest.approx(four.cum + math.log(0.9)), "its subtree moves with it"
+    t.propose(four, guesses(four, (7, 0.2)))
+    t.check()
+    t.launch(four)
+    assert [(node.token, round(math.exp(node.cum), 3)) for node in t.take_unlaunched(3, -math.inf)] == [
+        (5, 0.432), (6, 0.4), (7, 0.096)], "5 was a guess, not yet a node: it keeps its own"
+
+
+def test_a_chained_child_that_nobody_else_names_loses_half() -> None:
+    t = tree()
+    t.propose(t.root, Expansion(t.root.id, [1, 4, 5], [math.log(0.8), math.log(0.9), math.log(0.9)], [-1, 0, 1]))
+    one = t.root.children[1]
+    t.propose(one, guesses(one, (6, 0.5)))
+    assert one.children[4].cum == pytest.approx(math.log(0.8 * 0.45))
+    t.propose(one.children[4], Expansion(one.children[4].id, [], [], []))
+    assert one.children[4].cum == pytest.approx(math.log(0.8 * 0.45)), "who knows nothing does not doubt"
+    t.check()
+
+
+def test_the_horizon_of_launches_is_that_of_the_best_that_wait() -> None:
+    t = tree()
+    assert t.horizon_of_launches(2) == -math.inf, "only the root waits"
+    t.launch(t.root)
+    t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.3)))
+    (one,) = t.take_unlaunched(1, -math.inf)
+    t.launch(one)
+    t.propose(one, guesses(one, (3, 0.5)))
+    assert t.horizon_of_launches(1) == pytest.approx(math.log(0.3))
+    assert t.horizon_of_launches(2) == pytest.approx(math.log(0.25))
+    assert t.horizon_of_launches(3) == -math.inf
+
+
 def test_dead_and_committed_nodes_take_no_guesses_and_no_landings() -> None:
     t = tree()
     old = t.root

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fullpipe.bench.recording import on_disk
 from fullpipe.messages import Expansion, Flight, Part
 from fullpipe.model.decoder import DecoderSlice, Segment
 from fullpipe.model.sampling import RowContext, rank
@@ -170,12 +171,13 @@ class Memo:
         for row, id in enumerate(known):
             guesses, weights = self._answers[id]  # type: ignore[misc]
             tokens[row, : len(guesses)], logprobs[row, : len(guesses)] = guesses, weights
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, parents=np.array(self._parents, np.int32), ids=np.array(known, np.int32),
-                     last=np.array(self._tokens, np.int32), tokens=tokens, logprobs=logprobs)
-        temporary.replace(path)
+        with on_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                np.savez(file, parents=np.array(self._parents, np.int32), ids=np.array(known, np.int32),
+                         last=np.array(self._tokens, np.int32), tokens=tokens, logprobs=logprobs)
+            temporary.replace(path)
 
     def load(self, path: Path) -> None:
         """Take over what `save` kept of the same prompt, tokens and parameters. A damaged file is as good as none:

@@ -12,18 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fullpipe.errors import UsageError
+from fullpipe.bench.receipt import write_whole
+from fullpipe.errors import CacheError, UsageError
 
 FORMAT, VERSION = "fullpipe-recording", 1
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Whose tokens these are. model: its name and the sha256 of its tokenizer and configuration, if known."""
+    """Whose tokens these are. model: as it was named. vocab: number of its real tokens."""
 
     model: str
     dtype: str
@@ -73,7 +75,7 @@ class Recording:
         """
         if not path.exists():
             make_folder(path.parent)
-            path.write_text(_line({"format": FORMAT, "version": VERSION, **asdict(head)}), encoding="utf-8")
+            write_whole(path, _line({"format": FORMAT, "version": VERSION, **asdict(head)}))
             return cls(path, head)
         found = cls.load(path)
         if found.head != head:
@@ -105,7 +107,7 @@ class Recording:
 
     def add(self, answer: Answer) -> None:
         """Append an answer; it is on the disk when this returns."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with on_disk(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(asdict(answer)))
         self.answers[answer.id] = answer
 
@@ -116,6 +118,16 @@ def _answer(path: Path, number: int, values: dict[str, Any]) -> Answer:
     except TypeError as error:
         raise UsageError(f"{path}, line {number}: not an answer ({error})",
                          hint="The file is damaged; delete the line, and record again.") from None
+
+
+@contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """A disk that is full or gone ends the run with the reason; what is in the file stays."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"cannot write {path}: {error.strerror or error}",
+                         hint="Make room and run the same command again: it goes on where it stopped.") from error
 
 
 def make_folder(folder: Path) -> None:

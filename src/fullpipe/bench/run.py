@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from fullpipe.bench.receipt import Candidate, Sample, Tuning, write_whole
-from fullpipe.bench.recording import Answer, Head, make_folder
+from fullpipe.bench.recording import Answer, Head, make_folder, on_disk
 from fullpipe.bench.settings import Setting
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.pipeline.worker import die_with_parent
@@ -34,6 +34,8 @@ from fullpipe.request import SamplingParams
 Progress = Callable[[int, int, str], None]
 """Called with what is done, how much there is, and a word on it."""
 
+_DECIDING = ("engine.py", "track.py", "stats.py", "tree/*.py", "policies/*.py", "sources/*.py", "kvcache/*.py",
+             "pipeline/inprocess.py", "pipeline/links.py", "planning/cluster.py", "bench/replay.py", "bench/memo.py")
 Phase = Literal["tuning", "main"]
 
 
@@ -77,24 +79,29 @@ class Journal:
             self._read()
 
     def bind(self, plan: Plan) -> None:
-        """Go on with this draft and these clusters. Raises UsageError where the samples are of another draft model, or
-        of a cluster that had the same name and another description."""
+        """Go on with this code, this draft and these clusters. Raises UsageError where the samples are of others, or
+        where it is not known of what."""
         path = self.path.with_suffix(".made-on.json")
-        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() and self.samples else {}
+        again = "Delete that file to measure again, or name another folder with --out."
+        if self.samples and not path.exists():
+            raise UsageError(f"{self.path} holds samples, but {path.name} beside it is gone, which says of what",
+                             hint=again)
+        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if self.samples else {}
         mine = {f"cluster {name}": _fingerprint(text, Path(folder)) for name, (text, folder) in plan.clusters.items()}
+        mine["version of the code"] = code_digest()
         if plan.draft_model is not None:
             mine["draft"] = plan.draft_model
         for name, value in mine.items():
             if known.setdefault(name, value) != value:
-                raise UsageError(f"{self.path} holds samples of another {name}",
-                                 hint="Delete that file to measure again, or name another folder with --out.")
+                raise UsageError(f"{self.path} holds samples of another {name}", hint=again)
         write_whole(path, json.dumps(known, indent=1) + "\n")
 
     def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # the end of a run that was killed
-            self.path.write_text(whole, encoding="utf-8")
+        written = self.path.read_bytes()
+        kept = written[: written.rfind(b"\n") + 1]
+        if kept != written:  # the end of a run that was killed
+            self.path.write_bytes(kept)
+        whole = kept.decode("utf-8", errors="replace")
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self.samples.append(Sample.model_validate_json(line))
@@ -105,7 +112,7 @@ class Journal:
 
     def add(self, samples: Iterable[Sample]) -> None:
         fresh = list(samples)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with on_disk(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(sample.model_dump_json() + "\n" for sample in fresh)
         self.samples += fresh
 
@@ -120,6 +127,13 @@ def _fingerprint(text: str, folder: Path) -> str:
         if "profile" in device:
             digest.update((folder / device["profile"]).read_bytes())
     return digest.hexdigest()
+
+
+def code_digest() -> str:
+    """Of the modules that decide what a sample says."""
+    package = Path(__file__).parents[1]
+    files = [path for part in _DECIDING for path in sorted(package.glob(part))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _key(sample: Sample) -> tuple[Any, ...]:

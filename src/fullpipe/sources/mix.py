@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fullpipe.messages import Expansion, Flight
 from fullpipe.pipeline.spec import StationSpec
@@ -13,17 +14,34 @@ _LN2 = math.log(2)
 
 
 class Mix:
-    """Asks every source and merges what they say. Put the best judge first: see `merge`."""
+    """Asks every source and merges what they say. Put the best judge first: see `merge`.
 
-    def __init__(self, sources: Sequence[SourceLike]) -> None:
+    second: rows that the sources after the first are asked about. A job names the best nodes first, and what a
+    source takes delays the answer to all of them (docs/log.md).
+    """
+
+    def __init__(self, sources: Sequence[SourceLike], *, second: int = 4) -> None:
         self._sources = list(sources)
+        self._second = second
 
     def run(self, job: Flight) -> list[Expansion]:
         answers: dict[int, list[Expansion]] = {}
-        for source in self._sources:
-            for expansion in source.run(job):
+        for rank, source in enumerate(self._sources):
+            for expansion in source.run(first_rows(job, self._second) if rank else job):
                 answers.setdefault(expansion.node, []).append(expansion)
         return [merge(expansions) for expansions in answers.values()]
+
+
+def first_rows(job: Flight, count: int) -> Flight:
+    """The same job, answers wanted for its first `count` wanted rows only. Rows and commits all stay."""
+    parts = []
+    for part in job.parts:
+        wants = []
+        for wanted in part.wants:
+            wants.append(wanted and count > 0)
+            count -= wanted
+        parts.append(replace(part, wants=wants))
+    return replace(job, parts=parts)
 
 
 def merge(expansions: Sequence[Expansion]) -> Expansion:

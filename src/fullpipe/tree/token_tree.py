@@ -104,13 +104,18 @@ class TokenTree:
     # ---- growing -------------------------------------------------------------------------------------
 
     def propose(self, node: Node, expansion: Expansion) -> None:
-        """Take the draft's guesses of what follows `node`. Guesses for a dead or committed node are
-        dropped; a token that is there already keeps its first log-probability."""
+        """Take the draft's guesses of what follows `node`. Guesses for a dead or committed node are dropped.
+
+        A child that is there already came with a chain, before anybody had looked at `node` itself. It gets the mean of
+        both probabilities (0 where it is not among those guessed now), and its subtree moves with it.
+        """
         if node.state not in LIVE:
             return
         node.answered = True
         if node.position >= self.horizon:
             return
+        if node.children:
+            self._weigh(node, expansion)
         if max(expansion.parents, default=-1) < 0:
             self._offer(node, expansion.tokens, expansion.logprobs)
         else:
@@ -139,6 +144,29 @@ class TokenTree:
             guesses = node.guesses + [guess for guess in guesses if guess[1] not in known]
         guesses.sort()
         self._offer_next(node, guesses)
+
+    def _weigh(self, node: Node, expansion: Expansion) -> None:
+        """What came with a chain before anybody had looked at `node`, against what is said now."""
+        said = {token: logprob for token, logprob, parent in
+                zip(expansion.tokens, expansion.logprobs, expansion.parents) if parent < 0}
+        if not said:
+            return  # whoever knows nothing does not doubt either
+        for token, child in node.children.items():
+            first, second = math.exp(child.cum - node.cum), math.exp(min(said.get(token, -math.inf), 0.0))
+            self._move(child, math.log((first + second) / 2 / first))
+
+    def _move(self, top: Node, shift: float) -> None:
+        """Change a node's path probability, and with it those of everything below."""
+        stack = [top]
+        while stack:
+            node = stack.pop()
+            node.cum += shift
+            node.guesses = [(cum + shift, token) for cum, token in node.guesses]
+            if node.guesses:
+                self._push(self._frontier, node, node.guesses[-1][0])
+            self._push(self._unlaunched, node, node.cum)
+            self._push(self._unasked, node, node.cum)
+            stack.extend(node.children.values())
 
     def _offer_next(self, node: Node, guesses: list[tuple[float, int]]) -> None:
         changed = guesses[-1:] != node.guesses[-1:]
@@ -174,7 +202,7 @@ class TokenTree:
     def horizon_of_launches(self, count: int) -> float:
         """Log path probability, given the root, of the `count`-th best that could still be launched; -inf where there
         are not as many. Of each node's guesses only the best is counted."""
-        waiting = [-key for key, _, node in self._unlaunched if node.state is State.PROPOSED]
+        waiting = [-key for key, _, node in self._unlaunched if node.state is State.PROPOSED and node.cum == -key]
         if len(waiting) + len(self._frontier) < count:
             return -math.inf
         waiting += [node.guesses[-1][0] for key, _, node in self._frontier
@@ -215,9 +243,11 @@ class TokenTree:
     def _take(self, heap: list[_Entry], usable: Callable[[Node], bool], limit: int, floor: float) -> list[Node]:
         least = self.root.cum + floor
         taken: list[Node] = []
+        ids: set[int] = set()
         frontier = self._best_frontier()
         while len(taken) < limit:
-            while heap and not usable(heap[0][2]):
+            # A node that moved has several entries: those of other places are stale, one of this place is enough.
+            while heap and not (usable(heap[0][2]) and heap[0][2].cum == -heap[0][0] and heap[0][2].id not in ids):
                 heapq.heappop(heap)
             best = -heap[0][0] if heap else -math.inf
             if frontier is not None and frontier.guesses[-1][0] > max(best, least):
@@ -225,6 +255,7 @@ class TokenTree:
                 frontier = self._best_frontier()
             elif heap and best >= least:
                 taken.append(heapq.heappop(heap)[2])
+                ids.add(taken[-1].id)
             else:
                 break
         return taken

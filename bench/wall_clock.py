@@ -23,12 +23,13 @@ raw samples included, into bench/receipts/wall_clock.json.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 from _receipt import ROOT, finish, receipt
@@ -98,8 +99,13 @@ def main() -> None:
 
     torch.set_num_threads(1)
     bench = Bench(arguments.prompts, arguments.tokens)
-    cells = [bench.cell(stages, ms, draft, arguments.widths, arguments.repeats)
-             for stages in arguments.stages for ms in arguments.links for draft in arguments.drafts]
+    cells: list[dict[str, Any]] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for stages, ms, draft in product(arguments.stages, arguments.links, arguments.drafts):
+            cells.append(bench.cell(stages, ms, draft, arguments.widths, arguments.repeats))
+    except KeyboardInterrupt:
+        say("interrupted; what is done is kept")
     print_table(cells)
     samples = [cell.pop("samples") for cell in cells]
     finish(receipt("wall_clock", {"model": MODEL, "dtype": DTYPE, "threads_per_stage": 1, "tokens": arguments.tokens,

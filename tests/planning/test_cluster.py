@@ -101,7 +101,17 @@ def parse(text: str, folder: Path = Path()) -> Cluster:
 # ---- presets -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", presets())
+MEASURED = "this-machine"
+
+
+def test_the_preset_of_this_machine_asks_for_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"profile\.json") as caught:
+        Cluster.load(MEASURED)
+    assert "fullpipe profile" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name != MEASURED])
 def test_every_preset_loads_and_says_what_it_imagines(name: str) -> None:
     cluster = Cluster.load(name)
     assert cluster.file.cluster.kind == "modelled" and not cluster.is_measured

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from fullpipe.bench.provenance import commit_of, machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def receipt(name: str, results: dict[str, Any], samples: Any) -> dict[str, Any]:
     """results: the figures. samples: all that they were computed from."""
+    (commit, dirty), (_, scripts_dirty) = commit_of(ROOT / "src"), commit_of(ROOT / "bench")
     return {"benchmark": name, "results": results, "command": " ".join([Path(sys.executable).name, *sys.argv]),
-            "commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--", "src", "bench")),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": machine(), "samples": samples}
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version(),
-            "torch": torch.__version__}
+            "commit": commit, "dirty": dirty or scripts_dirty,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": machine() | versions(),
+            "samples": samples}
 
 
 def finish(value: dict[str, Any], *, write: bool) -> None:
@@ -36,15 +30,3 @@ def finish(value: dict[str, Any], *, write: bool) -> None:
         path.write_text(json.dumps(value, indent=1) + "\n")
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
     print(json.dumps({key: part for key, part in value.items() if key != "samples"}))
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

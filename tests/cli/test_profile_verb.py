@@ -27,7 +27,7 @@ def test_it_measures_and_writes_what_can_be_loaded(models: Models, tmp_path: Pat
     assert found.stage(5, 8, 64, is_first=True, is_last=True) > found.head(8) + found.embedding(8)
     for part in ("one layer", "a flight, beside its layers", "a draft call", "HEAD", "MESSAGE", "64 TOKENS"):
         assert part in result.stdout
-    assert "layers: 8 of 8" in result.stderr and f"wrote {out}" in result.stderr
+    assert "measuring: 8 of 8 (layers)" in result.stderr and f"wrote {out}" in result.stderr
 
 
 @pytest.mark.parametrize(("options", "says"), [

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,14 +67,14 @@ def error_console() -> Console:
     return Console(file=sys.stderr, highlight=False, markup=False)
 
 
-class TransferBar:
-    """A `fullpipe.hub.Progress`: a bar on a terminal, a line per quarter elsewhere. Use it in a `with`."""
+class _Bar:
+    """Progress that is drawn when there is some, and gone when its `with` ends."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._said: tuple[str, int] | None = None
 
-    def __enter__(self) -> TransferBar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -82,6 +82,10 @@ class TransferBar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class TransferBar(_Bar):
+    """A `fullpipe.hub.Progress`: a bar on a terminal, a line per quarter elsewhere. Use it in a `with`."""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -115,28 +119,18 @@ def _new_bar(total: int) -> Progress:
     return bar
 
 
-class StepBar:
+class StepBar(_Bar):
     """Progress by steps: a bar on a terminal, a line per eighth elsewhere. Use it in a `with`."""
 
     def __init__(self, what: str) -> None:
+        super().__init__()
         self._what = what
-        self._bar: Progress | None = None
-        self._said = -1
-
-    def __enter__(self) -> StepBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def __call__(self, done: int, total: int, subject: str) -> None:
         if sys.stderr.isatty():
             self._draw(done, total, subject)
-        elif (part := 8 * done // max(total, 1)) != self._said:
-            self._said = part
+        elif (now := (f"of {total}", 8 * done // max(total, 1))) != self._said:
+            self._said = now
             print_note(f"{self._what}: {done} of {total} ({subject})")
 
     def _draw(self, done: int, total: int, subject: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,11 +13,7 @@ from fullpipe.cli.lists import integers
 from fullpipe.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from fullpipe.planning.profile import Cost, Curve, Profile, Surface
-
-_QUARTERS = 4
 
 
 def profile(
@@ -47,9 +41,9 @@ def profile(
             hub.resolve(name, progress=transfer)
     from fullpipe.bench.measure import measure
 
-    with _Bar() as bar:
+    with console.StepBar("measuring") as bar:
         found = measure(model, guesser, rows=row_counts, contexts=context_sizes, repeats=repeats, threads=threads,
-                        dtype=dtype.value, progress=bar)
+                        dtype=dtype.value, progress=lambda what, done, total: bar(done, total, what))
     found.save(out)
     if as_json:
         console.print_json(found.model_dump(mode="json"))
@@ -104,41 +98,3 @@ def _cell(cost: Cost) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number != 1 else ''}"
-
-
-# ---- progress --------------------------------------------------------------------------------------------
-
-
-class _Bar:
-    """A `fullpipe.bench.measure.Progress`: a bar on a terminal, a line per quarter elsewhere. Use it in a `with`."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._said: tuple[str, int] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            self._draw(what, done, total)
-        elif (now := (what, _QUARTERS * done // total)) != self._said:
-            self._said = now
-            console.print_note(f"{what}: {done} of {total}")
-
-    def _draw(self, what: str, done: int, total: int) -> None:
-        from rich import progress
-
-        if self._bar is None:
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-                progress.TimeRemainingColumn(), console=console.error_console(), transient=True)
-            self._bar.start()
-        known = {task.description: task.id for task in self._bar.tasks}
-        task = known[what] if what in known else self._bar.add_task(what, total=total)
-        self._bar.update(task, completed=done)

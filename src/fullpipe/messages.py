@@ -83,6 +83,20 @@ class Flight:
 
 
 @dataclass(slots=True)
+class Tap:
+    """Hidden states that a stage has made of a flight, on their way to the draft station.
+
+    flight: the rows that were really computed.
+    layers: how many layers of the model were finished for each column of `features`, rising.
+    features: [rows, len(layers), hidden], a torch tensor, or a NumPy array from scripted stages.
+    """
+
+    flight: Flight
+    layers: list[int]
+    features: Any
+
+
+@dataclass(slots=True)
 class Leg:
     """A flight's stay at one station. Times in seconds of the pipeline's clock."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from fullpipe.messages import Expansion, Flight
+from fullpipe.messages import Expansion, Flight, Tap
 
 
 class StageLike(Protocol):
@@ -36,3 +36,30 @@ class SourceLike(Protocol):
     """Who proposes: answers each row of the job that has `wants` with an `Expansion`."""
 
     def run(self, job: Flight) -> list[Expansion]: ...
+
+
+class Tapped:
+    """What a stage's `run` returns that is to send hidden states to the draft station: its result, and with it
+    `layers` and `features` as in `messages.Tap`."""
+
+    __slots__ = ("features", "layers", "result")
+
+    def __init__(self, result: Any, layers: list[int], features: Any) -> None:
+        self.result, self.layers, self.features = result, layers, features
+
+
+class TapReader(Protocol):
+    """A source that reads hidden states out of the stages.
+
+    The pipeline calls `take` for every tap that arrives, from one stage in the order of its flights, never while
+    `run` is at work. Before it starts a job it asks `ready`; while the answer is no the job waits, and is asked for again
+    after every tap and every cancel. `forget` names nodes that were cancelled: their taps may never come.
+    """
+
+    def run(self, job: Flight) -> list[Expansion]: ...
+
+    def take(self, tap: Tap) -> None: ...
+
+    def ready(self, job: Flight) -> bool: ...
+
+    def forget(self, nodes: list[int]) -> None: ...

@@ -9,7 +9,9 @@ from fullpipe.request import Request, SamplingParams
 def test_params_travel_as_plain_values() -> None:
     params = SamplingParams(temperature=0.7, stop="end", logit_bias={3: -1.0}, stop_token_ids=[5])  # type: ignore
     assert SamplingParams.from_dict(params.to_dict()) == params
-    assert params.stop == ("end",)
+    assert params.stop == ("end",) and params.accept == "exact"
+    lossy = SamplingParams(accept_typical=0.3)
+    assert SamplingParams.from_dict(lossy.to_dict()) == lossy and lossy.accept == "typical:0.3"
 
 
 @pytest.mark.parametrize(("values", "message"), [
@@ -22,6 +24,9 @@ def test_params_travel_as_plain_values() -> None:
     ({"max_tokens": 0}, "max_tokens must be 1 or more"),
     ({"seed": -1}, "seed must be"),
     ({"stop": ("",)}, "stop strings must not be empty"),
+    ({"accept_typical": -0.1}, r"accept_typical must be in \[0, 1\] \(got -0.1\)"),
+    ({"accept_typical": 1.5}, "accept_typical must be in"),
+    ({"accept_typical": float("nan")}, "accept_typical must be in"),
 ])
 def test_values_out_of_range_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):

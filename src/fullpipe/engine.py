@@ -7,7 +7,7 @@ pipeline is this process, eight machines or a simulation cannot be told from her
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from fullpipe.errors import PipelineError, StationFailed, UsageError
@@ -183,13 +183,14 @@ class Engine:
         if track.stages.rows < track.tree.root.position:
             return part
         nodes = self.policy.launch(track.tree, track.room)
+        if nodes:
+            track.tree.new_flight()
+            track.stats.on_launch(self._now, len(nodes))
         for node in nodes:
             track.tree.launch(node)
             track.add_node(part, track.stages, node, wants=True)
             self._launched[node.id] = (track, node)
             rows.append((track, node))
-        if nodes:
-            track.stats.on_launch(self._now, len(nodes))
         return part
 
     def _next_job(self) -> Flight | None:
@@ -207,8 +208,8 @@ class Engine:
         return job
 
     def _job_part(self, track: Track) -> Part:
-        """What the draft has not seen of the committed path, and then the nodes to propose children for,
-        each after those of its ancestors that the draft has not computed."""
+        """What the draft has not seen of the committed path, and then the nodes to propose children for, each after
+        those of its ancestors that the draft has not computed. One that is asked about again is sent again."""
         part = track.committed_rows(track.draft, self._chunk)
         if track.draft.rows < track.tree.root.position:
             return part
@@ -225,7 +226,7 @@ class Engine:
                 other.in_draft = True
                 sent.add(other.id)
                 if other.id in wanted:
-                    other.asked = True
+                    track.tree.ask(other)
                     self._asked[other.id] = (track, other)
         return part
 
@@ -248,10 +249,11 @@ class Engine:
         self._count(self._flights.pop(event.flight), event)
         touched: dict[int, Track] = {}
         margins = dict(zip(event.nodes, event.margins))
-        for node_id, token in zip(event.nodes, event.tokens):
+        others: Sequence[Sequence[int]] = event.others or [()] * len(event.nodes)
+        for node_id, token, passing in zip(event.nodes, event.tokens, others):
             if entry := self._launched.pop(node_id, None):
                 track, node = entry
-                track.tree.land(node, token)
+                track.tree.land(node, token, passing)
                 touched[track.request.id] = track
         for track in touched.values():
             self._commit(track, margins)
@@ -263,11 +265,12 @@ class Engine:
             step = track.advance()
             if step is None:
                 return
+            self._asked.pop(root.id, None)  # what follows it is known
             self._bury(track, step.dead)
             reason = self._verdict(track, step.token)
-            track.stats.on_emit(self._now, step.hit, last=reason is not None)
+            track.stats.on_emit(self._now, step.hit, last=reason is not None, altered=step.altered)
             news = Emitted(self._now, track.request.id, root.id, step.token, root.position + 1, step.hit,
-                           margins.get(root.id))
+                           margins.get(root.id), step.altered)
             self._news.append(news)
             self._tell(news)
             if reason is not None:
@@ -284,6 +287,7 @@ class Engine:
         return None
 
     def _on_drafted(self, event: Drafted) -> None:
+        """Take what is answered. A node that the reply leaves out stays asked: its answer may come with a later one."""
         self._draft_ready = True
         for expansion in event.expansions:
             if entry := self._asked.pop(expansion.node, None):
@@ -305,15 +309,16 @@ class Engine:
         self._tell(news)
 
     def _bury(self, track: Track, dead: list[Node]) -> None:
-        """Dead nodes: call those in flight back, forget what was asked about them."""
-        launched = []
+        """Dead nodes: call back those in flight and those the draft was asked about, for it may be waiting for them."""
+        unneeded = []
         for node in dead:
-            if self._launched.pop(node.id, None):
+            launched, asked = self._launched.pop(node.id, None), self._asked.pop(node.id, None)
+            if launched:
                 node.died_at = self._now
-                launched.append(node.id)
-            self._asked.pop(node.id, None)
-        if launched and not self._broken:
-            self.pipeline.cancel(launched)
+            if launched or asked:
+                unneeded.append(node.id)
+        if unneeded and not self._broken:
+            self.pipeline.cancel(unneeded)
         if dead and self._listeners:
             self._tell(Died(self._now, track.request.id, [node.id for node in dead]))
 
@@ -360,7 +365,7 @@ class Engine:
             track.check()
         flying = {node.id for track in self._tracks.values() for node in track.tree.flying.values()}
         assert flying == set(self._launched), "launched nodes and trees disagree"
-        assert all(node.asked and not node.answered for _, node in self._asked.values())
+        assert all(node.waiting for _, node in self._asked.values())
 
 
 def _not_in_draft(node: Node) -> list[Node]:

@@ -22,7 +22,7 @@ from fullpipe.engine import Engine, Listener
 from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.messages import Emitted, Finished
 from fullpipe.planning.cluster import Cluster
-from fullpipe.policies import WITH_DEPTH, make_policy
+from fullpipe.policies import WITH_DEPTH, WITH_REFRESH, make_policy
 from fullpipe.request import Request, SamplingParams
 from fullpipe.text import Reply
 from fullpipe.track import Track
@@ -90,7 +90,7 @@ class LLM:
     model: a catalogue name, a safetensors directory, a GGUF file, or a Hugging Face id.
     draft: "auto" (n-gram, and the catalogue's partner of the model if it has one), "none", "ngram", a model as
     above, or several of them with commas between, whose guesses are merged.
-    stages: how many. method, width, depth, floor: see `fullpipe.policies`.
+    stages: how many. method, width, depth, floor, refresh: see `fullpipe.policies`; None is the method's own.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 where the processor computes in it).
     pipeline: "inprocess" (all stages here) or "distributed" (a process per stage).
     clock: for in-process runs, "virtual" (as if every stage had a machine like this one to itself) or "wall".
@@ -112,7 +112,8 @@ class LLM:
     """
 
     def __init__(self, model: str, *, draft: str = "auto", stages: int = 8, method: str = "fullpipe",
-                 width: int = 8, depth: int | None = None, floor: float | None = None, dtype: str = "auto",
+                 width: int | None = None, depth: int | None = None, floor: float | None = None,
+                 refresh: bool | None = None, dtype: str = "auto",
                  pipeline: Literal["inprocess", "distributed"] = "inprocess",
                  clock: Literal["virtual", "wall"] = "virtual", costs: Literal["measured", "unit"] = "measured",
                  link_ms: float = 0.0, link_mbit: float | None = None,
@@ -122,8 +123,9 @@ class LLM:
                  listeners: Iterable[Listener] = (), progress: Callable[[str], None] | None = None) -> None:
         imagined = Cluster.load(cluster) if isinstance(cluster, (str, Path)) else cluster
         stages = imagined.num_stages if imagined is not None else stages
-        policy = make_policy(method, width=width, depth=depth, floor=floor)  # refuse before anything is loaded
-        self._width, self._depth, self._floor = width, depth, floor
+        policy = make_policy(method, width=width, depth=depth, floor=floor,
+                             refresh=refresh)  # refuse before anything is loaded
+        self._width, self._depth, self._floor, self._refresh = width, depth, floor, refresh
         if max_num_seqs < 1:
             raise UsageError(f"max_num_seqs must be 1 or more (got {max_num_seqs})")
         self._assembly: Assembly = assemble(
@@ -212,18 +214,19 @@ class LLM:
             self._engine.abort(request.id)
 
     def use(self, method: str, *, width: int | None = None, depth: int | None = None,
-            floor: float | None = None) -> None:
+            floor: float | None = None, refresh: bool | None = None) -> None:
         """Change the method; the text stays the same. Model and stages stay loaded.
 
-        width, depth, floor: None means what the constructor was given, not an earlier `use`; where it was given
-        None too, the method's own default. Its depth counts for the methods that have one.
+        width, depth, floor, refresh: None means what the constructor was given, not an earlier `use`; where it was
+        given None too, the method's own default. Its depth and refresh count for the methods that have one.
 
         Raises UsageError as the constructor does; the method stays as it was then.
         """
         self._engine.use(make_policy(
             method, width=self._width if width is None else width,
             depth=self._depth if depth is None and method in WITH_DEPTH else depth,
-            floor=self._floor if floor is None else floor))
+            floor=self._floor if floor is None else floor,
+            refresh=self._refresh if refresh is None and method in WITH_REFRESH else refresh))
 
     def close(self) -> None:
         """Free everything; stage processes are ended. May be called more than once."""
@@ -295,7 +298,8 @@ class LLM:
         return Completion(
             one.reply.text, one.tokens(), one.reason or "abort",
             {"prompt_tokens": len(prompt), "completion_tokens": one.num_tokens},
-            stats.speculation(self._engine.policy.name, self.num_stages, self._engine.policy.width),
+            stats.speculation(self._engine.policy.name, self.num_stages, self._engine.policy.width)
+            | {"accept": one.track.request.params.accept},
             {"clock": self._assembly.clock, "ttft_s": stats.ttft_s, "tbt_s": stats.tbt_s,
              "tokens_per_s": stats.num_emitted / spent if stats.num_emitted and spent > 0 else 0.0,
              "wall_s": time.monotonic() - one.begun},

@@ -41,7 +41,8 @@ class Part:
 
     commits: slots that joined the committed path since the last flight of this channel.
     nodes: node ids (-1: a prompt token, which nobody asks about later).
-    wants: True where an answer is wanted: the token that follows (stages), guesses of it (draft).
+    wants: True where an answer is wanted: the token that follows (stages), guesses of it (draft). To the draft
+    a row may come again, wanted again, behind the new ones: its parents have been there before it in any case.
     """
 
     request: int
@@ -138,7 +139,8 @@ class Landed(Event):
     """The last stage's word on a flight: for each live row that wanted it, the token that follows.
 
     margins: how far the picked token's (noisy) logit stands above the second best; empty unless the
-    pipeline was built to report it.
+    pipeline was built to report it. others: the other tokens that the row's request lets pass, best first
+    (`SamplingParams.accept_typical`); empty when every request of the flight is exact.
     """
 
     flight: int
@@ -146,11 +148,12 @@ class Landed(Event):
     tokens: list[int]
     margins: list[float]
     legs: list[Leg]
+    others: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Drafted(Event):
-    """The draft station's answer to a job."""
+    """The draft station's answer to a job. What it leaves unanswered it may answer in the reply to a later one."""
 
     job: int
     expansions: list[Expansion]
@@ -183,7 +186,8 @@ class Launched(Event):
 
 @dataclass(slots=True)
 class Emitted(Event):
-    """A token became part of the text. `hit` says whether it was already in flight."""
+    """A token became part of the text. `hit` says whether it was already in flight, `altered` whether the target would
+    have said another one there (lossy requests only)."""
 
     request: int
     node: int
@@ -191,6 +195,7 @@ class Emitted(Event):
     position: int
     hit: bool
     margin: float | None = None
+    altered: bool = False
 
 
 @dataclass(slots=True)

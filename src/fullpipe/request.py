@@ -31,6 +31,11 @@ class SamplingParams:
     stop: strings that end the text; they are not part of it.
     stop_token_ids: tokens that end the text, beside the model's own end tokens.
     ignore_eos: do not stop at the model's end tokens.
+    accept_typical: 0 is exact. Above it the text is no longer the target's: where the token that it picks was not
+        guessed, one that was may stand in its place if its probability, processors applied and noise not, is above
+        min(e, sqrt(e) exp(-H)), e this number and H the entropy in nats (Medusa's typical acceptance, arXiv
+        2401.10774, section 2.3.2). The smaller, the more passes. At temperature 0 probabilities are those of
+        temperature 1.
     """
 
     temperature: float = 0.0
@@ -46,6 +51,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    accept_typical: float = 0.0
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -62,6 +68,7 @@ class SamplingParams:
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty must be in [-2, 2]"),
             (0 <= self.seed < 2**64, "seed must be in [0, 2**64)"),
             (self.max_tokens >= 1, "max_tokens must be 1 or more"),
+            (0 <= self.accept_typical <= 1, "accept_typical must be in [0, 1]"),
             (all(self.stop), "stop strings must not be empty"),
             (all(bias < math.inf for bias in self.logit_bias.values()), "logit_bias must be numbers below infinity"),
         ):
@@ -70,6 +77,11 @@ class SamplingParams:
 
     def _shown(self, name: str) -> object:
         return getattr(self, name, self.stop)
+
+    @property
+    def accept(self) -> str:
+        """As `--accept` takes it: "exact" or "typical:EPS"."""
+        return f"typical:{self.accept_typical:g}" if self.accept_typical else "exact"
 
     @property
     def plain_greedy(self) -> bool:

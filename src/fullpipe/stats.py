@@ -13,6 +13,7 @@ class RequestStats:
 
     alive_seconds: time that stages spent, since the first launch, on rows of this request that were alive
     when the stage was done with them. Flights that had not landed when the request ended are not counted.
+    altered: emitted tokens in whose place the target would have said another one (lossy requests only).
     """
 
     started: float
@@ -22,6 +23,7 @@ class RequestStats:
     num_emitted: int = 0
     hits: int = 0
     misses: int = 0
+    altered: int = 0
     launched_rows: int = 0
     draft_rows: int = 0
     draft_calls: int = 0
@@ -34,12 +36,13 @@ class RequestStats:
             self.first_launch = now
         self.launched_rows += rows
 
-    def on_emit(self, now: float, hit: bool, *, last: bool) -> None:
+    def on_emit(self, now: float, hit: bool, *, last: bool, altered: bool = False) -> None:
         """The last token counts as neither hit nor miss: nothing was to follow it."""
         if self.first_token is None:
             self.first_token = now
         self.last_token = now
         self.num_emitted += 1
+        self.altered += altered
         if not last:
             self.hits += hit
             self.misses += not hit
@@ -119,6 +122,7 @@ class RequestStats:
             "misses": self.misses,
             "hit_rate": round(self.hit_rate, 4),
             "mean_acceptance_length": round(self.mean_acceptance_length, 4),
+            "altered_tokens": self.altered,
             "launched_rows": self.launched_rows,
             "wasted_rows": self.wasted_rows,
             "fill": round(self.fill(num_stages), 4),

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from fullpipe.cli.main import app
 
 PIPELINES = ("inprocess", "distributed")
-METHODS = ("pp", "chain", "static-tree", "pipedec", "fullpipe")
+METHODS = ("pp", "chain", "static-tree", "pipedec", "spd", "ppsd", "fullpipe")
 PROMPT = "hello there, hello there"
 CONTEXT = 16384  # tokens that the models below take
 

@@ -111,7 +111,7 @@ def test_two_temperatures_have_a_recording_and_a_tuning_each(folder: Path) -> No
 @pytest.mark.parametrize(("changes", "says"), [
     ({"cluster": "gpus-8"}, "--cluster or --stages, not both"),
     ({"stages": "", "cluster": "gpus-9"}, "edge-5, gpus-14, gpus-8, home-6"),
-    ({"methods": "pp,spd"}, "unknown method 'spd'"),
+    ({"methods": "pp,spqr"}, "unknown method 'spqr'"),
     ({"widths": "4,x"}, "widths are numbers with commas between"),
     ({"widths": "0"}, "width must be 1 or more"),
     ({"depths": "0,2"}, "depth must be 1 or more"),

@@ -26,6 +26,9 @@ USAGE = [
     ("many stages", {"stages": 6}, (), "cannot cut 5 layers into 6 stages", "stages"),
     ("no stages", {"stages": 0}, (), "cannot cut 5 layers into 0 stages", "stages"),
     ("negative stages", {"stages": -1}, (), "cannot cut 5 layers into -1 stages", "stages"),
+    *((f"accept {text}", {}, ("--accept", text), f"takes exact, or typical:EPS with EPS above 0 and at most 1 (got "
+       f"'{text}')", "typical:0.3") for text in ("typical", "typical:0", "typical:2", "typical:x", "typical:nan", "x")),
+    ("refresh", {}, ("--method", "pipedec", "--refresh"), "the method pipedec cannot refresh", "one of: spd, fullpipe"),
     ("width 0", {}, ("--width", "0"), "width must be 1 or more (got 0)", ""),
     ("depth 0", {}, ("--method", "chain", "--depth", "0"), "depth must be 1 or more (got 0)", ""),
     ("no draft", {"draft": "none"}, (), "the method fullpipe needs a draft", "or use the method pp"),

@@ -22,8 +22,9 @@ SHAPE = {
     "text": str, "token_ids": list, "finish_reason": str,
     "usage": {"prompt_tokens": int, "completion_tokens": int},
     "speculation": {"method": str, "stages": int, "width": int, "steps": float, "steps_per_token": float, "hits": int,
-                    "misses": int, "hit_rate": float, "mean_acceptance_length": float, "launched_rows": int,
-                    "wasted_rows": int, "fill": float, "draft_calls": int, "draft_rows": int},
+                    "misses": int, "hit_rate": float, "mean_acceptance_length": float, "altered_tokens": int,
+                    "launched_rows": int, "wasted_rows": int, "fill": float, "draft_calls": int, "draft_rows": int,
+                    "accept": str},
     "timing": {"clock": str, "ttft_s": float, "tbt_s": float, "tokens_per_s": float, "wall_s": float},
 }
 
@@ -57,6 +58,14 @@ def test_json_is_one_object_with_all_that_is_promised(models: Models, pipeline: 
     assert 0 < figures["fill"] <= 1 and 0 <= figures["hit_rate"] <= 1 <= figures["mean_acceptance_length"]
 
 
+@pytest.mark.parametrize(("method", "more", "width"), [
+    ("fullpipe", (), 8), ("spd", (), 1), ("ppsd", (), 1), ("spd", ("--width", "3", "--refresh"), 3)])
+def test_the_width_is_the_methods_own_unless_given(models: Models, method: str, more: tuple[str, ...],
+                                                   width: int) -> None:
+    told = answer(*asking(models.target, "--max-new-tokens", "4", "--method", method, *more))
+    assert told["speculation"]["width"] == width
+
+
 def test_plain_pp_on_the_unit_clock_takes_as_many_steps_as_there_are_stages(models: Models) -> None:
     told = answer(*asking(models.target, "--method", "pp", "--costs", "unit", "--max-new-tokens", "16", stages=4))
     assert told["speculation"]["steps_per_token"] == told["timing"]["tbt_s"] == 4
@@ -68,7 +77,7 @@ def test_plain_pp_on_the_unit_clock_takes_as_many_steps_as_there_are_stages(mode
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--seed", "7")], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("draft", ["model", "ngram"])
-def test_five_methods_say_the_same(models: Models, draft: str, sampling: tuple[str, ...]) -> None:
+def test_all_methods_say_the_same(models: Models, draft: str, sampling: tuple[str, ...]) -> None:
     guesser = models.draft if draft == "model" else "ngram"
     asked = asking(models.target, "--max-new-tokens", "40", *sampling, draft=guesser, stages=3)
     said = {method: answer(*asked, "--method", method) for method in METHODS}
@@ -94,6 +103,34 @@ def test_the_seed_decides_the_sample(models: Models) -> None:
     asked = asking(models.target, "--max-new-tokens", "20", "--temperature", "1")
     first, again, other = (answer(*asked, "--seed", seed)["token_ids"] for seed in ("7", "7", "8"))
     assert first == again != other
+
+
+# ---- lossy, and only when asked for ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_lossy_answer_says_how_many_tokens_it_altered(models: Models, pipeline: str) -> None:
+    """Random weights know little, so a draft's best guess mostly passes; and where it is wrong nothing else flies."""
+    asked = asking(models.target, "--max-new-tokens", "40", "--pipeline", pipeline, "--method", "spd",
+                   draft=models.draft, stages=3)
+    exact, lossy = answer(*asked), answer(*asked, "--accept", "typical:0.001")
+    assert (exact["speculation"]["accept"], exact["speculation"]["altered_tokens"]) == ("exact", 0)
+    assert lossy["speculation"]["accept"] == "typical:0.001"
+    assert 0 < lossy["speculation"]["altered_tokens"] < 40
+    assert lossy["token_ids"] != exact["token_ids"]
+
+
+def test_without_drafts_nothing_is_altered(models: Models) -> None:
+    asked = asking(models.target, "--max-new-tokens", "20", "--method", "pp")
+    lossy = answer(*asked, "--accept", "typical:0.001")
+    assert lossy["speculation"]["altered_tokens"] == 0 and lossy["token_ids"] == answer(*asked)["token_ids"]
+
+
+def test_the_last_line_tells_of_it(models: Models) -> None:
+    asked = asking(models.target, "--max-new-tokens", "20", "--method", "spd", draft=models.draft)
+    assert "altered" not in run(*asked).stderr
+    lossy = run(*asked, "--accept", "typical:0.001").stderr.splitlines()[-1]
+    assert lossy.startswith("[20 tokens (") and " altered, typical:0.001), length; spd on 2 stages" in lossy
 
 
 # ---- streams ---------------------------------------------------------------------------------------------

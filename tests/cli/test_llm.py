@@ -52,6 +52,32 @@ def test_what_nobody_gave_is_the_methods_own(models: Models) -> None:
         assert shape(llm) == (8, 4, 1e-4)
 
 
+def test_a_refresh_counts_for_the_methods_that_have_one(models: Models) -> None:
+    with LLM(str(models.target), draft="ngram", stages=2, dtype="float32", threads=1, refresh=True) as llm:
+        assert llm._engine.policy.refresh
+        llm.use("pipedec")
+        assert not llm._engine.policy.refresh
+        llm.use("spd")
+        assert (llm._engine.policy.refresh, llm._engine.policy.width) == (True, 1)
+        llm.use("spd", refresh=False)
+        assert not llm._engine.policy.refresh
+        with pytest.raises(UsageError, match="the method pp cannot refresh proposals"):
+            llm.use("pp", refresh=True)
+
+
+def test_exact_and_lossy_requests_share_a_batch(models: Models) -> None:
+    """Each keeps its own rule; the exact one's text is what it is alone."""
+    lossy = SamplingParams(max_tokens=30, accept_typical=0.001)
+    exact = SamplingParams(max_tokens=30)
+    with LLM(str(models.target), draft=str(models.draft), stages=3, method="spd", dtype="float32", threads=1,
+             costs="unit", max_num_seqs=2) as llm:
+        free, strict = llm.generate(["hello", "hello"], [lossy, exact])
+        llm.use("pp")
+        (plain,) = llm.generate("hello", exact)
+    assert free.speculation["altered_tokens"] > 0 == strict.speculation["altered_tokens"]
+    assert strict.token_ids == plain.token_ids != free.token_ids
+
+
 def test_a_method_that_is_refused_leaves_the_old_one(llm: LLM) -> None:
     llm.use("pipedec")
     for method in ("spqr", "fullpipe"):

@@ -35,8 +35,8 @@ def prompts(tmp_path: Path) -> Path:
 def test_methods_are_identical(models: Models, prompts: Path) -> None:
     result = verify(models, prompts)
     assert result.exit_code == 0, result.output
-    assert result.stdout == ("identical: 3 prompts, 60 tokens, float32, methods chain, static-tree, pipedec, "
-                             "fullpipe\n")
+    assert result.stdout == ("identical: 3 prompts, 60 tokens, float32, methods chain, static-tree, pipedec, spd, "
+                             "ppsd, fullpipe\n")
     assert "fullpipe: prompt 3 of 3" in result.stderr
 
 
@@ -50,6 +50,13 @@ def test_the_report_as_json(models: Models, prompts: Path, pipeline: str) -> Non
         "model": str(models.target), "draft": str(models.draft), "stages": 2, "dtype": "float32",
         "near_tie_tolerance": 0.001,
     }
+
+
+def test_lossy_texts_are_not_verified(models: Models, prompts: Path) -> None:
+    result = verify(models, prompts, "--accept", "typical:0.3")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "verify checks that texts are identical, and --accept typical:0.3 makes them differ" in result.stderr
+    assert verify(models, prompts, "--accept", "exact", "--limit", "1", "--method", "spd").exit_code == 0
 
 
 @pytest.mark.parametrize(("tolerance", "code", "words"), [
@@ -143,7 +150,8 @@ def test_a_depth_counts_for_the_methods_that_have_one(models: Models, prompts: P
     monkeypatch.setattr(LLM, "use", noted)
     result = verify(models, prompts, "--limit", "1", "--depth", "3")
     assert result.exit_code == 0, result.output
-    assert used == {"pp": None, "chain": 3, "static-tree": 3, "pipedec": None, "fullpipe": None}
+    assert used == {"pp": None, "chain": 3, "static-tree": 3, "pipedec": None, "spd": None, "ppsd": None,
+                    "fullpipe": None}
 
 
 def test_a_depth_that_no_method_has_is_refused(models: Models, prompts: Path) -> None:

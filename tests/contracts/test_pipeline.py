@@ -4,13 +4,16 @@
 random trees, commits random children, kills random subtrees, reuses the slots of the dead at once, and
 asks a draft station about random nodes. It knows what every row must answer, for the stages answer from
 a hash of the path, and it checks the promises on every event that comes back.
+
+On some pipelines the stages tap. Their draft checks every tap, starts no job before the taps that it needs, and
+answers with the layers that have come, so that in the end all taps can be accounted for, row by row.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -24,27 +27,35 @@ from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.scripted import EchoSource, ScriptedStage, hash_token
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.request import SamplingParams
+from fullpipe.sources.scripted import TapChecker
 
 VOCAB, SEED, STAGES, CAPACITY = 50, 3, 3, 600
 DELAYS = (0.001, 0.003, 0.0)  # seconds of a flight at each stage
 DRAFT_DELAY = 0.001  # seconds of each row of a job: small jobs beat the stages, big ones do not
 
 
-def _specs() -> list[StationSpec]:
+TRUTH = {"kind": "hash", "vocab": VOCAB, "seed": SEED}
+TAPS = [[2], [], [5, 9]]  # layers that each stage taps, where they do: one of them nothing, the last one too
+NEEDS = 1  # taps of a node before it may be asked about
+
+
+def _specs(taps: bool = False) -> list[StationSpec]:
     return [StationSpec("fullpipe.pipeline.scripted:ScriptedStage",
-                        {"index": index, "num_stages": STAGES, "delay_s": delay,
-                         "truth": {"kind": "hash", "vocab": VOCAB, "seed": SEED}})
+                        {"index": index, "num_stages": STAGES, "delay_s": delay, "truth": TRUTH,
+                         "taps": TAPS[index] if taps else []})
             for index, delay in enumerate(DELAYS)]
 
 
-def _distributed(links: Links | None = None) -> Pipeline:
-    return DistributedPipeline(_specs(), StationSpec("fullpipe.pipeline.scripted:EchoSource",
-                                                     {"delay_s": DRAFT_DELAY}), links=links)
+def _distributed(links: Links | None = None, taps: bool = False) -> Pipeline:
+    source = StationSpec("fullpipe.pipeline.scripted:EchoSource", {"delay_s": DRAFT_DELAY})
+    checker = StationSpec("fullpipe.sources.scripted:TapChecker", {"truth": TRUTH, "needs": NEEDS, "tell": True})
+    return DistributedPipeline(_specs(taps), checker if taps else source, links=links)
 
 
-def _inprocess(**options: object) -> Pipeline:
-    stages = [ScriptedStage(**(spec.args | {"delay_s": 0.0})) for spec in _specs()]
-    return InProcessPipeline(stages, EchoSource(), **options)  # type: ignore[arg-type]
+def _inprocess(taps: bool = False, **options: object) -> Pipeline:
+    stages = [ScriptedStage(**(spec.args | {"delay_s": 0.0})) for spec in _specs(taps)]
+    source = TapChecker(TRUTH, needs=NEEDS, tell=True) if taps else EchoSource()
+    return InProcessPipeline(stages, source, **options)  # type: ignore[arg-type]
 
 
 def _slow_draft(station: str, rows: int, measured: float, context: int) -> float:
@@ -53,7 +64,8 @@ def _slow_draft(station: str, rows: int, measured: float, context: int) -> float
 
 def _links(seconds: float, bandwidth: float = 1e3) -> Links:
     link = Link(seconds, bandwidth)  # 1e3: a flight's few hundred bytes take a good part of a second
-    return Links([link] * (STAGES - 1), to_first=link, landing=link, draft=link)
+    taps = [link, link, Link(3 * seconds, bandwidth / 2)]
+    return Links([link] * (STAGES - 1), to_first=link, landing=link, draft=link, taps=taps)
 
 
 PIPELINES: dict[str, Callable[[], Pipeline]] = {
@@ -65,6 +77,13 @@ PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "wall": lambda: _inprocess(clock="wall"),
     "distributed": _distributed,
     "distributed-links": lambda: _distributed(_links(0.003, 1e7)),
+    "virtual-taps": lambda: _inprocess(taps=True),
+    "virtual-taps-links": lambda: _inprocess(taps=True, links=_links(0.7), message_bytes=lambda rows: 100 + 30 * rows),
+    "virtual-taps-slow-draft": lambda: _inprocess(taps=True, costs=_slow_draft, links=_links(3.0)),
+    "virtual-taps-one-device": lambda: _inprocess(taps=True, links=_links(0.1), device_of=lambda station: "only"),
+    "wall-taps": lambda: _inprocess(taps=True, clock="wall"),
+    "distributed-taps": lambda: _distributed(taps=True),
+    "distributed-taps-links": lambda: _distributed(_links(0.003, 1e7), taps=True),
 }
 
 
@@ -102,8 +121,11 @@ class Line:
 class Traffic:
     """Drives one pipeline; ids go on from one use to the next, as in a long-lived engine."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, taps: bool) -> None:
+        self.pipeline, self.taps = pipeline, taps
+        self.computed: dict[tuple[int, int, int], list[int]] = {}  # by request, node, position: layers to be tapped
+        self.messages = 0  # with taps
+        self.told: list[list[int]] = []  # the newest answer of a draft that tells of taps
         self.ready = False
         self.seen: Counter[str] = Counter()
         self.time = -float("inf")
@@ -129,6 +151,7 @@ class Traffic:
         while self.lines:
             self.finish(self.lines[0])
         self.settle()
+        self.account()
 
     def settle(self) -> None:
         while self.flights or self.jobs or not self.ready:
@@ -231,13 +254,34 @@ class Traffic:
     def ask_draft(self) -> None:
         alive = [node for line in self.lines if line.root for node in line.root.subtree()]
         if alive:
-            self.job_ids += 1
-            part = Part(0)
-            for node in self.rng.sample(alive, min(len(alive), self.rng.randint(1, 8))):
-                _add(part, node.id, node.token, node.position, node.slot, [], True)
-            job = Flight(self.job_ids, [part], top_k=self.rng.randint(1, 4))
-            self.jobs.append(_copy(job))
-            self.pipeline.draft(job)
+            self.ask(self.rng.sample(alive, min(len(alive), self.rng.randint(1, 8))), top_k=self.rng.randint(1, 4))
+
+    def ask(self, nodes: Sequence[Node], top_k: int = 1) -> None:
+        part = Part(0)
+        for node in nodes:
+            _add(part, node.id, node.token, node.position, node.slot, [], True)
+        self.draft([part], top_k)
+
+    def draft(self, parts: list[Part], top_k: int = 1) -> None:
+        self.job_ids += 1
+        job = Flight(self.job_ids, parts, top_k=top_k)
+        self.jobs.append(_copy(job))
+        self.pipeline.draft(job)
+
+    def account(self) -> None:
+        """The draft has every tap that the stages have made, once each and no others. Some may still have been on
+        their way when the last flight landed, so it is asked until the last has come."""
+        for _ in range(5000):
+            parts = [Part(request) for request, _, _ in self.computed]
+            for part, (_, node, position) in zip(parts, self.computed):
+                _add(part, node, 0, position, 0, [], True)
+            self.draft(parts)
+            self.settle()
+            if (self.told, self.pipeline.taps.count) == (list(self.computed.values()), self.messages):
+                break
+        assert self.told == list(self.computed.values())
+        assert self.pipeline.taps.count == self.messages
+        self.computed.clear()
 
     # ---- what comes out
 
@@ -281,17 +325,31 @@ class Traffic:
             assert Counter(leg.nodes) <= Counter(entered), "a row appeared from nowhere"
             entered, before, self.starts[leg.station] = leg.nodes, leg.end, leg.start
         assert before <= self.time
+        for leg, layers in zip(legs, TAPS if self.taps else []):
+            self.note_taps(leg, flight, layers)
+
+    def note_taps(self, leg: Leg, flight: Flight, layers: list[int]) -> None:
+        self.messages += bool(layers and (leg.nodes or flight.opens or flight.closes))
+        for part in flight.parts:
+            for node, position in zip(part.nodes, part.positions):
+                if node in leg.nodes:
+                    self.computed.setdefault((part.request, node, position), []).extend(layers)
 
     def check_drafted(self, drafted: Drafted, job: Flight) -> None:
         assert drafted.job == job.id, "jobs are answered in order"
         assert drafted.leg.station == "draft"
         assert drafted.leg.start <= drafted.leg.end <= self.time
+        self.starts["draft"] = drafted.leg.start
         answered = {expansion.node: expansion for expansion in drafted.expansions}
-        for node in job.parts[0].nodes:
+        for node in (node for part in job.parts for node in part.nodes):
             assert node in answered or not self.nodes[node].alive, "a living row got no guesses"
+        self.told = [expansion.tokens for expansion in drafted.expansions]
         for node, expansion in answered.items():
-            first = self.nodes[node].token + 1
-            assert expansion.tokens == list(range(first, first + job.top_k))
+            if self.taps:
+                assert len(expansion.tokens) >= NEEDS, "asked before its taps had come"
+            else:
+                first = self.nodes[node].token + 1
+                assert expansion.tokens == list(range(first, first + job.top_k))
 
 
 def _copy(flight: Flight) -> Flight:
@@ -321,7 +379,7 @@ def _taken(slots: SlotAllocator) -> int:
 def traffic(request: pytest.FixtureRequest) -> Iterator[Traffic]:
     """Traffic on each pipeline; the pipeline lives through all tests of this module."""
     with PIPELINES[request.param]() as pipeline:
-        yield Traffic(pipeline)
+        yield Traffic(pipeline, taps="-taps" in request.param)
     pipeline.close()  # again: it may be called more than once
 
 
@@ -380,3 +438,43 @@ def test_flight_whose_rows_all_died_lands_and_commits(traffic: Traffic) -> None:
         line.root, line.commits = child, []
     traffic.finish(line)
     traffic.settle()
+
+
+def test_a_job_waits_for_the_taps_that_its_source_needs(traffic: Traffic) -> None:
+    """Of a row that has not even been launched. A source that reads none is asked at once."""
+    traffic.rng, traffic.prompt = random.Random(1), 4
+    traffic.await_ready()
+    flight = Flight(traffic.next_flight(), opens=[traffic.open()])
+    line = traffic.lines[-1]
+    while line.root is None:
+        flight.parts.append(traffic.prefill(line))
+    traffic.ask([line.root])
+    if not traffic.taps:
+        traffic.settle()
+    traffic.launch(flight)
+    traffic.settle()
+    assert (traffic.starts["draft"] >= traffic.starts["stage 0"]) == traffic.taps
+    traffic.finish(line)
+    traffic.settle()
+    traffic.account()
+
+
+def test_a_job_that_waits_for_the_dead_is_let_go(traffic: Traffic) -> None:
+    """None of its rows is ever launched: one is cancelled while the job waits or is on its way."""
+    traffic.rng, traffic.prompt = random.Random(2), 1
+    traffic.await_ready()
+    opening = traffic.open()
+    line = traffic.lines[-1]
+    traffic.launch(Flight(traffic.next_flight(), [traffic.prefill(line)], [opening]))
+    traffic.settle()
+    assert line.root
+    for cancelled in ([0], [1], [0, 1]):
+        children = [traffic.new_node(token, 1, _taken(line.slots), line.root, line.root.path) for token in range(2)]
+        line.root.children += children
+        traffic.ask([line.root, *(children[index] for index in cancelled)])
+        for index in cancelled:
+            traffic.kill(line, children[index])
+        traffic.settle()
+    traffic.finish(line)
+    traffic.settle()
+    traffic.account()

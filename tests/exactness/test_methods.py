@@ -19,7 +19,7 @@ from fullpipe.model.stage import ModelStage
 from fullpipe.model.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.planning.partition import cut
-from fullpipe.policies import POLICIES, make_policy
+from fullpipe.policies import POLICIES, WITH_REFRESH, make_policy
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sources.draft_model import DraftModel
 from fullpipe.sources.mix import Mix
@@ -116,6 +116,33 @@ def test_nor_on_who_guesses(folders: dict[str, Path], stages: Callable[[int], li
     for kind, expected in truth.items():
         tokens, _ = run(Engine(InProcessPipeline(stages(3), source), make_policy("fullpipe")), PARAMS[kind])
         assert tokens == expected
+
+
+@pytest.mark.parametrize("method", WITH_REFRESH)
+def test_nor_on_asking_again(folders: dict[str, Path], stages: Callable[[int], list[ModelStage]],
+                             truth: dict[str, list[int]], method: str) -> None:
+    for kind, expected in truth.items():
+        pipeline = InProcessPipeline(stages(4), DraftModel(whole(folders["draft"])))
+        tokens, hit_rate = run(Engine(pipeline, make_policy(method, refresh=True), chunk=4), PARAMS[kind])
+        assert tokens == expected and hit_rate > 0.2
+
+
+def test_a_lossy_request_alters_what_it_says_it_does(folders: dict[str, Path], truth: dict[str, list[int]],
+                                                     stages: Callable[[int], list[ModelStage]]) -> None:
+    """Where nothing that flies passes, the text is the exact one; else it leaves it at the first altered token."""
+    changed = 0
+    for epsilon in (1.0, 0.1, 0.001):
+        pipeline = InProcessPipeline(stages(3), DraftModel(whole(folders["draft"])))
+        engine = Engine(pipeline, make_policy("spd"))
+        engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=24, accept_typical=epsilon)))
+        said = []
+        while engine.busy:
+            said += [event for event in engine.step() if isinstance(event, Emitted)]
+        first = next((index for index, event in enumerate(said) if event.altered), 24)
+        assert [event.token for event in said[:first]] == truth["greedy"][:first]
+        assert first == 24 or said[first].token != truth["greedy"][first]
+        changed += first < 24
+    assert changed, "a draft that is sometimes wrong, and weights that know little"
 
 
 def test_nor_on_other_requests_in_the_batch(folders: dict[str, Path], truth: dict[str, list[int]],

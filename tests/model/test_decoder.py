@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
+from fullpipe.messages import Flight, Opening, Part
 from fullpipe.model.decoder import DecoderSlice, Segment
 from fullpipe.model.files import ModelFiles
 from fullpipe.model.linear import can_pack
+from fullpipe.model.stage import build_stage
 from fullpipe.model.weights import open_model
+from fullpipe.pipeline.station import Tapped, Verdict
+from fullpipe.request import SamplingParams
 from tiny import FAMILIES, LAYERS, VOCAB, save, tiny_model, write_gguf
 
 CAPACITY = 80
@@ -321,3 +326,73 @@ def gguf_by_transformers(path: Path) -> PreTrainedModel:
             values[f"{ours}self_attn.{name}_proj.weight"] = rows.permute(0, 2, 1, 3).reshape(-1, 576)
     model.load_state_dict(values)
     return model.eval()
+
+
+# ---- taps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [[], [2], [1, 4]], ids=["1", "2", "3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taps_are_what_transformers_has_after_each_layer(
+        pair: Callable[..., Pair], family: str, cuts: list[int]) -> None:
+    model, folder = pair(family)
+    pipe = Pipe.of(open_model(folder), cuts)
+    with torch.inference_mode():
+        expected = model(torch.tensor([TEXT]), output_hidden_states=True).hidden_states
+    x, positions = torch.tensor(TEXT), torch.arange(len(TEXT))
+    mask = torch.ones(len(TEXT), len(TEXT), dtype=torch.bool).tril()
+    for part, arena in zip(pipe.slices, pipe.arenas):
+        layers = list(range(part.first_layer + 1, part.first_layer + part.num_layers + 1))
+        x, features = part.forward(x, positions, [Segment(0, len(TEXT), arena, positions, mask)], layers)
+        assert features.shape == (len(TEXT), len(layers), 64)
+        assert torch.equal(features[:, -1], x)
+        for column, layer in enumerate(layers):
+            if layer < LAYERS:  # the last one of transformers' has been through the norm
+                close(features[:, column], expected[layer][0])
+    close(pipe.slices[-1].logits(features[:, -1]), reference(model, TEXT))
+
+
+def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pair]) -> None:
+    _, folder = pair("qwen3")
+    part = Pipe.of(open_model(folder), []).slices[0]
+    x, positions = torch.tensor(TEXT), torch.arange(len(TEXT))
+    mask = torch.ones(len(TEXT), len(TEXT), dtype=torch.bool).tril()
+    plain = part.forward(x, positions, [Segment(0, len(TEXT), part.allocate(20), positions, mask)])
+    hidden, features = part.forward(x, positions, [Segment(0, len(TEXT), part.allocate(20), positions, mask)], [2, 5])
+    assert torch.equal(hidden, plain)
+    assert features.is_contiguous() and features.untyped_storage().data_ptr() != hidden.untyped_storage().data_ptr()
+
+
+def test_taps_of_a_step_without_rows(pair: Callable[..., Pair]) -> None:
+    _, folder = pair("llama")
+    first, second = Pipe.of(open_model(folder), [2]).slices
+    none = torch.empty(0, dtype=torch.int64)
+    hidden, features = first.forward(none, none, [], [1, 2])
+    assert features.shape == (0, 2, 64)
+    assert second.forward(hidden, none, [], [4])[1].shape == (0, 1, 64)
+
+
+def test_a_stage_taps_every_row_and_the_last_one_answers_too(pair: Callable[..., Pair]) -> None:
+    _, folder = pair("llama")
+    part = Part(0, [0, 1, 2], [-1, -1, 0], TEXT[:3], [0, 1, 2], [0, 1, 2], [[], [], []], [False, False, True])
+    stages = [build_stage(model=str(folder), first=first, last=last, is_first=first == 0, is_last=last == LAYERS,
+                          dtype="float32", taps=taps) for first, last, taps in [(0, 2, [1]), (2, LAYERS, [4, LAYERS])]]
+    plain = build_stage(model=str(folder), first=0, last=LAYERS, is_first=True, is_last=True, dtype="float32")
+    flight = Flight(0, [part], [Opening(0, 16, 3, SamplingParams())])
+    one = stages[0].run(flight, None)
+    assert isinstance(one, Tapped) and isinstance(one.result, Tensor)
+    two = stages[1].run(flight, one.result)
+    assert isinstance(two, Tapped)
+    assert (one.layers, one.features.shape) == ([1], (3, 1, 64))
+    assert (two.layers, two.features.shape) == ([4, LAYERS], (3, 2, 64))
+    answer = plain.run(flight, None)
+    assert isinstance(answer, Verdict)
+    assert (two.result.nodes, two.result.tokens) == ([0], answer.tokens)
+
+
+@pytest.mark.parametrize("taps", [[2], [6], [0], [4, 3], [3, 3]], ids=str)
+def test_taps_that_a_stage_does_not_make_are_refused(pair: Callable[..., Pair], taps: list[int]) -> None:
+    _, folder = pair("llama")
+    with pytest.raises(UsageError, match="layers 2 to 5 cannot be tapped") as caught:
+        build_stage(model=str(folder), first=2, last=5, is_first=False, is_last=True, dtype="float32", taps=taps)
+    assert caught.value.hint == "Give rising numbers of finished layers from 3 to 5."

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 
 from fullpipe.errors import ModelError
 from fullpipe.model.noise import gumbel, uniforms
-from fullpipe.model.sampling import History, RowContext, pick, process, rank
+from fullpipe.model.sampling import MOST_TYPICAL, History, RowContext, pick, process, rank, typical
 from fullpipe.request import SamplingParams
 
 VOCAB = 1000
@@ -337,3 +337,58 @@ def test_successive_tokens_of_a_seed_are_independent() -> None:
     probs = logits[0].softmax(-1)
     pairs = torch.bincount(first * 5 + second, minlength=25)
     assert p_value(pairs, torch.outer(probs, probs).flatten()) > 1e-6
+
+
+# ---- what a lossy request lets pass ----------------------------------------------------------------------
+
+
+def passing(probabilities: list[float], picked: int, epsilon: float, **params: float) -> list[int]:
+    logits = torch.tensor([probabilities]).log()
+    lossy = SamplingParams(accept_typical=epsilon, **params)  # type: ignore[arg-type]
+    return typical(logits, [row(lossy)], [picked])[0]
+
+
+def test_the_threshold_is_that_of_medusa() -> None:
+    """min(e, sqrt(e) exp(-H)): of 0.4, 0.35, 0.15, 0.1 with H = 1.249, sqrt(e) exp(-H) is 0.157 for e = 0.3."""
+    some = [0.4, 0.35, 0.15, 0.1]
+    assert passing(some, 0, 0.3) == [1]
+    assert passing(some, 3, 0.3) == [0, 1], "likeliest first, whatever was picked"
+    assert passing(some, 0, 0.25) == [1, 2], "0.143"
+    assert passing(some, 0, 0.1) == [1, 2, 3], "0.0907"
+    assert passing([0.98, 0.015, 0.005], 0, 0.01) == [1], "e itself is the threshold where the model is sure"
+
+
+def test_the_surer_the_model_the_less_passes() -> None:
+    logits = normal(3, 1, VOCAB)
+    numbers = [len(typical(logits / heat, [row(SamplingParams(accept_typical=0.3))], [0], most=VOCAB)[0])
+               for heat in (0.1, 0.5, 1.0, 2.0, 4.0)]
+    assert numbers == sorted(numbers) and numbers[0] <= 1 < numbers[-1]
+
+
+def test_nothing_is_said_of_exact_requests() -> None:
+    exact, lossy = row(SamplingParams(temperature=1.0)), row(SamplingParams(accept_typical=0.01))
+    logits = torch.zeros(2, 6)
+    assert typical(logits, [exact, exact], [0, 0]) == []
+    assert typical(logits, [exact, lossy], [0, 2]) == [[], [0, 1, 3, 4, 5]]
+
+
+def test_processors_come_first_and_noise_has_no_say() -> None:
+    some = [0.4, 0.35, 0.15, 0.1]
+    assert passing(some, 0, 0.01) == [1, 2, 3]
+    assert passing(some, 0, 0.01, temperature=1.0, top_k=2) == [1], "what a filter removes does not pass"
+    assert passing(some, 0, 0.3, temperature=0.2) == [1], "0.65 and 0.33"
+    assert passing(some, 0, 0.3, temperature=0.05) == [], "0.93"
+    assert {tuple(passing(some, 0, 0.3, temperature=1.0, seed=seed)) for seed in range(20)} == {(1,)}
+
+
+def test_padding_never_passes_and_no_more_than_so_many_do() -> None:
+    lossy = [row(SamplingParams(accept_typical=0.001))]
+    assert typical(torch.zeros(1, 64), lossy, [5], limit=4) == [[0, 1, 2, 3]]
+    assert len(typical(torch.zeros(1, 64), lossy, [5])[0]) == MOST_TYPICAL
+
+
+def test_logits_are_left_as_they_were() -> None:
+    logits = normal(4, 2, 50)
+    before = logits.clone()
+    typical(logits, [row(SamplingParams(accept_typical=0.2, temperature=0.7, repetition_penalty=1.3))] * 2, [0, 0])
+    assert torch.equal(logits, before)

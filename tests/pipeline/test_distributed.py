@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from fullpipe.errors import PipelineError, StationFailed, UsageError
-from fullpipe.messages import Event, Failed, Flight, Landed, Opening, Part, Ready
+from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Opening, Part, Ready
 from fullpipe.pipeline.distributed import DistributedPipeline
 from fullpipe.pipeline.scripted import hash_token
 from fullpipe.pipeline.spec import StationSpec
@@ -137,6 +137,113 @@ def test_draft_that_dies_is_named() -> None:
         failed = _until_failed(pipeline)
         assert failed.station == "draft"
         assert "SIGSEGV" in failed.reason
+
+
+def _tapping(count: int, **special: dict[str, Any]) -> list[StationSpec]:
+    return [StationSpec(spec.builder, spec.args | {"taps": [index + 1]})
+            for index, spec in enumerate(_stages(count, **special))]
+
+
+def _checker(needs: int) -> StationSpec:
+    return StationSpec("fullpipe.sources.scripted:TapChecker", {"truth": TRUTH, "needs": needs})
+
+
+def _job(number: int) -> Flight:
+    """About what flight `number` brings."""
+    job = _row(number)
+    job.top_k = 2
+    return job
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2], ids=["stage 0", "stage 1", "draft"])
+def test_station_that_is_killed_among_taps_is_named_at_once(victim: int) -> None:
+    """Stage 1 is at work, the draft has the taps of stage 0 and waits for more; all three roads are lost to someone."""
+    with DistributedPipeline(_tapping(2, stage_1={"delay_s": 0.3}), _checker(needs=2)) as pipeline:
+        pipeline.draft(_job(0))
+        pipeline.launch(_row(0))
+        _until(pipeline, Ready)
+        _until(pipeline, Ready)
+        _children()[victim].kill()
+        killed = time.monotonic()
+        failed = _until_failed(pipeline)
+        assert time.monotonic() - killed < 1
+        assert failed.station == ["stage 0", "stage 1", "draft"][victim]
+        assert "SIGKILL" in failed.reason
+
+
+def test_idle_station_that_is_killed_among_taps_is_named() -> None:
+    with DistributedPipeline(_tapping(2, stage_1={"delay_s": 0.3}), _checker(needs=2)) as pipeline:
+        pipeline.launch(_row(0))
+        _until(pipeline, Landed)
+        _children()[2].kill()
+        pipeline.launch(_row(1))
+        failed = _until_failed(pipeline)
+        assert failed.station == "draft"
+        assert "SIGKILL" in failed.reason
+
+
+def test_draft_that_waits_for_a_hung_stage_is_not_the_culprit() -> None:
+    """Its job is older than the flight that makes no progress."""
+    with DistributedPipeline(_tapping(2, stage_1={"delay_s": 60.0}), _checker(needs=2), timeout=0.6) as pipeline:
+        pipeline.draft(_job(0))
+        pipeline.launch(_row(0))
+        failed = _until_failed(pipeline)
+        assert failed.station == "stage 1"
+        assert "no progress for 0.6 s with flight 0" in failed.reason
+
+
+def test_job_whose_taps_nobody_sends_is_overdue() -> None:
+    with DistributedPipeline(_tapping(1), _checker(needs=2), timeout=0.5) as pipeline:
+        pipeline.draft(_job(0))
+        pipeline.launch(_row(0))
+        failed = _until_failed(pipeline)
+        assert failed.station == "draft"
+        assert "no progress for 0.5 s with job 0" in failed.reason
+
+
+def test_tap_that_is_not_what_it_should_be_is_reported() -> None:
+    """Stages that tap the same layer."""
+    stages = [StationSpec(spec.builder, spec.args | {"taps": [1]}) for spec in _stages(2)]
+    with DistributedPipeline(stages, _checker(needs=2)) as pipeline:
+        pipeline.draft(_job(0))
+        pipeline.launch(_row(0))
+        failed = _until_failed(pipeline)
+        assert failed.station == "draft"
+        assert failed.reason.startswith("AssertionError: flight 0 came again, or late")
+
+
+def test_draft_at_work_delays_no_stage_that_taps() -> None:
+    """Flights land while it works on one job, and their taps have all come by the next."""
+    flights = 20
+    with DistributedPipeline(_tapping(2), _checker(needs=1), pace={"draft": {1: 0.5}}) as pipeline:
+        pipeline.draft(_job(0))
+        for number in range(flights):
+            pipeline.launch(_row(number))
+        events: list[Event] = []
+        while not any(isinstance(event, Drafted) for event in events):
+            events += pipeline.events()
+        assert sum(isinstance(event, Landed) for event in events) == flights
+        assert pipeline.taps.count < 2 * flights, "what has come meanwhile waits"
+        pipeline.draft(_job(1))
+        _until(pipeline, Drafted)
+        assert pipeline.taps.count == 2 * flights
+
+
+def test_taps_that_the_source_does_not_read_are_dropped() -> None:
+    draft = StationSpec("fullpipe.pipeline.scripted:EchoSource")
+    with DistributedPipeline(_tapping(2), draft) as pipeline:
+        for number in range(3):
+            pipeline.launch(_row(number))
+        _landings(pipeline, 3)
+        pipeline.draft(_job(1))
+        _until(pipeline, Drafted)
+        assert pipeline.taps.count == 0
+
+
+def test_stages_may_tap_where_there_is_no_draft() -> None:
+    with DistributedPipeline(_tapping(1)) as pipeline:
+        pipeline.launch(_row(0))
+        assert _until(pipeline, Landed).nodes == [0]
 
 
 def test_draft_that_raises_is_named() -> None:

@@ -90,6 +90,29 @@ def test_every_link_takes_its_time() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("needs", [1, 2], ids=["first", "second"])
+def test_taps_take_the_time_of_their_own_links(needs: int) -> None:
+    """And a slow one delays neither flights nor the taps of other stages."""
+    links = Links([Link()], taps=[Link(0.05), Link(0.5, bandwidth=4e4)])
+    stages = [StationSpec(spec.builder, spec.args | {"taps": [index + 1]})
+              for index, spec in enumerate(_stages(0.0, 0.0))]
+    checker = StationSpec("fullpipe.sources.scripted:TapChecker", {"truth": TRUTH, "needs": needs})
+    with DistributedPipeline(stages, checker, links=links) as pipeline:
+        pipeline.draft(Flight(0, [Part(0, [0], [0], [7], [99], [99], [[]], [True])],
+                              [Opening(0, 164, 100, SamplingParams())], top_k=2))
+        pipeline.launch(_prompt(100))
+        events = _events_until(pipeline, Drafted, 1)
+        taps = pipeline.taps
+    (landed,) = [event for event in events if isinstance(event, Landed)]
+    (drafted,) = [event for event in events if isinstance(event, Drafted)]
+    size = 100 * 4 * 4  # the features alone
+    first, second = drafted.leg.start - landed.legs[0].end, drafted.leg.start - landed.legs[1].end
+    assert first >= 0.05
+    assert needs == 1 or second >= 0.5 + size / 4e4
+    assert taps.count == needs and taps.bytes > needs * size
+
+
+@pytest.mark.processes
 def test_latency_is_hidden_behind_the_flights_on_the_way() -> None:
     """Order and answers are kept, and as many flights are on a link at a time as its latency asks for."""
     flights, service, latency = 24, 0.01, 0.1

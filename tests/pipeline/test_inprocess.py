@@ -8,10 +8,12 @@ from itertools import pairwise
 import pytest
 
 from fullpipe.engine import Engine
-from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Opening, Part, Ready
+from fullpipe.errors import PipelineError
+from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Opening, Part, Ready, Tap
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.scripted import EchoSource, ScriptedStage
+from fullpipe.pipeline.station import TapCount
 from fullpipe.policies import make_policy
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sources.scripted import ScriptedSource
@@ -234,6 +236,174 @@ def test_what_has_waited_longest_goes_first() -> None:
     found = legs(play(one, 3))
     assert [leg.station for leg in found] == ["stage 0", "draft", "stage 0", "stage 1", "stage 0", "stage 1", "stage 1"]
     assert [leg.start for leg in found] == list(range(7))
+
+
+# ---- taps ----------------------------------------------------------------------------------------------------
+
+
+class Reader(EchoSource):
+    """Notes when taps come and when nodes are forgotten, and is ready when it has seen `needs` of each wanted node."""
+
+    def __init__(self, needs: int = 0) -> None:
+        super().__init__()
+        self.needs = needs
+        self.pipeline: InProcessPipeline | None = None
+        self.taken: list[tuple[float, int, list[int]]] = []
+        self.forgotten: list[tuple[float, list[int]]] = []
+        self.nodes: list[int] = []
+        self.seen: list[int] = []  # when it was last asked
+
+    def take(self, tap: Tap) -> None:
+        assert self.pipeline
+        self.taken.append((self.pipeline.now(), tap.flight.id, tap.layers))
+        self.nodes += [node for part in tap.flight.parts for node in part.nodes]
+
+    def ready(self, job: Flight) -> bool:
+        self.seen = list(self.nodes)
+        return all(self.nodes.count(node) >= self.needs for part in job.parts for node in part.nodes)
+
+    def forget(self, nodes: list[int]) -> None:
+        assert self.pipeline
+        self.forgotten.append((self.pipeline.now(), nodes))
+
+
+def tapped(taps: list[list[int]], source: EchoSource, **options: object) -> InProcessPipeline:
+    stages = [ScriptedStage(k, len(taps), TRUTH, taps=layers) for k, layers in enumerate(taps)]
+    one = InProcessPipeline(stages, source, **options)  # type: ignore[arg-type]
+    if isinstance(source, Reader):
+        source.pipeline = one
+    return one
+
+
+def asks(one: InProcessPipeline, *nodes: int, id: int = 0) -> None:
+    zeros = [0] * len(nodes)
+    part = Part(0, [], list(nodes), zeros, zeros, zeros, [[] for _ in nodes], [True] * len(nodes))
+    one.draft(Flight(id, [part], top_k=1))
+
+
+def drafted(one: InProcessPipeline) -> Drafted:
+    while True:
+        for event in one.events():
+            if isinstance(event, Drafted):
+                return event
+
+
+def test_taps_leave_when_the_stage_has_finished_and_take_their_own_links() -> None:
+    reader = Reader()
+    one = tapped([[1], [], [3, 4]], reader, links=Links([Link(0.5)] * 2, taps=[Link(0.25), Link(), Link(2.0)]))
+    play(one, 2)
+    with pytest.raises(PipelineError, match="nothing is under way"):
+        one.events()  # the last taps come after the last landing
+    assert reader.taken == [(1.25, 0, [1]), (2.25, 1, [1]), (6.0, 0, [3, 4]), (7.0, 1, [3, 4])]
+    assert one.taps.count == 4
+
+
+def test_a_tap_is_as_large_as_its_layers() -> None:
+    """Two layers of one row, 100 bytes each: 2 s on a link of 100 bytes a second, and the next waits for it."""
+    reader = Reader()
+    one = tapped([[1, 2]], reader, links=Links([], taps=[Link(bandwidth=100.0)]), message_bytes=lambda rows: 100 * rows)
+    play(one, 2)
+    with pytest.raises(PipelineError, match="nothing is under way"):
+        one.events()
+    assert [time for time, *_ in reader.taken] == [3.0, 5.0]
+    assert one.taps == TapCount(2, 400)
+
+
+def test_taps_delay_no_stage() -> None:
+    """However slow their link, and even where a stage holds its flight because the next is slow."""
+    options = {"links": Links([Link(0.3)] * 2, taps=[Link(50.0, 1.0)] * 3), "costs": given(stage_2=3.0),
+               "message_bytes": lambda rows: rows}
+    reader = Reader()
+    with_taps = play(tapped([[1], [2], [3]], reader, **options), 8)
+    assert with_taps == play(tapped([[], [], []], EchoSource(), **options), 8)
+    assert not reader.taken
+
+
+def test_a_stage_that_holds_its_flight_has_sent_its_tap() -> None:
+    reader = Reader()
+    events = play(tapped([[1], []], reader, costs=given(stage_1=3.0)), 4)
+    ends = [end for _, end in spans(events, "stage 0")]
+    assert [time for time, *_ in reader.taken] == ends
+    assert ends[2:] != [time.start for time in (event.legs[1] for event in landings(events))][2:], "it did hold some"
+
+
+@pytest.mark.parametrize(("needs", "start"), [(0, 0.0), (1, 1.0), (2, 2.0), (3, 7.5)])
+def test_a_job_begins_when_its_last_tap_comes(needs: int, start: float) -> None:
+    """At that very instant, be the link instant (stage 0 and 1) or not; before it nobody is asked."""
+    one = tapped([[1], [2], [3]], Reader(needs), links=Links([Link()] * 2, taps=[Link(), Link(), Link(4.5)]))
+    asks(one, 0)
+    one.launch(flight(0))
+    assert drafted(one).leg.start == start
+
+
+def test_jobs_behind_one_that_waits_keep_their_order() -> None:
+    reader = Reader(1)
+    one = tapped([[1]], reader)
+    asks(one, 1, id=0)
+    asks(one, 0, id=1)
+    events = play(one, 2)
+    while len(found := [event for event in events if isinstance(event, Drafted)]) < 2:
+        events += one.events()
+    assert [(event.job, event.leg.start) for event in found] == [(0, 2.0), (1, 3.0)]
+
+
+def test_a_waiting_job_leaves_its_device_to_others() -> None:
+    one = tapped([[1], [2]], Reader(2), device_of=lambda station: "only")
+    asks(one, 0)
+    found = legs([*play(one, 1), drafted(one)])
+    assert [(leg.station, leg.start) for leg in found] == [("stage 0", 0.0), ("stage 1", 1.0), ("draft", 2.0)]
+
+
+@pytest.mark.parametrize(("latency", "size"), [(0.0, 1e9), (0.75, 1e9), (0.75, 64.0)])
+def test_a_cancel_lets_a_job_go_after_its_latency(latency: float, size: float) -> None:
+    """Or when the job itself arrives, where the cancel has overtaken it."""
+    reader = Reader(1)
+    one = tapped([[1]], reader, links=Links([], draft=Link(latency, size)))
+    play(one, 1)
+    assert one.now() == 1.0
+    asks(one, 0, 5, id=3)
+    one.cancel([5, 6])
+    event = drafted(one)
+    assert [expansion.node for expansion in event.expansions] == event.leg.nodes == [0]
+    assert reader.forgotten == [(1 + latency, [5, 6])]
+    assert event.leg.start == pytest.approx(1 + latency + 128 / size)
+
+
+def test_a_job_that_waits_already_is_let_go_by_a_cancel() -> None:
+    reader = Reader(1)
+    one = tapped([[1]], reader, links=Links([], draft=Link(0.25)))
+    asks(one, 0, 5)
+    play(one, 1)
+    assert one.now() == 1.0 and reader.nodes == [0]
+    one.cancel([5])
+    event = drafted(one)
+    assert (event.leg.start, event.leg.nodes) == (1.25, [0])
+
+
+@pytest.mark.parametrize("latency", [0.0, 0.5])
+def test_a_job_that_begins_when_a_tap_comes_sees_it(latency: float) -> None:
+    """Though it needs none, and was on its way before the stage had begun."""
+    reader = Reader()
+    one = tapped([[1]], reader, links=Links([], draft=Link(1 + latency), taps=[Link(latency)]))
+    asks(one, 0)
+    one.launch(flight(0))
+    assert drafted(one).leg.start == 1 + latency
+    assert reader.seen == [0]
+
+
+def test_a_source_that_reads_no_taps_gets_none() -> None:
+    one = tapped([[1], [2]], EchoSource())
+    play(one, 3)
+    assert one.taps == TapCount()
+
+
+def test_a_job_that_can_never_begin_is_an_error() -> None:
+    one = tapped([[1]], Reader(1))
+    asks(one, 5, id=4)
+    play(one, 1)
+    with pytest.raises(PipelineError, match="draft job 4 waits for hidden states") as caught:
+        one.events()
+    assert caught.value.hint
 
 
 # ---- determinism -------------------------------------------------------------------------------------------

@@ -53,11 +53,13 @@ def test_bandwidth_limits_throughput() -> None:
 
 @given(links)
 def test_links_return_from_plain_json(link: Link) -> None:
-    values = Links([link, Link()], to_first=Link(0.25), landing=link, draft=Link(bandwidth=1e6))
+    values = Links([link, Link()], to_first=Link(0.25), landing=link, draft=Link(bandwidth=1e6),
+                   taps=[Link(), link, Link(0.5)])
     plain = json.loads(json.dumps(values.to_dict(), allow_nan=False))
     assert Links.from_dict(plain) == values
-    around = Around.of(values, 1, 3)
-    assert Around.from_dict(json.loads(json.dumps(around.to_dict(), allow_nan=False))) == around
+    for rank in (1, 3):
+        around = Around.of(values, rank, 3)
+        assert Around.from_dict(json.loads(json.dumps(around.to_dict(), allow_nan=False))) == around
 
 
 @pytest.mark.parametrize("arguments", [{"latency_s": -1e-9}, {"latency_s": math.inf}, {"latency_s": math.nan},
@@ -96,11 +98,27 @@ def test_with_the_window_a_link_is_never_what_limits(service: float) -> None:
 
 def test_even_links_leave_out_the_way_to_stage_0_and_the_draft() -> None:
     link = Link(0.02)
-    assert Links.even(3, link) == Links([link, link], landing=link)
+    assert Links.even(3, link) == Links([link, link], landing=link, taps=[Link(), link, link])
     assert Links.even(1, link) == Links([])
     assert Links.even(3, link).longest_s == 0.02
     with pytest.raises(UsageError, match="3 stages need 2 links"):
         Links.even(4, link).check(3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_taps_have_a_link_from_every_stage_or_none(count: int) -> None:
+    Links([Link()] * 2, taps=[Link()] * 3).check(3)
+    with pytest.raises(UsageError, match=rf"3 stages have 3 links to the draft \(got {count}\)") as caught:
+        Links([Link()] * 2, taps=[Link()] * count).check(3)
+    assert caught.value.hint
+
+
+def test_taps_without_links_are_instant() -> None:
+    plain = Links([Link(1.0)])
+    assert plain.tap(1) == Link() and Links.from_dict(plain.to_dict()) == plain
+    assert Links([Link(1.0)], taps=[Link(), Link(3.0)]).tap(1) == Link(3.0)
+    assert Links([Link(1.0)], taps=[Link(), Link(3.0)]).longest_s == 3.0
+    assert Links.from_dict({name: value for name, value in plain.to_dict().items() if name != "taps"}) == plain
 
 
 def test_around_each_station() -> None:
@@ -110,6 +128,9 @@ def test_around_each_station() -> None:
     assert Around.of(values, 1, 2) == Around(inward=a, ready=b, answer=c, cancel_s=0.1)
     assert Around.of(values, 2, 2) == Around(inward=d, ready=Link(), answer=d, cancel_s=0.4)
     assert Around.of(Links([Link()]), 1, 2).instant
+    around = Around.of(Links([Link()], taps=[Link(), d]), 2, 2)
+    assert around == Around(Link(), Link(), Link(), 0.0, [Link(), d]) and not around.instant
+    assert around.tap(1) == d and Around.of(values, 2, 2).tap(1) == Link()
 
 
 def test_pace_is_straight_between_its_points_and_goes_on() -> None:

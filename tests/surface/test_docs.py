@@ -125,6 +125,9 @@ def test_a_command_exists_with_its_options(command: Found) -> None:
     words = command.what.split()
     verb = root if words[0].startswith("-") else root.commands.get(words[0])
     assert verb is not None, f"{command}: no verb {words[0]}"
+    if hasattr(verb, "commands") and verb is not root:  # a family of verbs, such as `convert spd`
+        assert words[1] in verb.commands, f"{command}: no verb {words[1]}"
+        verb = verb.commands[words[1]]
     known = {option for parameter in verb.params for option in parameter.opts} | {"--help", "-h"}
     used = {word.split("=")[0].rstrip(",.;)]") for word in words if re.match(r"\[?--?[a-z]", word)}
     assert {word.lstrip("[") for word in used} <= known, f"{command}: known are {sorted(known)}"

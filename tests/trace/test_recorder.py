@@ -32,7 +32,8 @@ EVENTS: list[Event] = [
     Launched(0.125, 3, [7, 8], [-1, 7], [11, 12], [4, 5]),
     Drafted(0.1 + 0.2, 1, [Expansion(7, [1, 2], [-0.5, -3.25], [-1, 0]), Expansion(8, [], [], [])],
             Leg("draft", 0.1, 0.2, [7, 8])),
-    Landed(1e-9, 3, [7], [42], [math.inf], [Leg("stage 0", 0.0, 0.5, [7, 8]), Leg("stage 1", 0.5, 1.0, [7])]),
+    Landed(1e-9, 3, [7], [42], [math.inf], [Leg("stage 0", 0.0, 0.5, [7, 8]), Leg("stage 1", 0.5, 1.0, [7])],
+           [[41, 43]]),
     Emitted(2.0, 0, 7, 42, 4, True),
     Emitted(2.0, 0, 9, 43, 5, False, 0.75),
     Emitted(2.0, 0, 9, 44, 6, False, math.inf),
@@ -60,7 +61,7 @@ def test_one_line_per_event_with_its_type(tmp_path: Path) -> None:
     lines = (tmp_path / "trace.jsonl").read_bytes().splitlines()
     assert len(lines) == len(EVENTS)
     assert json.loads(lines[4]) == {"type": "Emitted", "time": 2.0, "request": 0, "node": 7, "token": 42,
-                                    "position": 4, "hit": True, "margin": None}
+                                    "position": 4, "hit": True, "margin": None, "altered": False}
 
 
 def refuse(constant: str) -> None:

@@ -130,17 +130,128 @@ def test_a_chained_child_that_nobody_else_names_loses_half() -> None:
     t.check()
 
 
-def test_the_horizon_of_launches_is_that_of_the_best_that_wait() -> None:
+def test_the_launch_cutoff_is_that_of_the_best_that_wait() -> None:
     t = tree()
-    assert t.horizon_of_launches(2) == -math.inf, "only the root waits"
+    assert t.launch_cutoff(2) == -math.inf, "only the root waits"
     t.launch(t.root)
     t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.3)))
     (one,) = t.take_unlaunched(1, -math.inf)
     t.launch(one)
     t.propose(one, guesses(one, (3, 0.5)))
-    assert t.horizon_of_launches(1) == pytest.approx(math.log(0.3))
-    assert t.horizon_of_launches(2) == pytest.approx(math.log(0.25))
-    assert t.horizon_of_launches(3) == -math.inf
+    assert t.launch_cutoff(1) == pytest.approx(math.log(0.3))
+    assert t.launch_cutoff(2) == pytest.approx(math.log(0.25))
+    assert t.launch_cutoff(3) == -math.inf
+
+
+def test_a_newer_answer_replaces_the_older_one() -> None:
+    t = tree()
+    t.launch(t.root)
+    t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.2), (3, 0.1)))
+    one, _ = t.take_unlaunched(2, -math.inf)
+    t.launch(one)
+    t.propose(one, guesses(one, (5, 0.8), (6, 0.1)))
+    (five,) = t.take_unlaunched(1, -math.inf)
+    t.launch(five)
+    t.propose(t.root, guesses(t.root, (4, 0.6), (1, 0.3), (2, 0.05)))
+    worth = {node.token: round(math.exp(node.cum), 4) for node in t.nodes() if node is not t.root}
+    assert worth == {1: 0.3, 5: 0.24, 2: 0.05}, "launched or not, with all that is below"
+    assert [(round(math.exp(cum), 4), token) for cum, token in t.root.guesses] == [(0.6, 4)], "3 is gone"
+    assert [(round(math.exp(cum), 4), token) for cum, token in one.guesses] == [(0.03, 6)]
+    assert [node.token for node in t.take_unlaunched(9, -math.inf)] == [4, 2, 6]
+    t.check()
+
+
+def test_a_child_that_a_newer_answer_does_not_name_is_no_likelier_than_its_last() -> None:
+    t = tree()
+    t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.01)))
+    t.take_unlaunched(3, -math.inf)
+    t.propose(t.root, guesses(t.root, (3, 0.4), (4, 0.1)))
+    assert {token: round(math.exp(child.cum), 4) for token, child in t.root.children.items()} == {1: 0.1, 2: 0.01}
+    t.propose(t.root, Expansion(t.root.id, [], [], []))
+    assert math.exp(t.root.children[1].cum) == pytest.approx(0.1), "who knows nothing does not doubt"
+    assert [token for _, token in t.root.guesses] == [4, 3]
+    t.check()
+
+
+def flight(t: TokenTree, *nodes: Node) -> None:
+    t.new_flight()
+    for node in nodes:
+        t.launch(node)
+
+
+def test_nodes_in_flight_are_worth_asking_about_again_once_they_have_moved() -> None:
+    t = tree()
+    flight(t, t.root)
+    t.ask(t.root)
+    assert t.deepened(9) == [], "an answer is awaited"
+    t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.2)))
+    assert t.deepened(9) == [], "it has not moved"
+    one, two = t.take_unlaunched(2, -math.inf)
+    t.ask(one)
+    t.propose(one, guesses(one, (5, 0.9)))
+    flight(t, one)
+    assert t.deepened(9) == [t.root], "1 was asked about before it entered, and stands where it did"
+    flight(t, two)
+    assert t.deepened(9) == [t.root, one], "nobody has asked about 2 at all"
+    assert t.deepened(1) == [t.root]
+    t.ask(t.root)
+    assert t.deepened(9) == [one]
+    t.land(t.root, 1)
+    t.advance()
+    assert t.deepened(9) == [one], "committed nodes are over, the root in flight is not"
+
+
+def test_an_overtaker_is_likelier_than_every_launched_sibling() -> None:
+    t = tree()
+    flight(t, t.root)
+    t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.3), (3, 0.1)))
+    assert t.overtakers(9, -math.inf) == [], "nothing has been launched there to be overtaken"
+    one, _ = t.best_children([t.root], 2, -math.inf)
+    flight(t, one)
+    assert t.overtakers(9, -math.inf) == []
+    t.propose(t.root, guesses(t.root, (3, 0.5), (2, 0.3), (1, 0.1)))
+    late = t.overtakers(9, -math.inf)
+    assert [node.token for node in late] == [3], "one per parent"
+    assert t.overtakers(9, math.log(0.6)) == [] and t.overtakers(0, -math.inf) == []
+    flight(t, *late)
+    assert t.overtakers(9, -math.inf) == [], "2 is no likelier than 3, which is launched now"
+    assert t.newest_flight() == late
+    t.land(t.root, 1)
+    t.advance()
+    assert t.newest_flight() == [one], "of what lives"
+
+
+def test_of_what_passes_the_targets_own_token_comes_first_and_only_what_flies_counts() -> None:
+    def step(next_token: int, others: list[int]) -> tuple[int, bool, bool]:
+        t = tree()
+        t.launch(t.root)
+        t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.3), (3, 0.1)))
+        for node in t.take_unlaunched(3, -math.inf)[:2]:
+            t.launch(node)
+        t.land(t.root, next_token, others)
+        done = t.advance()
+        assert done is not None
+        t.check()
+        return done.token, done.hit, done.altered
+
+    assert step(2, [1]) == (2, True, False)
+    assert step(9, [3, 8, 2, 1]) == (2, True, True), "3 is proposed and 8 unknown"
+    assert step(3, [2]) == (2, True, True), "3 itself has not been launched"
+    assert step(3, [8]) == (3, False, False)
+    assert step(9, []) == (9, False, False)
+
+
+def test_moving_to_and_fro_leaves_heaps_small_and_orders_right() -> None:
+    t = tree()
+    t.propose(t.root, guesses(t.root, (1, 1.0), (2, 0.5)))
+    (_, one, *_) = t.take_unlaunched(3, -math.inf)
+    t.propose(one, guesses(one, (3, 1.0)))
+    t.take_unlaunched(9, -math.inf)
+    for number in range(400):
+        t.propose(t.root, guesses(t.root, *([(1, 1.0), (2, 0.5)] if number % 2 else [(2, 0.9), (1, 0.1)])))
+        t.check()
+    assert [node.token for node in t.take_unlaunched(9, -math.inf)] == [1, 3, 2]
+    assert max(len(t._unlaunched), len(t._unasked), len(t._frontier)) <= 65 + 4 * t.num_live
 
 
 def test_dead_and_committed_nodes_take_no_guesses_and_no_landings() -> None:
@@ -181,8 +292,8 @@ def offered(t: TokenTree) -> list[float]:
     return sorted(values, reverse=True)
 
 
-ACTIONS = st.lists(st.tuples(st.sampled_from(["propose", "chain", "launch", "layer", "ask", "land", "miss"]),
-                             st.integers(0, 2**16)), max_size=60)
+KINDS = ("propose", "chain", "launch", "layer", "late", "ask", "again", "land", "miss")
+ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2**16)), max_size=60)
 
 
 @given(ACTIONS)
@@ -202,8 +313,17 @@ def test_any_allowed_order_keeps_every_invariant(actions: list[tuple[str, int]])
             taken = t.take_unlaunched(1 + number % 4, -9.0)
             expected = [cum for cum in best[: 1 + number % 4] if cum >= t.root.cum - 9.0]
             assert [n.cum for n in taken] == expected, "not the best ones"
-            for n in taken:
-                t.launch(n)
+            flight(t, *taken)
+        elif action == "late":
+            late = t.overtakers(2, -9.0)
+            for n in late:
+                family = n.parent.children.values() if n.parent else ()
+                assert all(n.cum > other.cum for other in family if other.state is not State.PROPOSED)
+            flight(t, *late)
+        elif action == "again":
+            for n in t.deepened(3):
+                assert n.state is State.IN_FLIGHT and n.answered and not n.waiting
+                t.ask(n)
         elif action == "layer" and t.root.state is not State.PROPOSED:
             children = t.best_children(t.newest_layer(), 3, -9.0)
             assert [n.cum for n in children] == sorted((n.cum for n in children), reverse=True)
@@ -212,7 +332,7 @@ def test_any_allowed_order_keeps_every_invariant(actions: list[tuple[str, int]])
         elif action == "ask":
             for n in t.take_unasked(2, -9.0):
                 assert not n.asked
-                n.asked = True
+                t.ask(n)
         elif action in ("land", "miss") and t.root.state is State.IN_FLIGHT:
             launched = sorted(child.token for child in t.root.children.values() if child.state is not State.PROPOSED)
             truth = launched[number % len(launched)] if launched and action == "land" else number % 5

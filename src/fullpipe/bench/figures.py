@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Apart for every kind of colour vision, on white and on black.
-_COLOURS = {"pp": "#8a8f98", "chain": "#c99700", "static-tree": "#3d9bd6", "pipedec": "#0f9d76", "fullpipe": "#d9541e"}
+_COLOURS = {"pp": "#8a8f98", "chain": "#c99700", "static-tree": "#3d9bd6", "pipedec": "#0f9d76", "spd": "#8b5fbf",
+            "ppsd": "#b0548c", "fullpipe": "#d9541e"}
 _OTHERS = ("#9a6fd0", "#c2608f", "#7c8f2e", "#5c7fa8")
 _INK = "#010203"  # stands for the page's own colour, which only the page knows
 _HOT = "#d9541e"

@@ -58,4 +58,6 @@ def candidates(method: str, drafts: Sequence[str], widths: Sequence[int],
             return [Setting(method, draft, width, depth)
                     for draft, width, depth in product(drafts, widths, depths or TREE_DEPTHS)
                     if width * depth <= _TREE_ROWS]
+        case "spd" | "ppsd":
+            return [Setting(method, draft, width) for draft, width in product(drafts, dict.fromkeys((1, *widths)))]
     return [Setting(method, draft, width) for draft, width in product(drafts, widths)]

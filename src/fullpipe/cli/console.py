@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -144,3 +145,38 @@ class StepBar(_Bar):
             self._bar.add_task("", total=total)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], description=f"{self._what} ({subject})", completed=done, total=total)
+
+
+class ShareBar(_Bar):
+    """Progress by shares of the whole, with figures: a bar with the time that is left on a terminal, a line every half
+    minute elsewhere. Use it in a `with`."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+        self._begun = self._told = time.monotonic()
+        self._first: float | None = None
+
+    def __call__(self, step: int, share: float, figures: str) -> None:
+        if self._first is None:  # a run that goes on does not begin at 0
+            self._first, self._begun = share, time.monotonic()
+        if sys.stderr.isatty():
+            self._draw(step, share, figures)
+        elif time.monotonic() - self._told > 30:
+            self._told = time.monotonic()
+            print_note(f"{self._what}: step {step}, {share:.1%}, {figures}{self._left(share)}")
+
+    def _left(self, share: float) -> str:
+        done = share - (self._first or 0.0)
+        return f", {(time.monotonic() - self._begun) * (1 - share) / done / 60:.0f} min left" if done > 0 else ""
+
+    def _draw(self, step: int, share: float, figures: str) -> None:
+        from rich import progress
+
+        if self._bar is None:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
+                progress.TimeRemainingColumn(), console=error_console(), transient=True)
+            self._bar.add_task("", total=1.0)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], description=f"{self._what}: step {step}, {figures}", completed=share)

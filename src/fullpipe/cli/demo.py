@@ -11,6 +11,7 @@ import typer
 from fullpipe.cli import console, options
 from fullpipe.cli.generate import fetch_all
 from fullpipe.cli.watch import PipelineLine
+from fullpipe.policies import make_policy
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def demo(
     model: options.Model = options.DEFAULT_MODEL,
     draft: options.Draft = "auto",
     stages: options.Stages = 8,
-    width: options.Width = 8,
+    width: options.Width = None,
     max_new_tokens: options.MaxNewTokens = 96,
     dtype: options.DtypeOption = options.Dtype.auto,
     link_ms: options.LinkMs = 0.5,
@@ -35,7 +36,7 @@ def demo(
     fetch_all(model, draft, "fullpipe")
     from fullpipe.llm import LLM
 
-    line = PipelineLine(stages, width)
+    line = PipelineLine(stages, make_policy("fullpipe", width=width).width)
     messages = [{"role": "user", "content": options.read_prompt(prompt)}]
     params = SamplingParams(max_tokens=max_new_tokens)
     with LLM(model, draft=draft, stages=stages, width=width, dtype=dtype.value, link_ms=link_ms, threads=threads,

@@ -28,8 +28,10 @@ def generate(
     draft: options.Draft = "auto",
     stages: options.Stages = 8,
     method: options.MethodOption = options.Method.fullpipe,
-    width: options.Width = 8,
+    width: options.Width = None,
     depth: options.Depth = None,
+    refresh: options.Refresh = None,
+    accept: options.Accept = "exact",
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -61,7 +63,8 @@ def generate(
     """Answer a prompt; the text streams to standard output as it is committed."""
     text = options.read_prompt(prompt)
     params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                            repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()))
+                            repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
+                            accept_typical=options.parse_accept(accept))
     asked = options.as_prompt(text, system, no_chat_template)
     if cluster is not None:
         from fullpipe.planning.cluster import Cluster
@@ -78,10 +81,10 @@ def generate(
         from fullpipe.llm import LLM
 
         llm = stack.enter_context(LLM(
-            model, draft=draft, stages=stages, method=method.value, width=width, depth=depth, dtype=dtype.value,
-            pipeline=pipeline.value, clock=clock.value, costs=costs.value, link_ms=link_ms, link_mbit=link_mbit,
-            cluster=cluster, threads=threads, timeout=timeout, start_timeout=start_timeout, listeners=listeners,
-            progress=console.print_note))
+            model, draft=draft, stages=stages, method=method.value, width=width, depth=depth, refresh=refresh,
+            dtype=dtype.value, pipeline=pipeline.value, clock=clock.value, costs=costs.value, link_ms=link_ms,
+            link_mbit=link_mbit, cluster=cluster, threads=threads, timeout=timeout, start_timeout=start_timeout,
+            listeners=listeners, progress=console.print_note))
         traces.tokenizer = llm.tokenizer
         stack.enter_context(traces)
         if watcher is None:
@@ -160,7 +163,8 @@ def _conclude(completion: Completion, as_json: bool) -> None:
 def summary(completion: Completion) -> str:
     """One line on how it went."""
     told, timing = completion.speculation, completion.timing
-    return (f"[{completion.usage['completion_tokens']} tokens, {completion.finish_reason}; {told['method']} on "
+    lossy = "" if told["accept"] == "exact" else f" ({told['altered_tokens']} altered, {told['accept']})"
+    return (f"[{completion.usage['completion_tokens']} tokens{lossy}, {completion.finish_reason}; {told['method']} on "
             f"{told['stages']} stages: {told['steps_per_token']:.2f} steps per token, hit rate "
             f"{told['hit_rate']:.0%}, fill {told['fill']:.0%}; TBT {1e3 * timing['tbt_s']:.1f} ms in "
             f"{timing['clock']} time; {timing['wall_s']:.1f} s here]")

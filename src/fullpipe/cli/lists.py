@@ -7,14 +7,14 @@ import math
 from fullpipe.errors import UsageError
 
 
-def integers(text: str, option: str) -> list[int]:
-    """Raises UsageError naming the option for what is no list of whole numbers from 1 on."""
+def integers(text: str, option: str, *, least: int = 1) -> list[int]:
+    """Raises UsageError naming the option for what is no list of whole numbers from `least` on."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise UsageError(f"{option} takes whole numbers from 1 on with commas between (got {text!r})",
+        found = [least - 1]
+    if min(found) < least:
+        raise UsageError(f"{option} takes whole numbers from {least} on with commas between (got {text!r})",
                          hint=f"For example {option} 1,2,4.")
     return found
 

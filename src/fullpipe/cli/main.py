@@ -12,7 +12,22 @@ from typing import Annotated
 
 import typer
 
-from fullpipe.cli import bench, demo, generate, modelled, models, profile, pull, record, report, show, trace, verify
+from fullpipe.cli import (
+    bench,
+    convert,
+    demo,
+    generate,
+    modelled,
+    models,
+    profile,
+    pull,
+    record,
+    report,
+    show,
+    trace,
+    train,
+    verify,
+)
 from fullpipe.cli.verb import verb
 from fullpipe.threads import share_the_machine
 
@@ -58,3 +73,5 @@ def _root(
 
 for _function in _VERBS:
     app.command()(verb(_function))
+app.add_typer(train.app, name="train")
+app.add_typer(convert.app, name="convert")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fullpipe.errors import PromptError
+from fullpipe.errors import PromptError, UsageError
 from fullpipe.hub import DEFAULT_TARGET
 
 
@@ -17,6 +17,8 @@ class Method(StrEnum):
     chain = "chain"
     static_tree = "static-tree"
     pipedec = "pipedec"
+    spd = "spd"
+    ppsd = "ppsd"
     fullpipe = "fullpipe"
 
 
@@ -47,9 +49,16 @@ Draft = Annotated[str, typer.Option("--draft", "-d", help="Who guesses: auto (ng
                                     "ngram, a model, or several with commas between.")]
 Stages = Annotated[int, typer.Option("--stages", help="Pipeline stages to cut the model into.")]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which nodes enter the pipeline, and when.")]
-Width = Annotated[int, typer.Option("--width", help="Tree nodes per flight at most; pp and chain have none.")]
+Width = Annotated[int | None, typer.Option("--width", help="Tree nodes per flight at most: 8, or 1 with spd and ppsd, "
+                                           "if not given; pp and chain have none.", show_default=False)]
 Depth = Annotated[int | None, typer.Option("--depth", help="Tokens guessed per traversal; for chain and "
                                      "static-tree alone.")]
+Refresh = Annotated[bool | None, typer.Option("--refresh/--no-refresh", help="Ask the draft again about tokens in "
+                                              "flight: one that reads hidden states answers better (spd, fullpipe).",
+                                              show_default=False)]
+Accept = Annotated[str, typer.Option("--accept", metavar="exact|typical:EPS", help="exact: the model's own text. "
+                                     "typical:EPS: LOSSY, a guessed token may stand where the model would have said "
+                                     "another (0 < EPS <= 1; the smaller, the more).")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="End after so many new tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0: all.")]
@@ -82,6 +91,21 @@ NoChatTemplate = Annotated[bool, typer.Option("--no-chat-template", help="Contin
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
 
 DEFAULT_MODEL = DEFAULT_TARGET
+
+
+def parse_accept(text: str) -> float:
+    """`SamplingParams.accept_typical` of an `--accept`: 0 for "exact". Raises UsageError for anything else."""
+    if text == "exact":
+        return 0.0
+    kind, _, number = text.partition(":")
+    try:
+        epsilon = float(number) if kind == "typical" else 0.0
+    except ValueError:
+        epsilon = 0.0
+    if not 0 < epsilon <= 1:
+        raise UsageError(f"--accept takes exact, or typical:EPS with EPS above 0 and at most 1 (got {text!r})",
+                         hint="exact is the model's own text; typical:0.3 lets likely guesses stand in its place.")
+    return epsilon
 
 
 def read_prompt(prompt: str) -> str:

@@ -50,8 +50,9 @@ def verify(
     stages: options.Stages = 8,
     method: Annotated[list[options.Method] | None, typer.Option("--method", help="Check this method; may be repeated. "
                                                                 "Default: all.")] = None,
-    width: options.Width = 8,
+    width: options.Width = None,
     depth: options.Depth = None,
+    accept: options.Accept = "exact",
     limit: Annotated[int | None, typer.Option("--limit", help="Use the first so many prompts.")] = None,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
@@ -79,6 +80,9 @@ def verify(
     methods = [chosen.value for chosen in method or list(options.Method) if chosen is not options.Method.pp]
     if not methods:
         raise UsageError("nothing to compare with pp", hint="Name another method, or none for all of them.")
+    if options.parse_accept(accept):
+        raise UsageError(f"verify checks that texts are identical, and --accept {accept} makes them differ",
+                         hint="Leave it out. What it alters, `fullpipe generate --accept` says.")
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise UsageError(f"the tolerance must be 0 or more, and finite (got {tolerance:g})")
     # Begun with a method that has a depth, if one is given; the model keeps it for the others that do.

@@ -27,14 +27,15 @@ class ChatTemplate:
         self.source = source
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation as the model expects it, ending where its answer begins.
+    def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool = True) -> str:
+        """The conversation as the model expects it, ending where its answer begins (generation_prompt) or after the
+        last message.
 
         Raises `UsageError` when the template refuses the messages, `UnsupportedModel` when it is no template.
         """
         try:
             return self._compiled.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
+                messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt, **self._tokens
             )
         except jinja2.TemplateError as error:
             raise UsageError(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,7 @@ class DecoderSlice:
                  dtype: torch.dtype, packed: bool | None = None) -> None:
         assert 0 <= first_layer <= last_layer <= files.config.num_layers
         self.config = files.config
+        self.first_layer = first_layer
         self.dtype = dtype
         self.packed = can_pack(dtype) if packed is None else packed
         self._turner = _Turner(self.config, dtype)
@@ -127,26 +128,41 @@ class DecoderSlice:
         """An empty arena for one request on this slice."""
         return KVArena.allocate(self.config, self.num_layers, capacity, self.dtype)
 
+    @overload
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
+                taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+
     @torch.inference_mode()
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
+                taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
         """Run a step through the slice.
 
         x: token ids, int64 [rows], where the slice has the embedding; else hidden states [rows, hidden].
         positions: int64 [rows], for RoPE. segments: whose rows these are; they cover all rows.
 
-        Returns hidden states [rows, hidden] in the slice's dtype. Within a layer all rows write their keys and
-        values before any row attends, so rows of one step may be ancestors of each other.
+        taps: after how many layers of the model hidden states are wanted, rising; first_layer < each <= the slice's
+        last. What layer b - 1 put out is tap b; no norm is applied.
+
+        Returns hidden states [rows, hidden] in the slice's dtype; with taps also [rows, len(taps), hidden], memory of
+        its own. Within a layer all rows write their keys and values before any row attends, so rows of one step may
+        be ancestors of each other.
         """
         rows = x.shape[0]
         hidden = x if self._embedding is None else F.embedding(x, self._embedding)
         if not self._layers or not rows:
-            return hidden
+            return (hidden, hidden.new_empty(rows, len(taps), self.config.hidden)) if taps else hidden
         hidden = _padded(hidden)
         turn = self._turner(positions, hidden.shape[0])
         views = [self._view(segment) for segment in segments]
+        tapped: list[Tensor] = []
         for index, layer in enumerate(self._layers):
             hidden = self._run(layer, index, hidden, turn, views)
-        return hidden[:rows]
+            if self.first_layer + index + 1 in taps:
+                tapped.append(hidden[:rows])
+        return (hidden[:rows], torch.stack(tapped, 1)) if taps else hidden[:rows]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from fullpipe.request import SamplingParams
 History = Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 _FIRST_LOOK = 512  # candidates that top-p sorts first; it takes 16 times as many while they do not suffice
+MOST_TYPICAL = 8  # tokens besides the pick that a lossy request may let pass at one place
 _COLDEST = 1e-30  # below it, dividing by the temperature would overflow; no two logits are so close
 
 
@@ -67,11 +68,8 @@ def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = N
     out = torch.empty_like(logits[:, :limit], dtype=torch.float32, memory_format=torch.contiguous_format)
     for scores, given, row in zip(out, logits[:, :limit], rows, strict=True):
         scores.copy_(given)
-        _prepare(scores, row)
+        _filter(scores, row)
         if row.params.temperature > 0:
-            floor = _floor(scores, row.params)
-            if floor is not None:
-                scores.masked_fill_(scores < floor, -math.inf)
             scores += _noise(scores, row)
     return out
 
@@ -98,6 +96,34 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
     second = scores.scatter(1, tokens, -math.inf).amax(-1)
     gaps: list[float] = (scores.gather(1, tokens).squeeze(1) - second).tolist()
     return picked, gaps
+
+
+def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
+            limit: int | None = None, most: int = MOST_TYPICAL) -> list[list[int]]:
+    """What else a lossy request lets pass: for each row up to `most` tokens, likeliest first, without the picked one;
+    none for a row whose request is exact, and an empty list when all are.
+
+    logits, limit: as in `process`. picked: the tokens that `pick` chose.
+
+    A token passes if its probability is above min(e, sqrt(e) exp(-H)), e the request's `accept_typical` and H the
+    entropy of the distribution in nats (Medusa's typical acceptance, arXiv 2401.10774, section 2.3.2, its delta set to
+    sqrt(e) as there). The distribution has all processors applied and no noise. Greedy decoding has none of its own:
+    there it is that of temperature 1.
+    """
+    if not any(row.params.accept_typical for row in rows):
+        return []
+    return [_typical(given, row, token, most) if row.params.accept_typical else []
+            for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
+
+
+def _typical(given: Tensor, row: RowContext, picked: int, most: int) -> list[int]:
+    scores = given.to(torch.float32, copy=True)
+    _filter(scores, row)
+    probabilities = scores.softmax(0)
+    epsilon, entropy = row.params.accept_typical, float(torch.special.entr(probabilities).sum())
+    passing = (probabilities > min(epsilon, math.sqrt(epsilon) * math.exp(-entropy))).nonzero().squeeze(1)
+    order = probabilities[passing].sort(descending=True, stable=True).indices[: most + 1]
+    return [token for token in passing[order].tolist() if token != picked][:most]
 
 
 def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
@@ -166,6 +192,13 @@ def _prepare(scores: Tensor, row: RowContext) -> None:
     if row.params.temperature > 0:
         scores -= best
         scores /= _heat(row)
+
+
+def _filter(scores: Tensor, row: RowContext) -> None:
+    """All but the noise, in place; -inf where filtered."""
+    _prepare(scores, row)
+    if row.params.temperature > 0 and (floor := _floor(scores, row.params)) is not None:
+        scores.masked_fill_(scores < floor, -math.inf)
 
 
 def _heat(row: RowContext) -> float:

@@ -6,7 +6,7 @@ way from a flight's integers to a decoder step. Nothing here outlives a request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fullpipe.errors import UsageError
 from fullpipe.kvcache.arena import KVArena
 from fullpipe.kvcache.slots import SlotTable
 from fullpipe.messages import Flight, Opening, Part
 from fullpipe.model.decoder import DecoderSlice, Segment
-from fullpipe.model.sampling import RowContext, pick
+from fullpipe.model.sampling import RowContext, pick, typical
 from fullpipe.model.weights import open_model
-from fullpipe.pipeline.station import Verdict
+from fullpipe.pipeline.station import Tapped, Verdict
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -70,6 +71,13 @@ class SliceRunner:
 
     def forward(self, flight: Flight, hidden: Tensor | None) -> Tensor:
         """One step. hidden: [rows, hidden] from the stage before, None at the first. Returns the same shape."""
+        return self.slice.forward(*self._step(flight, hidden))
+
+    def forward_tapped(self, flight: Flight, hidden: Tensor | None, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same, and what the slice makes on the way, [rows, len(taps), hidden] (see `DecoderSlice.forward`)."""
+        return self.slice.forward(*self._step(flight, hidden), taps)
+
+    def _step(self, flight: Flight, hidden: Tensor | None) -> tuple[Tensor, Tensor, list[Segment]]:
         segments: list[Segment] = []
         start = 0
         for part in flight.parts:
@@ -83,7 +91,7 @@ class SliceRunner:
                                  dtype=torch.int64)
         if hidden is None:
             hidden = torch.tensor([token for part in flight.parts for token in part.tokens], dtype=torch.int64)
-        return self.slice.forward(hidden, positions, segments)
+        return hidden, positions, segments
 
     def wanted(self, flight: Flight) -> Iterator[Wanted]:
         start = 0
@@ -103,32 +111,47 @@ class ModelStage:
 
     vocab: number of real tokens; logits beyond it (padding of the matrix) are never picked.
     margins: report how far each pick stands above the second best.
+    taps: hidden states to send to the draft station, of every row, prompt rows too (see `DecoderSlice.forward`).
     """
 
-    def __init__(self, slice: DecoderSlice, *, is_last: bool, vocab: int | None = None, margins: bool = False) -> None:
+    def __init__(self, slice: DecoderSlice, *, is_last: bool, vocab: int | None = None, margins: bool = False,
+                 taps: Sequence[int] = ()) -> None:
         self._runner = SliceRunner(slice)
-        self._is_last, self._vocab, self._margins = is_last, vocab, margins
+        self._is_last, self._vocab, self._margins, self._taps = is_last, vocab, margins, list(taps)
 
     @torch.inference_mode()
-    def run(self, flight: Flight, hidden: Tensor | None) -> Tensor | Verdict:
+    def run(self, flight: Flight, hidden: Tensor | None) -> Tensor | Verdict | Tapped:
         self._runner.open(flight.opens)
-        hidden = self._runner.forward(flight, hidden)
+        features: Tensor | None = None
+        if self._taps:
+            hidden, features = self._runner.forward_tapped(flight, hidden, self._taps)
+        else:
+            hidden = self._runner.forward(flight, hidden)
         answer = self._pick(flight, hidden) if self._is_last else hidden
         self._runner.close(flight.closes)
-        return answer
+        return answer if features is None else Tapped(answer, self._taps, features)
 
     def _pick(self, flight: Flight, hidden: Tensor) -> Verdict:
         wanted = list(self._runner.wanted(flight))
         if not wanted:
             return Verdict([], [], [])
-        tokens, margins = pick(self._runner.logits(hidden, wanted), [row.context() for row in wanted],
-                               limit=self._vocab, margins=self._margins)
-        return Verdict([row.node for row in wanted], tokens, margins)
+        logits, rows = self._runner.logits(hidden, wanted), [row.context() for row in wanted]
+        tokens, margins = pick(logits, rows, limit=self._vocab, margins=self._margins)
+        others = typical(logits, rows, tokens, limit=self._vocab)
+        return Verdict([row.node for row in wanted], tokens, margins, others)
 
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,
-                vocab: int | None = None, margins: bool = False) -> ModelStage:
-    """Load layers `first` (inclusive) to `last` (exclusive) of the model at path `model` as a stage."""
+                vocab: int | None = None, margins: bool = False, taps: list[int] | None = None) -> ModelStage:
+    """Load layers `first` (inclusive) to `last` (exclusive) of the model at path `model` as a stage.
+
+    taps: after how many layers of the model hidden states go to the draft station. Raises `UsageError` unless they
+    rise and lie above `first` and not above `last`: others are not made here.
+    """
+    taps = taps or []
+    if taps != sorted({*taps}) or not all(first < tap <= last for tap in taps):
+        raise UsageError(f"layers {first} to {last} cannot be tapped at {taps}",
+                         hint=f"Give rising numbers of finished layers from {first + 1} to {last}.")
     slice = DecoderSlice(open_model(Path(model)), first, last, has_embedding=is_first, has_head=is_last,
                          dtype=DTYPES[dtype])
-    return ModelStage(slice, is_last=is_last, vocab=vocab, margins=margins)
+    return ModelStage(slice, is_last=is_last, vocab=vocab, margins=margins, taps=taps)

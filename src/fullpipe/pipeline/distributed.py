@@ -24,6 +24,7 @@ from fullpipe.pipeline.launch import Fleet, Worker
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.pace import Pace
 from fullpipe.pipeline.spec import StationSpec
+from fullpipe.pipeline.station import TapCount
 from fullpipe.pipeline.wire import Frame, dump_flight
 
 _BEAT_S = 1.0
@@ -60,7 +61,8 @@ class _Road:
 class DistributedPipeline(Pipeline):
     """Starts one process per station and returns when all are ready.
 
-    stages: one spec per stage, in order, at least one.
+    stages: one spec per stage, in order, at least one. One with `taps` among its arguments is expected to tap, and
+        what it taps goes from its process to the draft station's; without such stages there is no such road.
     source: the draft station's spec; None for a pipeline without one.
     links: emulated links; None: what connects processes here. Each message is held by the process that gets
         it (for the engine: that sends it) until it would have arrived. See `emulation`.
@@ -71,6 +73,8 @@ class DistributedPipeline(Pipeline):
     timeout: seconds without any progress, while flights or jobs are under way, after which the station
         that holds the oldest counts as hung.
     start_timeout: seconds that starting may take, the loading of weights included.
+
+    taps: those that had reached the draft station when it began its newest answer.
 
     Times of events and legs are seconds of `time.monotonic`; an event's time is that of its arrival here.
     The pipeline closes itself when it is garbage-collected and when the interpreter exits.
@@ -88,6 +92,7 @@ class DistributedPipeline(Pipeline):
         if threads < 1 or min(heartbeat_timeout, timeout, start_timeout) <= 0:
             raise UsageError("threads and all time-outs must be above 0")
         self.num_stages, self.has_draft = len(stages), source is not None
+        self.taps = TapCount()
         links = links or Links([Link()] * (self.num_stages - 1))
         links.check(self.num_stages)
         if links.longest_s >= timeout:
@@ -175,14 +180,18 @@ class DistributedPipeline(Pipeline):
             case "landed":
                 self._flights.leave(frame["flight"])
                 self._happened.append(Landed(now, frame["flight"], frame["nodes"], frame["tokens"],
-                                             frame["margins"], [Leg(*leg) for leg in frame["legs"]]))
+                                             frame["margins"], [Leg(*leg) for leg in frame["legs"]],
+                                             frame["others"]))
             case "drafted":
+                self.taps = TapCount(*frame.get("taps", (0, 0)))
                 self._jobs.leave(frame["job"])
                 self._happened.append(Drafted(now, frame["job"],
                                               [Expansion(*values) for values in frame["expansions"]],
                                               Leg(*frame["leg"])))
             case "beat":
                 self._note_beat(worker, frame["done"])
+                if frame.get("waits") and self._flights.under_way:
+                    self._jobs.moved = now  # a job that waits for taps is no fault of the draft's, but of a stage
             case "lost":
                 self._bereft = self._bereft or (now, worker, frame["message"])
             case "failed":

@@ -5,7 +5,7 @@ the worker holds it until `links.Wire` says that it has arrived. What a worker s
 holds itself, so that the engine's process has no thread on the token path. Nothing here runs in a
 pipeline without links: an instant link is no thread, no queue and no waiting.
 
-Held are flights, jobs, landings, drafts and `Ready`; `cancel` takes a latency (`links.Links.cancel_s`).
+Held are flights, jobs, taps, landings, drafts and `Ready`; `cancel` takes a latency (`links.Links.cancel_s`).
 Signs of life, failures and "stop" are the machinery's own and are not held.
 """
 
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,33 +32,40 @@ _SERVICES = 5  # the newest flights whose median is the sender's service time: o
 @dataclass(frozen=True, slots=True)
 class Around:
     """The links around one station. inward: by which flights or jobs come. ready: on which stage 0 says that
-    it is free. answer: on which landings or drafts go to the engine. cancel_s: seconds that a `cancel` takes."""
+    it is free. answer: on which landings or drafts go to the engine. cancel_s: seconds that a `cancel` takes.
+    taps: by which each stage's hidden states come to the draft station; none elsewhere."""
 
     inward: Link
     ready: Link
     answer: Link
     cancel_s: float
+    taps: Sequence[Link] = ()
 
     @property
     def instant(self) -> bool:
-        return self.inward.instant and self.ready.instant and self.answer.instant and not self.cancel_s
+        links = (self.inward, self.ready, self.answer, *self.taps)
+        return not self.cancel_s and all(link.instant for link in links)
 
     @classmethod
     def of(cls, links: Links, rank: int, num_stages: int) -> Around:
         """Around stage `rank`, or around the draft station, whose rank is the number of stages."""
         if rank == num_stages:
-            return cls(links.draft, Link(), links.draft, links.draft.latency_s)
+            return cls(links.draft, Link(), links.draft, links.draft.latency_s, links.taps)
         return cls(links.inward(rank), links.to_first, links.landing, links.cancel_s(rank))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
         return {"inward": self.inward.to_dict(), "ready": self.ready.to_dict(), "answer": self.answer.to_dict(),
-                "cancel_s": self.cancel_s}
+                "cancel_s": self.cancel_s, "taps": [link.to_dict() for link in self.taps]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Around:
         inward, ready, answer = (Link.from_dict(values[name]) for name in ("inward", "ready", "answer"))
-        return cls(inward, ready, answer, values["cancel_s"])
+        return cls(inward, ready, answer, values["cancel_s"], [Link.from_dict(one) for one in values["taps"]] or ())
+
+    def tap(self, stage: int) -> Link:
+        """By which a stage's hidden states come."""
+        return self.taps[stage] if self.taps else Link()
 
 
 def sleep_until(moment: float) -> None:

@@ -18,10 +18,10 @@ from itertools import count
 from typing import Any, Literal, Protocol
 
 from fullpipe.errors import PipelineError
-from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready
+from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready, Tap
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import INSTANT, Link, Links, Wire
-from fullpipe.pipeline.station import SourceLike, StageLike, Verdict
+from fullpipe.pipeline.station import SourceLike, StageLike, TapCount, Verdict, tap_reader, untapped
 
 
 class Costs(Protocol):
@@ -83,6 +83,9 @@ class InProcessPipeline(Pipeline):
 
     A stage that has finished keeps the flight, and does nothing else, while as many as `Link.window` says are
     on their way to the next stage or wait there: a slow stage slows those before it.
+
+    Taps leave a stage when it has finished, whether or not it must keep the flight, and travel on links of their own
+    (`Links.taps`). A source that reads none gets none. taps: those that have arrived.
     """
 
     def __init__(self, stages: Sequence[StageLike], source: SourceLike | None = None, *,
@@ -100,6 +103,10 @@ class InProcessPipeline(Pipeline):
                         for k, stage in enumerate(stages)]
         self._draft = _Station("draft", lambda job, _: source.run(job), device_of("draft"),
                                links.draft) if source is not None else None
+        self._reader = tap_reader(source)
+        self._jobs: dict[int, _Cargo] = {}  # by id: sent to a draft that reads taps, and not started
+        self._tap_wires = [Wire(links.tap(k)) for k in range(self.num_stages)]
+        self.taps = TapCount()
         self._back = {"landing": Wire(links.landing), "draft": Wire(links.draft), "ready": Wire(links.to_first)}
         self._message_bytes = message_bytes
         self._busy: set[str] = set()  # devices
@@ -118,10 +125,16 @@ class InProcessPipeline(Pipeline):
 
     def draft(self, job: Flight) -> None:
         assert self._draft is not None, "this pipeline has no draft station"
-        self._travel(self._draft, _Cargo(job, None, []), _REPLY_ROW_BYTES * job.num_rows)
+        cargo = _Cargo(job, None, [])
+        if self._reader:
+            self._jobs[job.id] = cargo
+        self._travel(self._draft, cargo, _REPLY_ROW_BYTES * job.num_rows)
 
     def cancel(self, nodes: list[int]) -> None:
-        self._cancelled.update(dict.fromkeys(nodes, self._time))
+        flying = {node for rows in self._under_way.values() for node in rows}  # others have nothing to be dropped
+        self._cancelled.update((node, self._time) for node in nodes if node in flying)
+        if self._reader and self._draft:
+            self._at(self._time + self._draft.wire.link.latency_s, _ENDS, lambda: self._forget(nodes))
 
     def events(self) -> list[Event]:
         happened: list[Event] = []
@@ -133,6 +146,9 @@ class InProcessPipeline(Pipeline):
             self._time = moment
             if event := action():
                 happened.append(event)
+        if not happened and self._jobs:
+            raise PipelineError(f"draft job {next(iter(self._jobs))} waits for hidden states that nobody will send",
+                                hint="A source must be ready for nodes that were never launched, or not be asked.")
         if not happened:
             raise PipelineError("nothing is under way in the pipeline, so nothing can be waited for")
         return happened
@@ -143,7 +159,7 @@ class InProcessPipeline(Pipeline):
     def close(self) -> None:
         self._agenda.clear()
         self._stages.clear()
-        self._draft = None
+        self._draft = self._reader = None
 
     # ---- what happens ------------------------------------------------------------------------------------
 
@@ -163,19 +179,25 @@ class InProcessPipeline(Pipeline):
         """Unless its device is busy or nothing waits: drop what has died, compute the rest, say when it is done."""
         if station.held or station.device in self._busy or not station.queue:
             return
+        if station is self._draft and self._reader and not self._reader.ready(station.queue[0].flight):
+            return
         cargo = station.queue.popleft()
         station.ahead -= 1
+        if station is self._draft:
+            self._jobs.pop(cargo.flight.id, None)
         self._busy.add(station.device)
         self._release_before(station)
         flight, hidden = cargo.flight, cargo.hidden
         if station is not self._draft and self._cancelled:
             flight, hidden = drop_rows(flight, hidden, self._heard(station, flight))
         begun, before = self.now(), time.perf_counter()
-        result = station.run(flight, hidden)
+        result, tap = untapped(flight, station.run(flight, hidden))
         measured = time.perf_counter() - before
         duration = self._costs(station.name, flight.num_rows, measured, _context(flight))
         leg = Leg(station.name, begun, self.now() if self._wall else begun + duration,
                   [node for part in flight.parts for node in part.nodes])
+        if tap and self._reader:
+            self._at(self._time + duration, _ENDS, lambda: self._send_tap(station, tap))
         finish = self._drafted if station is self._draft else self._done
         self._at(self._time + duration, _ENDS, lambda: finish(station, _Cargo(flight, result, [*cargo.legs, leg])))
 
@@ -183,6 +205,32 @@ class InProcessPipeline(Pipeline):
         """Rows of the flight whose cancelling has reached the station: it overtakes, but takes a latency."""
         sent = self._time - station.wire.link.latency_s
         return {node for part in flight.parts for node in part.nodes if self._cancelled.get(node, math.inf) <= sent}
+
+    def _send_tap(self, station: _Station, tap: Tap) -> None:
+        size = len(tap.layers) * self._message_bytes(tap.flight.num_rows)
+        arrival = self._tap_wires[self._stages.index(station)].arrival(self._time, size)
+        self._at(arrival, _ENDS, lambda: self._take(tap, size))
+
+    def _take(self, tap: Tap, size: int) -> None:
+        if self._reader:
+            self.taps.add(size)
+            self._reader.take(tap)
+            self._try_job()
+
+    def _forget(self, nodes: list[int]) -> None:
+        """A cancel has reached a draft that reads taps. Jobs still on their way are told too, for it overtakes them."""
+        if self._reader:
+            dead = set(nodes)
+            for cargo in self._jobs.values():
+                cargo.flight, _ = drop_rows(cargo.flight, None, dead)
+            self._reader.forget(nodes)
+            self._try_job()
+
+    def _try_job(self) -> None:
+        """What a job has waited for may be here."""
+        draft = self._draft
+        if draft and draft.queue:
+            self._at(self._time, _BEGINS, lambda: self._start_next(draft))
 
     def _drafted(self, station: _Station, cargo: _Cargo) -> Event | None:
         self._free(station)
@@ -229,7 +277,8 @@ class InProcessPipeline(Pipeline):
         def landed() -> Event:
             for node in self._under_way.pop(flight.id):
                 self._cancelled.pop(node, None)
-            return Landed(self.now(), flight.id, verdict.nodes, verdict.tokens, verdict.margins, cargo.legs)
+            return Landed(self.now(), flight.id, verdict.nodes, verdict.tokens, verdict.margins, cargo.legs,
+                          verdict.others)
 
         if self.num_stages == 1:
             self._at(self._time, _ENDS, self._ready)

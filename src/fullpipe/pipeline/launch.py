@@ -76,7 +76,7 @@ class Worker:
 class Fleet:
     """The worker processes of one pipeline, started and known to be ready.
 
-    stages: one spec per stage, in order.
+    stages: one spec per stage, in order. One whose `args` have `taps` sends hidden states to the draft station.
     source: the draft station's spec, or None for none.
     arounds, paces: of each stage and then of the draft station, the links around it (`emulation.Around`) and its
         curve (`pace.Pace`) or None, as plain values.
@@ -175,9 +175,11 @@ class Fleet:
     def _spawn(self, stages: Sequence[StationSpec], source: StationSpec | None, settings: Sequence[Frame]) -> None:
         specs = [*stages, source] if source else list(stages)
         meeting = socket.create_server(("127.0.0.1", 0), backlog=128)
+        tapping = [rank for rank, spec in enumerate(stages) if source and spec.args.get("taps")]
         configs = [{"name": "draft" if rank == len(stages) else f"stage {rank}", "rank": rank,
-                    "world": len(specs), "stages": len(stages), "spec": spec.to_dict(), "parent": os.getpid(),
-                    "port": meeting.getsockname()[1], "listener": meeting.fileno() if rank == 0 else None}
+                    "world": len(specs), "stages": len(stages), "tapping": tapping, "spec": spec.to_dict(),
+                    "parent": os.getpid(), "port": meeting.getsockname()[1],
+                    "listener": meeting.fileno() if rank == 0 else None}
                    | settings[rank] for rank, spec in enumerate(specs)]
         with meeting:  # the first stage has its own copy by the end
             self._start_processes(configs, meeting)

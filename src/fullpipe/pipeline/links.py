@@ -86,12 +86,15 @@ class Links:
         engine sits with stage 0.
     landing: from the last stage to the engine.
     draft: between engine and draft station, both ways. Instant when the draft sits with the engine.
+    taps: from stage k to the draft station, by which hidden states go to a draft that reads them; n of them, or none
+        where all are instant.
     """
 
     stage_hops: Sequence[Link]
     to_first: Link = INSTANT
     landing: Link = INSTANT
     draft: Link = INSTANT
+    taps: Sequence[Link] = ()
 
     @classmethod
     def even(cls, num_stages: int, link: Link) -> Links:
@@ -101,17 +104,24 @@ class Links:
         """
         if num_stages < 2:
             return cls([])
-        return cls([link] * (num_stages - 1), landing=link)
+        return cls([link] * (num_stages - 1), landing=link, taps=[INSTANT, *[link] * (num_stages - 1)])
 
     def check(self, num_stages: int) -> None:
         """Raises `UsageError` unless these are the links of a pipeline of `num_stages` stages."""
         if len(self.stage_hops) != num_stages - 1:
             raise UsageError(f"{num_stages} stages need {num_stages - 1} links between them "
                              f"(got {len(self.stage_hops)})", hint="Give one link per hop from stage to stage.")
+        if len(self.taps) not in (0, num_stages):
+            raise UsageError(f"{num_stages} stages have {num_stages} links to the draft (got {len(self.taps)})",
+                             hint="Give one per stage for its taps, or none where all are instant.")
 
     def inward(self, stage: int) -> Link:
         """The link by which flights reach a stage."""
         return self.stage_hops[stage - 1] if stage else self.to_first
+
+    def tap(self, stage: int) -> Link:
+        """The link by which a stage's hidden states reach the draft station."""
+        return self.taps[stage] if self.taps else INSTANT
 
     def cancel_s(self, stage: int) -> float:
         """Seconds that a `cancel` takes to a stage.
@@ -125,17 +135,20 @@ class Links:
     @property
     def longest_s(self) -> float:
         """The largest latency of any link, in seconds."""
-        return max(link.latency_s for link in (*self.stage_hops, self.to_first, self.landing, self.draft))
+        return max(link.latency_s for link in (*self.stage_hops, self.to_first, self.landing, self.draft,
+                                                   *self.taps))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
         return {"stage_hops": [link.to_dict() for link in self.stage_hops], "to_first": self.to_first.to_dict(),
-                "landing": self.landing.to_dict(), "draft": self.draft.to_dict()}
+                "landing": self.landing.to_dict(), "draft": self.draft.to_dict(),
+                "taps": [link.to_dict() for link in self.taps]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Links:
         return cls([Link.from_dict(one) for one in values["stage_hops"]], Link.from_dict(values["to_first"]),
-                   Link.from_dict(values["landing"]), Link.from_dict(values["draft"]))
+                   Link.from_dict(values["landing"]), Link.from_dict(values["draft"]),
+                   [Link.from_dict(one) for one in values.get("taps", ())] or ())
 
 
 class Wire:

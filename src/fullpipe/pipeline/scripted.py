@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fullpipe.errors import UsageError
 from fullpipe.kvcache.slots import SlotTable
 from fullpipe.messages import Expansion, Flight, Part
-from fullpipe.pipeline.station import Verdict
+from fullpipe.pipeline.station import Tapped, Verdict
 
 Truth = dict[str, Any]
 Answer = Callable[[SlotTable, Part, int], int]
@@ -50,17 +50,19 @@ class ScriptedStage:
     truth: see the module; read by the last stage only.
     delay_s: what a flight takes, in seconds of sleep.
     fail_at: id of a flight at which `run` raises `RuntimeError`.
+    taps: numbers of finished layers to send hidden states of to the draft station; what they say: `tap_features`.
 
     Raises `UsageError` for a truth of an unknown kind.
     """
 
     def __init__(self, index: int, num_stages: int, truth: Truth, delay_s: float = 0.0,
-                 fail_at: int | None = None) -> None:
+                 fail_at: int | None = None, taps: Sequence[int] = ()) -> None:
         self.index, self.num_stages, self.delay_s, self.fail_at = index, num_stages, delay_s, fail_at
+        self.taps = list(taps)
         self._answer = answerer(truth)
         self._tables: dict[int, SlotTable] = {}
 
-    def run(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32] | Verdict:
+    def run(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32] | Verdict | Tapped:
         for opening in flight.opens:
             self._tables[opening.request] = SlotTable(opening)
         if self.fail_at == flight.id:
@@ -71,7 +73,7 @@ class ScriptedStage:
         answer = self._verdict(flight) if self.index == self.num_stages - 1 else passed
         for request in flight.closes:
             del self._tables[request]
-        return answer
+        return Tapped(answer, self.taps, tap_features(flight, self.taps)) if self.taps else answer
 
     def _pass_on(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32]:
         rows = [[token, position, slot, self.index] for part in flight.parts
@@ -92,6 +94,13 @@ class ScriptedStage:
                 verdict.nodes.append(part.nodes[row])
                 verdict.tokens.append(self._answer(table, part, row))
         return verdict
+
+
+def tap_features(flight: Flight, layers: Sequence[int]) -> NDArray[np.float32]:
+    """What scripted stages tap: [rows, len(layers), 4], request, node, position and number of layers of each."""
+    said = [[[part.request, node, position, layer] for layer in layers] for part in flight.parts
+            for node, position in zip(part.nodes, part.positions)]
+    return np.array(said, dtype=np.float32).reshape(len(said), len(layers), 4)
 
 
 class EchoSource:

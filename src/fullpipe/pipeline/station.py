@@ -6,7 +6,8 @@ exactly one. Both drive the same code. No torch here.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 from fullpipe.messages import Expansion, Flight, Tap
 
@@ -24,12 +25,14 @@ class StageLike(Protocol):
 
 
 class Verdict:
-    """The last stage's answer: parallel lists over the rows with `wants`, in order."""
+    """The last stage's answer: parallel lists over the rows with `wants`, in order. margins and others may be empty,
+    see `messages.Landed`."""
 
-    __slots__ = ("margins", "nodes", "tokens")
+    __slots__ = ("margins", "nodes", "others", "tokens")
 
-    def __init__(self, nodes: list[int], tokens: list[int], margins: list[float]) -> None:
-        self.nodes, self.tokens, self.margins = nodes, tokens, margins
+    def __init__(self, nodes: list[int], tokens: list[int], margins: list[float],
+                 others: list[list[int]] | None = None) -> None:
+        self.nodes, self.tokens, self.margins, self.others = nodes, tokens, margins, others or []
 
 
 class SourceLike(Protocol):
@@ -52,8 +55,15 @@ class TapReader(Protocol):
     """A source that reads hidden states out of the stages.
 
     The pipeline calls `take` for every tap that arrives, from one stage in the order of its flights, never while
-    `run` is at work. Before it starts a job it asks `ready`; while the answer is no the job waits, and is asked for again
-    after every tap and every cancel. `forget` names nodes that were cancelled: their taps may never come.
+    `run` is at work. Before it starts a job it asks `ready`; while the answer is no the job waits, and is asked for
+    again after every tap and every cancel. `forget` names nodes that were cancelled: their taps may never come. Rows of
+    theirs have been taken out of the jobs that wait.
+
+    A request's taps may come before the job that opens it and after the one that closes it. From each stage the first
+    has a flight that `opens` it, and the last one that `closes` it, even where such a flight has no rows.
+
+    A source that holds others may say by an attribute `reads_taps` whether it reads taps; without one every source that
+    has a `take` does.
     """
 
     def run(self, job: Flight) -> list[Expansion]: ...
@@ -63,3 +73,29 @@ class TapReader(Protocol):
     def ready(self, job: Flight) -> bool: ...
 
     def forget(self, nodes: list[int]) -> None: ...
+
+
+@dataclass(slots=True)
+class TapCount:
+    """What has reached the draft station: messages, and their bytes on the link."""
+
+    count: int = 0
+    bytes: int = 0
+
+    def add(self, size: int) -> None:
+        self.count += 1
+        self.bytes += size
+
+
+def tap_reader(source: SourceLike | None) -> TapReader | None:
+    """The source, if it reads taps (see `TapReader`)."""
+    return cast(TapReader, source) if getattr(source, "reads_taps", hasattr(source, "take")) else None
+
+
+def untapped(flight: Flight, result: Any) -> tuple[Any, Tap | None]:
+    """What a stage's `run` returned, without its tap, and the tap to send: none where the stage does not tap, and none
+    for a flight without rows that neither opens nor closes a request."""
+    if not isinstance(result, Tapped):
+        return result, None
+    tells = flight.num_rows or flight.opens or flight.closes
+    return result.result, Tap(flight, result.layers, result.features) if tells else None

@@ -8,6 +8,9 @@ Standard input is the control connection, a socket; its first frame is the confi
   `cancel` overtakes the flights that wait, and it ends the process on "stop" or when the engine is gone;
 - the heartbeat thread says that the process lives and which flight it finished last.
 
+A stage that taps has one more, which sends hidden states to the draft station, and that has one for each such
+stage, which takes them in (`TapSender`, `receive_taps`). What they take in goes to the main thread (`Desk`).
+
 Emulated links add a thread per link that has latency or a bandwidth (see `emulation`).
 
 A worker whose neighbour is gone says so, and then waits to be ended: which station is to blame is the
@@ -26,21 +29,23 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
 from typing import Any, NoReturn, cast
 
 from fullpipe.errors import FullpipeError, PipelineError
-from fullpipe.messages import Flight, Leg
+from fullpipe.messages import Expansion, Flight, Leg, Tap
 from fullpipe.pipeline.emulation import Around, Inbound, Outbox, sleep_until, wake_promptly
 from fullpipe.pipeline.inprocess import drop_rows
 from fullpipe.pipeline.links import Link, Wire
 from fullpipe.pipeline.pace import Pace
 from fullpipe.pipeline.spec import StationSpec
-from fullpipe.pipeline.station import SourceLike, StageLike
+from fullpipe.pipeline.station import SourceLike, StageLike, TapCount, TapReader, tap_reader, untapped
 from fullpipe.pipeline.wire import (
     Arrival,
     Channel,
@@ -100,26 +105,100 @@ class Cancelled:
         return found
 
 
+@dataclass(slots=True)
+class TapArrival:
+    """A tap that has come to the draft station, and its bytes on the link."""
+
+    tap: Tap
+    size: int
+
+
+@dataclass(slots=True)
+class Forgotten:
+    """Nodes of a cancel, which counts from `due` on, seconds of `time.monotonic`."""
+
+    nodes: list[int]
+    due: float
+
+
+News = Arrival | TapArrival | Forgotten  # what comes to an inbox
+
+
+class Outgoing:
+    """The way to another process over gloo, at its beginning. One thread uses it.
+
+    A message is an opening of fixed size, with as much as it holds, and a second piece if something is left.
+    Gloo moves bytes only when a receive of just that size waits for them, so a size that had to be announced
+    first would cost another round trip; a decoding step's few rows fit the opening.
+    """
+
+    def __init__(self, rank: int, name: str) -> None:
+        self._rank, self._name = rank, name
+        self._unsent: list[Any] = []  # handles of the sends under way
+
+    def finish(self) -> None:
+        """Wait until what was sent has been received. Raises `NeighbourLostError`."""
+        with _gone(self._name):
+            for handle in self._unsent:
+                handle.wait()
+        self._unsent.clear()
+
+    def send(self, header: Any, hidden: Any) -> None:
+        """Start sending (see `wire.pack`); `finish` comes first. Raises `NeighbourLostError`."""
+        import torch
+        import torch.distributed as dist
+
+        message = torch.from_numpy(pack(header, hidden, least=_OPENING))
+        with _gone(self._name):
+            self._unsent = [dist.isend(piece, dst=self._rank)
+                            for piece in (message[:_OPENING], message[_OPENING:]) if len(piece)]
+
+
+class Incoming:
+    """The other end of an `Outgoing`."""
+
+    def __init__(self, rank: int, name: str) -> None:
+        self._rank, self._name = rank, name
+        self._opening: tuple[Any, Any] | None = None  # handle of the posted receive, and its tensor
+
+    def expect(self) -> None:
+        """Let the next message come. Raises `NeighbourLostError`."""
+        import torch
+        import torch.distributed as dist
+
+        message = torch.empty(_OPENING, dtype=torch.uint8)
+        with _gone(self._name):
+            self._opening = dist.irecv(message, src=self._rank), message
+
+    def receive(self) -> tuple[Any, Any, int]:
+        """Wait for the message that was let come: its header, hidden rows and bytes. Raises `NeighbourLostError`."""
+        import torch
+        import torch.distributed as dist
+
+        assert self._opening is not None, "expect() comes first"
+        handle, message = self._opening
+        with _gone(self._name):
+            handle.wait()
+            size = packed_size(message.numpy())
+            if (missing := size - _OPENING) > 0:
+                message = torch.cat([message, torch.empty(missing, dtype=torch.uint8)])
+                dist.recv(message[_OPENING:], src=self._rank)
+        return *unpack(message.numpy()), size
+
+
 class Neighbours:
-    """Point-to-point hops between the stages, over gloo.
+    """Point-to-point hops between the stages.
 
     Each stage lets one flight wait: a receive for it is posted while the one before is computed, so it
     travels meanwhile. A stage that has a flight to hand on first waits until its last one was received.
     So a slow stage slows those before it instead of piling up flights chosen long ago.
 
-    A hop is an opening message of fixed size, with as much of the hop as it holds, and a second one if
-    something is left. Gloo moves bytes only when a receive of just that size waits for them, so a size
-    that had to be announced first would cost another round trip; a decoding step's few rows fit the
-    opening.
-
     An emulated link lets more come (`emulation.Inbound`).
     """
 
     def __init__(self, config: Frame) -> None:
-        self._rank: int = config["rank"]
-        self._before, self._after = f"stage {self._rank - 1}", f"stage {self._rank + 1}"
-        self._opening: tuple[Any, Any] | None = None  # handle of the posted receive, and its tensor
-        self._unsent: list[Any] = []  # handles of the sends under way
+        before, after = config["rank"] - 1, config["rank"] + 1
+        self._before, self._after = Incoming(before, f"stage {before}"), Outgoing(after, f"stage {after}")
         if config["world"] > 1:
             _join_world(config)
 
@@ -128,60 +207,62 @@ class Neighbours:
         `NeighbourLostError`."""
         if not link.instant:
             return Inbound(self._expect_and_receive, link).next
-        self.expect()
+        self._before.expect()
         return self._receive_and_expect
 
     def _expect_and_receive(self) -> Arrival:
-        self.expect()
-        return self.receive()
+        self._before.expect()
+        return self._receive()
 
     def _receive_and_expect(self) -> Arrival:
-        arrival = self.receive()
-        self.expect()
+        arrival = self._receive()
+        self._before.expect()
         return arrival
 
-    def expect(self) -> None:
-        """Let the next flight come. Raises `NeighbourLostError`."""
-        import torch
-        import torch.distributed as dist
-
-        message = torch.empty(_OPENING, dtype=torch.uint8)
-        with _gone(self._before):
-            self._opening = dist.irecv(message, src=self._rank - 1), message
-
-    def receive(self) -> Arrival:
-        """Wait for the flight that was let come. Raises `NeighbourLostError`."""
-        import torch
-        import torch.distributed as dist
-
-        assert self._opening is not None, "expect() comes first"
-        handle, message = self._opening
-        with _gone(self._before):
-            handle.wait()
-            size = packed_size(message.numpy())
-            if (missing := size - _OPENING) > 0:
-                message = torch.cat([message, torch.empty(missing, dtype=torch.uint8)])
-                dist.recv(message[_OPENING:], src=self._rank - 1)
-        (flight, legs, sent), hidden = unpack(message.numpy())
+    def _receive(self) -> Arrival:
+        (flight, legs, sent), hidden, size = self._before.receive()
         return Arrival(load_flight(flight), legs, hidden, sent, size, sent)
 
     def finish_sending(self) -> None:
         """Wait until the stage after has received what was sent. Raises `NeighbourLostError`."""
-        with _gone(self._after):
-            for handle in self._unsent:
-                handle.wait()
-        self._unsent.clear()
+        self._after.finish()
 
     def send(self, flight: Flight, legs: list[list[Any]], hidden: Any) -> None:
         """Start sending to the stage after; `finish_sending` comes first. Raises `NeighbourLostError`."""
-        import torch
-        import torch.distributed as dist
+        self._after.send([dump_flight(flight), legs, time.monotonic()], hidden)
 
-        header = [dump_flight(flight), legs, time.monotonic()]
-        message = torch.from_numpy(pack(header, hidden, least=_OPENING))
-        with _gone(self._after):
-            self._unsent = [dist.isend(piece, dst=self._rank + 1)
-                            for piece in (message[:_OPENING], message[_OPENING:]) if len(piece)]
+
+class TapSender:
+    """A stage's taps on their way to the draft station, from a thread of their own: neither the stage nor the next
+    one waits for them. What piles up here is at most what is in flight, for the draft's end takes them in at any time.
+
+    Raises `NeighbourLostError` in that thread, through `host`.
+    """
+
+    def __init__(self, host: Host, draft: int) -> None:
+        self._way = Outgoing(draft, "draft")
+        self._queue: queue.SimpleQueue[tuple[Tap, float]] = queue.SimpleQueue()
+        host.start_thread("taps", self._deliver)
+
+    def send(self, tap: Tap) -> None:
+        self._queue.put((tap, time.monotonic()))
+
+    def _deliver(self) -> None:
+        while True:
+            tap, sent = self._queue.get()
+            self._way.send([dump_flight(tap.flight), tap.layers, sent], tap.features)
+            self._way.finish()
+
+
+def receive_taps(stage: int, link: Link, deliver: Callable[[TapArrival], None]) -> NoReturn:
+    """Take in a stage's taps at the draft station, for ever, and hold each until its link has carried it. The
+    stage has stamped it by then, so that holding one makes none behind it late. Raises `NeighbourLostError`."""
+    way, wire = Incoming(stage, f"stage {stage}"), Wire(link)
+    while True:
+        way.expect()
+        (flight, layers, sent), features, size = way.receive()
+        sleep_until(wire.arrival(sent, size))
+        deliver(TapArrival(Tap(load_flight(flight), layers, features), size))
 
 
 @contextmanager
@@ -213,8 +294,10 @@ class Host:
         self.name: str = config["name"]
         self.channel = channel
         self.cancelled = Cancelled()
-        self.inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[News] = queue.SimpleQueue()
         self.done = -1
+        self.reads_taps = False  # then cancels go to the inbox too
+        self.waits = False  # for taps, with a job
         self._beat_s: float = config["beat_s"]
         self.around = Around.from_dict(config["around"])
         self._wire = Wire(self.around.inward)
@@ -228,6 +311,18 @@ class Host:
         """Listen to the engine and send heartbeats from now on. unread: frames that came already."""
         threading.Thread(target=self._listen, args=(unread,), name="control", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def start_thread(self, name: str, work: Callable[[], Any]) -> None:
+        threading.Thread(target=self.report, args=(work,), name=name, daemon=True).start()
+
+    def report(self, work: Callable[[], Any]) -> None:
+        """Do what is not expected to end, and tell the engine how it ended."""
+        try:
+            work()
+        except NeighbourLostError as error:
+            self.lose(error)
+        except BaseException as error:
+            self.fail(error)
 
     def send(self, frame: Frame) -> None:
         try:
@@ -281,7 +376,11 @@ class Host:
             case "flight":
                 self.inbox.put(self._arrival(frame))
             case "cancel":
-                self.cancelled.add(frame["nodes"], frame["sent"] + self.around.cancel_s)
+                due = frame["sent"] + self.around.cancel_s
+                if self.reads_taps:
+                    self.inbox.put(Forgotten(frame["nodes"], due))
+                else:
+                    self.cancelled.add(frame["nodes"], due)
             case "stop":
                 leave(0)
             case kind:
@@ -295,24 +394,28 @@ class Host:
     def next(self) -> Arrival:
         """Wait for the next flight or job from the engine, until it has arrived."""
         arrival = self.inbox.get()
+        assert isinstance(arrival, Arrival), "the rest is for drafts that read taps"
         sleep_until(arrival.due)
         return arrival
 
     def _beat(self) -> None:
         while True:
             time.sleep(self._beat_s)
-            self.send({"kind": "beat", "done": self.done})
+            self.send({"kind": "beat", "done": self.done} | ({"waits": True} if self.waits else {}))
 
 
-def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int, num_stages: int) -> None:
-    """Run flights for ever. Raises `NeighbourLostError`, and what the stage raises."""
+def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int, num_stages: int,
+                taps: TapSender | None) -> None:
+    """Run flights for ever. taps: takes what the stage taps; None: nobody reads it. Raises `NeighbourLostError`, and
+    what the stage raises."""
     first, last = index == 0, index == num_stages - 1
     next_arrival = host.next if first else neighbours.arrivals(host.around.inward)
     while True:
         arrival = next_arrival()
         host.drop_cancelled(arrival)
         flight = arrival.flight
-        result, leg = host.timed(flight, partial(stage.run, flight, arrival.hidden))
+        answer, leg = host.timed(flight, partial(stage.run, flight, arrival.hidden))
+        result, tap = untapped(flight, answer)
         legs = [*arrival.legs, leg]
         if not last:
             neighbours.finish_sending()
@@ -320,9 +423,12 @@ def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int
             host.send_ready({"kind": "ready"})
         if last:
             host.send_answer({"kind": "landed", "flight": flight.id, "nodes": result.nodes,
-                              "tokens": result.tokens, "margins": result.margins, "legs": legs})
+                              "tokens": result.tokens, "margins": result.margins, "others": result.others,
+                              "legs": legs})
         else:
             neighbours.send(flight, legs, result)
+        if tap and taps:  # last of all, so that it delays nobody
+            taps.send(tap)
 
 
 def serve_draft(host: Host, source: SourceLike) -> None:
@@ -332,8 +438,78 @@ def serve_draft(host: Host, source: SourceLike) -> None:
         host.drop_cancelled(arrival)
         job = arrival.flight
         expansions, leg = host.timed(job, partial(source.run, job))
-        host.send_answer({"kind": "drafted", "job": job.id, "leg": leg,
-                          "expansions": [dump_expansion(expansion) for expansion in expansions]})
+        host.send_answer(_drafted(job, leg, expansions))
+
+
+def serve_reader(host: Host, source: TapReader) -> None:
+    """The same for a source that reads taps. Its answers tell how many have come."""
+    desk = Desk(host, source)
+    while True:
+        job = desk.next()
+        expansions, leg = host.timed(job, partial(source.run, job))
+        host.send_answer(_drafted(job, leg, expansions) | {"taps": [desk.taps.count, desk.taps.bytes]})
+
+
+def _drafted(job: Flight, leg: list[Any], expansions: list[Expansion]) -> Frame:
+    return {"kind": "drafted", "job": job.id, "leg": leg,
+            "expansions": [dump_expansion(expansion) for expansion in expansions]}
+
+
+class Desk:
+    """What has come to a draft station that reads taps: jobs that wait, and what they wait for.
+
+    All of it comes through the host's inbox, and one thread, that which runs the jobs, takes it out: between two jobs
+    and while it waits for one. So `take` never runs while `run` does, without a lock, and a source need know nothing
+    of threads; a tap that comes during a job is taken before the next one, and no earlier could it have been of use.
+    """
+
+    def __init__(self, host: Host, source: TapReader) -> None:
+        self.taps = TapCount()
+        self._host, self._source = host, source
+        self._jobs: deque[Arrival] = deque()
+        self._cancels: deque[Forgotten] = deque()  # not due yet
+
+    def next(self) -> Flight:
+        """Wait for the next job that has arrived and for which the source is ready."""
+        while True:
+            self._file_all()
+            now = time.monotonic()
+            self._forget(now)
+            here = bool(self._jobs) and self._jobs[0].due <= now
+            if here and self._source.ready(self._jobs[0].flight):
+                self._host.waits = False
+                return self._jobs.popleft().flight
+            self._host.waits = here
+            with suppress(queue.Empty):
+                self._file(self._host.inbox.get(timeout=self._patience(now)))
+
+    def _file_all(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._file(self._host.inbox.get_nowait())
+
+    def _file(self, news: News) -> None:
+        match news:
+            case Arrival():
+                self._jobs.append(news)
+            case Forgotten():
+                self._cancels.append(news)
+            case TapArrival(tap, size):
+                self.taps.add(size)
+                self._source.take(tap)
+
+    def _forget(self, now: float) -> None:
+        """Of jobs that are still on their way too: a cancel overtakes them."""
+        while self._cancels and self._cancels[0].due <= now:
+            nodes = self._cancels.popleft().nodes
+            for arrival in self._jobs:
+                arrival.flight, _ = drop_rows(arrival.flight, None, set(nodes))
+            self._source.forget(nodes)
+
+    def _patience(self, now: float) -> float | None:
+        """Seconds until something is due; None: that nothing is."""
+        dues = [held[0].due for held in (self._jobs, self._cancels) if held and held[0].due > now]
+        return min(dues) - now if dues else None
 
 
 def leave(code: int) -> NoReturn:
@@ -375,12 +551,7 @@ def main() -> None:
     sys.setswitchinterval(_SWITCH_S)
     host = Host(channel, config)
     host.start_threads(unread)
-    try:
-        _build_and_serve(host, config)
-    except NeighbourLostError as error:
-        host.lose(error)
-    except BaseException as error:
-        host.fail(error)
+    host.report(partial(_build_and_serve, host, config))
     threading.Event().wait()  # until the engine says stop, or is gone
 
 
@@ -389,12 +560,27 @@ def _build_and_serve(host: Host, config: Frame) -> None:
     if torch := sys.modules.get("torch"):  # a station without tensors does not need it loaded
         torch.set_num_threads(config["threads"])
     neighbours = Neighbours(config)
-    index, num_stages = config["rank"], config["stages"]
-    host.send({"kind": "up"})
-    if index == num_stages:
-        serve_draft(host, cast(SourceLike, station))
+    index, num_stages, tapping = config["rank"], config["stages"], config["tapping"]
+    if index < num_stages:
+        host.send({"kind": "up"})
+        taps = TapSender(host, num_stages) if index in tapping else None
+        serve_stage(host, cast(StageLike, station), neighbours, index, num_stages, taps)
     else:
-        serve_stage(host, cast(StageLike, station), neighbours, index, num_stages)
+        _serve_source(host, cast(SourceLike, station), tapping)
+
+
+def _serve_source(host: Host, source: SourceLike, tapping: list[int]) -> None:
+    reader = tap_reader(source)
+    host.reads_taps = reader is not None  # from before the first cancel
+    host.send({"kind": "up"})
+    for stage in tapping:  # someone must take them in even where nobody reads them
+        deliver = host.inbox.put if reader else _ignore
+        host.start_thread(f"taps of stage {stage}", partial(receive_taps, stage, host.around.tap(stage), deliver))
+    serve_reader(host, reader) if reader else serve_draft(host, source)
+
+
+def _ignore(arrival: TapArrival) -> None:
+    pass
 
 
 if __name__ == "__main__":

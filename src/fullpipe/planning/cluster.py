@@ -277,7 +277,18 @@ class Cluster:
         engine, draft = self.device_of("engine"), self.device_of("draft")
         return Links(stage_hops=[self._link(*pair) for pair in pairwise(stages)],
                      to_first=self._link(engine, stages[0]), landing=self._link(stages[-1], engine),
-                     draft=self._link(engine, draft))
+                     draft=self._link(engine, draft), taps=[self._tap_link(k) for k in range(self.num_stages)])
+
+    def _tap_link(self, stage: int) -> Link:
+        """From a stage to the draft. Most drafts read no hidden states, so a file need not describe this link; where it
+        does not, they go the flight's own way: through the stages after it, the engine, and on to the draft."""
+        here, draft = self.device_of(f"stage {stage}"), self.device_of("draft")
+        table = self.file.links
+        if here == draft or table.latency_ms is not None or any({here, draft} == set(pair.ends) for pair in table.pair):
+            return self._link(here, draft)
+        way = [*(self.device_of(f"stage {k}") for k in range(stage, self.num_stages)), self.device_of("engine"), draft]
+        hops = [self._link(*pair) for pair in pairwise(way)]
+        return Link(sum(hop.latency_s for hop in hops), min(hop.bandwidth for hop in hops))
 
     def message_bytes(self, rows: int) -> int:
         """Of a flight with its hidden states on the way to the next stage."""

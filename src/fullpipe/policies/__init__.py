@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from fullpipe.errors import UsageError
-from fullpipe.policies.base import PROBABILITY_FLOOR, Policy
+from fullpipe.policies.base import PROBABILITY_FLOOR, Policy, RefreshingPolicy
 from fullpipe.policies.fullpipe import FullPipe
 from fullpipe.policies.pipedec import PipeDec
 from fullpipe.policies.pp import PlainPipeline
+from fullpipe.policies.ppsd import Ppsd
+from fullpipe.policies.spd import Spd
 from fullpipe.policies.static_tree import Chain, StaticTree
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (PlainPipeline, Chain, StaticTree, PipeDec, FullPipe)
+    policy.name: policy for policy in (PlainPipeline, Chain, StaticTree, PipeDec, Spd, Ppsd, FullPipe)
 }
 WITH_DEPTH = tuple(name for name, policy in POLICIES.items() if issubclass(policy, StaticTree))
+WITH_REFRESH = tuple(name for name, policy in POLICIES.items() if issubclass(policy, RefreshingPolicy))
 
 
 def make_policy(method: str, *, width: int | None = None, depth: int | None = None,
-                floor: float | None = None) -> Policy:
+                floor: float | None = None, refresh: bool | None = None) -> Policy:
     """The policy of that name; None means its default.
 
     A width is ignored by pp and chain, a floor by pp: their flights have no shape to choose. A depth is for the
-    methods `WITH_DEPTH` alone.
+    methods `WITH_DEPTH` alone, a refresh for `WITH_REFRESH`.
 
-    Raises UsageError on an unknown method, on values out of range, and on a depth for a method without one.
+    Raises UsageError on an unknown method, on values out of range, and on a depth or a refresh for a method without.
     """
     if method not in POLICIES:
         raise UsageError(f"unknown method {method!r}", hint=f"Methods are: {', '.join(POLICIES)}.")
@@ -32,6 +35,9 @@ def make_policy(method: str, *, width: int | None = None, depth: int | None = No
     if depth is not None and method not in WITH_DEPTH:
         raise UsageError(f"the method {method} has no depth (got {depth})",
                          hint=f"Leave the depth out, or use one of: {', '.join(WITH_DEPTH)}.")
+    if refresh and method not in WITH_REFRESH:
+        raise UsageError(f"the method {method} cannot refresh proposals",
+                         hint=f"Leave the refresh out, or use one of: {', '.join(WITH_REFRESH)}.")
     options: dict[str, int | float] = {}
     if width is not None:
         options["width"] = width
@@ -39,8 +45,10 @@ def make_policy(method: str, *, width: int | None = None, depth: int | None = No
         options["floor"] = floor
     if depth is not None:
         options["depth"] = depth
+    if refresh is not None and method in WITH_REFRESH:
+        options["refresh"] = refresh
     return POLICIES[method](**options)  # type: ignore[arg-type]
 
 
-__all__ = ["POLICIES", "PROBABILITY_FLOOR", "WITH_DEPTH", "Chain", "FullPipe", "PipeDec", "PlainPipeline", "Policy",
-           "StaticTree", "make_policy"]
+__all__ = ["POLICIES", "PROBABILITY_FLOOR", "WITH_DEPTH", "WITH_REFRESH", "Chain", "FullPipe", "PipeDec",
+           "PlainPipeline", "Policy", "Ppsd", "RefreshingPolicy", "Spd", "StaticTree", "make_policy"]

@@ -17,10 +17,12 @@ PROBABILITY_FLOOR = 1e-4  # below this path probability a node is worth less tha
 
 
 class Policy(ABC):
-    """width: nodes per flight at most. floor: least path probability of a node, given the root."""
+    """width: nodes per flight at most. floor: least path probability of a node, given the root. refresh: have the draft
+    look again at nodes in flight (`RefreshingPolicy`)."""
 
     name: ClassVar[str]
     needs_draft: ClassVar[bool] = True
+    refresh: bool = False
 
     def __init__(self, *, width: int = 8, floor: float = PROBABILITY_FLOOR) -> None:
         if width < 1:
@@ -46,10 +48,39 @@ class Policy(ABC):
 
     @abstractmethod
     def expand(self, tree: TokenTree, room: int) -> list[Node]:
-        """The nodes whose children the draft should propose next, at most `room`; empty for none.
+        """The nodes whose children the draft should propose next, at most `room` that it does not know yet; empty for
+        none.
 
-        Called when the draft station is idle. The caller asks for all that is named.
+        Called when the draft station is idle. The caller asks for all that is named. Never names a node for which an
+        answer is awaited.
         """
+
+
+class RefreshingPolicy(Policy):
+    """A policy that can have the draft look again at nodes in flight.
+
+    That is of use with a source that reads hidden states out of the stages: they deepen with every step, so it answers
+    better each time. refresh: do that. draft_width: nodes asked about in one draft job at most, new and again.
+    """
+
+    def __init__(self, *, width: int, floor: float, draft_width: int, refresh: bool = False) -> None:
+        super().__init__(width=width, floor=floor)
+        if draft_width < 1:
+            raise UsageError(f"draft_width must be 1 or more (got {draft_width})")
+        self.draft_width = draft_width
+        self.refresh = refresh
+
+    def fill(self, tree: TokenTree, nodes: list[Node]) -> list[Node]:
+        """The new `nodes` to ask about, and behind them those in flight that have deepened.
+
+        These ride along only: a job that has no new node is not sent. The draft takes one job at a time, so such a job
+        would make the next new node wait for what is left of it, and the one that comes when it is least expected, the
+        root after a miss, is the one that everything waits for. In steady state a new node comes with every step, and
+        where none does, at the horizon or with everything below the floor, there is little left to be saved.
+        """
+        if not (self.refresh and nodes):
+            return nodes
+        return nodes + tree.deepened(self.draft_width - len(nodes))
 
 
 def root_if_new(tree: TokenTree) -> list[Node]:

@@ -8,22 +8,24 @@ ahead by the same order, so that a late node's children are known when it enters
 
 from __future__ import annotations
 
-from fullpipe.policies.base import PROBABILITY_FLOOR, Policy, root_if_new
+from fullpipe.policies.base import PROBABILITY_FLOOR, RefreshingPolicy, root_if_new
 from fullpipe.tree.token_tree import Node, TokenTree
 
 # The draft looks at nothing whose children come after so many flights' worth of better nodes.
 _FLIGHTS_AHEAD = 2
 
 
-class FullPipe(Policy):
+class FullPipe(RefreshingPolicy):
     """draft_width: nodes per draft call at most. Default: twice the width, but 16 to 32: with 64 instead of 32 the
-    draft computed 1.8 times as many nodes for 0.7% fewer steps (GSM8K question 1, width 64, docs/log.md)."""
+    draft computed 1.8 times as many nodes for 0.7% fewer steps (GSM8K question 1, width 64, docs/log.md).
+    refresh: siblings that a refreshed answer brings up enter late like all others."""
 
     name = "fullpipe"
 
-    def __init__(self, *, width: int = 8, floor: float = PROBABILITY_FLOOR, draft_width: int | None = None) -> None:
-        super().__init__(width=width, floor=floor)
-        self.draft_width = draft_width or min(max(16, 2 * width), 32)
+    def __init__(self, *, width: int = 8, floor: float = PROBABILITY_FLOOR, draft_width: int | None = None,
+                 refresh: bool = False) -> None:
+        super().__init__(width=width, floor=floor, draft_width=draft_width or min(max(16, 2 * width), 32),
+                         refresh=refresh)
 
     def launch(self, tree: TokenTree, room: int) -> list[Node]:
         # The root never lacks a slot; without it nothing could ever be freed.
@@ -31,5 +33,5 @@ class FullPipe(Policy):
         return tree.take_unlaunched(min(self.width, max(room, least)), self.floor)
 
     def expand(self, tree: TokenTree, room: int) -> list[Node]:
-        floor = max(self.floor, tree.horizon_of_launches(_FLIGHTS_AHEAD * self.width))
-        return tree.take_unasked(min(self.draft_width, room), floor)
+        floor = max(self.floor, tree.launch_cutoff(_FLIGHTS_AHEAD * self.width))
+        return self.fill(tree, tree.take_unasked(min(self.draft_width, room), floor))

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fullpipe.messages import Expansion, Flight
+from fullpipe.messages import Expansion, Flight, Tap
 from fullpipe.pipeline.spec import StationSpec
-from fullpipe.pipeline.station import SourceLike
+from fullpipe.pipeline.station import SourceLike, tap_reader
 
 _LN2 = math.log(2)
 
@@ -23,13 +23,33 @@ class Mix:
     def __init__(self, sources: Sequence[SourceLike], *, second: int = 4) -> None:
         self._sources = list(sources)
         self._second = second
+        self._readers = {rank: reader for rank, source in enumerate(sources) if (reader := tap_reader(source))}
+
+    @property
+    def reads_taps(self) -> bool:
+        return bool(self._readers)
+
+    def take(self, tap: Tap) -> None:
+        for reader in self._readers.values():
+            reader.take(tap)
+
+    def ready(self, job: Flight) -> bool:
+        """Whether every source that reads taps is ready for what it will be asked."""
+        return all(reader.ready(self._question(rank, job)) for rank, reader in self._readers.items())
+
+    def forget(self, nodes: list[int]) -> None:
+        for reader in self._readers.values():
+            reader.forget(nodes)
 
     def run(self, job: Flight) -> list[Expansion]:
         answers: dict[int, list[Expansion]] = {}
         for rank, source in enumerate(self._sources):
-            for expansion in source.run(first_rows(job, self._second) if rank else job):
+            for expansion in source.run(self._question(rank, job)):
                 answers.setdefault(expansion.node, []).append(expansion)
         return [merge(expansions) for expansions in answers.values()]
+
+    def _question(self, rank: int, job: Flight) -> Flight:
+        return first_rows(job, self._second) if rank else job
 
 
 def first_rows(job: Flight, count: int) -> Flight:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import count
@@ -39,12 +39,14 @@ class Node:
     id: unique and rising within the engine. slot: cache slot, None until it first enters a station; path:
     slots of its ancestors below the root of that moment, its own last.
     cum: cumulative log-probability of the path. asked: the draft was asked for guesses of what follows;
-    answered: it replied. in_draft: the draft station has computed this node. next_token: what truly
-    follows, once landed.
+    answered: it replied; waiting: it still owes an answer, the first or a refreshed one. in_draft: the draft station
+    has computed this node. asked_at, launched_at: the tree's `num_flights` when that last happened, -1: never.
+    next_token: what truly follows, once landed. others: what may follow instead, best first (lossy requests only).
     """
 
-    __slots__ = ("answered", "asked", "children", "cum", "died_at", "guesses", "id", "in_draft", "next_token",
-                 "parent", "path", "position", "slot", "state", "token")
+    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "died_at", "guesses", "id", "in_draft",
+                 "launched_at", "next_token", "others", "parent", "path", "position", "slot", "state", "token",
+                 "waiting")
 
     def __init__(self, id: int, token: int, parent: Node | None, position: int, cum: float) -> None:
         self.id = id
@@ -57,8 +59,10 @@ class Node:
         self.state = State.PROPOSED
         self.children: dict[int, Node] = {}
         self.guesses: list[tuple[float, int]] = []  # (cum, token), worst first: the next one is at the end
-        self.asked = self.answered = self.in_draft = False
+        self.asked = self.answered = self.waiting = self.in_draft = False
+        self.asked_at = self.launched_at = -1
         self.next_token: int | None = None
+        self.others: Sequence[int] = ()
         self.died_at: float | None = None
 
     def __repr__(self) -> str:
@@ -70,15 +74,18 @@ class Advance:
     """What one application of the commit rule did.
 
     hit: the token was already in flight. A token that was guessed but not launched is a miss (it still
-    has the whole pipeline before it), though its subtree survives.
+    has the whole pipeline before it), though its subtree survives. altered: the target would have said
+    another token here (lossy requests only).
     """
 
     token: int
     hit: bool
     dead: list[Node]
+    altered: bool = False
 
 
-_Entry = tuple[float, int, Node]  # (-cum, serial, node): best first, parents before children of equal worth
+_Entry = tuple[float, int, int, Node]  # (-cum, order, serial, node): best first, see `TokenTree._push`
+_Offer = tuple[float, int, int, Node]  # (-cum, parent's id, token, parent): a tie is decided alike whenever it is met
 
 
 class TokenTree:
@@ -99,6 +106,7 @@ class TokenTree:
         self.flying: dict[int, Node] = {}  # live nodes that are launched and have not landed
         self.num_live = 0
         self.num_advances = 0  # tokens committed since the prompt
+        self.num_flights = 0  # that carried nodes of this tree; with each, all that flies has moved a stage on
         self.root = self._new(root_token, None, position, 0.0)
 
     # ---- growing -------------------------------------------------------------------------------------
@@ -106,15 +114,18 @@ class TokenTree:
     def propose(self, node: Node, expansion: Expansion) -> None:
         """Take the draft's guesses of what follows `node`. Guesses for a dead or committed node are dropped.
 
-        A child that is there already came with a chain, before anybody had looked at `node` itself. It gets the mean of
-        both probabilities (0 where it is not among those guessed now), and its subtree moves with it.
+        At the first answer a child that is there already came with a chain, before anybody had looked at `node` itself.
+        It gets the mean of both probabilities (0 where it is not among those guessed now), and its subtree moves with
+        it. A later answer knows more than the one before and replaces it: see `_revise`.
         """
         if node.state not in LIVE:
             return
-        node.answered = True
+        again, node.answered, node.waiting = node.answered, True, False
         if node.position >= self.horizon:
             return
-        if node.children:
+        if again:
+            self._revise(node, expansion)
+        elif node.children:
             self._weigh(node, expansion)
         if max(expansion.parents, default=-1) < 0:
             self._offer(node, expansion.tokens, expansion.logprobs)
@@ -147,25 +158,41 @@ class TokenTree:
 
     def _weigh(self, node: Node, expansion: Expansion) -> None:
         """What came with a chain before anybody had looked at `node`, against what is said now."""
-        said = {token: logprob for token, logprob, parent in
-                zip(expansion.tokens, expansion.logprobs, expansion.parents) if parent < 0}
+        said = _direct(expansion)
         if not said:
             return  # whoever knows nothing does not doubt either
         for token, child in node.children.items():
-            first, second = math.exp(child.cum - node.cum), math.exp(min(said.get(token, -math.inf), 0.0))
+            first, second = math.exp(child.cum - node.cum), math.exp(said.get(token, -math.inf))
             self._move(child, math.log((first + second) / 2 / first))
 
+    def _revise(self, node: Node, expansion: Expansion) -> None:
+        """Make room for a newer answer: the guesses that are left go, and each child, launched or not, moves to its new
+        probability with its subtree. One that is not named any more is now at most as likely as the last that is."""
+        said = _direct(expansion)
+        if not said:
+            return
+        node.guesses = []
+        least = min(said.values())
+        for token, child in node.children.items():
+            before = child.cum - node.cum
+            if shift := said.get(token, min(before, least)) - before:
+                self._move(child, shift)
+
     def _move(self, top: Node, shift: float) -> None:
-        """Change a node's path probability, and with it those of everything below."""
+        """Change a node's path probability, and with it those of everything below. Rounding makes none of them likelier
+        than its parent."""
         stack = [top]
         while stack:
             node = stack.pop()
-            node.cum += shift
-            node.guesses = [(cum + shift, token) for cum, token in node.guesses]
+            assert node.parent is not None
+            node.cum = min(node.cum + shift, node.parent.cum)
+            node.guesses = [(min(cum + shift, node.cum), token) for cum, token in node.guesses]
             if node.guesses:
                 self._push(self._frontier, node, node.guesses[-1][0])
-            self._push(self._unlaunched, node, node.cum)
-            self._push(self._unasked, node, node.cum)
+            if node.state is State.PROPOSED:
+                self._push(self._unlaunched, node, node.cum)
+            if self._is_askable(node):
+                self._push(self._unasked, node, node.cum)
             stack.extend(node.children.values())
 
     def _offer_next(self, node: Node, guesses: list[tuple[float, int]]) -> None:
@@ -186,6 +213,19 @@ class TokenTree:
 
     # ---- asking --------------------------------------------------------------------------------------
 
+    def ask(self, node: Node) -> None:
+        """The draft is asked what follows the node, for the first time or again."""
+        node.asked = node.waiting = True
+        node.asked_at = self.num_flights
+
+    def deepened(self, limit: int) -> list[Node]:
+        """Up to `limit` nodes in flight, likeliest path first, that have moved on since the draft was last asked about
+        them: one that reads hidden states would see more of them now."""
+        found = [node for node in self.flying.values()
+                 if node.answered and not node.waiting and node.position < self.horizon
+                 and self.num_flights > max(node.asked_at, node.launched_at)]
+        return heapq.nsmallest(limit, found, key=lambda node: (-node.cum, node.position))
+
     def take_unlaunched(self, limit: int, floor: float) -> list[Node]:
         """Up to `limit` nodes with the highest path probability that have not been launched, best first,
         each one's ancestors launched or before it in the list. `floor`: log of the least path probability
@@ -199,13 +239,13 @@ class TokenTree:
     def _is_askable(self, node: Node) -> bool:
         return node.state in LIVE and not node.asked and node.position < self.horizon
 
-    def horizon_of_launches(self, count: int) -> float:
+    def launch_cutoff(self, count: int) -> float:
         """Log path probability, given the root, of the `count`-th best that could still be launched; -inf where there
         are not as many. Of each node's guesses only the best is counted."""
-        waiting = [-key for key, _, node in self._unlaunched if node.state is State.PROPOSED and node.cum == -key]
+        waiting = [-key for key, _, _, node in self._unlaunched if node.state is State.PROPOSED and node.cum == -key]
         if len(waiting) + len(self._frontier) < count:
             return -math.inf
-        waiting += [node.guesses[-1][0] for key, _, node in self._frontier
+        waiting += [node.guesses[-1][0] for key, _, _, node in self._frontier
                     if node.state in LIVE and node.guesses and node.guesses[-1][0] == -key]
         if len(waiting) < count:
             return -math.inf
@@ -219,13 +259,27 @@ class TokenTree:
     def best_children(self, nodes: Iterable[Node], limit: int, floor: float) -> list[Node]:
         """The up to `limit` best unlaunched children of `nodes` together, best first."""
         least = self.root.cum + floor
-        offers: list[tuple[float, int, int, Node]] = []  # ties go by node and token: asked again, the same answer
-        for node in nodes:
-            offers += [(-cum, node.id, token, node) for cum, token in node.guesses if cum >= least]
-            offers += [(-child.cum, node.id, token, node) for token, child in node.children.items()
-                       if child.state is State.PROPOSED and child.cum >= least]
-        best = heapq.nsmallest(limit, offers, key=lambda offer: offer[:3])
-        return [self._child(node, token) for _, _, token, node in best]
+        return self._take_offers([offer for node in nodes for offer in self._offers(node, least)], limit)
+
+    def overtakers(self, limit: int, floor: float) -> list[Node]:
+        """Up to `limit` unlaunched nodes that are likelier than all their launched siblings, best first: what a newer
+        answer of the draft has brought up. At most one per parent."""
+        least = self.root.cum + floor
+        offers: list[_Offer] = []
+        for node in self.flying.values():
+            launched = [child.cum for child in node.children.values() if child.state is not State.PROPOSED]
+            if launched and (best := min(self._offers(node, least), default=None)) and -best[0] > max(launched):
+                offers.append(best)
+        return self._take_offers(offers, limit)
+
+    @staticmethod
+    def _offers(node: Node, least: float) -> list[_Offer]:
+        """The node's unlaunched children and guesses with a cumulative log-probability of at least `least`."""
+        waiting = [(child.cum, token) for token, child in node.children.items() if child.state is State.PROPOSED]
+        return [(-cum, node.id, token, node) for cum, token in (*node.guesses, *waiting) if cum >= least]
+
+    def _take_offers(self, offers: list[_Offer], limit: int) -> list[Node]:
+        return [self._child(node, token) for _, _, token, node in heapq.nsmallest(limit, offers)]
 
     def newest_layer(self) -> list[Node]:
         """The launched live nodes at the highest position; empty when the root has not been launched."""
@@ -233,6 +287,11 @@ class TokenTree:
             return []
         newest = max((node.position for node in self.flying.values()), default=self.root.position)
         return [node for node in self.flying.values() if node.position == newest] or [self.root]
+
+    def newest_flight(self) -> list[Node]:
+        """The live nodes in flight that were launched last, of whatever depth; empty when nothing flies."""
+        newest = max((node.launched_at for node in self.flying.values()), default=-1)
+        return [node for node in self.flying.values() if node.launched_at == newest]
 
     def _child(self, node: Node, token: int) -> Node:
         if token in node.children:
@@ -247,14 +306,14 @@ class TokenTree:
         frontier = self._best_frontier()
         while len(taken) < limit:
             # A node that moved has several entries: those of other places are stale, one of this place is enough.
-            while heap and not (usable(heap[0][2]) and heap[0][2].cum == -heap[0][0] and heap[0][2].id not in ids):
+            while heap and not (usable(heap[0][3]) and heap[0][3].cum == -heap[0][0] and heap[0][3].id not in ids):
                 heapq.heappop(heap)
             best = -heap[0][0] if heap else -math.inf
             if frontier is not None and frontier.guesses[-1][0] > max(best, least):
                 self._child(frontier, frontier.guesses[-1][1])
                 frontier = self._best_frontier()
             elif heap and best >= least:
-                taken.append(heapq.heappop(heap)[2])
+                taken.append(heapq.heappop(heap)[3])
                 ids.add(taken[-1].id)
             else:
                 break
@@ -265,30 +324,47 @@ class TokenTree:
         become another one (there is a newer entry then), are dropped on the way."""
         heap = self._frontier
         while heap:
-            key, _, node = heap[0]
+            key, _, _, node = heap[0]
             if node.state in LIVE and node.guesses and node.guesses[-1][0] == -key:
                 return node
             heapq.heappop(heap)
         return None
 
     def _push(self, heap: list[_Entry], node: Node, cum: float) -> None:
-        heapq.heappush(heap, (-cum, next(self._serial), node))
-        if len(heap) > 64 + 4 * self.num_live:  # mostly dead: drop those, so that a long run costs no more
-            heap[:] = [entry for entry in heap if entry[2].state in LIVE]
+        # Of nodes of equal worth the older goes first, so that none comes before its parent, however often both moved.
+        order = 0 if heap is self._frontier else node.id
+        heapq.heappush(heap, (-cum, order, next(self._serial), node))
+        if len(heap) > 64 + 4 * self.num_live:  # mostly dead or moved: drop those, so that a long run costs no more
+            heap[:] = {entry[3].id: entry for entry in heap if self._is_current(heap, entry)}.values()
             heapq.heapify(heap)
 
+    def _is_current(self, heap: list[_Entry], entry: _Entry) -> bool:
+        key, _, _, node = entry
+        if node.state not in LIVE:
+            return False
+        if heap is self._frontier:
+            return bool(node.guesses) and node.guesses[-1][0] == -key
+        usable = node.state is State.PROPOSED if heap is self._unlaunched else self._is_askable(node)
+        return usable and node.cum == -key
+
     # ---- the life of a node --------------------------------------------------------------------------
+
+    def new_flight(self) -> None:
+        """A flight sets off; the nodes that are launched next are in it."""
+        self.num_flights += 1
 
     def launch(self, node: Node) -> None:
         assert node.state is State.PROPOSED and (node.parent is None or node.parent.state is not State.PROPOSED)
         node.state = State.IN_FLIGHT
+        node.launched_at = self.num_flights
         self.flying[node.id] = node
 
-    def land(self, node: Node, next_token: int) -> None:
-        """The last stage said what truly follows. A dead node's landing changes nothing."""
+    def land(self, node: Node, next_token: int, others: Sequence[int] = ()) -> None:
+        """The last stage said what truly follows, and (lossy requests only) what else it lets pass, best first. A dead
+        node's landing changes nothing."""
         if node.state is State.IN_FLIGHT:
             node.state = State.LANDED
-            node.next_token = next_token
+            node.next_token, node.others = next_token, others
             del self.flying[node.id]
 
     def advance(self) -> Advance | None:
@@ -300,8 +376,7 @@ class TokenTree:
         root = self.root
         if root.state is not State.LANDED:
             return None
-        token = root.next_token
-        assert token is not None
+        token = _chosen(root)
         child = root.children.pop(token, None)
         dead = [node for other in root.children.values() for node in self._kill(other)]
         if child is None:
@@ -313,7 +388,7 @@ class TokenTree:
         self.num_live -= 1
         self.num_advances += 1
         self.root = child
-        return Advance(token, child.state is not State.PROPOSED, dead)
+        return Advance(token, child.state is not State.PROPOSED, dead, altered=token != root.next_token)
 
     def clear(self) -> list[Node]:
         """Kill the whole tree, the root included (the request is over)."""
@@ -359,3 +434,19 @@ class TokenTree:
                 assert child.state is State.PROPOSED or node.state is not State.PROPOSED, \
                     f"{child} was launched before its parent"
                 assert child.state is not State.LANDED or node.state is State.LANDED
+
+
+def _direct(expansion: Expansion) -> dict[int, float]:
+    """The log-probabilities, at most 0, of what is guessed to follow the node itself."""
+    return {token: min(logprob, 0.0) for token, logprob, parent in
+            zip(expansion.tokens, expansion.logprobs, expansion.parents) if parent < 0}
+
+
+def _chosen(root: Node) -> int:
+    """The y of the commit rule: what the target says, but for a lossy request the first that it lets pass and that is
+    in flight, where what it says is not."""
+    assert root.next_token is not None
+    for token in (root.next_token, *root.others):
+        if (child := root.children.get(token)) is not None and child.state is not State.PROPOSED:
+            return token
+    return root.next_token

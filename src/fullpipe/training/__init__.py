@@ -1,0 +1,1 @@
+"""Draft modules: their training text, their training."""

@@ -1,0 +1,120 @@
+"""What the frozen target makes of the training text: hidden states at some depths, and its own next tokens.
+
+Computed by the code that decodes, so labels are those of the target as it will be served, quantisation included: a
+module trained on another precision's labels agrees less with this one (notes, field.md section A-bis a).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fullpipe.errors import UsageError
+from fullpipe.kvcache.arena import KVArena
+from fullpipe.model.decoder import DecoderSlice, Segment
+from fullpipe.model.files import ModelFiles
+
+
+class Teacher:
+    """The target, read at some depths.
+
+    taps: layers finished, rising, none of them 0; the last is the number of layers. max_length: of a text.
+    """
+
+    def __init__(self, files: ModelFiles, taps: Sequence[int], *, dtype: torch.dtype, max_length: int) -> None:
+        assert list(taps) == sorted(set(taps)) and taps[0] > 0 and taps[-1] == files.config.num_layers
+        self.config, self.taps, self.dtype = files.config, tuple(taps), dtype
+        last = files.config.num_layers
+        self._slices = [DecoderSlice(files, first, end, has_embedding=first == 0, has_head=end == last, dtype=dtype)
+                        for first, end in zip((0, *taps), taps)]
+        self._arenas: list[KVArena] = [part.allocate(max_length) for part in self._slices]
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: int64 [s]. Returns hidden states [s, taps, hidden] in the target's dtype, and the target's likeliest
+        next token of every position, int64 [s]."""
+        size = len(tokens)
+        positions = torch.arange(size)
+        mask = torch.ones(size, size, dtype=torch.bool).tril()
+        x, found = tokens, []
+        for part, arena in zip(self._slices, self._arenas):
+            x = part.forward(x, positions, [Segment(0, size, arena, positions, mask)])
+            found.append(x)
+        best = torch.cat([self._slices[-1].logits(rows).argmax(-1) for rows in torch.split(x, 256)])
+        return torch.stack(found, 1), best
+
+
+class FeatureStore:
+    """Features of samples, computed when they are first asked for and kept on disk after that.
+
+    folder: where they are kept; what another store of the same description has left there is used. It takes
+    2 bytes per number: tokens x taps x hidden x 2. key: names model, taps and text; another one's features are refused.
+    """
+
+    def __init__(self, folder: Path, teacher: Teacher, samples: Sequence[NDArray[np.int32]], key: str) -> None:
+        assert teacher.dtype in (torch.bfloat16, torch.float32)
+        self._teacher, self._samples = teacher, samples
+        self._starts = np.cumsum([0, *(len(sample) for sample in samples)])
+        folder.mkdir(parents=True, exist_ok=True)
+        self._claim(folder, key)
+        total, width = int(self._starts[-1]), len(teacher.taps)
+        self._hidden = _array(folder / "hidden.bin", (total, width, teacher.config.hidden), np.uint16)
+        self._best = _array(folder / "best.bin", (total,), np.int32)
+        self._done = _array(folder / "done.bin", (len(samples),), np.uint8)
+
+    @staticmethod
+    def _claim(folder: Path, key: str) -> None:
+        description = folder / "features.json"
+        if description.exists() and json.loads(description.read_text()) != {"key": key}:
+            raise UsageError(f"{folder} holds features of another model, other taps or another text",
+                             hint="Name another folder, or delete this one.")
+        description.write_text(json.dumps({"key": key}))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Hidden states bfloat16 [s, taps, hidden] and likeliest next tokens int64 [s] of a sample."""
+        rows = slice(int(self._starts[index]), int(self._starts[index + 1]))
+        if not self._done[index]:
+            hidden, best = self._teacher.read(torch.from_numpy(self._samples[index].astype(np.int64)))
+            self._hidden[rows] = hidden.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+            self._best[rows] = best.numpy()
+            self._done[index] = 1  # last: a process that is killed before computes the sample again
+        hidden = torch.from_numpy(self._hidden[rows].view(np.int16)).view(torch.bfloat16)
+        return hidden, torch.from_numpy(self._best[rows].astype(np.int64))
+
+
+def _array(path: Path, shape: tuple[int, ...], dtype: type) -> NDArray[np.generic]:
+    """A file as an array, made of zeros (which take no room until they are written) if it is not there yet."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if not path.exists() or path.stat().st_size != size:
+        with path.open("wb") as file:
+            file.truncate(size)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+class Outer:
+    """The frozen parts of the target around its layers: embedding, final norm, and head rows of some tokens."""
+
+    def __init__(self, files: ModelFiles, draft_ids: Tensor, dtype: torch.dtype) -> None:
+        config = files.config
+        self.embedding = files.tensor("model.embed_tokens.weight", dtype)
+        self.final_norm = files.tensor("model.norm.weight", torch.float32)
+        head = self.embedding if config.tied else files.tensor("lm_head.weight", dtype)
+        self.head_rows = head[draft_ids].clone()
+        self._eps = config.rms_eps
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.embedding)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The target's logits of the draft vocabulary: [rows, hidden] before the final norm -> float32 [rows, draft
+        vocab]."""
+        wide = hidden.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
+        normed = (wide * scale * self.final_norm).to(self.head_rows.dtype)
+        return F.linear(normed, self.head_rows).float()

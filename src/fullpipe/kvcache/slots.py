@@ -95,6 +95,17 @@ class SlotTable:
         """The committed path's tokens in order, prompt included."""
         return self._token[self._order[: self.num_committed]]
 
+    def committed_slots(self) -> NDArray[np.int64]:
+        """The committed path's slots in order; a view."""
+        return self._order[: self.num_committed]
+
+    def is_committed(self, slot: int) -> bool:
+        return bool(self._committed[slot])
+
+    def standing(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens in these slots, and their positions."""
+        return self._token[slots], self._position[slots]
+
     def path(self, part: Part, row: int) -> list[int]:
         """All tokens on the path of a row of `part`, in order, its own last."""
         return self.tail(part, row, self.capacity)

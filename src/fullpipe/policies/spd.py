@@ -19,12 +19,14 @@ from fullpipe.tree.token_tree import Node, TokenTree
 
 class Spd(RefreshingPolicy):
     """width: nodes of a layer at most; with `refresh` as many late siblings may enter beside it. There is no floor by
-    default: a place in the pipeline that the chain does not take stays empty."""
+    default: a place in the pipeline that the chain does not take stays empty. draft_width: nodes asked about in one
+    draft job, while new ones do not need more. Default: twice the width, but at least 8; a chain in 8 stages whole."""
 
     name = "spd"
 
-    def __init__(self, *, width: int = 1, floor: float = 0.0, draft_width: int = 8, refresh: bool = False) -> None:
-        super().__init__(width=width, floor=floor, draft_width=draft_width, refresh=refresh)
+    def __init__(self, *, width: int = 1, floor: float = 0.0, draft_width: int | None = None,
+                 refresh: bool = False) -> None:
+        super().__init__(width=width, floor=floor, draft_width=draft_width or max(8, 2 * width), refresh=refresh)
 
     def launch(self, tree: TokenTree, room: int) -> list[Node]:
         if root := root_if_new(tree):

@@ -1,0 +1,306 @@
+"""Speculative Pipeline Decoding (arXiv 2605.30852): a module that guesses from hidden states of every depth.
+
+The stages send hidden states here while they compute (`take`). A job is answered with what has arrived: every token as
+deep as it is known by now. So drafting never waits for verification, and nothing waits for drafting.
+
+A job may ask about any number of nodes: they and their ancestors in flight are the rows of one forward under the tree
+mask (the reference copies caches for every branch instead). Only rows of tokens that are committed and have left the
+pipeline are kept; all others deepen and are computed anew each time.
+
+An exit module (PPSD, arXiv 2509.19368) is the same thing with one bound: all its rows are what stage 1 made. It cannot
+answer for a node that stage 1 has not finished, so its jobs wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fullpipe.kvcache.slots import SlotTable
+from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
+from fullpipe.model.sampling import RowContext, rank
+from fullpipe.model.spd_checkpoint import ModuleConfig, load_checkpoint
+from fullpipe.model.spd_module import PipelineDraftModule
+from fullpipe.model.stage import DTYPES
+from fullpipe.model.weights import open_model
+
+_NOBODY = -2  # no node has this id; -1 is a prompt token
+_CHUNK = 256  # completed tokens that become permanent rows in one forward
+
+
+@dataclass(slots=True)
+class _Question:
+    """A node whose followers are wanted. path: slots of it and its ancestors that were not committed when it was asked
+    about, its own last."""
+
+    node: int
+    position: int
+    slot: int
+    path: list[int]
+
+
+class _Reader:
+    """One request as the draft station knows it.
+
+    features: [capacity, taps, hidden] by slot, how many of a slot's taps are there in `known`, and whose they are in
+    `owner` (a node), `token` and `position`. sent: the node that the engine named last for a slot.
+    keys, values: for each layer [capacity, kv_heads, head_dim] by position, of completed tokens; `kept` of them.
+    """
+
+    def __init__(self, opening: Opening, shape: ModuleConfig, taps: int, dtype: torch.dtype) -> None:
+        capacity = opening.capacity
+        self.table = SlotTable(opening)
+        self.features = torch.zeros(capacity, taps, shape.hidden, dtype=dtype)
+        self.known = np.zeros(capacity, np.int64)
+        self.owner = np.full(capacity, _NOBODY, np.int64)
+        self.token = np.zeros(capacity, np.int64)
+        self.position = np.zeros(capacity, np.int64)
+        self.sent = np.full(capacity, _NOBODY, np.int64)
+        size = (capacity, shape.kv_heads, shape.head_dim)
+        self.past = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for _ in range(shape.num_layers)]
+        self.kept = 0
+        self.waiting: dict[int, _Question] = {}  # asked about, and not answered yet
+
+    def take(self, part: Part, layers: Sequence[int], features: Tensor) -> None:
+        """layers: which taps these are, as indices, rising. A slot's taps arrive in order, but those of a node that
+        died may come after those of the slot's next owner."""
+        slots, nodes = np.asarray(part.slots, np.int64), np.asarray(part.nodes, np.int64)
+        fresh = nodes > self.owner[slots]
+        new = slots[fresh]
+        self.owner[new], self.known[new] = nodes[fresh], 0
+        self.token[new], self.position[new] = np.asarray(part.tokens)[fresh], np.asarray(part.positions)[fresh]
+        for column, layer in enumerate(layers):
+            rows = np.flatnonzero((nodes == self.owner[slots]) & (self.known[slots] == layer))
+            self.features[slots[rows], layer] = features[torch.from_numpy(rows), column].to(self.features.dtype)
+            self.known[slots[rows]] += 1
+
+    def apply(self, part: Part) -> None:
+        self.table.apply(part)
+        self.sent[part.slots] = part.nodes
+        for row in np.flatnonzero(part.wants).tolist():
+            node, slot = part.nodes[row], part.slots[row]
+            self.waiting[node] = _Question(node, part.positions[row], slot, part.paths[row] or [slot])
+
+    def depth(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many taps are known of the tokens that stand in these slots, as the engine says: int64 [slots]. A token
+        that the draft channel never carried as a node (-1) is known by what it is and where it stands."""
+        tokens, positions = self.table.standing(slots)
+        same = (self.token[slots] == tokens) & (self.position[slots] == positions)
+        owned = (self.owner[slots] == self.sent[slots]) | ((self.sent[slots] == -1) & same)
+        depth: NDArray[np.int64] = np.where(owned, self.known[slots], 0)
+        return depth
+
+    def completed(self) -> int:
+        """How many committed tokens, from the first on, have all their taps here."""
+        order = self.table.committed_slots()[self.kept :]
+        missing = np.flatnonzero(self.depth(order) < self.features.shape[1])
+        return self.kept + (int(missing[0]) if len(missing) else len(order))
+
+    def context(self, question: _Question) -> RowContext:
+        return RowContext(self.table.params, question.position + 1, lambda: self._history(question))
+
+    def _history(self, question: _Question) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        tokens, positions = self.table.standing(np.asarray(question.path))
+        path = np.concatenate([self.table.committed_tokens()[: positions[0]], tokens])
+        return path[: self.table.prompt_len], path[self.table.prompt_len :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The rows of one forward. slots: int64 [rows], completed tokens that are to be kept first, `fresh` of them.
+    mask: bool [rows, kept + rows]. queries: int64 [questions], where they stand."""
+
+    slots: NDArray[np.int64]
+    fresh: int
+    mask: NDArray[np.bool_]
+    queries: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, reader: _Reader, completed: int, questions: Sequence[_Question]) -> _Window:
+        """Completed tokens up to `completed`, the other committed ones, and the paths of the questions."""
+        table, kept = reader.table, reader.kept
+        committed = table.committed_slots()[kept:]
+        open_paths = [[slot for slot in question.path if not table.is_committed(slot)] for question in questions]
+        slots = np.array(list(dict.fromkeys([*committed.tolist(), *(slot for path in open_paths for slot in path)])))
+        row_of = {slot: row for row, slot in enumerate(slots.tolist())}
+        _, positions = table.standing(slots)
+        mask = positions <= positions[:, None]
+        mask[:, len(committed) :] = False
+        for path in open_paths:
+            rows = np.array([row_of[slot] for slot in path], np.int64)
+            mask[rows[:, None], rows] |= np.tri(len(rows), dtype=np.bool_)
+        past = np.ones((len(slots), kept), np.bool_)
+        queries = np.array([row_of[question.slot] for question in questions], np.int64)
+        return cls(slots, completed - kept, np.concatenate([past, mask], 1), queries)
+
+
+class SpdSource:
+    """module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
+    it. draft_ids: int64 [draft vocab], the target's token of each row of the head; None: all.
+    vocab: number of the target's real tokens.
+    """
+
+    def __init__(self, module: PipelineDraftModule, config: ModuleConfig, *, dtype: torch.dtype,
+                 embedding: Tensor | None, draft_ids: Tensor | None, vocab: int) -> None:
+        self._module, self._config = module, config
+        self._embedding, self._draft_ids, self._vocab = embedding, draft_ids, vocab
+        self._taps = [bound for bound in config.bounds if bound]
+        self._has_embedding = config.bounds[0] == 0
+        self._dtype = dtype
+        self._readers: dict[int, _Reader] = {}
+        self._early: dict[int, list[tuple[Part, list[int], Tensor]]] = {}  # taps of requests that are not open yet
+        self._newest = -1  # request; ids rise, so one below it that is not open is over
+        self._admitted = -1  # job
+
+    # ---- what the pipeline calls -------------------------------------------------------------------------
+
+    def take(self, tap: Tap) -> None:
+        """Keep the hidden states of a flight's rows."""
+        columns = [column for column, layer in enumerate(tap.layers) if layer in self._taps]
+        layers = [self._taps.index(tap.layers[column]) for column in columns]
+        features, start = torch.as_tensor(tap.features)[:, columns], 0
+        for part in tap.flight.parts:
+            rows = features[start : start + len(part)]
+            start += len(part)
+            if part.request in self._readers:
+                self._readers[part.request].take(part, layers, rows)
+            elif part.request > self._newest:
+                self._early.setdefault(part.request, []).append((part, layers, rows))
+
+    def ready(self, job: Flight) -> bool:
+        """Whether anything can be answered now, or need not be: nothing is guessed before the prompt is through, and
+        by an exit module not before stage 1 is."""
+        self._admit(job)
+        waiting = [(reader, question) for reader in self._readers.values() for question in reader.waiting.values()]
+        return not waiting or any(self._can_answer(reader, question) for reader, question in waiting)
+
+    def forget(self, nodes: list[int]) -> None:
+        """Nobody needs answers about these nodes any more."""
+        for reader in self._readers.values():
+            for node in nodes:
+                reader.waiting.pop(node, None)
+
+    @torch.inference_mode()
+    def run(self, job: Flight) -> list[Expansion]:
+        """Answers what can be answered by now, of this job and of earlier ones."""
+        self._admit(job)
+        expansions = [expansion for reader in self._readers.values() if reader.waiting
+                      for expansion in self._answer(reader, job.top_k)]
+        for request in job.closes:
+            self._readers.pop(request, None)
+            self._early.pop(request, None)
+        return expansions
+
+    # ---- inside ------------------------------------------------------------------------------------------
+
+    def _admit(self, job: Flight) -> None:
+        """Take over what a job says, once."""
+        if job.id <= self._admitted:
+            return
+        self._admitted = job.id
+        for opening in job.opens:
+            self._newest = opening.request
+            reader = _Reader(opening, self._config, len(self._taps), self._dtype)
+            self._readers[opening.request] = reader
+            for part, layers, rows in self._early.pop(opening.request, []):
+                reader.take(part, layers, rows)
+        for part in job.parts:
+            self._readers[part.request].apply(part)
+
+    def _can_answer(self, reader: _Reader, question: _Question) -> bool:
+        if reader.completed() < reader.table.prompt_len - 1:
+            return False
+        return self._has_embedding or bool((reader.depth(np.asarray(question.path)) > 0).all())
+
+    def _answer(self, reader: _Reader, top_k: int) -> list[Expansion]:
+        for node in [node for node, asked in reader.waiting.items() if reader.sent[asked.slot] != node]:
+            del reader.waiting[node]  # its slot has another owner, so it is dead
+        questions = [question for question in reader.waiting.values() if self._can_answer(reader, question)]
+        if not questions:
+            return []
+        for question in questions:
+            del reader.waiting[question.node]
+        # A row that is asked must be in the forward, also if it has been kept.
+        first = min(question.position for question in questions)
+        reader.kept = min(reader.kept, first)
+        completed = min(reader.completed(), first)
+        while completed - reader.kept > _CHUNK:
+            self._keep(reader, reader.kept + _CHUNK)
+        hidden = self._forward(reader, _Window.of(reader, completed, questions))
+        tokens, logprobs = rank(self._scores(hidden), [reader.context(question) for question in questions], top_k,
+                                limit=self._vocab)
+        return [Expansion(question.node, guesses, weights, [-1] * len(guesses))
+                for question, guesses, weights in zip(questions, tokens, logprobs)]
+
+    def _keep(self, reader: _Reader, end: int) -> None:
+        """Make permanent rows of the completed tokens up to position `end`."""
+        slots = reader.table.committed_slots()[reader.kept : end]
+        mask = np.tri(len(slots), reader.kept + len(slots), reader.kept, dtype=np.bool_)
+        self._forward(reader, _Window(slots, len(slots), mask, np.array([len(slots) - 1])))
+
+    def _forward(self, reader: _Reader, window: _Window) -> Tensor:
+        """The window through the module; the keys and values of its completed tokens are kept. Hidden states
+        [queries, hidden] before the final norm."""
+        tokens, positions = reader.table.standing(window.slots)
+        x = self._rows(reader, window.slots, tokens)
+        past = [(keys[None, : reader.kept], values[None, : reader.kept]) for keys, values in reader.past]
+        mask, queries = torch.from_numpy(window.mask), torch.from_numpy(window.queries)
+        masks = [mask] * (self._config.num_layers - 1) + [mask[queries]]
+        hidden, caches = self._module(x[None], torch.from_numpy(positions), masks, queries, past)
+        end = reader.kept + window.fresh
+        for (keys, values), (new_keys, new_values) in zip(reader.past, caches):
+            keys[reader.kept : end] = new_keys[0, : window.fresh]
+            values[reader.kept : end] = new_values[0, : window.fresh]
+        reader.kept = end
+        return hidden[0]
+
+    def _rows(self, reader: _Reader, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> Tensor:
+        """Each token's row, as deep as it is known: [slots, hidden]."""
+        depth, where = reader.depth(slots), torch.from_numpy(slots)
+        features = reader.features[where]
+        if self._embedding is not None:
+            features = torch.cat((F.embedding(torch.from_numpy(tokens), self._embedding)[:, None], features), 1)
+        else:
+            depth = np.maximum(depth, 1) - 1
+        x = features.new_empty(len(slots), self._config.hidden)
+        for kind in np.unique(depth).tolist():
+            rows = torch.from_numpy(np.flatnonzero(depth == kind))
+            x[rows] = self._module.aggregate(features[rows], kind)
+        return x
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        """float32 [rows, vocab]; tokens outside the draft vocabulary are impossible."""
+        scores = self._module.logits(hidden)
+        if self._draft_ids is None:
+            return scores
+        return scores.new_full((len(scores), self._vocab), -math.inf).index_copy_(1, self._draft_ids, scores)
+
+
+def build_spd(*, module: str, model: str, dtype: str, vocab: int) -> SpdSource:
+    """Load the draft module in folder `module` for the target at path `model`. What does not fit was refused before
+    (`spd_checkpoint.check_fits`)."""
+    config, tensors, draft_ids = load_checkpoint(Path(module))
+    files, kind = open_model(Path(model)), DTYPES[dtype]
+    built = PipelineDraftModule(config, files.config)
+    built.load_state_dict({name: value.to(kind if value.ndim > 1 else torch.float32)
+                           for name, value in tensors.items()}, assign=True)
+    embedding = files.tensor("model.embed_tokens.weight", kind) if config.bounds[0] == 0 or config.shared_head else None
+    head = None
+    if config.shared_head:
+        ids = torch.arange(config.draft_vocab_size) if draft_ids is None else draft_ids
+        table = embedding if files.config.tied else files.tensor("lm_head.weight", kind)
+        assert table is not None
+        head = table[ids]
+    built.adopt(files.tensor("model.norm.weight", torch.float32), head)
+    built.eval().requires_grad_(False)
+    built.pack()
+    return SpdSource(built, config, dtype=kind, embedding=embedding if config.bounds[0] == 0 else None,
+                     draft_ids=draft_ids, vocab=vocab)

@@ -34,7 +34,7 @@ from typing import Any
 
 from _receipt import ROOT, finish, receipt
 
-from fullpipe.assembly import stage_specs
+from fullpipe.assembly import Target, stage_ends, stage_specs
 from fullpipe.engine import Engine
 from fullpipe.hub import resolve
 from fullpipe.messages import Emitted, Flight, Opening, Part
@@ -123,7 +123,7 @@ class Bench:
 
         self.path = resolve(MODEL)
         self.config = open_model(self.path).config
-        tokenizer = Tokenizer.load(self.path)
+        self.tokenizer = tokenizer = Tokenizer.load(self.path)
         self.vocab, self.eos, self.max_tokens = max(tokenizer.tokens) + 1, tokenizer.eos_ids, tokens
         self._requests = count()
         asked = [(one.id, tokenizer.chat([{"role": "user", "content": one.text}]))
@@ -132,7 +132,8 @@ class Bench:
         self._paces: dict[int, dict[str, Pace]] = {}
 
     def specs(self, stages: int) -> list[StationSpec]:
-        return stage_specs(self.path, self.config, stages, DTYPE, self.vocab, margins=False)
+        return stage_specs(Target(self.path, self.config, self.tokenizer, DTYPE, self.vocab,
+                                  stage_ends(self.config, stages)), margins=False)
 
     def _record(self, asked: list[tuple[str, list[int]]]) -> list[Text]:
         """The model's own tokens, by `pp`."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fullpipe.errors import UsageError
+from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.hub import CATALOGUE, resolve
 from fullpipe.model.config import ModelConfig
 from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
@@ -19,6 +19,7 @@ from fullpipe.planning.partition import cut
 
 Say = Callable[[str], None]
 _NGRAM = "fullpipe.sources.ngram:build_ngram"
+_MODULES = ("spd", "exit")
 # Beside a model, a match of a single token only displaces better guesses (docs/log.md).
 MIXED_MIN_N = 2
 
@@ -75,12 +76,14 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
     tokenizer = Tokenizer.load(path)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     dtype = pick_dtype(dtype)
-    specs = stage_specs(path, files.config, stages, dtype, vocab, margins)
     wanted = needs_draft or draft != "auto"
     names = draft_names(model, draft) if wanted else []
     if cluster is not None and any(name != "ngram" for name in names):
         cluster.check_draft()
-    source = draft_spec(names, tokenizer, dtype, vocab)
+    ends = stage_ends(files.config, stages)
+    target = Target(path, files.config, tokenizer, dtype, vocab, ends)
+    source = draft_spec(names, target, progress)
+    specs = stage_specs(target, margins=margins, taps=taps_of(names))
     if needs_draft and source is None:
         raise UsageError(f"the method {method} needs a draft",
                          hint="Name one (a model, or ngram), or use the method pp.")
@@ -95,12 +98,14 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
                                         heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, timeout),
                                         start_timeout=start_timeout)
         return Assembly(processes, tokenizer, "wall", length, vocab)
-    stations = _inprocess(specs, source, clock, costs, links, cluster, names, threads)
+    row_bytes = files.config.sizes(2 if dtype == "bfloat16" else 4).row_bytes
+    stations = _inprocess(specs, source, clock, costs, links, cluster, names, threads, row_bytes)
     return Assembly(stations, tokenizer, clock, length, vocab)
 
 
 def _inprocess(specs: list[StationSpec], source: StationSpec | None, clock: Literal["virtual", "wall"], costs: str,
-               links: Links, cluster: Cluster | None, names: list[str], threads: int | None) -> Pipeline:
+               links: Links, cluster: Cluster | None, names: list[str], threads: int | None,
+               row_bytes: int) -> Pipeline:
     import torch
 
     from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs, unit_costs
@@ -112,19 +117,40 @@ def _inprocess(specs: list[StationSpec], source: StationSpec | None, clock: Lite
         return InProcessPipeline(stages, draft, costs=DraftCosts(cluster, names), links=cluster.links,  # type: ignore
                                  message_bytes=cluster.message_bytes, device_of=cluster.device_of)
     return InProcessPipeline(stages, draft, clock=clock, links=links,  # type: ignore[arg-type]
-                             costs=unit_costs if costs == "unit" else measured_costs)
+                             costs=unit_costs if costs == "unit" else measured_costs,
+                             message_bytes=lambda rows: rows * row_bytes)
 
 
-def stage_specs(path: Path, config: ModelConfig, stages: int, dtype: str, vocab: int,
-                margins: bool) -> list[StationSpec]:
-    """One spec per stage; cut so that the slowest stage reads as few bytes as possible."""
-    sizes = config.sizes(2 if dtype == "bfloat16" else 4)
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The model that is to be served. ends: layers finished after each stage. vocab: number of real tokens."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    dtype: str
+    vocab: int
+    ends: tuple[int, ...]
+
+
+def stage_ends(config: ModelConfig, stages: int) -> tuple[int, ...]:
+    """Layers finished after each stage; cut so that the slowest stage reads as few bytes as possible."""
+    sizes = config.sizes(2)  # of any dtype: only their proportions matter
     # A lookup reads a few rows of the embedding, whatever its size: it costs memory, no time.
-    ranges = cut([sizes.layer_bytes] * config.num_layers, sizes.head_bytes, 0.0, stages)
-    return [StationSpec("fullpipe.model.stage:build_stage",
-                        {"model": str(path), "first": part.start, "last": part.stop, "is_first": k == 0,
-                         "is_last": k == stages - 1, "dtype": dtype, "vocab": vocab, "margins": margins})
-            for k, part in enumerate(ranges)]
+    return tuple(part.stop for part in cut([sizes.layer_bytes] * config.num_layers, sizes.head_bytes, 0.0, stages))
+
+
+def stage_specs(target: Target, *, margins: bool, taps: Sequence[int] = ()) -> list[StationSpec]:
+    """One spec per stage. taps: numbers of finished layers after which hidden states go to the draft station."""
+    specs, first = [], 0
+    for k, last in enumerate(target.ends):
+        args = {"model": str(target.path), "first": first, "last": last, "is_first": k == 0,
+                "is_last": k == len(target.ends) - 1, "dtype": target.dtype, "vocab": target.vocab, "margins": margins}
+        if mine := [tap for tap in taps if first < tap <= last]:
+            args["taps"] = mine
+        specs.append(StationSpec("fullpipe.model.stage:build_stage", args))
+        first = last
+    return specs
 
 
 def draft_names(model: str, draft: str) -> list[str]:
@@ -133,7 +159,7 @@ def draft_names(model: str, draft: str) -> list[str]:
     if names == ["none"]:
         return []
     if not all(names) or "none" in names:
-        raise UsageError(f"{draft!r} names no draft", hint="Use none, ngram, a model, or several with commas between.")
+        raise UsageError(f"{draft!r} names no draft", hint="Use none, ngram, a model, spd:DIR, exit:DIR, or several with commas between.")
     return names
 
 
@@ -145,12 +171,12 @@ def default_draft(model: str, draft: str) -> str:
     return partner if partner == "ngram" else f"{partner},ngram"
 
 
-def draft_spec(names: list[str], target: Tokenizer, dtype: str, vocab: int) -> StationSpec | None:
-    """The draft station's spec, or None without names. Raises DraftMismatch for another vocabulary."""
+def draft_spec(names: list[str], target: Target, say: Say) -> StationSpec | None:
+    """The draft station's spec, or None without names. Raises DraftMismatch for what does not fit the target."""
     if not names:
         return None
     # Models judge every token, n-gram knows a few: the order that `mix.merge` wants.
-    specs = [_one_draft(name, target, dtype, vocab) for name in sorted(names, key=lambda name: name == "ngram")]
+    specs = [_one_draft(name, target, say) for name in sorted(names, key=lambda name: name == "ngram")]
     if len(specs) == 1:
         return specs[0]
     if specs[-1].builder == _NGRAM:
@@ -158,13 +184,45 @@ def draft_spec(names: list[str], target: Tokenizer, dtype: str, vocab: int) -> S
     return StationSpec("fullpipe.sources.mix:build_mix", {"sources": [spec.to_dict() for spec in specs]})
 
 
-def _one_draft(name: str, target: Tokenizer, dtype: str, vocab: int) -> StationSpec:
+def _one_draft(name: str, target: Target, say: Say) -> StationSpec:
     if name == "ngram":
         return StationSpec(_NGRAM)
+    if folder := module_folder(name):
+        return _module_spec(name, folder, target, say)
     path = resolve(name)
-    check_same_vocabulary(target, Tokenizer.load(path))
+    check_same_vocabulary(target.tokenizer, Tokenizer.load(path))
     return StationSpec("fullpipe.sources.draft_model:build_draft_model",
-                       {"model": str(path), "dtype": dtype, "vocab": vocab})
+                       {"model": str(path), "dtype": target.dtype, "vocab": target.vocab})
+
+
+def _module_spec(name: str, folder: Path, target: Target, say: Say) -> StationSpec:
+    """Of a draft module that reads hidden states. What may cost acceptance is said; what cannot work raises
+    DraftMismatch or UnsupportedModel."""
+    from fullpipe.model.spd_checkpoint import check_fits, identity_of, load_config
+
+    config, kind = load_config(folder), name.partition(":")[0]
+    if config.kind != kind:
+        raise DraftMismatch(f"{folder} holds a module of kind {config.kind}, not {kind}",
+                            hint=f"Write {config.kind}:{folder}.")
+    identity = identity_of(target.path, dtype=target.dtype, tokenizer=target.tokenizer)
+    for warning in check_fits(config, target.config, identity, target.ends, target.dtype):
+        say(f"warning: {warning}")
+    return StationSpec("fullpipe.sources.spd:build_spd", {"module": str(folder), "model": str(target.path),
+                                                          "dtype": target.dtype, "vocab": target.vocab})
+
+
+def module_folder(name: str) -> Path | None:
+    """The folder of a draft module ("spd:DIR" or "exit:DIR"); None for drafts of other kinds."""
+    kind, colon, folder = name.partition(":")
+    return Path(folder).expanduser() if colon and kind in _MODULES else None
+
+
+def taps_of(names: list[str]) -> list[int]:
+    """After how many layers the stages are tapped for these sources, rising."""
+    from fullpipe.model.spd_checkpoint import load_config
+
+    folders = [folder for name in names if (folder := module_folder(name))]
+    return sorted({bound for folder in folders for bound in load_config(folder).bounds if bound})
 
 
 def pick_dtype(dtype: str) -> str:

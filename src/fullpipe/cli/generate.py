@@ -95,11 +95,11 @@ def generate(
 
 def fetch_all(model: str, draft: str, method: str) -> None:
     """Fetch what is missing, with a progress bar, before anything is loaded."""
-    from fullpipe.assembly import draft_names
+    from fullpipe.assembly import draft_names, module_folder
 
     names = [model]
     if method != "pp" or draft != "auto":
-        names += [name for name in draft_names(model, draft) if name != "ngram"]
+        names += [name for name in draft_names(model, draft) if name != "ngram" and not module_folder(name)]
     with console.TransferBar() as bar:
         for name in names:
             hub.resolve(name, progress=bar)

@@ -254,6 +254,7 @@ class SpdSource:
         past = [(keys[None, : reader.kept], values[None, : reader.kept]) for keys, values in reader.past]
         mask, queries = torch.from_numpy(window.mask), torch.from_numpy(window.queries)
         masks = [mask] * (self._config.num_layers - 1) + [mask[queries]]
+        hidden: Tensor
         hidden, caches = self._module(x[None], torch.from_numpy(positions), masks, queries, past)
         end = reader.kept + window.fresh
         for (keys, values), (new_keys, new_values) in zip(reader.past, caches):
@@ -281,7 +282,8 @@ class SpdSource:
         scores = self._module.logits(hidden)
         if self._draft_ids is None:
             return scores
-        return scores.new_full((len(scores), self._vocab), -math.inf).index_copy_(1, self._draft_ids, scores)
+        whole = scores.new_full((len(scores), self._vocab), -math.inf)
+        return whole.index_copy_(1, self._draft_ids, scores)
 
 
 def build_spd(*, module: str, model: str, dtype: str, vocab: int) -> SpdSource:

@@ -86,11 +86,6 @@ class Fillings:
                        (fill / stages) ** self.power)
 
 
-def standard_ends(costs: Sequence[range]) -> tuple[int, ...]:
-    """Layers finished after each stage of a cut."""
-    return tuple(stage.stop for stage in costs)
-
-
 def accepted(student: Tensor, wanted: Tensor, draft_ids: Tensor, top: int = 1) -> Tensor:
     """Whether the token that the target picks is among the student's `top` best: student [rows, vocab], wanted
     int64 [rows] of the whole vocabulary -> bool [rows]."""

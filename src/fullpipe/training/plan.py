@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from fullpipe.assembly import stage_ends
 from fullpipe.errors import UsageError
 from fullpipe.model.config import ModelConfig
-from fullpipe.planning.partition import cut
 from fullpipe.training.objective import LOSSES
 
 Kind = Literal["spd", "exit"]
@@ -99,12 +99,6 @@ class Plan:
         if max(layers) >= config.num_layers or min(layers) < 0:
             raise UsageError(f"the target has layers 0 to {config.num_layers - 1}, not {max(layers)}")
         return layers
-
-
-def stage_ends(config: ModelConfig, stages: int) -> tuple[int, ...]:
-    """Layers finished after each stage of the cut that the engine makes (of 16-bit weights; ratios are the same)."""
-    sizes = config.sizes(2)
-    return tuple(part.stop for part in cut([sizes.layer_bytes] * config.num_layers, sizes.head_bytes, 0.0, stages))
 
 
 def default_bounds(kind: Kind, ends: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -207,8 +207,9 @@ def _module_spec(name: str, folder: Path, target: Target, say: Say) -> StationSp
     identity = identity_of(target.path, dtype=target.dtype, tokenizer=target.tokenizer)
     for warning in check_fits(config, target.config, identity, target.ends, target.dtype):
         say(f"warning: {warning}")
-    return StationSpec("fullpipe.sources.spd:build_spd", {"module": str(folder), "model": str(target.path),
-                                                          "dtype": target.dtype, "vocab": target.vocab})
+    same = config.verifier.quantisation == identity.quantisation
+    return StationSpec("fullpipe.sources.spd:build_spd", {
+        "module": str(folder), "model": str(target.path), "dtype": target.dtype, "vocab": target.vocab, "parity": same})
 
 
 def module_folder(name: str) -> Path | None:

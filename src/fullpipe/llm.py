@@ -89,7 +89,8 @@ class LLM:
 
     model: a catalogue name, a safetensors directory, a GGUF file, or a Hugging Face id.
     draft: "auto" (n-gram, and the catalogue's partner of the model if it has one), "none", "ngram", a model as
-    above, or several of them with commas between, whose guesses are merged.
+    above, "spd:DIR" or "exit:DIR" (a draft module, docs/train-a-draft-module.md), or several of them with commas
+    between, whose guesses are merged.
     stages: how many. method, width, depth, floor, refresh: see `fullpipe.policies`; None is the method's own.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 where the processor computes in it).
     pipeline: "inprocess" (all stages here) or "distributed" (a process per stage).

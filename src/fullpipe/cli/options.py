@@ -46,7 +46,8 @@ class Costs(StrEnum):
 Model = Annotated[str, typer.Option("--model", "-m", help="Catalogue name, safetensors directory, GGUF file, or "
                                     "Hugging Face id.")]
 Draft = Annotated[str, typer.Option("--draft", "-d", help="Who guesses: auto (ngram, and the model's partner), none, "
-                                    "ngram, a model, or several with commas between.")]
+                                    "ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas "
+                                    "between.")]
 Stages = Annotated[int, typer.Option("--stages", help="Pipeline stages to cut the model into.")]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which nodes enter the pipeline, and when.")]
 Width = Annotated[int | None, typer.Option("--width", help="Tree nodes per flight at most: 8, or 1 with spd and ppsd, "

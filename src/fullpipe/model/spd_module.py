@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fullpipe.model.config import ModelConfig
 from fullpipe.model.linear import Linear, can_pack
+from fullpipe.model.spd_checkpoint import ParityFixture
 
 Cache = tuple[Tensor, Tensor]  # keys and values, [batch, rows, kv_heads, head_dim]
 
@@ -262,6 +263,19 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.float().chunk(2, -1)
     turned = torch.cat((-second, first), -1)
     return (x.float() * cosine[:, None] + turned * sine[:, None]).to(x.dtype)
+
+
+@torch.no_grad()
+def fixture_logits(module: PipelineDraftModule, fixture: ParityFixture) -> Tensor:
+    """What a module says to a parity fixture: float32 [q, draft vocab]."""
+    dtype = next(module.aggr_projs.parameters()).dtype
+    x = torch.empty(1, len(fixture.positions), module.shape.hidden, dtype=dtype)
+    for kind, where in fixture.rows.items():
+        x[0, where] = module.aggregate(fixture.features[kind].to(dtype), kind)
+    layers = module.shape.num_layers
+    masks = [fixture.mask] * (layers - 1) + [fixture.mask[fixture.queries]]
+    hidden, _ = module(x, fixture.positions, masks, fixture.queries)
+    return module.logits(hidden)[0]
 
 
 # ---- who sees what ---------------------------------------------------------------------------------------------

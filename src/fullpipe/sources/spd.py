@@ -27,12 +27,13 @@ from torch import Tensor
 from fullpipe.kvcache.slots import SlotTable
 from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
 from fullpipe.model.sampling import RowContext, rank
-from fullpipe.model.spd_checkpoint import ModuleConfig, load_checkpoint
-from fullpipe.model.spd_module import PipelineDraftModule
+from fullpipe.model.spd_checkpoint import ModuleConfig, check_parity, load_checkpoint
+from fullpipe.model.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.model.stage import DTYPES
 from fullpipe.model.weights import open_model
 
 _NOBODY = -2  # no node has this id; -1 is a prompt token
+_PARITY = 0.05  # of the greatest logit: what bfloat16 may differ by from the float32 of the fixture
 _CHUNK = 256  # completed tokens that become permanent rows in one forward
 
 
@@ -286,9 +287,13 @@ class SpdSource:
         return whole.index_copy_(1, self._draft_ids, scores)
 
 
-def build_spd(*, module: str, model: str, dtype: str, vocab: int) -> SpdSource:
+def build_spd(*, module: str, model: str, dtype: str, vocab: int, parity: bool = True) -> SpdSource:
     """Load the draft module in folder `module` for the target at path `model`. What does not fit was refused before
-    (`spd_checkpoint.check_fits`)."""
+    (`spd_checkpoint.check_fits`).
+
+    parity: compute the checkpoint's fixture, and raise `DamagedModel` if the answer is another one. Off where the
+    target's weights are of another quantisation than those that the module was trained with.
+    """
     config, tensors, draft_ids = load_checkpoint(Path(module))
     files, kind = open_model(Path(model)), DTYPES[dtype]
     built = PipelineDraftModule(config, files.config)
@@ -303,6 +308,8 @@ def build_spd(*, module: str, model: str, dtype: str, vocab: int) -> SpdSource:
         head = table[ids]
     built.adopt(files.tensor("model.norm.weight", torch.float32), head)
     built.eval().requires_grad_(False)
+    if parity:
+        check_parity(Path(module), lambda fixture: fixture_logits(built, fixture), tolerance=_PARITY)
     built.pack()
     return SpdSource(built, config, dtype=kind, embedding=embedding if config.bounds[0] == 0 else None,
                      draft_ids=draft_ids, vocab=vocab)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fullpipe.model.config import ModelConfig
 from fullpipe.model.spd_checkpoint import ModuleConfig, ParityFixture, as_stored
-from fullpipe.model.spd_module import PipelineDraftModule
+from fullpipe.model.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.training.features import Outer
 
 _ROWS = 12
@@ -29,16 +29,4 @@ def make_fixture(config: ModuleConfig, tensors: Mapping[str, Tensor], target: Mo
     module.load_state_dict({name: value.float() for name, value in as_stored(tensors).items()})
     module.adopt(outer.final_norm, outer.head_rows.float() if config.shared_head else None)
     return ParityFixture(blank.features, blank.rows, blank.positions, blank.mask, blank.queries,
-                         answer(module, blank))
-
-
-@torch.no_grad()
-def answer(module: PipelineDraftModule, fixture: ParityFixture) -> Tensor:
-    """What a module says to a fixture: logits [q, draft vocab]."""
-    x = torch.empty(1, len(fixture.positions), module.shape.hidden)
-    for kind, where in fixture.rows.items():
-        x[0, where] = module.aggregate(fixture.features[kind], kind)
-    layers = module.shape.num_layers
-    masks = [fixture.mask] * (layers - 1) + [fixture.mask[fixture.queries]]
-    hidden, _ = module(x, fixture.positions, masks, fixture.queries)
-    return module.logits(hidden)[0]
+                         fixture_logits(module, blank))

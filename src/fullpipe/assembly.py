@@ -159,7 +159,8 @@ def draft_names(model: str, draft: str) -> list[str]:
     if names == ["none"]:
         return []
     if not all(names) or "none" in names:
-        raise UsageError(f"{draft!r} names no draft", hint="Use none, ngram, a model, spd:DIR, exit:DIR, or several with commas between.")
+        raise UsageError(f"{draft!r} names no draft",
+                         hint="Use none, ngram, a model, spd:DIR, exit:DIR, or several with commas between.")
     return names
 
 

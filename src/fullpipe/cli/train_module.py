@@ -54,9 +54,9 @@ SaveMinutes = Annotated[float, typer.Option("--save-minutes", help="Minutes betw
 Features = Annotated[Path | None, typer.Option("--features", metavar="DIR", help="Where the target's hidden states are "
                                                "kept, 2 bytes a number; runs on the same text can share them. Default: "
                                                "in --out.")]
-FeatureTaps = Annotated[str | None, typer.Option("--feature-taps", metavar="B,...", help="Further layers to keep there, "
-                                                 "for other runs.")]
-OneStageCount = Annotated[int, typer.Option("--stages", min=1, help="Stages of the pipeline; it exits after the first.")]
+FeatureTaps = Annotated[str | None, typer.Option("--feature-taps", metavar="B,...", help="Further layers to keep "
+                                                 "there, for other runs.")]
+OneStageCount = Annotated[int, typer.Option("--stages", min=1, help="Stages; the exit is after the first.")]
 ExitTap = Annotated[int | None, typer.Option("--tap", min=1, help="Layers before the exit. Default: the first stage.")]
 
 

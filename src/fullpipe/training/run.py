@@ -50,7 +50,9 @@ def train(plan: Plan, material: Material, out: Path, progress: Progress, *, save
           features: Path | None = None, feature_taps: Sequence[int] = ()) -> dict[str, Any]:
     """Train, or go on training, and leave the checkpoint in `out`, with curve.png where matplotlib is installed.
 
-    features: where hidden states are kept; None: in `out`. feature_taps: further layers to keep there. Returns the training summary."""
+    features: where hidden states are kept; None: in `out`. feature_taps: further layers to keep there.
+    Returns the training summary.
+    """
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(plan, material, out, save_every_s=save_every_s, features=features,
                       feature_taps=feature_taps)

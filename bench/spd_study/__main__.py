@@ -3,7 +3,7 @@
     python bench/spd_study measure --modules DIR --main DIR --prompts DIR [--part study|main] [--tokens 64] [--limit 2]
     python bench/spd_study cost --main DIR [--stages 2 4 8]
     python bench/spd_study clusters --main DIR --prompts DIR [--clusters gpus-8 gpus-14]
-    python bench/spd_study report
+    python bench/spd_study report --modules DIR --main DIR
 
 Everything goes to journals in --out (default: bench/reports/spd/journal), a line per answer, and a run that is
 killed goes on where it was. `report` makes receipt.json, report.md and the figure in bench/reports/spd of them.
@@ -15,9 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from spd_study.cells import main_cells, study_cells
+from spd_study.cells import STAGES, main_cells, study_cells
 from spd_study.journal import Journal
 
 MODEL = "smollm2-135m"
@@ -41,29 +41,34 @@ def main() -> None:
     if asked.what == "report":
         from spd_study.report import write_report
 
-        write_report(asked.out, REPORT)
+        names = [f"{kind}{n}" for kind in ("spd", "exit") for n in STAGES]
+        folders = [asked.modules / name for name in (*names, "ablation", "spdall", "exit8l2")]
+        write_report(asked.out, [one for one in (*folders, asked.main) if (one / "summary.json").exists()], REPORT)
         return
     import torch
-
     from spd_study.measure import Modules, Study
 
     from fullpipe.bench.datasets import read_all
+    from fullpipe.bench.provenance import provenance
 
     torch.set_num_threads(1)
     asked.out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(asked.out / f"{asked.part if asked.what == 'measure' else asked.what}.jsonl")
+    about = provenance()
+    journal.add(f"run/{about['date']}", about)
     modules = Modules(asked.modules, asked.main)
     prompts = read_all([asked.prompts / f"{name}.jsonl" for name in SETS], asked.limit)
     if asked.what == "measure":
-        study = Study(MODEL, modules, prompts, asked.tokens, Journal(asked.out / f"{asked.part}.jsonl"))
+        study = Study(MODEL, modules, prompts, asked.tokens, journal)
         study.run(study_cells() if asked.part == "study" else main_cells())
     elif asked.what == "clusters":
         from spd_study.clusters import run_clusters
 
-        run_clusters(MODEL, modules, prompts, asked.tokens, asked.clusters, Journal(asked.out / "clusters.jsonl"))
+        run_clusters(MODEL, modules, prompts, asked.tokens, asked.clusters, journal)
     else:
         from spd_study.cost import run_cost
 
-        run_cost(MODEL, modules, prompts, asked.tokens, asked.stages, Journal(asked.out / "cost.jsonl"))
+        run_cost(MODEL, modules, prompts, asked.tokens, asked.stages, journal)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from spd_study.journal import Journal
@@ -49,22 +50,26 @@ def run_cost(model: str, modules: Modules, prompts: Sequence[FilePrompt], tokens
 def taps_cost(model: str, draft: str, stages: int, prompts: Sequence[FilePrompt],
               params: SamplingParams) -> dict[str, Any]:
     """Two pipelines of processes side by side, one with a draft station that is sent taps; `pp` on both in turns, so
-    nothing is drafted. Seconds between tokens of every answer, in pairs that ran back to back."""
+    nothing is drafted. Seconds between tokens of every answer, in pairs that ran back to back; taps, their bytes, and
+    the rows that they are of."""
     common: dict[str, Any] = {"stages": stages, "method": "pp", "dtype": DTYPE, "pipeline": "distributed", "threads": 1}
     pairs = []
     with LLM(model, draft="none", **common) as plain, LLM(model, draft=draft, **common) as tapped:
         for llm in (plain, tapped):
-            llm.chat(asked(prompts[0]), params)
+            rows = sum(llm.chat(asked(prompts[0]), params).usage.values()) - 1  # the last token is not computed
         for turn in range(REPEATS):
             for index, prompt in enumerate(prompts):
                 order = (plain, tapped) if (turn + index) % 2 else (tapped, plain)
                 said = {id(llm): llm.chat(asked(prompt), params) for llm in order}
                 assert said[id(plain)].token_ids == said[id(tapped)].token_ids
                 pairs.append([said[id(llm)].timing["tbt_s"] for llm in (plain, tapped)])
+                rows += sum(said[id(tapped)].usage.values()) - 1
+        tapped.use("spd")  # the draft's answer tells how much has come until then
+        rows += sum(tapped.chat(asked(prompts[0]), replace(params, max_tokens=2)).usage.values())
         count, size = taps_of(tapped)
     ratios = [with_taps / without for without, with_taps in pairs]
     print(f"n = {stages}: taps add {statistics.median(ratios) - 1:.1%}", file=sys.stderr, flush=True)
-    return {"pairs_s": pairs, "taps": count, "bytes": size, "answers": len(pairs)}
+    return {"pairs_s": pairs, "taps": count, "bytes": size, "rows": rows}
 
 
 def module_cost(model: str, draft: str, stages: int, method: str, width: int, prompts: Sequence[FilePrompt],
@@ -77,14 +82,19 @@ def module_cost(model: str, draft: str, stages: int, method: str, width: int, pr
         llm.chat(asked(prompts[0]), params)
         legs.stays.clear()
         before = taps_of(llm)
-        prompt_tokens = 0
         for prompt in prompts:
             said = llm.chat(asked(prompt), params)
             emitted += len(said.token_ids)
-            prompt_tokens += said.usage["prompt_tokens"]
         after = taps_of(llm)
-    return {"stays": legs.stays, "tokens": emitted, "prompt_tokens": prompt_tokens,
+    stays = {name: [(rows, round(seconds, 6)) for rows, seconds in found] for name, found in legs.stays.items()}
+    slowest = max((name for name in stays if name != "draft"), key=lambda name: _median(stays[name]))
+    return {"stays": {name: stays[name] for name in (slowest, "draft")}, "tokens": emitted,
+            "median_s": {name: round(_median(found), 6) for name, found in stays.items()},
             "taps": after[0] - before[0], "bytes": after[1] - before[1]}
+
+
+def _median(stays: Sequence[tuple[int, float]]) -> float:
+    return statistics.median(seconds for _, seconds in stays)
 
 
 def taps_of(llm: LLM) -> tuple[int, int]:
@@ -95,6 +105,6 @@ def taps_of(llm: LLM) -> tuple[int, int]:
 
 def summary_of(row: dict[str, Any]) -> dict[str, float]:
     """Milliseconds, medians: a stage (the slowest one), the draft; and what share of the stage's the draft's is."""
-    medians = {name: 1e3 * statistics.median(seconds for _, seconds in stays) for name, stays in row["stays"].items()}
+    medians = {name: 1e3 * seconds for name, seconds in row["median_s"].items()}
     draft = medians.pop("draft")
     return {"stage_ms": max(medians.values()), "draft_ms": draft, "share": draft / max(medians.values())}

@@ -15,11 +15,11 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.planning.cluster import Cluster, DraftCosts
+from fullpipe.planning.draft_module import module_folder
 from fullpipe.planning.partition import cut
 
 Say = Callable[[str], None]
 _NGRAM = "fullpipe.sources.ngram:build_ngram"
-_MODULES = ("spd", "exit")
 # Beside a model, a match of a single token only displaces better guesses (docs/log.md).
 MIXED_MIN_N = 2
 
@@ -78,11 +78,11 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
     dtype = pick_dtype(dtype)
     wanted = needs_draft or draft != "auto"
     names = draft_names(model, draft) if wanted else []
-    if cluster is not None and any(name != "ngram" for name in names):
-        cluster.check_draft()
     ends = stage_ends(files.config, stages)
     target = Target(path, files.config, tokenizer, dtype, vocab, ends)
     source = draft_spec(names, target, progress)
+    if cluster is not None:
+        DraftCosts(cluster, names).check()
     specs = stage_specs(target, margins=margins, taps=taps_of(names))
     if needs_draft and source is None:
         raise UsageError(f"the method {method} needs a draft",
@@ -211,12 +211,6 @@ def _module_spec(name: str, folder: Path, target: Target, say: Say) -> StationSp
     same = config.verifier.quantisation == identity.quantisation
     return StationSpec("fullpipe.sources.spd:build_spd", {
         "module": str(folder), "model": str(target.path), "dtype": target.dtype, "vocab": target.vocab, "parity": same})
-
-
-def module_folder(name: str) -> Path | None:
-    """The folder of a draft module ("spd:DIR" or "exit:DIR"); None for drafts of other kinds."""
-    kind, colon, folder = name.partition(":")
-    return Path(folder).expanduser() if colon and kind in _MODULES else None
 
 
 def taps_of(names: list[str]) -> list[int]:

@@ -1,4 +1,5 @@
-"""How compute threads wait for each other. Must act before torch is imported, so it imports nothing of it."""
+"""Cores, and how compute threads wait for each other. The latter must act before torch is imported, so nothing of it
+is imported here."""
 
 from __future__ import annotations
 
@@ -17,3 +18,8 @@ def share_the_machine() -> None:
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+def cores() -> int:
+    """How many cores this process may use; where the system does not say, how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

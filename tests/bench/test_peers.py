@@ -342,6 +342,11 @@ def ask_all(out: Path, model: str = "m") -> None:
     beside.run_peers(model, "none", [], 8, "float32", None, out, repeats=3)
 
 
+def test_no_other_program_runs_a_draft_module(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="spd:there is a draft module"):
+        beside.run_peers("m", "spd:there,ngram", [], 8, "float32", None, tmp_path, repeats=3)
+
+
 def names(path: Path) -> list[str]:
     return [row["peer"] for row in load_receipt(path).peers]
 

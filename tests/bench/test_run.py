@@ -195,6 +195,8 @@ def test_of_a_journal_only_what_was_chosen_counts() -> None:
     (lambda: edited("1.0]]", "2.0]]"), "modelled"),  # a stage takes twice as long as a draft call
     (lambda: edited("latency_ms = 0.0", "latency_ms = 1.0"), "modelled"),
     (lambda: edited('kind = "modelled"', 'kind = "measured"'), "measured"),
+    (lambda: edited("[placement]", '[[links.pair]]\nends = ["unit2", "drafter"]\nlatency_ms = 1.0\n\n[placement]'),
+     "modelled"),  # only hidden states go that way
 ])
 def test_a_cluster_is_labelled_by_where_its_times_come_from(cluster: Callable[[], Cluster], label: str) -> None:
     assert label_of(cluster()) == label

@@ -96,6 +96,13 @@ def test_an_interrupted_run_is_gone_on_with(folder: Path) -> None:
         == {k: v for k, v in json.loads(whole[-1]).items() if k not in timed}
 
 
+def test_what_is_named_twice_is_measured_once(folder: Path) -> None:
+    assert bench(folder, stages="4,4", widths="2,2", temperatures="0,0", methods="pp,fullpipe").exit_code == 0
+    receipt = load_receipt(folder / "out" / "receipt.json")
+    assert len(receipt.clusters) == 1 and len(receipt.samples) == 2 * len(QUESTIONS)
+    assert {one.method: len(one.candidates) for one in receipt.tuning} == {"pp": 1, "fullpipe": 1}
+
+
 def test_two_temperatures_have_a_recording_and_a_tuning_each(folder: Path) -> None:
     record(folder / "out", 0.5)
     assert bench(folder, temperatures="0,0.5", methods="pp,fullpipe").exit_code == 0
@@ -112,15 +119,17 @@ def test_two_temperatures_have_a_recording_and_a_tuning_each(folder: Path) -> No
     ({"cluster": "gpus-8"}, "--cluster or --stages, not both"),
     ({"stages": "", "cluster": "gpus-9"}, "edge-5, gpus-14, gpus-8, home-6"),
     ({"methods": "pp,spqr"}, "unknown method 'spqr'"),
-    ({"widths": "4,x"}, "widths are numbers with commas between"),
-    ({"widths": "0"}, "width must be 1 or more"),
-    ({"depths": "0,2"}, "depth must be 1 or more"),
-    ({"stages": "0"}, "at least one stage"),
-    ({"stages": "4,4,-1"}, "stages are numbers"),
-    ({"temperatures": "nan"}, "temperatures are numbers"),
-    ({"temperatures": "-1"}, "temperatures are numbers"),
+    ({"widths": "4,x"}, "--widths takes whole numbers from 1 on"),
+    ({"widths": "0"}, "--widths takes whole numbers from 1 on"),
+    ({"depths": "0,2"}, "--depths takes whole numbers from 1 on"),
+    ({"stages": "0"}, "--stages takes whole numbers from 1 on"),
+    ({"stages": "4,4,-1"}, "--stages takes whole numbers from 1 on"),
+    ({"temperatures": "nan"}, "--temperatures takes numbers from 0 on"),
+    ({"temperatures": "-1"}, "--temperatures takes numbers from 0 on"),
     ({"draft": "smollm2-135m,qwen2.5-0.5b"}, "Run it once for each"),
     ({"draft": "none"}, "Name one with --draft"),
+    ({"draft": "spd:somewhere"}, "spd:somewhere reads the target's hidden states, and a recording"),
+    ({"draft": "ngram,exit:somewhere"}, "fullpipe generate --cluster"),
     ({"limit": "0"}, "--limit"), ({"turns": "0"}, "--turns"),
     ({"tune": "0"}, "--tune"), ({"workers": "-1"}, "--workers"),
     ({"max_new_tokens": "21"}, "was recorded with max_new_tokens 20, not 21"),
@@ -128,6 +137,7 @@ def test_two_temperatures_have_a_recording_and_a_tuning_each(folder: Path) -> No
     ({"dtype": "bfloat16"}, "was recorded with dtype 'float32', not 'bfloat16'"),
     ({"model": "another"}, "was recorded with model 'a model', not 'another'"),
     ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ({"stages": "4,,8"}, "--stages takes whole numbers"),
 ], ids=str)
 def test_what_cannot_be_run_is_refused_before_anything_runs(folder: Path, changes: dict[str, str], says: str) -> None:
     assert says in refused(bench(folder, **changes))

@@ -50,6 +50,12 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(models: 
     assert result.exit_code == 2 and "there is no folder" in result.stderr and "layers" not in result.stderr
 
 
+def test_a_draft_module_is_no_model_to_measure(models: Models, tmp_path: Path) -> None:
+    result = run("profile", "--model", models.target, "--draft", "spd:somewhere", "--out", tmp_path / "profile.json")
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and "so many of the target's layers" in said and "--draft none" in said
+
+
 def test_two_drafts_are_one_too_many(models: Models, tmp_path: Path) -> None:
     result = run("profile", "--model", models.target, "--draft", f"{models.draft},{models.target}", "--out",
                  tmp_path / "profile.json")

@@ -54,8 +54,10 @@ def test_links_are_more_depth_and_a_slow_draft_is_a_slow_stage() -> None:
 # ---- the engine ------------------------------------------------------------------------------------------
 
 
-def emitted(setup: Setup, acceptance: float, tokens: int, **options: Any) -> tuple[list[float], list[bool], float]:
-    """What the engine makes of a set-up: when it emits each token, which of them were hits, steps per token."""
+def emitted(setup: Setup, acceptance: float, tokens: int, *, method: str | None = None,
+            **options: Any) -> tuple[list[float], list[bool], float]:
+    """What the engine makes of a set-up: when it emits each token, which of them were hits, steps per token. method:
+    another than the set-up's."""
     truth = {"kind": "hash", "vocab": 50, "seed": 3}
     number = len(setup.stages)
     assert isinstance(setup.hops, float)
@@ -68,7 +70,8 @@ def emitted(setup: Setup, acceptance: float, tokens: int, **options: Any) -> tup
     pipeline = InProcessPipeline([ScriptedStage(k, number, truth) for k in range(number)],
                                  ScriptedSource(truth, accuracy=acceptance, coverage=acceptance, seed=3), costs=costs,
                                  links=links)
-    engine = Engine(pipeline, make_policy(setup.method, width=setup.width, floor=0.0, **options), top_k=1, spare=512)
+    policy = make_policy(method or setup.method, width=setup.width, floor=0.0, **options)
+    engine = Engine(pipeline, policy, top_k=1, spare=512)
     track = engine.submit(Request(0, (4, 8, 15), SamplingParams(max_tokens=tokens)))
     news: list[Emitted] = []
     while engine.busy:
@@ -89,6 +92,14 @@ def test_with_unit_costs_it_is_the_engine_token_by_token(method: str, acceptance
     mean = modelled([setup], 3000)[0]
     error = (stages - 1) * math.sqrt(acceptance * (1 - acceptance) / 120)
     assert steps == pytest.approx(mean.steps_per_token, rel=0.02, abs=4 * error + stages / 120)
+
+
+@pytest.mark.parametrize("draft", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("stages", [UNIT8, (1.0, 2.0, 1.5, 1.0)])
+def test_a_chain_of_spd_is_one_of_pipedec(stages: tuple[float, ...], draft: float) -> None:
+    """Why `spd` is no method here (docs/benchmarking.md)."""
+    setup = Setup(method="pipedec", stages=stages, draft=draft, hits=(0.7,))
+    assert emitted(setup, 0.7, 120, method="spd") == emitted(setup, 0.7, 120)
 
 
 @pytest.mark.parametrize("stages", [(1.0,), UNIT8, (1.0, 1.2, 0.8)])

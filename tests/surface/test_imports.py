@@ -30,7 +30,7 @@ LAYERS = (
     ("sources",),
     ("assembly",),
     ("llm",),
-    ("bench",),
+    ("bench", "training"),
     ("cli",),
     ("__init__", "__main__"),  # the public names; `python -m fullpipe`
 )

@@ -53,7 +53,8 @@ def label_of(cluster: Cluster) -> Any:
         return "measured"
     links = cluster.links
     curves = [curve for device in cluster.file.devices for curve in (device.stage_ms, device.draft_ms) if curve]
-    instant = all(link.instant for link in (*links.stage_hops, links.to_first, links.landing, links.draft))
+    instant = all(link.instant for link in (*links.stage_hops, links.to_first, links.landing, links.draft,
+                                             *links.taps))
     costs = {point[1] for curve in curves for point in curve}
     curved = all(device.kind == "curve" for device in cluster.file.devices)
     return "unit" if curved and instant and len(costs) == 1 else "modelled"

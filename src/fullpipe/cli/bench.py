@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -12,9 +10,11 @@ import typer
 
 from fullpipe.cli import beside, console, options
 from fullpipe.cli.generate import fetch_all
+from fullpipe.cli.lists import decimals, integers
 from fullpipe.cli.record import Limit, Prompts, Turns, fill, read
 from fullpipe.errors import UsageError
 from fullpipe.request import SamplingParams
+from fullpipe.threads import cores
 
 if TYPE_CHECKING:
     from fullpipe.bench.receipt import Receipt, Sample, Tuning
@@ -76,10 +76,10 @@ def bench(
             beside.run_agreement(model, draft, chosen, max_new_tokens, repeats, dtype.value, out)
         return
     clusters = _clusters(cluster, stages)
-    heats = _numbers(temperatures, float, "temperatures")
+    heats = _once(decimals(temperatures, "--temperatures"))
     names = _draft_variants(model, draft)
-    settings = _settings(methods, names, _numbers(widths, int, "widths"),
-                         None if depths is None else _numbers(depths, int, "depths"))
+    settings = _settings(methods, names, _once(integers(widths, "--widths")),
+                         None if depths is None else _once(integers(depths, "--depths")))
     params = SamplingParams(max_tokens=max_new_tokens, temperature=heats[0], seed=seed)
     draft_model = _draft_path(model, draft) if any("model" in one.draft for one in settings) else None
     for described in clusters.values() if draft_model else ():
@@ -90,7 +90,7 @@ def bench(
                       threads)
     ids = wanted_ids(chosen, turns)
     wanted = _Wanted(model, draft, draft_model, ids, clusters, settings, tune, tune_once, real,
-                     workers or len(os.sched_getaffinity(0)), out)
+                     workers or cores(), out)
     receipt = _measure(wanted, recordings)
     _conclude(receipt, out)
 
@@ -228,14 +228,9 @@ def _print_table(receipt: Receipt) -> None:
 # ---- options -----------------------------------------------------------------------------------------------
 
 
-def _numbers(text: str, kind: type[_Number], what: str) -> list[_Number]:
-    try:
-        values = [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        values = []
-    if not values or not all(0 <= value < math.inf for value in values):
-        raise UsageError(f"{what} are numbers with commas between, 0 or more (got {text!r})")
-    return list(dict.fromkeys(values))
+def _once(numbers: list[_Number]) -> list[_Number]:
+    """Without repetitions, in order."""
+    return list(dict.fromkeys(numbers))
 
 
 def _clusters(names: list[str] | None, stages: str | None) -> dict[str, Cluster]:
@@ -246,7 +241,7 @@ def _clusters(names: list[str] | None, stages: str | None) -> dict[str, Cluster]
     if names:
         loaded = [Cluster.load(name) for name in names]
     else:
-        loaded = [unit_cluster(count) for count in _numbers(stages or "8", int, "stages")]
+        loaded = [unit_cluster(count) for count in _once(integers(stages or "8", "--stages"))]
     clusters = {cluster.name: cluster for cluster in loaded}
     if len(clusters) < len(loaded):
         raise UsageError("two clusters have the same name", hint="Change [cluster] name in one of the files.")
@@ -260,8 +255,13 @@ def _clusters(names: list[str] | None, stages: str | None) -> dict[str, Cluster]
 def _draft_variants(model: str, draft: str) -> list[str]:
     """What each method's draft may be; which is best is for the tuning to say."""
     from fullpipe.assembly import draft_names
+    from fullpipe.planning.draft_module import module_folder
 
     names = draft_names(model, draft)
+    if modules := [name for name in names if module_folder(name)]:
+        raise UsageError(f"{modules[0]} reads the target's hidden states, and a recording, which is what is replayed "
+                         "here, holds none", hint="Run it with real stages: `fullpipe generate --cluster`, once for "
+                         "each method; bench/spd_study does it for many prompts.")
     models = [name for name in names if name != "ngram"]
     if len(models) > 1:
         raise UsageError("a benchmark takes one draft model", hint="Run it once for each.")

@@ -28,8 +28,12 @@ def run_peers(model: str, draft: str, prompts: list[FilePrompt], max_new_tokens:
     from fullpipe.assembly import draft_names, pick_dtype
     from fullpipe.bench.peers import PeerModels, markdown, peer_table
     from fullpipe.bench.peers import run_peers as ask
+    from fullpipe.planning.draft_module import module_folder
 
     guesser = next((name for name in draft_names(model, draft) if name != "ngram"), None)
+    if guesser and module_folder(guesser):
+        raise UsageError(f"{guesser} is a draft module, which no other program runs",
+                         hint="Name a draft model that all of them can use, or ngram.")
     fetch_all(model, guesser or "none", "fullpipe" if guesser else "pp")
     dtype = pick_dtype(dtype)
     settings = {"max_new_tokens": max_new_tokens, "prompts": len(prompts), "repeats": repeats, "threads": threads}

@@ -95,7 +95,8 @@ def generate(
 
 def fetch_all(model: str, draft: str, method: str) -> None:
     """Fetch what is missing, with a progress bar, before anything is loaded."""
-    from fullpipe.assembly import draft_names, module_folder
+    from fullpipe.assembly import draft_names
+    from fullpipe.planning.draft_module import module_folder
 
     names = [model]
     if method != "pp" or draft != "auto":

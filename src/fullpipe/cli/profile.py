@@ -55,8 +55,12 @@ def profile(
 def _draft_model(model: str, draft: str) -> str | None:
     """The one model among the sources that `draft` stands for; n-gram costs nothing worth measuring."""
     from fullpipe.assembly import draft_names
+    from fullpipe.planning.draft_module import module_folder
 
     names = [name for name in draft_names(model, draft) if name != "ngram"]
+    if modules := [name for name in names if module_folder(name)]:
+        raise UsageError(f"{modules[0]} is not measured by itself: a cluster counts a draft module as so many of the "
+                         "target's layers, which the profile has", hint="Leave it out: --draft none.")
     if len(names) > 1:
         raise UsageError(f"a profile holds one draft model (got {', '.join(names)})", hint="Measure one at a time.")
     return names[0] if names else None

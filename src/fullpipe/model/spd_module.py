@@ -332,7 +332,10 @@ class Layout:
 
     def positions(self) -> Tensor:
         """int64 [blocks * size]."""
-        return torch.arange(self.size).repeat(len(self.block_types))
+        return torch.arange(self.size, device=self.queries.device).repeat(len(self.block_types))
+
+    def to(self, device: torch.device) -> Layout:
+        return Layout(self.size, self.block_types, [mask.to(device) for mask in self.masks], self.queries.to(device))
 
 
 def _seen(block_by_lag: list[int], size: int, blocks: int) -> Tensor:

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fullpipe.errors import UsageError
 from fullpipe.pipeline.links import Link, Links
+from fullpipe.planning.draft_module import ModuleSize, module_folder
 from fullpipe.planning.partition import cut
 from fullpipe.planning.profile import Profile
 
@@ -41,6 +42,7 @@ _ROW_BYTES = 64  # of a row beside its hidden state: token, position, slot, path
 _LOOPBACK = Link()
 _PACE_ROWS, _PACE_CONTEXT = (1, 2, 4, 8, 16, 32, 64, 256), 512
 _NGRAM_CALL_S, _NGRAM_ROW_S = 5e-5, 4e-5
+_MODULE_BITS = 16  # of a draft module's weights, whatever the target's
 _HEADER = re.compile(r"\s*\[\[?[^,\[\]]+\]\]?\s*(#|$)")  # of a table; a line of an array has commas
 _LONG_TEXT = re.compile(r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'')
 
@@ -201,6 +203,11 @@ class Cluster:
         """Whether a draft call's cost is given as it is, whoever drafts."""
         return self._device(self.device_of("draft")).draft_ms is not None
 
+    @property
+    def draft_is_measured(self) -> bool:
+        """Whether a draft call costs what it takes here."""
+        return self._device(self.device_of("draft")).kind == "measured"
+
     def device_of(self, station: str) -> str:
         """Where a station ("stage 3", "draft", "engine") sits."""
         place = self.file.placement
@@ -244,6 +251,31 @@ class Cluster:
             case "profile":
                 return self.profiles[device.name].draft(rows, context) / (device.speed or 1.0)
         return measured / (device.speed or 1.0)
+
+    def module_seconds(self, module: ModuleSize, rows: int, context: int) -> float:
+        """What a job of a draft module takes, at a device that has a bandwidth or a profile: its share of the target's
+        layers and head, once. rows: asked about in the job; one more is computed for each token in flight, a full
+        pipeline's worth of them. Raises UsageError as `check_module` does."""
+        self.check_module()
+        device, computed = self._device(self.device_of("draft")), rows + self.num_stages
+        if device.kind == "profile":
+            profile, beside = self.profiles[device.name], module.layers - module.depth  # what keeps no cache
+            seconds = profile.flight(computed, context) + module.depth * profile.layer(computed, context)
+            seconds += beside * profile.layer(computed, 0) + module.head * profile.head(rows)
+            return seconds / (device.speed or 1.0)
+        target = self._shape("target")
+        weights = module.layers * target.layer_params + module.head * target.head_params
+        return _roofline(device, weights, _MODULE_BITS, module.depth * target.kv_size * context, computed)
+
+    def check_module(self) -> None:
+        """Raises UsageError unless it is said what a job of a draft module costs."""
+        device = self._device(self.device_of("draft"))
+        if device.kind == "roofline" and self.file.target is None:
+            raise UsageError(f"{self.name}: {device.name} holds a draft module, but no target is described of which it "
+                             "would be a share", hint="Add [target] (see docs/clusters.md).")
+        if device.kind == "curve" and device.draft_ms is None:
+            raise UsageError(f"{self.name}: {device.name} holds a draft module but has no draft_ms",
+                             hint="Add draft_ms = [[rows, milliseconds], ...].")
 
     def check_draft(self) -> None:
         """Raises UsageError unless it is said what a call of the draft model costs. A file need not say so if it
@@ -379,20 +411,37 @@ class Cluster:
 class DraftCosts:
     """A cluster's costs for a pipeline whose draft station asks these sources, one after another.
 
-    sources: "ngram", and anything else for the draft model. n-gram runs on a processor: a call takes 0.05 ms and
-    0.04 ms a row (docs/log.md). A cluster whose draft has a cost curve means that curve, whoever guesses.
+    sources: "ngram", "spd:DIR" or "exit:DIR" for draft modules, and anything else for the draft model. n-gram runs on a
+    processor: a call takes 0.05 ms and 0.04 ms a row (docs/log.md). A module takes its share of the target's layers
+    (`Cluster.module_seconds`). A cluster whose draft has a cost curve means that curve, whoever guesses; one whose
+    draft is measured counts the call as a whole, unless n-gram guesses alone.
+
+    Raises UsageError for a module whose folder does not say how large it is.
     """
 
     def __init__(self, cluster: Cluster, sources: Sequence[str]) -> None:
         self._cluster = cluster
-        self._model = any(name not in ("ngram", "none") for name in sources) or cluster.draft_is_curve
-        self._ngram = "ngram" in sources and not cluster.draft_is_curve
+        folders = [folder for name in sources if (folder := module_folder(name))]
+        models = [name for name in sources if name not in ("ngram", "none") and not module_folder(name)]
+        whole = cluster.draft_is_curve or (cluster.draft_is_measured and bool(folders or models))
+        self._modules = [] if whole else [ModuleSize.of(folder) for folder in folders]
+        self._model = bool(models) or whole
+        self._ngram = "ngram" in sources and not whole
+
+    def check(self) -> None:
+        """Raises UsageError unless the cluster says what these sources cost. n-gram's costs are known."""
+        if self._modules:
+            self._cluster.check_module()
+        if self._model:
+            self._cluster.check_draft()
 
     def __call__(self, station: str, rows: int, measured: float, context: int) -> float:
         if station != "draft" or not rows:
             return self._cluster(station, rows, measured, context)
-        ngram = _NGRAM_CALL_S + rows * _NGRAM_ROW_S if self._ngram else 0.0
-        return ngram + (self._cluster(station, rows, measured, context) if self._model else 0.0)
+        seconds = _NGRAM_CALL_S + rows * _NGRAM_ROW_S if self._ngram else 0.0
+        if self._model:
+            seconds += self._cluster(station, rows, measured, context)
+        return seconds + sum(self._cluster.module_seconds(module, rows, context) for module in self._modules)
 
 
 _UNIT = """

@@ -51,8 +51,9 @@ class _Question:
 class _Reader:
     """One request as the draft station knows it.
 
-    features: [capacity, taps, hidden] by slot, how many of a slot's taps are there in `known`, and whose they are in
-    `owner` (a node), `token` and `position`. sent: the node that the engine named last for a slot.
+    features: [capacity, taps, hidden] by slot, which of them are there in `known`, bool [capacity, taps], and whose
+    they are in `owner` (a node), `flight` (that it came with), `token` and `position`. sent: the node that the engine
+    named last for a slot.
     keys, values: for each layer [capacity, kv_heads, head_dim] by position, of completed tokens; `kept` of them.
     """
 
@@ -60,7 +61,8 @@ class _Reader:
         capacity = opening.capacity
         self.table = SlotTable(opening)
         self.features = torch.zeros(capacity, taps, shape.hidden, dtype=dtype)
-        self.known = np.zeros(capacity, np.int64)
+        self.known = np.zeros((capacity, taps), np.bool_)
+        self.flight = np.full(capacity, -1, np.int64)
         self.owner = np.full(capacity, _NOBODY, np.int64)
         self.token = np.zeros(capacity, np.int64)
         self.position = np.zeros(capacity, np.int64)
@@ -70,18 +72,19 @@ class _Reader:
         self.kept = 0
         self.waiting: dict[int, _Question] = {}  # asked about, and not answered yet
 
-    def take(self, part: Part, layers: Sequence[int], features: Tensor) -> None:
-        """layers: which taps these are, as indices, rising. A slot's taps arrive in order, but those of a node that
-        died may come after those of the slot's next owner."""
+    def take(self, flight: int, part: Part, layers: Sequence[int], features: Tensor) -> None:
+        """layers: which taps these are, as indices. Stages have links of their own, so a later stage's taps may come
+        before an earlier one's, and those of a node that died after those of the slot's next owner. Flights tell
+        which owner is the newer one; ids of nodes do not, for a node may be launched long after it was made."""
         slots, nodes = np.asarray(part.slots, np.int64), np.asarray(part.nodes, np.int64)
-        fresh = nodes > self.owner[slots]
+        fresh = self.flight[slots] < flight
         new = slots[fresh]
-        self.owner[new], self.known[new] = nodes[fresh], 0
+        self.flight[new], self.owner[new], self.known[new] = flight, nodes[fresh], False
         self.token[new], self.position[new] = np.asarray(part.tokens)[fresh], np.asarray(part.positions)[fresh]
+        rows = np.flatnonzero(self.flight[slots] == flight)
         for column, layer in enumerate(layers):
-            rows = np.flatnonzero((nodes == self.owner[slots]) & (self.known[slots] == layer))
             self.features[slots[rows], layer] = features[torch.from_numpy(rows), column].to(self.features.dtype)
-            self.known[slots[rows]] += 1
+            self.known[slots[rows], layer] = True
 
     def apply(self, part: Part) -> None:
         self.table.apply(part)
@@ -91,12 +94,13 @@ class _Reader:
             self.waiting[node] = _Question(node, part.positions[row], slot, part.paths[row] or [slot])
 
     def depth(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many taps are known of the tokens that stand in these slots, as the engine says: int64 [slots]. A token
-        that the draft channel never carried as a node (-1) is known by what it is and where it stands."""
+        """How many taps, from the first on, are known of the tokens that stand in these slots, as the engine says:
+        int64 [slots]. A token that the draft channel never carried as a node (-1) is known by what it is and where it
+        stands."""
         tokens, positions = self.table.standing(slots)
         same = (self.token[slots] == tokens) & (self.position[slots] == positions)
         owned = (self.owner[slots] == self.sent[slots]) | ((self.sent[slots] == -1) & same)
-        depth: NDArray[np.int64] = np.where(owned, self.known[slots], 0)
+        depth: NDArray[np.int64] = np.where(owned, np.logical_and.accumulate(self.known[slots], 1).sum(1), 0)
         return depth
 
     def completed(self) -> int:
@@ -157,7 +161,7 @@ class SpdSource:
         self._has_embedding = config.bounds[0] == 0
         self._dtype = dtype
         self._readers: dict[int, _Reader] = {}
-        self._early: dict[int, list[tuple[Part, list[int], Tensor]]] = {}  # taps of requests that are not open yet
+        self._early: dict[int, list[tuple[int, Part, list[int], Tensor]]] = {}  # taps of requests that are not open yet
         self._newest = -1  # request; ids rise, so one below it that is not open is over
         self._admitted = -1  # job
 
@@ -172,9 +176,11 @@ class SpdSource:
             rows = features[start : start + len(part)]
             start += len(part)
             if part.request in self._readers:
-                self._readers[part.request].take(part, layers, rows)
+                self._readers[part.request].take(tap.flight.id, part, layers, rows)
             elif part.request > self._newest:
-                self._early.setdefault(part.request, []).append((part, layers, rows))
+                self._early.setdefault(part.request, []).append((tap.flight.id, part, layers, rows))
+        for request in tap.flight.closes:
+            self._early.pop(request, None)  # it is over, and never came here: its method asks for no drafts
 
     def ready(self, job: Flight) -> bool:
         """Whether anything can be answered now, or need not be: nothing is guessed before the prompt is through, and
@@ -211,8 +217,8 @@ class SpdSource:
             self._newest = opening.request
             reader = _Reader(opening, self._config, len(self._taps), self._dtype)
             self._readers[opening.request] = reader
-            for part, layers, rows in self._early.pop(opening.request, []):
-                reader.take(part, layers, rows)
+            for flight, part, layers, rows in self._early.pop(opening.request, []):
+                reader.take(flight, part, layers, rows)
         for part in job.parts:
             self._readers[part.request].apply(part)
 

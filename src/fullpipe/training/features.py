@@ -108,6 +108,10 @@ class Outer:
         self.head_rows = head[draft_ids].clone()
         self._eps = config.rms_eps
 
+    def to(self, device: torch.device) -> None:
+        """Move what losses need; the embedding stays, for features are read where the teacher is."""
+        self.final_norm, self.head_rows = self.final_norm.to(device), self.head_rows.to(device)
+
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding)
 

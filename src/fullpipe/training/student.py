@@ -28,6 +28,9 @@ class Batch:
     best: Tensor
     learn: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.features.to(device), self.final.to(device), self.best.to(device), self.learn.to(device))
+
 
 def make_batch(indices: Sequence[int], tokens: Sequence[Tensor], learn: Sequence[Tensor], store: FeatureStore,
                outer: Outer, columns: Sequence[int]) -> Batch:
@@ -35,8 +38,8 @@ def make_batch(indices: Sequence[int], tokens: Sequence[Tensor], learn: Sequence
     learn: bool [s] (is this token a label) of every sample."""
     size = max(len(tokens[index]) for index in indices)
     stored = [store[index] for index in indices]
-    hidden = torch.stack([_to(one, size) for one, _ in stored])
-    embedded = outer.embed(torch.stack([_to(tokens[index], size) for index in indices])).to(hidden.dtype)
+    embedded = outer.embed(torch.stack([_to(tokens[index], size) for index in indices]))
+    hidden = torch.stack([_to(one, size) for one, _ in stored]).to(embedded.dtype)
     features = torch.stack([embedded if column < 0 else hidden[:, :, column] for column in columns], 2)
     labels = torch.stack([_to(learn[index][1:], size) for index in indices])
     return Batch(features, hidden[:, :, -1], torch.stack([_to(best, size) for _, best in stored]), labels)
@@ -50,29 +53,33 @@ def _to(x: Tensor, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def layout_of(types: tuple[int, ...], complete: int, size: int, layers: int) -> Layout:
-    return Layout.of(types, complete, size, layers)
+def layout_of(types: tuple[int, ...], complete: int, size: int, layers: int, device: torch.device) -> Layout:
+    return Layout.of(types, complete, size, layers).to(device)
 
 
 class Student(nn.Module):
     """The module with its loss, as one thing that can be spread over devices.
 
-    in_vocab: int64 [vocab], index of a token in the draft vocabulary or -1. recompute_logits: make the logits a part at
-    a time, and again in the backward pass, instead of keeping them all.
+    outer: on the device of the batches. in_vocab: int64 [vocab], index of a token in the draft vocabulary or -1.
+    recompute_logits: make the logits a part at a time, and again in the backward pass, instead of keeping them all.
     """
+
+    _in_vocab: Tensor
 
     def __init__(self, module: PipelineDraftModule, outer: Outer, in_vocab: Tensor, *, loss: str,
                  recompute_logits: bool = False) -> None:
         super().__init__()
         self.module = module
-        self._outer, self._in_vocab = outer, in_vocab
+        self._outer = outer
+        self.register_buffer("_in_vocab", in_vocab, persistent=False)
         self._loss, self._recompute = loss, recompute_logits
 
     def answers(self, batch: Batch, filling: Filling) -> tuple[Tensor, Tensor, Tensor]:
         """For every position whose next token is a label: the module's hidden state [rows, hidden], the target's
         [rows, hidden], and the target's token int64 [rows]."""
         complete = len(self.module.shape.bounds) - 1
-        layout = layout_of(filling.types, complete, batch.features.shape[1], self.module.shape.num_layers)
+        layout = layout_of(filling.types, complete, batch.features.shape[1], self.module.shape.num_layers,
+                           batch.features.device)
         hidden, _ = self.module(layout.rows(self.module, batch.features), layout.positions(), layout.masks,
                                 layout.queries)
         return hidden[batch.learn], batch.final[batch.learn], batch.best[batch.learn]
@@ -90,7 +97,7 @@ class Student(nn.Module):
             else:
                 loss, right = self._part(rows, target, token)
             total = total + loss
-            counts[2] += right
+            counts[2] += right.cpu()
         return filling.weight * total / max(1, len(wanted)), counts
 
     def _part(self, rows: Tensor, final: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

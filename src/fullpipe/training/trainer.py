@@ -98,6 +98,7 @@ class Trainer:
         self._optimizer = optimizer
         state = load_state(out / "state", self.module, optimizer) if rank == 0 or (out / "state").exists() else None
         self._resume(state)
+        self._outer.to(self._accelerator.device)
         self._student, self._prepared = self._accelerator.prepare(student, optimizer)
 
     # ---- before the first step ---------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class Trainer:
         texts = range(min(_SCALE_SAMPLES, len(self._tokens)))
         rows = [self._batch([index]).features[0, _SCALE_SKIP:].float() for index in texts]
         size = torch.cat(rows).square().mean(0).sqrt()
-        return 1 / (size + 0.1 * size.mean(-1, keepdim=True))
+        return (1 / (size + 0.1 * size.mean(-1, keepdim=True))).cpu()
 
     def _resume(self, state: dict[str, Any] | None) -> None:
         self.step, self._elapsed = 0, 0.0
@@ -207,7 +208,8 @@ class Trainer:
         return total, counts
 
     def _batch(self, indices: Sequence[int]) -> Batch:
-        return make_batch(indices, self._tokens, self._learn, self._store, self._outer, self._columns)
+        batch = make_batch(indices, self._tokens, self._learn, self._store, self._outer, self._columns)
+        return batch.to(self._accelerator.device)
 
     def _judge(self, recent: _Recent) -> None:
         """Stop a run that cannot come to anything."""
@@ -253,6 +255,7 @@ class Trainer:
     def _accuracy(self, ends: Sequence[int], fill: int, shift: int) -> dict[str, float]:
         filling = self._fillings.of(ends, fill, shift)
         right, total = torch.zeros(2), 0
+        draft_ids = self.material.draft_ids.to(self._accelerator.device)
         student = self._accelerator.unwrap_model(self._student)
         for indices in epoch_batches(self._lengths[: len(self.material.held_out)], self.plan.batch_tokens, 0, 0):
             with self._accelerator.autocast():
@@ -260,14 +263,16 @@ class Trainer:
                 scores = self.module.logits(hidden)
             total += len(best)
             for place, top in enumerate((1, _TOP)):
-                right[place] += accepted(scores, best, self.material.draft_ids, min(top, scores.shape[-1])).sum()
+                right[place] += int(accepted(scores, best, draft_ids, min(top, scores.shape[-1])).sum())
         top1, top4 = (right / max(1, total)).tolist()
         return {"top1": round(top1, 4), f"top{_TOP}": round(top4, 4)}
 
     def _write(self, summary: dict[str, Any]) -> None:
-        tensors = self.module.folded()
+        tensors = {name: value.cpu() for name, value in self.module.folded().items()}
+        self._outer.to(torch.device("cpu"))
         config = _module_config(self.plan, self.material, self.config.bounds, self.ends, summary)
-        fixture = make_fixture(config, tensors, self.material.files.config, self._outer, self._batch([0]).features[0])
+        features = self._batch([0]).features[0].cpu()
+        fixture = make_fixture(config, tensors, self.material.files.config, self._outer, features)
         save_checkpoint(self.out, config, tensors, self.material.draft_ids, fixture)
         (self.out / "curve.json").write_text(json.dumps(self.curve) + "\n")
 

@@ -21,6 +21,7 @@ from fullpipe.hub import resolve
 from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
+from fullpipe.threads import cores
 
 Say = Callable[[str], None]
 Keep = Callable[[list[PeerResult]], None]
@@ -93,8 +94,7 @@ def run_peers(prompts: Sequence[FilePrompt], params: SamplingParams, models: Pee
     if draft:
         check_same_vocabulary(tokenizer, Tokenizer.load(draft))
     questions = [Question(one.id, one.category, _encode(tokenizer, one.text)) for one in prompts]
-    job = Job(questions, tokenizer, model, draft, params.max_tokens, dtype, threads or len(os.sched_getaffinity(0)),
-              repeats, limit_s)
+    job = Job(questions, tokenizer, model, draft, params.max_tokens, dtype, threads or cores(), repeats, limit_s)
     return measure_all(peers, job, progress or (lambda line: None), keep or (lambda results: None))
 
 

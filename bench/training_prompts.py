@@ -16,32 +16,38 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-TOPICS = """the water cycle|photosynthesis|the French Revolution|compound interest|black holes|vaccines|the stock market|
-home gardening|sleep|the Roman Empire|climate change|electric cars|solar panels|jazz|chess openings|the human heart|
-volcanoes|inflation|public speaking|job interviews|time management|baking bread|hiking in the mountains|the moon landing|
-the internet|encryption|machine learning|neural networks|databases|recursion|sorting algorithms|operating systems|
-a lighthouse keeper|a talking cat|a lost astronaut|a small bookshop|a rainy city|an old sailor|a robot that dreams|
-two friends who argue|a village market|a broken clock|a long train journey|the first day of school|coffee|tea ceremonies|
-Japan|Brazil|Iceland|Egypt|Kenya|New York|Paris|Rome|the Amazon rainforest|the Sahara|the ocean|whales|bees|wolves|
-dinosaurs|genetics|DNA|atoms|gravity|relativity|quantum mechanics|probability|calculus|prime numbers|geometry|statistics|
-democracy|human rights|the printing press|the industrial revolution|World War II|the Silk Road|Shakespeare|poetry|
-impressionism|opera|film editing|photography|football|marathon running|yoga|nutrition|vitamins|stress|friendship|
-negotiation|leadership|remote work|online courses|a budget|renting a flat|recycling|public transport|bicycles|
-space telescopes|robots|drones|3D printing|video games|board games|crossword puzzles|knitting|woodworking|painting"""
+TOPICS = """the water cycle|photosynthesis|the French Revolution|compound interest|black holes|vaccines|
+the stock market|home gardening|sleep|the Roman Empire|climate change|electric cars|solar panels|jazz|
+chess openings|the human heart|volcanoes|inflation|public speaking|job interviews|time management|
+baking bread|hiking in the mountains|the moon landing|the internet|encryption|machine learning|
+neural networks|databases|recursion|sorting algorithms|operating systems|a lighthouse keeper|a talking cat|
+a lost astronaut|a small bookshop|a rainy city|an old sailor|a robot that dreams|two friends who argue|
+a village market|a broken clock|a long train journey|the first day of school|coffee|tea ceremonies|Japan|
+Brazil|Iceland|Egypt|Kenya|New York|Paris|Rome|the Amazon rainforest|the Sahara|the ocean|whales|bees|
+wolves|dinosaurs|genetics|DNA|atoms|gravity|relativity|quantum mechanics|probability|calculus|prime numbers|
+geometry|statistics|democracy|human rights|the printing press|the industrial revolution|World War II|
+the Silk Road|Shakespeare|poetry|impressionism|opera|film editing|photography|football|marathon running|
+yoga|nutrition|vitamins|stress|friendship|negotiation|leadership|remote work|online courses|a budget|
+renting a flat|recycling|public transport|bicycles|space telescopes|robots|drones|3D printing|video games|
+board games|crossword puzzles|knitting|woodworking|painting"""
 
 ASKS = """Explain {t} to a ten year old.|Write a short story about {t}.|What are the most important facts about {t}?|
-List five tips about {t}.|Write an email to a colleague about {t}.|Compare {t} and {u}.|Write a poem about {t}.|
-What are common misconceptions about {t}?|Give a short history of {t}.|How does {t} relate to {u}?|
-Write a persuasive paragraph about {t}.|Summarize what you know about {t} in three sentences.|
+List five tips about {t}.|Write an email to a colleague about {t}.|Compare {t} and {u}.|
+Write a poem about {t}.|What are common misconceptions about {t}?|Give a short history of {t}.|
+How does {t} relate to {u}?|Write a persuasive paragraph about {t}.|
+Summarize what you know about {t} in three sentences.|
 Pretend you are an expert in {t}. What would you teach first?|Describe {t} for a travel blog.|
-What questions should I ask to learn more about {t}?|Write a dialogue between a teacher and a student about {t}.|
+What questions should I ask to learn more about {t}?|
+Write a dialogue between a teacher and a student about {t}.|
 Make a study plan for {t} with one step per day.|What are the advantages and disadvantages of {t}?|
 Why does {t} matter today?|Rewrite this sentence in a formal tone: I really like {t}, it is so cool!|
-Is {t} more important than {u}? Give reasons.|Write a headline and a first paragraph of a news story about {t}.|
+Is {t} more important than {u}? Give reasons.|
+Write a headline and a first paragraph of a news story about {t}.|
 Name three books or films about {t} and say why they are worth it.|Draft a product description for {t}."""
 
-NAMES = "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Karen Leo Maya Noah Olga Paul Rita Sam Tina Victor".split()
-THINGS = "apples|books|marbles|cookies|tickets|pencils|stamps|flowers|bottles|eggs|toys|cards".split("|")
+NAMES = """Anna|Ben|Clara|David|Emma|Frank|Grace|Henry|Iris|Jack|Karen|Leo|Maya|Noah|Olga|Paul|Rita|Sam|Tina|Victor"""
+THINGS = """apples|books|marbles|cookies|tickets|pencils|stamps|flowers|bottles|eggs|toys|cards"""
+
 PROBLEMS = """{n} has {a} {x} and buys {b} more. Then {n} gives {c} to {m}. How many {x} does {n} have now?|
 A box holds {c} {x}. {n} fills {b} boxes and has {a} {x} left. How many {x} were there at first?|
 {n} earns ${a} per hour and works {c} hours a day for {b} days. How much money does {n} earn?|
@@ -66,9 +72,9 @@ def problems(random: random.Random) -> Iterator[str]:
     """Endless arithmetic word problems."""
     templates = _split(PROBLEMS)
     while True:
-        name, other = random.sample(NAMES, 2)
+        name, other = random.sample(_split(NAMES), 2)
         yield random.choice(templates).format(
-            n=name, m=other, x=random.choice(THINGS), a=random.randint(12, 60), b=random.randint(2, 12),
+            n=name, m=other, x=random.choice(_split(THINGS)), a=random.randint(12, 60), b=random.randint(2, 12),
             c=random.randint(2, 11), big=random.randint(140, 400))
 
 

@@ -552,6 +552,29 @@ def test_a_request_whose_method_asks_for_no_drafts_leaves_nothing() -> None:
     assert not hand.source._early
 
 
+def test_a_request_may_be_over_before_the_job_that_opens_it_comes() -> None:
+    """A short answer, and a slow way to the draft: what the job asks is no longer wanted, and must not wait for hidden
+    states that were thrown away."""
+    hand = Hand(SPD)
+    root = Token(0, PROMPT[:2], 1)
+    taps = hand.flight(Token(-1, PROMPT[:1], 0), root)
+    taps[-1].flight.closes = [0]
+    hand.take(*taps)
+    assert hand.send(hand.job(hand.part([Token(-1, PROMPT[:1], 0), root], [0, 1], [root]), opens=True)) == []
+    assert hand.send(hand.job(closes=True)) == []
+    assert not hand.source._readers and not hand.source._over
+
+
+def test_what_a_job_asks_of_a_request_that_ends_meanwhile_is_not_waited_for() -> None:
+    hand = Hand(EXIT)
+    root = hand.begin()
+    job = hand.job(hand.part([root], [0, 1, 2], [root]))
+    job.id = hand.jobs
+    assert not hand.source.ready(job)
+    hand.source.take(Tap(Flight(9, closes=[0]), hand.taps, torch.empty(0, 1, HIDDEN)))
+    assert hand.source.ready(job) and hand.source.run(job) == []
+
+
 # ---- what is done with the logits ----------------------------------------------------------------------------------
 
 

@@ -71,6 +71,7 @@ class _Reader:
         self.past = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for _ in range(shape.num_layers)]
         self.kept = 0
         self.waiting: dict[int, _Question] = {}  # asked about, and not answered yet
+        self.over = False  # nobody wants answers any more
 
     def take(self, flight: int, part: Part, layers: Sequence[int], features: Tensor) -> None:
         """layers: which taps these are, as indices. Stages have links of their own, so a later stage's taps may come
@@ -89,7 +90,7 @@ class _Reader:
     def apply(self, part: Part) -> None:
         self.table.apply(part)
         self.sent[part.slots] = part.nodes
-        for row in np.flatnonzero(part.wants).tolist():
+        for row in np.flatnonzero(part.wants).tolist() if not self.over else ():
             node, slot = part.nodes[row], part.slots[row]
             self.waiting[node] = _Question(node, part.positions[row], slot, part.paths[row] or [slot])
 
@@ -162,6 +163,7 @@ class SpdSource:
         self._dtype = dtype
         self._readers: dict[int, _Reader] = {}
         self._early: dict[int, list[tuple[int, Part, list[int], Tensor]]] = {}  # taps of requests that are not open yet
+        self._over: set[int] = set()  # requests that the stages have closed, and that are not open yet
         self._newest = -1  # request; ids rise, so one below it that is not open is over
         self._admitted = -1  # job
 
@@ -180,7 +182,7 @@ class SpdSource:
             elif part.request > self._newest:
                 self._early.setdefault(part.request, []).append((tap.flight.id, part, layers, rows))
         for request in tap.flight.closes:
-            self._early.pop(request, None)  # it is over, and never came here: its method asks for no drafts
+            self._end(request)
 
     def ready(self, job: Flight) -> bool:
         """Whether anything can be answered now, or need not be: nothing is guessed before the prompt is through, and
@@ -208,6 +210,16 @@ class SpdSource:
 
     # ---- inside ------------------------------------------------------------------------------------------
 
+    def _end(self, request: int) -> None:
+        """The stages have closed it. Its jobs may still be to come; or there are none, for its method asks for no
+        drafts."""
+        if request in self._readers:
+            self._readers[request].over = True
+            self._readers[request].waiting.clear()
+        elif request > self._newest:
+            self._early.pop(request, None)
+            self._over.add(request)
+
     def _admit(self, job: Flight) -> None:
         """Take over what a job says, once."""
         if job.id <= self._admitted:
@@ -216,9 +228,11 @@ class SpdSource:
         for opening in job.opens:
             self._newest = opening.request
             reader = _Reader(opening, self._config, len(self._taps), self._dtype)
+            reader.over = opening.request in self._over
             self._readers[opening.request] = reader
             for flight, part, layers, rows in self._early.pop(opening.request, []):
                 reader.take(flight, part, layers, rows)
+        self._over = {request for request in self._over if request > self._newest}
         for part in job.parts:
             self._readers[part.request].apply(part)
 

@@ -57,8 +57,9 @@ def train(plan: Plan, material: Material, out: Path, progress: Progress, *, save
     trainer = Trainer(plan, material, out, save_every_s=save_every_s, features=features,
                       feature_taps=feature_taps)
     summary = trainer.run(progress)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw_curve(trainer.curve, out / "curve.png")
+    if trainer.leads:
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        draw_curve(trainer.curve, out / "curve.png")
     return summary
 
 

@@ -61,7 +61,7 @@ class Trainer:
     def __init__(self, plan: Plan, material: Material, out: Path, *, save_every_s: float = 120.0,
                  features: Path | None = None, feature_taps: Sequence[int] = ()) -> None:
         try:
-            from accelerate import Accelerator
+            from accelerate import Accelerator, DistributedDataParallelKwargs
         except ImportError as error:
             raise MissingExtra("training needs the extra 'train'", hint="pip install 'fullpipe[train]'") from error
         self.plan, self.material, self.out = plan, material, out
@@ -75,7 +75,9 @@ class Trainer:
         self._columns = [taps.index(bound) if bound else -1 for bound in bounds]
         compute = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         self._accelerator = Accelerator(mixed_precision="bf16" if plan.precision == "bf16" else "no",
-                                        cpu=not torch.cuda.is_available())
+                                        cpu=not torch.cuda.is_available(),
+                                        # A filling leaves out the row types that nothing in flight has.
+                                        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         rank = self._accelerator.process_index
         teacher = Teacher(material.files, taps, dtype=compute, max_length=plan.max_length)
         samples = [*material.held_out, *material.train]
@@ -134,7 +136,7 @@ class Trainer:
         asked = self.plan.to_dict() | {"key": self.material.key}
         changed = [name for name, value in asked.items() if state["plan"].get(name) != value]
         if changed:
-            raise UsageError(f"{self.out} holds a run with another {changed[0]}",
+            raise UsageError(f"{self.out} holds a run with another setting: {', '.join(changed)}",
                              hint="Give the same options to go on with it, or name another folder.")
         self.step, self._elapsed, self.curve = state["step"], state["elapsed_s"], state["curve"]
         self._first = state["first"]
@@ -144,21 +146,21 @@ class Trainer:
     def run(self, report: Report) -> dict[str, Any]:
         """Train to the end, write the checkpoint, and return its training summary."""
         begun, saved, recent = time.monotonic() - self._elapsed, time.monotonic(), _Recent()
-        while (done := self._progress(time.monotonic() - begun)) < 1:
-            loss, counts = self._step(done)
+        while (done := self._agreed(self._progress(time.monotonic() - begun))) < 1:
+            loss, counts, tokens = self._step(done)
             self.step += 1
-            recent.add(loss, counts)
+            recent.add(loss, counts, tokens * self._accelerator.num_processes)
             self._elapsed = time.monotonic() - begun
             self._judge(recent)
             if self.step % _WINDOW == 0:
                 self.curve.append({"step": self.step, "elapsed_s": round(self._elapsed, 1)} | recent.figures())
-            report(self.step, done, recent.line(self._elapsed))
+            report(self.step, done, recent.line())
             if time.monotonic() - saved > self._save_every_s:
                 self._save()
                 saved = time.monotonic()
         self._save()
         summary = self._summary()
-        if self._accelerator.is_main_process:
+        if self.leads:
             self._write(summary)
         self._accelerator.wait_for_everyone()
         return summary
@@ -175,6 +177,15 @@ class Trainer:
             shares.append(batches / (plan.epochs * self._batches_per_epoch))
         return max(shares)
 
+    def _agreed(self, done: float) -> float:
+        """What the first device says, so that all take the same number of steps."""
+        if self._accelerator.num_processes == 1:
+            return done
+        from accelerate.utils import broadcast_object_list
+
+        said: list[float] = broadcast_object_list([done])
+        return said[0]
+
     def _epoch(self, epoch: int) -> list[list[int]]:
         """Batches of one pass over the training samples, which come after the held-out ones."""
         first = len(self.material.held_out)
@@ -188,24 +199,27 @@ class Trainer:
             self._epoch_number, self._order = epoch, self._epoch(epoch)
         return self._order[place % len(self._order)]  # epochs differ by a batch or two
 
-    def _step(self, done: float) -> tuple[float, Tensor]:
+    def _step(self, done: float) -> tuple[float, Tensor, int]:
+        """Loss, counts of `Student.forward`, and tokens, of this device."""
         plan, devices, rank = self.plan, self._accelerator.num_processes, self._accelerator.process_index
         rate = plan.rate * min(1.0, (self.step + 1) / max(1, plan.warmup)) * max(0.02, 1 - done)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        total, counts = 0.0, torch.zeros(3, dtype=torch.int64)
+        total, counts, tokens = 0.0, torch.zeros(3, dtype=torch.int64), 0
         for part in range(plan.accumulate):
             number = (self.step * plan.accumulate + part) * devices + rank
             filling = self._fillings.draw(random.Random(f"{plan.seed}/{number}"))
             with self._accelerator.autocast():
-                loss, found = self._student(self._batch(self._indices(number)), filling)
+                indices = self._indices(number)
+                loss, found = self._student(self._batch(indices), filling)
+            tokens += sum(self._lengths[index] for index in indices)
             self._accelerator.backward(loss / plan.accumulate)
             total += loss.item() / plan.accumulate
             counts += found
         self._accelerator.clip_grad_norm_(self._student.parameters(), plan.clip)
         self._prepared.step()
         self._prepared.zero_grad()
-        return total, counts
+        return total, counts, tokens
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         batch = make_batch(indices, self._tokens, self._learn, self._store, self._outer, self._columns)
@@ -227,8 +241,13 @@ class Trainer:
 
     # ---- what is left of it ------------------------------------------------------------------------------
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self._accelerator.is_main_process)
+
     def _save(self) -> None:
-        if self._accelerator.is_main_process:
+        if self.leads:
             save_state(self.out / "state", self.step, self.module, self._optimizer, {
                 "elapsed_s": self._elapsed, "curve": self.curve, "first": self._first,
                 "plan": self.plan.to_dict() | {"key": self.material.key}})
@@ -285,20 +304,20 @@ class _Recent:
         self._counts: list[Tensor] = []
         self._tokens, self._since = 0, time.monotonic()
 
-    def add(self, loss: float, counts: Tensor) -> None:
+    def add(self, loss: float, counts: Tensor, tokens: int) -> None:
         self.losses.append(loss)
         self._counts.append(counts)
         del self.losses[:-_WINDOW], self._counts[:-_WINDOW]
-        self._tokens += int(counts[0])
+        self._tokens += tokens
 
     def figures(self) -> dict[str, float]:
         """accuracy: of all labels, those outside the draft vocabulary counting as wrong."""
         labels, known, right = (max(1, int(value)) for value in torch.stack(self._counts).sum(0))
         return {"loss": sum(self.losses) / len(self.losses), "accuracy": right / labels, "known": known / labels}
 
-    def line(self, elapsed: float) -> str:
+    def line(self) -> str:
         figures, rate = self.figures(), self._tokens / max(1e-9, time.monotonic() - self._since)
-        return f"loss {figures['loss']:.3f}, right {figures['accuracy']:.1%}, {rate:.0f} labels/s"
+        return f"loss {figures['loss']:.3f}, right {figures['accuracy']:.1%}, {rate:.0f} tokens/s"
 
 
 def _check_material(material: Material) -> None:

@@ -164,6 +164,11 @@ def draft_names(model: str, draft: str) -> list[str]:
     return names
 
 
+def deepens(draft: str) -> bool:
+    """Whether a source of this draft answers better when it is asked again about a node in flight."""
+    return any(name.strip().startswith("spd:") for name in draft.split(","))
+
+
 def default_draft(model: str, draft: str) -> str:
     """What "auto" means: n-gram, together with the model's partner where the catalogue has one."""
     if draft != "auto":

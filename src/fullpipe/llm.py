@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from fullpipe.assembly import Assembly, assemble
+from fullpipe.assembly import Assembly, assemble, deepens
 from fullpipe.engine import Engine, Listener
 from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.messages import Emitted, Finished
@@ -91,7 +91,8 @@ class LLM:
     draft: "auto" (n-gram, and the catalogue's partner of the model if it has one), "none", "ngram", a model as
     above, "spd:DIR" or "exit:DIR" (a draft module, docs/train-a-draft-module.md), or several of them with commas
     between, whose guesses are merged.
-    stages: how many. method, width, depth, floor, refresh: see `fullpipe.policies`; None is the method's own.
+    stages: how many. method, width, depth, floor, refresh: see `fullpipe.policies`; None is the method's own,
+    and for refresh: whether the draft has a pipeline draft module (spd:DIR), which answers better when asked again.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 where the processor computes in it).
     pipeline: "inprocess" (all stages here) or "distributed" (a process per stage).
     clock: for in-process runs, "virtual" (as if every stage had a machine like this one to itself) or "wall".
@@ -126,7 +127,10 @@ class LLM:
         stages = imagined.num_stages if imagined is not None else stages
         policy = make_policy(method, width=width, depth=depth, floor=floor,
                              refresh=refresh)  # refuse before anything is loaded
-        self._width, self._depth, self._floor, self._refresh = width, depth, floor, refresh
+        self._width, self._depth, self._floor = width, depth, floor
+        self._refresh = deepens(draft) if refresh is None else refresh
+        if refresh is None and method in WITH_REFRESH:
+            policy = make_policy(method, width=width, depth=depth, floor=floor, refresh=self._refresh)
         if max_num_seqs < 1:
             raise UsageError(f"max_num_seqs must be 1 or more (got {max_num_seqs})")
         self._assembly: Assembly = assemble(

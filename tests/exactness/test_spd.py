@@ -25,12 +25,12 @@ from tiny_module import random_checkpoint, write_letters
 
 LEARNT = (1, 17, 9, 33, 17, 9)
 PROMPTS = ((5,), LEARNT, tuple(range(20, 50)))
-PARAMS = (SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, temperature=1.0, seed=7),
-          SamplingParams(max_tokens=3), SamplingParams(max_tokens=1))
+PARAMS = (SamplingParams(max_tokens=8), SamplingParams(max_tokens=8, temperature=1.0, seed=7),
+          SamplingParams(max_tokens=2))
 LONG = SamplingParams(max_tokens=60)
 STAGES = (1, 2, 3, 5)
 METHODS = (("spd", {}), ("spd", {"width": 3, "refresh": True}), ("fullpipe", {"width": 4}),
-           ("fullpipe", {"width": 4, "refresh": True}), ("ppsd", {}))
+           ("fullpipe", {"width": 4, "refresh": True}))
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ def material(target: Path, texts: Sequence[Sequence[int]], held_out: Sequence[Se
 
 
 def learn_by_heart(target: Path, text: Sequence[int], out: Path) -> Path:
-    plan = Plan(stages=(3,), steps=600, warmup=10, rate=3e-3, precision="fp32", max_length=128, validation=0.0,
-                refreshed=0.0, ahead=0.1)
+    plan = Plan(stages=(3,), steps=600, warmup=10, rate=3e-3, precision="fp32", max_length=128, validation=0.0)
     out.mkdir()
     Trainer(plan, material(target, [text]), out).run(lambda *_: None)
     return out
@@ -80,7 +79,10 @@ def learn_by_heart(target: Path, text: Sequence[int], out: Path) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("models")
-    target = write_letters(tiny.save(tiny.tiny_model("qwen2", seed=1, eos_token_id=None), root / "target"))
+    model = tiny.tiny_model("qwen2", seed=1, eos_token_id=None)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # its choices are clear: who knows two equal ones by heart may say the other
+    target = write_letters(tiny.save(model, root / "target"))
     with LLM(str(target), draft="none", method="pp", stages=1, dtype="float32", threads=1) as llm:
         (said,) = llm.generate([LEARNT], LONG)
     return Folders(
@@ -107,9 +109,9 @@ def truth(folders: Folders) -> list[list[int]]:
     (5, "deep,ngram"), (5, "exit"), (5, "heart"),
 ])
 def test_a_module_changes_no_text(folders: Folders, truth: list[list[int]], stages: int, draft: str) -> None:
-    """3 stages do not divide 5 layers; 3 tokens do not fill 5 stages."""
+    """3 stages do not divide 5 layers; 2 tokens do not fill 3 stages."""
     with open_llm(folders, stages, folders.named(draft, stages)) as llm:
-        for method, options in METHODS:
+        for method, options in (*METHODS, *([("ppsd", {})] if "exit" in draft else [])):
             llm.use(method, **options)  # type: ignore[arg-type]
             assert answers(llm) == truth, (method, options)
 
@@ -191,7 +193,7 @@ def test_a_module_that_knows_a_text_by_heart_guesses_it_all_through_processes(
     (said,) = llm.generate([LEARNT], LONG)
     assert said.speculation["hit_rate"] > 0.9
     assert said.speculation["steps_per_token"] < 1.5
-    assert said.token_ids[:12] == truth[1]
+    assert said.token_ids[:8] == truth[1]
     assert len(answered) >= 60
 
 
@@ -200,6 +202,6 @@ def test_a_module_that_knows_a_text_by_heart_guesses_it_all_through_processes(
 def test_a_module_changes_no_text_through_processes(folders: Folders, truth: list[list[int]], stages: int, draft: str,
                                                     processes: Callable[..., LLM]) -> None:
     llm = processes(stages, folders.named(draft, stages), method="spd")
-    for method, options in (*METHODS, ("pp", {})):
+    for method, options in (*METHODS, ("ppsd", {}), ("pp", {})):
         llm.use(method, **options)  # type: ignore[arg-type]
         assert answers(llm) == truth, (method, options)

@@ -55,8 +55,8 @@ Width = Annotated[int | None, typer.Option("--width", help="Tree nodes per fligh
 Depth = Annotated[int | None, typer.Option("--depth", help="Tokens guessed per traversal; for chain and "
                                      "static-tree alone.")]
 Refresh = Annotated[bool | None, typer.Option("--refresh/--no-refresh", help="Ask the draft again about tokens in "
-                                              "flight: one that reads hidden states answers better (spd, fullpipe).",
-                                              show_default=False)]
+                                              "flight. Default: with spd:DIR, which answers better each time (methods "
+                                              "spd and fullpipe).", show_default=False)]
 Accept = Annotated[str, typer.Option("--accept", metavar="exact|typical:EPS", help="exact: the model's own text. "
                                      "typical:EPS: LOSSY, a guessed token may stand where the model would have said "
                                      "another (0 < EPS <= 1; the smaller, the more).")]

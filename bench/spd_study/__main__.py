@@ -42,7 +42,8 @@ def main() -> None:
         from spd_study.report import write_report
 
         names = [f"{kind}{n}" for kind in ("spd", "exit") for n in STAGES]
-        folders = [asked.modules / name for name in (*names, "ablation", "spdall", "exit8l2")]
+        names += ["ablation", "spdall", "long_exit8", "long_ablation", "long_spd48"]
+        folders = [asked.modules / name for name in names]
         write_report(asked.out, [one for one in (*folders, asked.main) if (one / "summary.json").exists()], REPORT)
         return
     import torch

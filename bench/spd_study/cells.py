@@ -12,8 +12,9 @@ STAGES = (2, 4, 8, 15)
 class Cell:
     """One set-up, asked all prompts.
 
-    draft: of what `--draft` takes, modules by the names of `Modules`: "spd", "exit", "ablation", "shared", "main";
-    several with a comma between. free: a draft call takes no time, instead of one step.
+    draft: as `--draft` takes it, with names of `Modules` for modules: "spd", "exit", "ablation", "shared", "main", and
+    of longer runs "long-exit", "long-ablation" and "long-spd"; several with a comma between. free: a draft call takes
+    no time, instead of one step.
     """
 
     draft: str
@@ -41,19 +42,19 @@ class Cell:
 
 
 def study_cells() -> list[Cell]:
-    """All but those of the main module: the paper's claims, then refresh and trees, then temperature 1 and the rest."""
+    """All but those of the main module: the paper's claims, n-gram, one module for all numbers of stages, longer runs,
+    temperature 1; then refresh, an exit head that takes time, and trees."""
     claims = [cell for n in (8, 4, 15, 2) for cell in (
         Cell("spd", "spd", n), Cell("exit", "ppsd", n, free=True), Cell("ablation", "spd", n))]
-    refreshed = [Cell("spd", method, n, width, refresh) for n in (8, 15)
-                 for method, width in (("spd", 1), ("fullpipe", 8)) for refresh in (False, True)]
+    others = [Cell(draft, "spd", n) for draft in ("ngram", "shared") for n in (8, 4, 15, 2)]
+    long = [Cell("long-exit", "ppsd", 8, free=True), *(Cell(draft, "spd", n) for draft in ("long-ablation", "long-spd")
+                                                       for n in (8, 4))]
     hot = [cell for n in (8, 4, 15, 2) for cell in (
         Cell("spd", "spd", n, temperature=1.0), Cell("exit", "ppsd", n, temperature=1.0, free=True))]
-    trees = [Cell("spd", "spd", n, 4, refresh) for n in (8, 15, 4, 2) for refresh in (False, True)]
-    others = [cell for n in (8, 4, 15, 2) for cell in (
-        Cell("ngram", "spd", n), Cell("shared", "spd", n), Cell("exit", "ppsd", n))]
-    small = [Cell("spd", method, n, width, refresh) for n in (4, 2)
-             for method, width in (("spd", 1), ("fullpipe", 8)) for refresh in (False, True)]
-    return _once([*claims, *refreshed, *hot, *trees, *others, *small])
+    refreshed = [Cell("spd", "spd", n, 1, True) for n in (8, 15)]
+    slow = [Cell("exit", "ppsd", n) for n in (8, 4, 15, 2)]
+    trees = [Cell("spd", "spd", n, 4) for n in (8, 15, 4, 2)]
+    return [*claims, *others, *long, *hot, *refreshed, *slow, *trees]
 
 
 def main_cells() -> list[Cell]:

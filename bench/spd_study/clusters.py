@@ -29,7 +29,7 @@ def run_clusters(model: str, modules: Modules, prompts: Sequence[FilePrompt], to
             if not left:
                 continue
             with LLM(model, draft=modules.draft(draft, 0), cluster=cluster, method=method, width=width,
-                     refresh=refresh or None, dtype=DTYPE, threads=1) as llm:
+                     refresh=refresh, dtype=DTYPE, threads=1) as llm:
                 for prompt in left:
                     said = llm.chat(asked(prompt), params)
                     journal.add(f"{name}/{prompt.id}", sample(setup | {"stages": llm.num_stages}, prompt, said))

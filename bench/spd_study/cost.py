@@ -39,11 +39,11 @@ def run_cost(model: str, modules: Modules, prompts: Sequence[FilePrompt], tokens
         if f"taps/n{n}" not in journal:
             journal.add(f"taps/n{n}", {"stages": n, **taps_cost(model, modules.draft("main", n), n, prompts, params)})
     for n in IN_PROCESS:
-        for method, width in (("spd", 1), ("fullpipe", 8)):
-            key = f"module/n{n}/{method}"
+        for method, width, refresh in (("spd", 1, False), ("spd", 1, True), ("fullpipe", 8, True)):
+            key = f"module/n{n}/{method}" + "/refresh" * refresh
             if key not in journal:
-                journal.add(key, {"stages": n, "method": method, "width": width, **module_cost(
-                    model, modules.draft("main", n), n, method, width, prompts, params)})
+                journal.add(key, {"stages": n, "method": method, "width": width, "refresh": refresh, **module_cost(
+                    model, modules.draft("main", n), n, method, width, refresh, prompts, params)})
                 print(key, summary_of(journal.rows[key]), file=sys.stderr, flush=True)
 
 
@@ -72,13 +72,13 @@ def taps_cost(model: str, draft: str, stages: int, prompts: Sequence[FilePrompt]
     return {"pairs_s": pairs, "taps": count, "bytes": size, "rows": rows}
 
 
-def module_cost(model: str, draft: str, stages: int, method: str, width: int, prompts: Sequence[FilePrompt],
-                params: SamplingParams) -> dict[str, Any]:
+def module_cost(model: str, draft: str, stages: int, method: str, width: int, refresh: bool,
+                prompts: Sequence[FilePrompt], params: SamplingParams) -> dict[str, Any]:
     """Measured work of every station, each with this machine to itself for as long as it computes, and the bytes of
     taps by emitted token."""
     legs, emitted = Legs(), 0
-    with LLM(model, draft=draft, stages=stages, method=method, width=width, dtype=DTYPE, threads=1,
-             listeners=[legs]) as llm:
+    with LLM(model, draft=draft, stages=stages, method=method, width=width, refresh=refresh, dtype=DTYPE,
+             threads=1, listeners=[legs]) as llm:
         llm.chat(asked(prompts[0]), params)
         legs.stays.clear()
         before = taps_of(llm)

@@ -45,7 +45,8 @@ draft = "drafter"
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """Where the draft modules are. study: a folder with spd{n}, exit{n}, ablation and spdall. main: a folder."""
+    """Where the draft modules are. study: a folder with spd{n}, exit{n}, ablation, spdall, and of longer runs
+    long_exit8, long_ablation and long_spd48. main: a folder."""
 
     study: Path
     main: Path
@@ -67,6 +68,10 @@ class Modules:
                 return f"spd:{self.study / 'ablation'}"
             case "shared":
                 return f"spd:{self.study / 'spdall'}"
+            case "long-exit":
+                return f"exit:{self.study / 'long_exit8'}"
+            case "long-ablation" | "long-spd":
+                return f"spd:{self.study / ('long_ablation' if name == 'long-ablation' else 'long_spd48')}"
             case "main":
                 return f"spd:{self.main}"
         return name
@@ -134,7 +139,7 @@ class Study:
             yield llm
 
     def _ask(self, llm: LLM, cell: Cell, prompt: FilePrompt) -> None:
-        llm.use(cell.method, width=cell.width, refresh=cell.refresh or None)
+        llm.use(cell.method, width=cell.width, refresh=cell.refresh)
         truth = self.truth(prompt, cell.temperature)
         said = llm.chat(asked(prompt), self.params(cell.temperature))
         close = compare(truth, said.token_ids)

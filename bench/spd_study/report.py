@@ -31,6 +31,8 @@ CHAINS: dict[str, Callable[[int], Cell]] = {
     "n-gram": lambda n: Cell("ngram", "spd", n),
     "SPD, one hour": lambda n: Cell("main", "spd", n),
 }
+LONG = {"SPD": lambda n: Cell("long-spd", "spd", n), "PPSD": lambda n: Cell("long-exit", "ppsd", n, free=True),
+        "ablation": lambda n: Cell("long-ablation", "spd", n)}
 HOT = {"SPD, T = 1": lambda n: Cell("spd", "spd", n, temperature=1.0),
        "PPSD, T = 1": lambda n: Cell("exit", "ppsd", n, temperature=1.0, free=True),
        "SPD, one hour, T = 1": lambda n: Cell("main", "spd", n, temperature=1.0)}
@@ -104,6 +106,7 @@ def report_of(value: dict[str, Any], findings: str) -> str:
         "## What was trained", _modules(results["modules"]),
         "## Acceptance by number of stages", "![Hit rate and equivalent acceptance length](acceptance.svg)",
         chains(answers, CHAINS, "Hit rate, and **equivalent acceptance length** n / (steps per token), temperature 0:"),
+        chains(answers, LONG, "The same after 1500 steps instead of 300:"),
         chains(answers, HOT, "The same at temperature 1, seed 7:"), _paper(),
         "## Siblings, late ones too", refreshes(answers),
         "## Cost on this machine", _taps(value["samples"]["cost"]), _module_costs(value["samples"]["cost"]),
@@ -131,12 +134,10 @@ def chains(answers: Sequence[Sample], columns: dict[str, Callable[[int], Cell]],
     shown = [name for name in columns if any(of(answers, columns[name](n)) for n in STAGES)]
     rows = []
     for n in STAGES:
-        row = [str(n)]
-        for name in shown:
-            samples = of(answers, columns[name](n))
-            row.append(_chain(samples) if samples else "-")
-        rows.append(row)
-    return table(["stages", *shown], rows if shown else [], title)
+        found = [of(answers, columns[name](n)) for name in shown]
+        if any(found):
+            rows.append([str(n), *(_chain(samples) if samples else "-" for samples in found)])
+    return table(["stages", *shown], rows, title)
 
 
 def _chain(samples: Sequence[Sample]) -> str:
@@ -202,8 +203,8 @@ def _module_costs(cost: Sequence[Sample]) -> str:
     for row in cost:
         if row["key"].startswith("module/"):
             figures = summary_of(row)
-            rows.append([f"{row['stages']}, {row['method']}", f"{figures['stage_ms']:.1f}",
-                         f"{figures['draft_ms']:.1f}", f"{figures['share']:.0%}",
+            rows.append([f"{row['stages']}, {row['method']}" + ", refreshed" * row["refresh"],
+                         f"{figures['stage_ms']:.1f}", f"{figures['draft_ms']:.1f}", f"{figures['share']:.0%}",
                          f"{row['bytes'] / row['tokens']:,.0f}", f"{row['taps'] / row['tokens']:.1f}"])
     return table(["stages, method", "stage ms", "draft job ms", "draft / stage", "tap bytes per emitted token",
                   "tap messages per emitted token"], rows,

@@ -57,6 +57,7 @@ def test_modules_by_name_and_whether_they_are_there(tmp_path: Path) -> None:
     modules = Modules(tmp_path, tmp_path / "shipped")
     assert modules.draft("spd", 8) == f"spd:{tmp_path / 'spd8'}"
     assert modules.draft("main,ngram", 4) == f"spd:{tmp_path / 'shipped'},ngram"
+    assert modules.draft("long-exit", 8) == f"exit:{tmp_path / 'long_exit8'}"
     assert modules.has(Cell("ngram", "spd", 4))
     assert not modules.has(Cell("exit", "ppsd", 2))
     (tmp_path / "exit2").mkdir()
@@ -182,8 +183,8 @@ def test_the_report_has_what_was_measured_and_leaves_out_what_was_not() -> None:
                 plain | {"draft": "main", "method": "spd", "tbt_s": 2.0}]
     pairs = [[0.1, 0.11], [0.1, 0.1], [0.1, 0.12]]
     cost = [{"key": "taps/n2", "stages": 2, "pairs_s": pairs, "bytes": 9000, "rows": 3},
-            {"key": "module/n2/spd", "stages": 2, "method": "spd", "tokens": 10, "taps": 40, "bytes": 50000,
-             "median_s": {"stage 0": 0.01, "stage 1": 0.02, "draft": 0.005}}]
+            {"key": "module/n2/spd", "stages": 2, "method": "spd", "refresh": False, "tokens": 10, "taps": 40,
+             "bytes": 50000, "median_s": {"stage 0": 0.01, "stage 1": 0.02, "draft": 0.005}}]
     text = report_of({"date": "d", "commit": "c" * 40, "results": {"modules": []}, "samples": {
         "answers": answers, "clusters": clusters, "cost": cost}}, "What it says in words.")
     assert "What it says in words." in text

@@ -7,7 +7,8 @@ module trained on another precision's labels agrees less with this one (notes, f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +62,16 @@ class FeatureStore:
         assert teacher.dtype in (torch.bfloat16, torch.float32)
         self._teacher, self._samples = teacher, samples
         self._starts = np.cumsum([0, *(len(sample) for sample in samples)])
-        folder.mkdir(parents=True, exist_ok=True)
-        self._claim(folder, key)
+        with _writing(folder):
+            self._claim(folder, key)
         total, width = int(self._starts[-1]), len(teacher.taps)
-        self._hidden = _array(folder / "hidden.bin", (total, width, teacher.config.hidden), np.uint16)
-        self._best = _array(folder / "best.bin", (total,), np.int32)
-        self._done = _array(folder / "done.bin", (len(samples),), np.uint8)
+        self._hidden = _Array(folder / "hidden.bin", (total, width, teacher.config.hidden), np.int16)
+        self._best = _Array(folder / "best.bin", (total,), np.int32)
+        self._done = _Array(folder / "done.bin", (len(samples),), np.uint8)
 
     @staticmethod
     def _claim(folder: Path, key: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         description = folder / "features.json"
         if description.exists() and json.loads(description.read_text()) != {"key": key}:
             raise UsageError(f"{folder} holds features of another model, other taps or another text",
@@ -78,23 +80,57 @@ class FeatureStore:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Hidden states bfloat16 [s, taps, hidden] and likeliest next tokens int64 [s] of a sample."""
-        rows = slice(int(self._starts[index]), int(self._starts[index + 1]))
-        if not self._done[index]:
+        rows = self._rows(index)
+        return torch.from_numpy(self._hidden.values[rows].astype(np.int16)).view(torch.bfloat16), self.best(index)
+
+    def best(self, index: int) -> Tensor:
+        """The latter alone."""
+        return torch.from_numpy(self._best.values[self._rows(index)].astype(np.int64))
+
+    def _rows(self, index: int) -> slice:
+        """Where a sample stands, now that it does."""
+        first, end = int(self._starts[index]), int(self._starts[index + 1])
+        if not self._done.values[index]:
             hidden, best = self._teacher.read(torch.from_numpy(self._samples[index].astype(np.int64)))
-            self._hidden[rows] = hidden.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-            self._best[rows] = best.numpy()
-            self._done[index] = 1  # last: a process that is killed before computes the sample again
-        hidden = torch.from_numpy(self._hidden[rows].view(np.int16)).view(torch.bfloat16)
-        return hidden, torch.from_numpy(self._best[rows].astype(np.int64))
+            self._hidden.write(first, hidden.to(torch.bfloat16).view(torch.int16).numpy())
+            self._best.write(first, best.numpy().astype(np.int32))
+            self._done.write(index, np.ones(1, np.uint8))  # last: who is killed before computes the sample again
+        return slice(first, end)
 
 
-def _array(path: Path, shape: tuple[int, ...], dtype: type) -> NDArray[np.generic]:
-    """A file as an array, made of zeros (which take no room until they are written) if it is not there yet."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if not path.exists() or path.stat().st_size != size:
-        with path.open("wb") as file:
-            file.truncate(size)
-    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+class _Array:
+    """A file as an array, made of zeros (which take no room until they are written) if it is not there yet.
+
+    values: what stands in it. A page of a mapped file that finds no room on the disk ends the process without a word,
+    so numbers are written as files are.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: type) -> None:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._path = path
+        with _writing(path.parent):
+            if not path.exists() or path.stat().st_size != size:
+                with path.open("wb") as file:
+                    file.truncate(size)
+        self.values = np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+    def write(self, first: int, rows: NDArray[np.generic]) -> None:
+        """Put `rows` in place of those from `first` on."""
+        with _writing(self._path.parent), self._path.open("r+b", buffering=0) as file:
+            file.seek(first * self.values.strides[0])
+            left = rows.tobytes()
+            while left:
+                left = left[file.write(left) :]
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot keep hidden states in {folder}: {error.strerror or error}",
+                         hint="They take 2 bytes a number: tokens x taps x hidden size. Make room, or name a folder on "
+                              "another disk (--features); the same command then goes on.") from error
 
 
 class Outer:

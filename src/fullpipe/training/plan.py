@@ -22,7 +22,8 @@ class Plan:
     stages: numbers of stages to train for. bounds: layers finished at each tap; None: `default_bounds`. layers: of the
     module. init_layers: layers of the target that they start as; None: from its middle. shared_head: use the target's
     head, frozen, instead of one of its own. loss: see `objective.divergence`.
-    max_length: tokens of a text. batch_tokens: of a step, on each device. accumulate: batches per step.
+    max_length: tokens of a text. batch_tokens: of a batch, on each device. accumulate: batches per step, whose loss is
+    the mean over all of their labels.
     epochs, steps, minutes: the run ends at whichever comes first; the learning rate has fallen to nothing by then.
     rate: highest learning rate, after `warmup` steps. clip: greatest norm of a gradient.
     power, refreshed, ahead: see `objective.Fillings`. precision: "bf16" (weights stay float32) or "fp32".

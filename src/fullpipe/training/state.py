@@ -27,7 +27,8 @@ def save_state(folder: Path, step: int, module: nn.Module, optimizer: torch.opti
     """
     final, fresh = folder / f"step-{step}", folder / f".step-{step}.{os.getpid()}"
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
+        for leftover in folder.glob(".step-*"):  # of runs that were killed while they saved
+            shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_file({name: value.contiguous() for name, value in module.state_dict().items()}, fresh / _MODULE)
         save_file(_optimizer_tensors(optimizer), fresh / _OPTIMIZER)
@@ -36,6 +37,7 @@ def save_state(folder: Path, step: int, module: nn.Module, optimizer: torch.opti
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)  # a leftover of a run that was begun anew
         os.rename(fresh, final)
+        _sync(folder)
     except OSError as error:
         raise UsageError(f"cannot save the training state in {folder}: {error.strerror or error}",
                          hint="Make room there; the same command then goes on from the last save.") from error
@@ -83,8 +85,8 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

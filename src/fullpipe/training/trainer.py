@@ -94,8 +94,9 @@ class Trainer:
         self.module = PipelineDraftModule(self.config, config)
         self.module.checkpointing = plan.checkpointing
         self._initialise(bounds)
-        in_vocab = inverse(material.draft_ids, config.vocab_size)
-        student = Student(self.module, self._outer, in_vocab, loss=plan.loss, recompute_logits=plan.recompute_logits)
+        self._in_vocab = inverse(material.draft_ids, config.vocab_size)
+        student = Student(self.module, self._outer, self._in_vocab.clone(), loss=plan.loss,
+                          recompute_logits=plan.recompute_logits)
         optimizer = torch.optim.AdamW(self.module.parameters(), lr=plan.rate, weight_decay=plan.weight_decay)
         self._optimizer = optimizer
         state = load_state(out / "state", self.module, optimizer) if rank == 0 or (out / "state").exists() else None
@@ -205,21 +206,37 @@ class Trainer:
         rate = plan.rate * min(1.0, (self.step + 1) / max(1, plan.warmup)) * max(0.02, 1 - done)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        numbers = [(self.step * plan.accumulate + part) * devices + rank for part in range(plan.accumulate)]
+        batches = [self._indices(number) for number in numbers]
+        shares = self._shares(batches)
         total, counts, tokens = 0.0, torch.zeros(3, dtype=torch.int64), 0
-        for part in range(plan.accumulate):
-            number = (self.step * plan.accumulate + part) * devices + rank
+        for number, indices, share in zip(numbers, batches, shares):
             filling = self._fillings.draw(random.Random(f"{plan.seed}/{number}"))
             with self._accelerator.autocast():
-                indices = self._indices(number)
                 loss, found = self._student(self._batch(indices), filling)
             tokens += sum(self._lengths[index] for index in indices)
-            self._accelerator.backward(loss / plan.accumulate)
-            total += loss.item() / plan.accumulate
+            self._accelerator.backward(loss * share)
+            total += loss.item() * share
             counts += found
         self._accelerator.clip_grad_norm_(self._student.parameters(), plan.clip)
         self._prepared.step()
         self._prepared.zero_grad()
         return total, counts, tokens
+
+    def _shares(self, batches: Sequence[Sequence[int]]) -> list[float]:
+        """What each of this device's batches counts in the step. The step's loss is the mean over all of its labels,
+        on all devices, so it does not matter into how many batches they are cut. (The devices' gradients are averaged,
+        not summed, so the shares of all devices add up to the number of devices.)"""
+        labels = torch.tensor([sum(self._labels(index) for index in batch) for batch in batches])
+        whole, devices = labels.sum(), self._accelerator.num_processes
+        if devices > 1:
+            whole = self._accelerator.reduce(whole.to(self._accelerator.device), "sum").cpu()
+        shares: list[float] = (labels * (devices / max(1, int(whole)))).tolist()
+        return shares
+
+    def _labels(self, index: int) -> int:
+        """How many of a sample's labels are in the draft vocabulary."""
+        return int((self._learn[index][1:] & (self._in_vocab[self._store.best(index)[:-1]] >= 0)).sum())
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         batch = make_batch(indices, self._tokens, self._learn, self._store, self._outer, self._columns)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from fullpipe.model.spd_checkpoint import ModuleConfig, VerifierIdentity, identi
 from fullpipe.model.spd_module import PipelineDraftModule
 from fullpipe.model.tokenizer import Tokenizer
 from fullpipe.model.weights import open_model
+from fullpipe.training.data import Sample
+from fullpipe.training.trainer import Material
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 16, 4, 2, 8, 24, 8
 TARGET = ModelConfig(
@@ -96,7 +99,7 @@ def tiny(layers: int = 1, *, kind: str = "spd", bounds: tuple[int, ...] = (0, 2,
     config = ModuleConfig(**{
         "kind": kind, "hidden": HIDDEN, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "intermediate": 24,
         "rms_eps": 1e-5, "num_layers": layers, "bounds": bounds, "verifier_layers": LAYERS, "vocab_size": VOCAB,
-        "draft_vocab_size": VOCAB, "stages": ((2, 4, 6, 8),), "train_span": 64, "verifier": _NOBODY,
+        "draft_vocab_size": VOCAB, "stages": ((2, 4, 6, 8),), "train_span": 1024, "verifier": _NOBODY,
         "shared_head": True, **changes})
     generator = torch.Generator().manual_seed(seed)
     module = PipelineDraftModule(config, TARGET)
@@ -125,7 +128,7 @@ def random_checkpoint(target: Path, folder: Path, *, kind: str = "spd", stages: 
         head_dim=shape.head_dim, intermediate=shape.intermediate, rms_eps=shape.rms_eps, num_layers=layers,
         bounds=bounds, verifier_layers=shape.num_layers, vocab_size=shape.vocab_size,
         draft_vocab_size=shape.vocab_size if draft_ids is None else len(draft_ids),
-        stages=tuple(stage_ends(shape, count) for count in stages), train_span=64, qk_norm=shape.qk_norm,
+        stages=tuple(stage_ends(shape, count) for count in stages), train_span=1024, qk_norm=shape.qk_norm,
         attention_bias=shape.qkv_bias, shared_head=draft_ids is None,
         verifier=identity_of(target, name="tiny", dtype="float32", tokenizer=Tokenizer.load(target)))
     module = PipelineDraftModule(config, shape)
@@ -147,3 +150,13 @@ def write_letters(folder: Path, ends: Sequence[int] = ()) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
     return folder
+
+
+def material_of(target: Path, texts: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]] = ()) -> Material:
+    """What a run learns from: all of these texts but the first token. The draft vocabulary is the whole one."""
+    tokenizer, files = Tokenizer.load(target), open_model(target)
+    made = [Sample(np.array(text, np.int32), np.arange(len(text)) > 0, str(number))
+            for number, text in enumerate((*texts, *held_out))]
+    identity = identity_of(target, name="tiny", dtype="float32", tokenizer=tokenizer)
+    return Material(files, made[: len(texts)], made[len(texts):], torch.arange(files.config.vocab_size),
+                    tokenizer.eos_ids, identity, "tiny")

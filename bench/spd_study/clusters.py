@@ -13,9 +13,9 @@ from fullpipe import LLM, SamplingParams
 from fullpipe.prompts import FilePrompt
 
 # draft, method, width, refresh
-SETUPS = (("none", "pp", 1, False), ("main", "spd", 1, False), ("main", "fullpipe", 8, False),
-          ("main,ngram", "fullpipe", 8, False), ("ngram", "fullpipe", 8, False), ("main", "fullpipe", 8, True),
-          ("main", "spd", 4, False), ("main", "spd", 1, True))
+SETUPS = (("none", "pp", 1, False), ("main", "spd", 1, True), ("main", "fullpipe", 8, True),
+          ("ngram", "fullpipe", 8, False), ("main,ngram", "fullpipe", 8, True), ("main", "spd", 1, False),
+          ("main", "fullpipe", 8, False), ("main", "spd", 4, False))
 
 
 def run_clusters(model: str, modules: Modules, prompts: Sequence[FilePrompt], tokens: int, clusters: Sequence[str],

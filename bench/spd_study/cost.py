@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from fullpipe import LLM, SamplingParams
 from fullpipe.messages import Drafted, Event, Landed
 from fullpipe.prompts import FilePrompt
 
-REPEATS = 4  # of every prompt, by either pipeline
+REPEATS = 6  # of every prompt, by either pipeline
 IN_PROCESS = (2, 4, 8, 15)
 
 
@@ -49,27 +50,47 @@ def run_cost(model: str, modules: Modules, prompts: Sequence[FilePrompt], tokens
 
 def taps_cost(model: str, draft: str, stages: int, prompts: Sequence[FilePrompt],
               params: SamplingParams) -> dict[str, Any]:
-    """Two pipelines of processes side by side, one with a draft station that is sent taps; `pp` on both in turns, so
-    nothing is drafted. Seconds between tokens of every answer, in pairs that ran back to back; taps, their bytes, and
-    the rows that they are of."""
+    """What a draft station that is sent taps does to `pp`. pairs_s: seconds between tokens without and with it. Of two
+    pipelines the one that was built later has been the faster one, whichever it was, so half of the pairs are of either
+    order. control_s: the same of two pipelines without, the earlier one first: what is no larger than there is noise.
+    """
     common: dict[str, Any] = {"stages": stages, "method": "pp", "dtype": DTYPE, "pipeline": "distributed", "threads": 1}
-    pairs = []
+    load = os.getloadavg()[0]
     with LLM(model, draft="none", **common) as plain, LLM(model, draft=draft, **common) as tapped:
-        for llm in (plain, tapped):
-            rows = sum(llm.chat(asked(prompts[0]), params).usage.values()) - 1  # the last token is not computed
-        for turn in range(REPEATS):
-            for index, prompt in enumerate(prompts):
-                order = (plain, tapped) if (turn + index) % 2 else (tapped, plain)
-                said = {id(llm): llm.chat(asked(prompt), params) for llm in order}
-                assert said[id(plain)].token_ids == said[id(tapped)].token_ids
-                pairs.append([said[id(llm)].timing["tbt_s"] for llm in (plain, tapped)])
-                rows += sum(said[id(tapped)].usage.values()) - 1
-        tapped.use("spd")  # the draft's answer tells how much has come until then
-        rows += sum(tapped.chat(asked(prompts[0]), replace(params, max_tokens=2)).usage.values())
-        count, size = taps_of(tapped)
-    ratios = [with_taps / without for without, with_taps in pairs]
-    print(f"n = {stages}: taps add {statistics.median(ratios) - 1:.1%}", file=sys.stderr, flush=True)
-    return {"pairs_s": pairs, "taps": count, "bytes": size, "rows": rows}
+        pairs = in_turns(plain, tapped, prompts, params)
+    with LLM(model, draft=draft, **common) as tapped, LLM(model, draft="none", **common) as plain:
+        pairs += in_turns(plain, tapped, prompts, params)
+        traffic = traffic_of(tapped, prompts, params)
+    with LLM(model, draft="none", **common) as one, LLM(model, draft="none", **common) as other:
+        control = in_turns(one, other, prompts, params)
+    return {"pairs_s": pairs, "control_s": control, **traffic, "load": [load, os.getloadavg()[0]]}
+
+
+def in_turns(one: LLM, other: LLM, prompts: Sequence[FilePrompt], params: SamplingParams) -> list[list[float]]:
+    """Seconds between tokens of both, in pairs that ran back to back; each begins half of them."""
+    for llm in (one, other):
+        llm.chat(asked(prompts[0]), params)
+    pairs = []
+    for turn in range(REPEATS):
+        for index, prompt in enumerate(prompts):
+            order = (one, other) if (turn + index) % 2 else (other, one)
+            said = {id(llm): llm.chat(asked(prompt), params) for llm in order}
+            assert said[id(one)].token_ids == said[id(other)].token_ids
+            pairs.append([said[id(llm)].timing["tbt_s"] for llm in (one, other)])
+    return pairs
+
+
+def traffic_of(tapped: LLM, prompts: Sequence[FilePrompt], params: SamplingParams) -> dict[str, int]:
+    """Taps, their bytes, and the rows that they are of, of all that a pipeline on which `in_turns` ran was asked. The
+    draft's answers tell how much has come, so one more answer is drafted for; a few of its rows may be cancelled."""
+    once = [tapped.tokenizer.chat(asked(prompt)) for prompt in prompts]
+    tapped.use("spd", refresh=False)
+    told = tapped.chat(asked(prompts[0]), replace(params, max_tokens=8))
+    rows = told.usage["prompt_tokens"] + told.speculation["launched_rows"]
+    tapped.use("pp")
+    lengths = [len(tokens) + len(tapped.generate([tokens], params)[0].token_ids) - 1 for tokens in once]
+    count, size = taps_of(tapped)
+    return {"taps": count, "bytes": size, "rows": rows + lengths[0] + REPEATS * sum(lengths)}
 
 
 def module_cost(model: str, draft: str, stages: int, method: str, width: int, refresh: bool,

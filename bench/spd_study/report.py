@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from _receipt import receipt
-from spd_study.cells import STAGES, Cell
+from spd_study.cells import STAGES, Cell, main_cells, study_cells
 from spd_study.cost import summary_of
 from spd_study.journal import Journal
 from spd_study.measure import NEAR
@@ -112,6 +112,7 @@ def report_of(value: dict[str, Any], findings: str) -> str:
         "## Cost on this machine", _taps(value["samples"]["cost"]), _module_costs(value["samples"]["cost"]),
         "## Virtual-time speedup over pp", _clusters(value["samples"]["clusters"]),
         "## Exactness", _exactness(answers),
+        "## What is missing", missing(answers) or "Nothing of the plan.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -125,8 +126,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -
 
 
 def of(answers: Sequence[Sample], cell: Cell) -> list[Sample]:
+    """A cell's answers; none of a cell that was not asked all prompts, for prompts differ more than cells do."""
     wanted = cell.to_dict()
-    return [one for one in answers if one["cell"] == wanted]
+    found = [one for one in answers if one["cell"] == wanted]
+    return found if {one["prompt"] for one in found} == {one["prompt"] for one in answers} else []
+
+
+def missing(answers: Sequence[Sample]) -> str:
+    """Cells of the plan that were not measured, or not to the end."""
+    names = [cell.key for cell in (*study_cells(), *main_cells()) if not of(answers, cell)]
+    return f"Not measured, or not on all prompts: {', '.join(f'`{name}`' for name in names)}." if names else ""
 
 
 def chains(answers: Sequence[Sample], columns: dict[str, Callable[[int], Cell]], title: str) -> str:
@@ -185,17 +194,29 @@ def _paper() -> str:
 
 
 def _taps(cost: Sequence[Sample]) -> str:
+    """Rows without a control are left out: they say nothing. Told apart: the lower quartile is above the control's
+    upper one."""
     rows = []
     for row in cost:
-        if row["key"].startswith("taps/"):
-            ratios = sorted(tapped / plain for plain, tapped in row["pairs_s"])
-            plain = statistics.median(first for first, _ in row["pairs_s"])
-            rows.append([str(row["stages"]), f"{1e3 * plain:.1f}", f"{statistics.median(ratios) - 1:+.1%}",
-                         f"{ratios[len(ratios) // 4] - 1:+.1%} to {ratios[-len(ratios) // 4 - 1] - 1:+.1%}",
-                         str(len(ratios)), f"{row['bytes'] / row['rows']:,.0f}"])
-    return table(["stages", "ms per token without", "taps add, median", "middle half", "pairs",
-                  "tap bytes per row"], rows,
-                 "Processes on this machine, `pp`, with and without a draft station that is sent taps, in turns:")
+        if row["key"].startswith("taps/") and row.get("control_s"):
+            added, noise = (spread(row[name]) for name in ("pairs_s", "control_s"))
+            clear = added[0] > max(0.0, noise[2])
+            rows.append([str(row["stages"]), _spread(added), _spread(noise), "yes" if clear else "no",
+                         f"{row['bytes'] / row['rows']:,.0f}", f"{row['load'][0]:.1f}"])
+    return table(["stages", "with taps, median (middle half)", "control, none and none", "told apart",
+                  "tap bytes per row", "load"], rows,
+                 "Processes on this machine, `pp`: what a draft station that is sent taps adds to the time per token:")
+
+
+def spread(pairs: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """What the second of each pair takes more than the first, as a share: lower quartile, median, upper quartile."""
+    low, middle, high = statistics.quantiles([second / first - 1 for first, second in pairs], n=4)
+    return low, middle, high
+
+
+def _spread(quartiles: tuple[float, float, float]) -> str:
+    low, middle, high = quartiles
+    return f"{middle:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
 def _module_costs(cost: Sequence[Sample]) -> str:

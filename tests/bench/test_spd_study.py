@@ -21,7 +21,7 @@ from spd_study.cells import STAGES, Cell, main_cells, study_cells
 from spd_study.journal import Journal
 from spd_study.measure import NEAR, Modules, Study, Truth, compare
 from spd_study.pooled import interval, pooled, saved
-from spd_study.report import CHAINS, parameters, report_of, table, write_receipt
+from spd_study.report import CHAINS, missing, of, parameters, report_of, table, write_receipt
 
 
 def answer(prompt: str, steps: float, hits: int, misses: int, cell: Cell | None = None, **more: Any) -> dict[str, Any]:
@@ -181,19 +181,32 @@ def test_the_report_has_what_was_measured_and_leaves_out_what_was_not() -> None:
     plain = {"cluster": "c", "stages": 4, "prompt": "a", "width": 1, "refresh": False, "hits": 1, "misses": 1}
     clusters = [plain | {"draft": "none", "method": "pp", "tbt_s": 3.0},
                 plain | {"draft": "main", "method": "spd", "tbt_s": 2.0}]
-    pairs = [[0.1, 0.11], [0.1, 0.1], [0.1, 0.12]]
-    cost = [{"key": "taps/n2", "stages": 2, "pairs_s": pairs, "bytes": 9000, "rows": 3},
+    pairs, still = [[0.1, 0.11]] * 3, [[0.1, 0.1]] * 3
+    sizes = {"bytes": 9000, "rows": 3, "load": [0.5, 1]}
+    cost = [{"key": "taps/n2", "stages": 2, "pairs_s": pairs, "control_s": still, **sizes},
+            {"key": "taps/n4", "stages": 4, "pairs_s": pairs, "control_s": pairs, **sizes},
+            {"key": "taps/n8", "stages": 8, "pairs_s": pairs, **sizes},  # no control: says nothing
             {"key": "module/n2/spd", "stages": 2, "method": "spd", "refresh": False, "tokens": 10, "taps": 40,
              "bytes": 50000, "median_s": {"stage 0": 0.01, "stage 1": 0.02, "draft": 0.005}}]
     text = report_of({"date": "d", "commit": "c" * 40, "results": {"modules": []}, "samples": {
         "answers": answers, "clusters": clusters, "cost": cost}}, "What it says in words.")
     assert "What it says in words." in text
     assert "| 4 | 100.0%, **3.08** (3.08-3.08) | 0.0%, **1.00** (1.00-1.00) |" in text
-    assert "| 2 | 100.0 | +10.0% |" in text
+    assert "| 2 | +10.0% (+10.0% to +10.0%) | +0.0% (+0.0% to +0.0%) | yes | 3,000 | 0.5 |" in text
+    assert "| 4 | +10.0% (+10.0% to +10.0%) | +10.0% (+10.0% to +10.0%) | no |" in text
+    assert "| 8 | +" not in text
     assert "| 2, spd | 20.0 | 5.0 | 25% | 5,000 | 4.0 |" in text
     assert "**1.50x**" in text
     assert "3 answers, 2 of them token for token" in text and "0.100" in text
     assert "n-gram" not in text
+
+
+def test_a_cell_that_was_cut_short_is_not_compared_but_named() -> None:
+    whole, cut = Cell("spd", "spd", 8), Cell("ngram", "spd", 8)
+    answers = [answer("a", 80, 0, 9, whole), answer("b", 80, 0, 9, whole), answer("a", 17, 9, 0, cut)]
+    assert len(of(answers, whole)) == 2 and of(answers, cut) == []
+    named = missing(answers)
+    assert f"`{cut.key}`" in named and f"`{whole.key}`" not in named
 
 
 def test_a_table_without_rows_is_nothing() -> None:

@@ -8,20 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import tiny
 from fullpipe import LLM, SamplingParams
 from fullpipe.messages import Drafted, Event
-from fullpipe.model.spd_checkpoint import identity_of
-from fullpipe.model.tokenizer import Tokenizer
-from fullpipe.model.weights import open_model
-from fullpipe.training.data import Sample
 from fullpipe.training.plan import Plan
-from fullpipe.training.trainer import Material, Trainer
-from tiny_module import random_checkpoint, write_letters
+from fullpipe.training.trainer import Trainer
+from tiny_module import material_of, random_checkpoint, write_letters
 
 LEARNT = (1, 17, 9, 33, 17, 9)
 PROMPTS = ((5,), LEARNT, tuple(range(20, 50)))
@@ -59,20 +54,10 @@ def answers(llm: LLM) -> list[list[int]]:
     return [llm.generate([prompt], params)[0].token_ids for params in PARAMS for prompt in PROMPTS]
 
 
-def material(target: Path, texts: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]] = ()) -> Material:
-    """Texts to learn all of but the first token."""
-    tokenizer, files = Tokenizer.load(target), open_model(target)
-    made = [Sample(np.array(text, np.int32), np.arange(len(text)) > 0, str(number))
-            for number, text in enumerate((*texts, *held_out))]
-    identity = identity_of(target, name="tiny", dtype="float32", tokenizer=tokenizer)
-    return Material(files, made[: len(texts)], made[len(texts):], torch.arange(files.config.vocab_size),
-                    tokenizer.eos_ids, identity, "tiny")
-
-
 def learn_by_heart(target: Path, text: Sequence[int], out: Path) -> Path:
     plan = Plan(stages=(3,), steps=600, warmup=10, rate=3e-3, precision="fp32", max_length=128, validation=0.0)
     out.mkdir()
-    Trainer(plan, material(target, [text]), out).run(lambda *_: None)
+    Trainer(plan, material_of(target, [text]), out).run(lambda *_: None)
     return out
 
 

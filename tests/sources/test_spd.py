@@ -491,6 +491,19 @@ def test_rows_of_a_prompt_are_kept_a_part_at_a_time(one: Tiny, length: int) -> N
     torch.testing.assert_close(found, expected(one, follower.text, [1, 1] if one is SPD else []), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("length", "cut"), [(40, False), (41, True), (300, True)])
+def test_a_row_sees_no_further_back_than_a_training_text_is_long(length: int, cut: bool) -> None:
+    text = tuple(random.Random(0).choices(range(VOCAB), k=length))
+    answers = []
+    for span in (40, 1024):
+        hand = Hand(tiny(1, train_span=span), capacity=length + 8, prompt_len=length)
+        root = hand.begin(text)
+        hand.through(root, stages=1)
+        (answer,) = hand.ask(root, commits=range(length))
+        answers.append((answer.tokens, answer.logprobs))
+    assert (answers[0] != answers[1]) == cut
+
+
 def test_a_question_about_what_has_been_kept_takes_the_rows_after_it_back() -> None:
     hand = Hand(SPD)
     tokens = [hand.begin()]

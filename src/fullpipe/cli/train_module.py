@@ -155,7 +155,7 @@ def _train(kind: Literal["spd", "exit"], data: list[Path], out: Path, model: str
            asked: dict[str, Any]) -> None:
     from fullpipe.training.plan import Plan
 
-    if not any(asked[name] for name in ("epochs", "steps", "minutes")):
+    if all(asked[name] is None for name in ("epochs", "steps", "minutes")):
         asked["epochs"] = 1.0
     values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
     plan = Plan(kind=kind, **values)

@@ -24,6 +24,7 @@ class Mix:
         self._sources = list(sources)
         self._second = second
         self._readers = {rank: reader for rank, source in enumerate(sources) if (reader := tap_reader(source))}
+        self._held: dict[int, list[Expansion]] = {}  # said of nodes that the first source has yet to answer for
 
     @property
     def reads_taps(self) -> bool:
@@ -40,12 +41,23 @@ class Mix:
     def forget(self, nodes: list[int]) -> None:
         for reader in self._readers.values():
             reader.forget(nodes)
+        for node in nodes:
+            self._held.pop(node, None)
 
     def run(self, job: Flight) -> list[Expansion]:
+        """A source that reads taps may answer for a node later. What the others say of it waits, for a node is
+        answered once."""
         answers: dict[int, list[Expansion]] = {}
         for rank, source in enumerate(self._sources):
             for expansion in source.run(self._question(rank, job)):
                 answers.setdefault(expansion.node, []).append(expansion)
+            if rank == 0 and rank in self._readers:
+                judged = set(answers)
+                for node in judged & self._held.keys():
+                    answers[node] += self._held.pop(node)
+        if 0 in self._readers:
+            self._held |= {node: said for node, said in answers.items() if node not in judged}
+            answers = {node: answers[node] for node in answers if node in judged}
         return [merge(expansions) for expansions in answers.values()]
 
     def _question(self, rank: int, job: Flight) -> Flight:

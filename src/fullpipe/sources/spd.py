@@ -130,8 +130,10 @@ class _Window:
     queries: NDArray[np.int64]
 
     @classmethod
-    def of(cls, reader: _Reader, completed: int, questions: Sequence[_Question]) -> _Window:
-        """Completed tokens up to `completed`, the other committed ones, and the paths of the questions."""
+    def of(cls, reader: _Reader, completed: int, questions: Sequence[_Question], span: int) -> _Window:
+        """Completed tokens up to `completed`, the other committed ones, and the paths of the questions. A row sees no
+        further back than the `span` tokens of a training text: beyond that a module guesses next to nothing right
+        (notes, field.md section A-bis b)."""
         table, kept = reader.table, reader.kept
         committed = table.committed_slots()[kept:]
         open_paths = [[slot for slot in question.path if not table.is_committed(slot)] for question in questions]
@@ -143,7 +145,8 @@ class _Window:
         for path in open_paths:
             rows = np.array([row_of[slot] for slot in path], np.int64)
             mask[rows[:, None], rows] |= np.tri(len(rows), dtype=np.bool_)
-        past = np.ones((len(slots), kept), np.bool_)
+        past = np.arange(kept) > positions[:, None] - span
+        mask &= positions > positions[:, None] - span
         queries = np.array([row_of[question.slot] for question in questions], np.int64)
         return cls(slots, completed - kept, np.concatenate([past, mask], 1), queries)
 
@@ -186,16 +189,20 @@ class SpdSource:
 
     def ready(self, job: Flight) -> bool:
         """Whether anything can be answered now, or need not be: nothing is guessed before the prompt is through, and
-        by an exit module not before stage 1 is."""
+        by an exit module not before stage 1 is. Where other requests are beyond that, the job does not wait for one
+        that is not: its answer comes with theirs."""
         self._admit(job)
         waiting = [(reader, question) for reader in self._readers.values() for question in reader.waiting.values()]
-        return not waiting or any(self._can_answer(reader, question) for reader, question in waiting)
+        idle = any(not reader.waiting and not reader.over for reader in self._readers.values())
+        others = self._has_embedding and idle
+        return not waiting or others or any(self._can_answer(reader, question) for reader, question in waiting)
 
     def forget(self, nodes: list[int]) -> None:
         """Nobody needs answers about these nodes any more."""
         for reader in self._readers.values():
             for node in nodes:
                 reader.waiting.pop(node, None)
+            reader.known[np.isin(reader.owner, nodes)] = False  # its slot may go to one that says the same
 
     @torch.inference_mode()
     def run(self, job: Flight) -> list[Expansion]:
@@ -237,7 +244,10 @@ class SpdSource:
             self._readers[part.request].apply(part)
 
     def _can_answer(self, reader: _Reader, question: _Question) -> bool:
-        if reader.completed() < reader.table.prompt_len - 1:
+        completed = reader.completed()
+        if completed < reader.table.prompt_len - 1:
+            return False
+        if not self._has_embedding and completed < min(question.position, reader.table.num_committed):
             return False
         return self._has_embedding or bool((reader.depth(np.asarray(question.path)) > 0).all())
 
@@ -255,7 +265,7 @@ class SpdSource:
         completed = min(reader.completed(), first)
         while completed - reader.kept > _CHUNK:
             self._keep(reader, reader.kept + _CHUNK)
-        hidden = self._forward(reader, _Window.of(reader, completed, questions))
+        hidden = self._forward(reader, _Window.of(reader, completed, questions, self._config.train_span))
         tokens, logprobs = rank(self._scores(hidden), [reader.context(question) for question in questions], top_k,
                                 limit=self._vocab)
         return [Expansion(question.node, guesses, weights, [-1] * len(guesses))
@@ -265,6 +275,7 @@ class SpdSource:
         """Make permanent rows of the completed tokens up to position `end`."""
         slots = reader.table.committed_slots()[reader.kept : end]
         mask = np.tri(len(slots), reader.kept + len(slots), reader.kept, dtype=np.bool_)
+        mask &= ~np.tri(*mask.shape, reader.kept - self._config.train_span, dtype=np.bool_)
         self._forward(reader, _Window(slots, len(slots), mask, np.array([len(slots) - 1])))
 
     def _forward(self, reader: _Reader, window: _Window) -> Tensor:

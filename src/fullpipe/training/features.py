@@ -7,6 +7,7 @@ module trained on another precision's labels agrees less with this one (notes, f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,18 +66,24 @@ class FeatureStore:
         with _writing(folder):
             self._claim(folder, key)
         total, width = int(self._starts[-1]), len(teacher.taps)
+        done = folder / "done.bin"
         self._hidden = _Array(folder / "hidden.bin", (total, width, teacher.config.hidden), np.int16)
         self._best = _Array(folder / "best.bin", (total,), np.int32)
-        self._done = _Array(folder / "done.bin", (len(samples),), np.uint8)
+        if self._hidden.made or self._best.made:
+            done.unlink(missing_ok=True)  # it speaks of files that are not there any more
+        self._done = _Array(done, (len(samples),), np.uint8)
 
     @staticmethod
     def _claim(folder: Path, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        description = folder / "features.json"
-        if description.exists() and json.loads(description.read_text()) != {"key": key}:
+        description, fresh = folder / "features.json", folder / f".features.{os.getpid()}"
+        claim = json.dumps({"key": key})
+        if not description.exists():
+            fresh.write_text(claim)
+            os.replace(fresh, description)
+        if description.read_text() != claim:
             raise UsageError(f"{folder} holds features of another model, other taps or another text",
                              hint="Name another folder, or delete this one.")
-        description.write_text(json.dumps({"key": key}))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Hidden states bfloat16 [s, taps, hidden] and likeliest next tokens int64 [s] of a sample."""
@@ -101,15 +108,16 @@ class FeatureStore:
 class _Array:
     """A file as an array, made of zeros (which take no room until they are written) if it is not there yet.
 
-    values: what stands in it. A page of a mapped file that finds no room on the disk ends the process without a word,
-    so numbers are written as files are.
+    values: what stands in it. made: it was not there, or of another size. A page of a mapped file that finds no room on
+    the disk ends the process without a word, so numbers are written as files are.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: type) -> None:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self._path = path
+        self._path, self.made = path, False
         with _writing(path.parent):
             if not path.exists() or path.stat().st_size != size:
+                self.made = True
                 with path.open("wb") as file:
                     file.truncate(size)
         self.values = np.memmap(path, dtype=dtype, mode="r", shape=shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -64,7 +65,12 @@ class Plan:
             (self.kind == "spd" or len(self.stages) == 1, "an exit head is for one number of stages"),
             (self.max_length >= 16, f"texts need 16 tokens or more (got {self.max_length})"),
             (self.batch_tokens >= 1 and self.accumulate >= 1, "a step needs at least one token"),
-            (any((self.epochs, self.steps, self.minutes)), "say how long: epochs, steps or minutes"),
+            (any(length is not None for length in (self.epochs, self.steps, self.minutes)),
+             "say how long: epochs, steps or minutes"),
+            (all(length is None or 0 < length < math.inf for length in (self.epochs, self.steps, self.minutes)),
+             "epochs, steps and minutes must be above 0"),
+            (math.isfinite(self.power), f"the fill power must be a number (got {self.power})"),
+            (0 <= self.weight_decay < math.inf, f"the weight decay must be 0 or more (got {self.weight_decay})"),
             (min(self.rate, self.clip) > 0, "the learning rate and the clip must be above 0"),
             (self.warmup >= 0, f"the warm-up must be 0 steps or more (got {self.warmup})"),
             (min(self.refreshed, self.ahead) >= 0 and self.refreshed + self.ahead <= 1,

@@ -53,13 +53,16 @@ def train(plan: Plan, material: Material, out: Path, progress: Progress, *, save
     features: where hidden states are kept; None: in `out`. feature_taps: further layers to keep there.
     Returns the training summary.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(plan, material, out, save_every_s=save_every_s, features=features,
-                      feature_taps=feature_taps)
-    summary = trainer.run(progress)
-    if trainer.leads:
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        draw_curve(trainer.curve, out / "curve.png")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(plan, material, out, save_every_s=save_every_s, features=features, feature_taps=feature_taps)
+        summary = trainer.run(progress)
+        if trainer.leads:
+            (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            draw_curve(trainer.curve, out / "curve.png")
+    except OSError as error:
+        raise UsageError(f"cannot write in {out}: {error.strerror or error}",
+                         hint="Name a folder that is writable and has room; what was saved is as it was.") from error
     return summary
 
 

@@ -52,7 +52,7 @@ def _to(x: Tensor, size: int) -> Tensor:
     return out
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # a mask is (blocks x size)^2 bytes where a module has several layers
 def layout_of(types: tuple[int, ...], complete: int, size: int, layers: int, device: torch.device) -> Layout:
     return Layout.of(types, complete, size, layers).to(device)
 

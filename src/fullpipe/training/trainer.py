@@ -6,13 +6,15 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fullpipe.errors import MissingExtra, UsageError
@@ -31,6 +33,7 @@ from fullpipe.training.student import Batch, Student, make_batch
 Report = Callable[[int, float, str], None]
 """Called after steps: the step, the share of the run that is done, and a line of figures."""
 
+_DIVERGED = "Lower the learning rate (--lr), or use --precision fp32. What was saved before is as it was."
 _WINDOW = 50  # steps that a figure of the curve is the mean of
 _STUCK_AFTER = 200  # steps, the warm-up not counted
 _SCALE_SAMPLES, _SCALE_SKIP = 32, 4  # texts that the scale of features is taken from; tokens at their start left out
@@ -71,11 +74,13 @@ class Trainer:
         self.ends, bounds = plan.ends(config), plan.bounds_for(config)
         self.config = _module_config(plan, material, bounds, self.ends)
         self._fillings = Fillings(bounds, self.ends, plan.refreshed, plan.ahead, plan.power)
+        if wrong := [tap for tap in feature_taps if not 0 < tap <= config.num_layers]:
+            raise UsageError(f"there is no tap after {wrong[0]} layers: the target has {config.num_layers}")
         taps = sorted({bound for bound in bounds if bound} | {*feature_taps, config.num_layers})
         self._columns = [taps.index(bound) if bound else -1 for bound in bounds]
         compute = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        self._accelerator = Accelerator(mixed_precision="bf16" if plan.precision == "bf16" else "no",
-                                        cpu=not torch.cuda.is_available(),
+        # It holds one precision for the whole process, and there may be runs of both: see `_autocast`.
+        self._accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(),
                                         # A filling leaves out the row types that nothing in flight has.
                                         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         rank = self._accelerator.process_index
@@ -99,8 +104,8 @@ class Trainer:
                           recompute_logits=plan.recompute_logits)
         optimizer = torch.optim.AdamW(self.module.parameters(), lr=plan.rate, weight_decay=plan.weight_decay)
         self._optimizer = optimizer
-        state = load_state(out / "state", self.module, optimizer) if rank == 0 or (out / "state").exists() else None
-        self._resume(state)
+        self._resume(load_state(out / "state", self.module, optimizer, self._check_settings))
+        self._check_together()
         self._outer.to(self._accelerator.device)
         self._student, self._prepared = self._accelerator.prepare(student, optimizer)
 
@@ -132,20 +137,54 @@ class Trainer:
         self.step, self._elapsed = 0, 0.0
         self.curve: list[dict[str, float]] = []
         self._first: list[float] | None = None
-        if state is None:
-            return
-        asked = self.plan.to_dict() | {"key": self.material.key}
-        changed = [name for name, value in asked.items() if state["plan"].get(name) != value]
+        if state is not None:
+            self.step, self._elapsed, self.curve = state["step"], state["elapsed_s"], state["curve"]
+            self._first = state["first"]
+
+    def _check_settings(self, state: dict[str, Any]) -> None:
+        changed = [name for name, value in self._settings().items() if state["plan"].get(name) != value]
         if changed:
             raise UsageError(f"{self.out} holds a run with another setting: {', '.join(changed)}",
                              hint="Give the same options to go on with it, or name another folder.")
-        self.step, self._elapsed, self.curve = state["step"], state["elapsed_s"], state["curve"]
-        self._first = state["first"]
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides what comes out: it must be the same when a run goes on. key: of the text and the model."""
+        return self.plan.to_dict() | {"key": self.material.key, "processes": self._accelerator.num_processes,
+                                      "vocabulary": hash_of({"ids": self.material.draft_ids.tolist()})}
+
+    def _check_together(self) -> None:
+        """Every device reads the state for itself."""
+        if self._accelerator.num_processes == 1:
+            return
+        from accelerate.utils import gather_object
+
+        steps = gather_object([self.step])
+        if len(set(steps)) > 1:
+            raise UsageError(f"the processes found states of different steps: {', '.join(map(str, steps))}",
+                             hint=f"They must share the folder {self.out}; a copy on each machine is not enough.")
 
     # ---- the loop ----------------------------------------------------------------------------------------
 
     def run(self, report: Report) -> dict[str, Any]:
-        """Train to the end, write the checkpoint, and return its training summary."""
+        """Train to the end, write the checkpoint, and return its training summary. Raises `UsageError` while another
+        process trains in the same folder."""
+        with self._alone():
+            return self._run(report)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self.leads:
+            yield
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.out / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise UsageError(f"another process trains in {self.out}",
+                             hint="Wait for it, or name another folder.") from error
+
+    def _run(self, report: Report) -> dict[str, Any]:
         begun, saved, recent = time.monotonic() - self._elapsed, time.monotonic(), _Recent()
         while (done := self._agreed(self._progress(time.monotonic() - begun))) < 1:
             loss, counts, tokens = self._step(done)
@@ -212,16 +251,21 @@ class Trainer:
         total, counts, tokens = 0.0, torch.zeros(3, dtype=torch.int64), 0
         for number, indices, share in zip(numbers, batches, shares):
             filling = self._fillings.draw(random.Random(f"{plan.seed}/{number}"))
-            with self._accelerator.autocast():
+            with self._autocast():
                 loss, found = self._student(self._batch(indices), filling)
             tokens += sum(self._lengths[index] for index in indices)
             self._accelerator.backward(loss * share)
             total += loss.item() * share
             counts += found
-        self._accelerator.clip_grad_norm_(self._student.parameters(), plan.clip)
+        norm = self._accelerator.clip_grad_norm_(self._student.parameters(), plan.clip)
+        if not math.isfinite(norm):
+            raise UsageError(f"the gradient of step {self.step + 1} is not finite", hint=_DIVERGED)
         self._prepared.step()
         self._prepared.zero_grad()
         return total, counts, tokens
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._accelerator.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16")
 
     def _shares(self, batches: Sequence[Sequence[int]]) -> list[float]:
         """What each of this device's batches counts in the step. The step's loss is the mean over all of its labels,
@@ -246,7 +290,7 @@ class Trainer:
         """Stop a run that cannot come to anything."""
         if not math.isfinite(recent.losses[-1]):
             raise UsageError(f"the loss of step {self.step} is {recent.losses[-1]}",
-                             hint="Lower the learning rate (--lr), or use --precision fp32.")
+                             hint=_DIVERGED)
         if self.step == self.plan.warmup + _WINDOW:
             self._first = [recent.figures()["loss"], recent.figures()["accuracy"]]
         if self._first and self.step == self.plan.warmup + _STUCK_AFTER:
@@ -267,7 +311,7 @@ class Trainer:
         if self.leads:
             save_state(self.out / "state", self.step, self.module, self._optimizer, {
                 "elapsed_s": self._elapsed, "curve": self.curve, "first": self._first,
-                "plan": self.plan.to_dict() | {"key": self.material.key}})
+                "plan": self._settings()})
 
     def _summary(self) -> dict[str, Any]:
         tokens = sum(self._lengths)
@@ -294,7 +338,7 @@ class Trainer:
         draft_ids = self.material.draft_ids.to(self._accelerator.device)
         student = self._accelerator.unwrap_model(self._student)
         for indices in epoch_batches(self._lengths[: len(self.material.held_out)], self.plan.batch_tokens, 0, 0):
-            with self._accelerator.autocast():
+            with self._autocast():
                 hidden, _, best = student.answers(self._batch(indices), filling)
                 scores = self.module.logits(hidden)
             total += len(best)

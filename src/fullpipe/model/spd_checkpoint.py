@@ -793,6 +793,8 @@ def _doubts(trained: VerifierIdentity, found: VerifierIdentity, dtype: str) -> l
 
 
 def _doubts_of_stages(config: ModuleConfig, ends: tuple[int, ...]) -> list[str]:
+    if not config.use_deepest:
+        return ["the module was trained with completed tokens shown shallower than they are; they are shown whole here"]
     if ends in config.stages:
         return []
     same = [split for split in config.stages if len(split) == len(ends)]

@@ -25,7 +25,7 @@ class Plan:
     head, frozen, instead of one of its own. loss: see `objective.divergence`.
     max_length: tokens of a text. batch_tokens: of a batch, on each device. accumulate: batches per step, whose loss is
     the mean over all of their labels.
-    epochs, steps, minutes: the run ends at whichever comes first; the learning rate has fallen to nothing by then.
+    epochs, steps, minutes: the run ends at whichever comes first; the learning rate has fallen to 2% by then.
     rate: highest learning rate, after `warmup` steps. clip: greatest norm of a gradient.
     power, refreshed, ahead: see `objective.Fillings`. precision: "bf16" (weights stay float32) or "fp32".
     checkpointing: compute layers again in the backward pass; recompute_logits: logits too.

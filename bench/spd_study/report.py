@@ -233,7 +233,7 @@ def _module_costs(cost: Sequence[Sample]) -> str:
 
 
 def _clusters(rows: Sequence[Sample]) -> str:
-    """TBT of `pp` / TBT, summed over the prompts that a set-up shares with it."""
+    """TBT of `pp` / TBT, over all prompts that `pp` was asked there."""
     plain = {(row["cluster"], row["prompt"]): row["tbt_s"] for row in rows if row["method"] == "pp"}
     setups: dict[tuple[Any, ...], list[Sample]] = {}
     for row in rows:
@@ -242,6 +242,8 @@ def _clusters(rows: Sequence[Sample]) -> str:
             setups.setdefault(key, []).append(row)
     lines = []
     for (cluster, draft, method, width, refresh), own in sorted(setups.items()):
+        if len(own) < sum(place == cluster for place, _ in plain):
+            continue  # cut short
         ratio = sum(plain[cluster, one["prompt"]] for one in own) / sum(one["tbt_s"] for one in own)
         each = sorted(plain[cluster, one["prompt"]] / one["tbt_s"] for one in own)
         hits = sum(one["hits"] for one in own) / sum(one["hits"] + one["misses"] for one in own)

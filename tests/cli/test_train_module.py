@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from command import Models, asking, run
@@ -217,15 +218,22 @@ def test_accelerate_starts_it(models: Models, data: Path, tmp_path: Path) -> Non
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """A launcher's workers have sessions of their own, and outlive it."""
+    with suppress(psutil.NoSuchProcess):
+        for worker in (*psutil.Process(process.pid).children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+    process.wait()
+
+
 def launched(*command: str) -> str:
     """What it says. However it ends, its own processes end with it."""
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         out, err = process.communicate(timeout=120)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
     assert process.returncode == 0, err
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ from fullpipe import hub
 from fullpipe.cli import console, options
 from fullpipe.cli.lists import integers
 from fullpipe.errors import UsageError
+
+if TYPE_CHECKING:
+    from fullpipe.training.plan import Plan
 
 Data = Annotated[list[Path], typer.Option("--data", metavar="FILE", help="Training text: plain text, JSON lines of "
                                           "messages or conversations, or a folder of such; may be repeated.")]
@@ -96,15 +99,8 @@ def spd(
     feature_taps: FeatureTaps = None,
 ) -> None:
     """Train a pipeline draft module: it reads hidden states of every stage while they compute."""
-    _train("spd", data, out, model, vocab, vocab_size, threads, save_minutes, features, feature_taps, {
-        "stages": integers(stages, "--stages"), "layers": layers, "loss": loss,
-        "bounds": integers(taps, "--taps", least=0) if taps else None,
-        "init_layers": integers(init_layers, "--init-layers", least=0) if init_layers else None,
-        "shared_head": not own_head, "epochs": epochs, "steps": steps, "minutes": minutes, "rate": lr,
-        "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "max_length": max_length,
-        "batch_tokens": batch_tokens, "accumulate": accumulate, "validation": validation, "power": fill_power,
-        "refreshed": refreshed, "ahead": ahead, "seed": seed, "checkpointing": gradient_checkpointing,
-        "recompute_logits": recompute_logits, "precision": precision})
+    _train("spd", locals())
+
 
 
 def exit_head(
@@ -140,25 +136,39 @@ def exit_head(
     feature_taps: FeatureTaps = None,
 ) -> None:
     """Train an early-exit head (PPSD): it guesses from what the first stage knows."""
-    _train("exit", data, out, model, vocab, vocab_size, threads, save_minutes, features, feature_taps, {
-        "stages": (stages,), "layers": layers, "loss": loss, "bounds": (tap,) if tap else None,
-        "init_layers": integers(init_layers, "--init-layers", least=0) if init_layers else None,
-        "shared_head": not own_head, "epochs": epochs, "steps": steps, "minutes": minutes, "rate": lr,
-        "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "max_length": max_length,
-        "batch_tokens": batch_tokens, "accumulate": accumulate, "validation": validation, "refreshed": 0.0,
-        "ahead": 0.0, "seed": seed, "checkpointing": gradient_checkpointing, "recompute_logits": recompute_logits,
-        "precision": precision})
+    _train("exit", locals())
 
 
-def _train(kind: Literal["spd", "exit"], data: list[Path], out: Path, model: str, vocab: Path | None, vocab_size: int,
-           threads: int | None, save_minutes: float, features: Path | None, feature_taps: str | None,
-           asked: dict[str, Any]) -> None:
+# What the plan calls otherwise than the command line does.
+_NAMES = {"taps": "bounds", "tap": "bounds", "lr": "rate", "fill_power": "power",
+          "gradient_checkpointing": "checkpointing"}
+_LISTS = {"stages": ("--stages", 1), "bounds": ("--taps", 0), "init_layers": ("--init-layers", 0)}  # least entries
+_RUN = ("data", "out", "model", "vocab", "vocab_size", "threads", "save_minutes", "features", "feature_taps")
+
+
+def _plan(kind: Literal["spd", "exit"], given: dict[str, Any]) -> Plan:
+    """From what the command line says; an exit head has one tap and no fillings to vary."""
     from fullpipe.training.plan import Plan
 
+    asked = {_NAMES.get(name, name): value for name, value in given.items() if name not in _RUN}
+    asked["shared_head"] = not asked.pop("own_head")
+    for name, (option, least) in _LISTS.items():
+        if isinstance(value := asked[name], str):
+            asked[name] = tuple(integers(value, option, least=least))
+        elif value is not None:
+            asked[name] = (value,)
+    if kind == "exit":
+        asked |= {"refreshed": 0.0, "ahead": 0.0}
     if all(asked[name] is None for name in ("epochs", "steps", "minutes")):
         asked["epochs"] = 1.0
-    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
-    plan = Plan(kind=kind, **values)
+    return Plan(kind=kind, **asked)
+
+
+def _train(kind: Literal["spd", "exit"], given: dict[str, Any]) -> None:
+    """given: all that a verb was given, by name."""
+    plan = _plan(kind, given)
+    data, out, model, vocab, vocab_size, threads, save_minutes, features, feature_taps = (
+        given[name] for name in _RUN)
     if save_minutes <= 0:
         raise UsageError(f"the minutes between saves must be above 0 (got {save_minutes:g})")
     import torch

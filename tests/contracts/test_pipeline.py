@@ -343,7 +343,7 @@ class Traffic:
         answered = {expansion.node: expansion for expansion in drafted.expansions}
         for node in (node for part in job.parts for node in part.nodes):
             assert node in answered or not self.nodes[node].alive, "a living row got no guesses"
-        self.told = [expansion.tokens for expansion in drafted.expansions]
+        self.told = [sorted(expansion.tokens) for expansion in drafted.expansions]  # stages overtake each other
         for node, expansion in answered.items():
             if self.taps:
                 assert len(expansion.tokens) >= NEEDS, "asked before its taps had come"

@@ -42,6 +42,7 @@ PARENT = textwrap.dedent("""
     if {stop}:
         child.suspend()
     print(child.pid, flush=True)
+    sys.stdin.readline()
     {then}
 """)
 
@@ -391,7 +392,8 @@ def test_fork_does_not_end_its_parents_pipeline() -> None:
         pipeline.events()
         pipeline.close()
     """))
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20, stdin=subprocess.DEVNULL,
+                   stdout=subprocess.DEVNULL)
 
 
 def test_forgotten_pipeline_ends_with_its_last_reference() -> None:
@@ -411,9 +413,9 @@ def test_waiting_for_nothing_is_refused() -> None:
 
 def _orphan(stop: bool, then: str) -> tuple[subprocess.Popen[str], psutil.Process]:
     code = PARENT.format(folder=os.path.dirname(__file__), delay=60.0, stop=stop, then=then)
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout
-    with parent.stdout:
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdin and parent.stdout
+    with parent.stdin, parent.stdout:  # it goes on when its input ends: not before its worker has been looked up
         return parent, psutil.Process(int(parent.stdout.readline()))
 
 

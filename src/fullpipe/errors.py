@@ -11,8 +11,10 @@
     ├── CacheError                        the cache folder: not writable, disk full
     ├── FetchError                        a download that failed
     ├── MissingExtra                      an optional part that is not installed
-    └── PipelineError
-        └── StationFailed                 a stage or draft process died or hangs
+    ├── PipelineError
+    │   └── StationFailed                 a stage or draft process died or hangs
+    └── Unavailable                       a service that takes nothing now
+        └── Overloaded                    because its queue is full
 
 A message says what happened; `hint` says what to do about it. Programming mistakes of our own are
 assertions, not errors.
@@ -89,3 +91,17 @@ class StationFailed(PipelineError):
         super().__init__(f"{station} failed: {reason}", hint=hint)
         self.station = station
         self.reason = reason
+
+
+class Unavailable(FullpipeError):
+    """A service takes no requests now. `retry_after_s`: seconds after which it may."""
+
+    exit_code = 8
+
+    def __init__(self, message: str, *, retry_after_s: float, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(Unavailable):
+    """Its queue is full."""

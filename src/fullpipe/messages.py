@@ -23,16 +23,21 @@ from fullpipe.request import SamplingParams
 
 @dataclass(slots=True)
 class Opening:
-    """Tells every station to make an arena for a request. Filled by the engine.
+    """Tells every station to make an arena for a request, or to enlarge the one that is open. Filled by the engine.
 
-    capacity: number of KV slots in the arena.
+    capacity: number of KV slots in the arena. Of an open one it may only grow, and what stands in it stays.
     prompt_len: positions below it are prompt (presence and frequency penalties do not count them).
+    copy_from, copied: the new arena begins with rows of another that is open on this station: those in its committed
+        slots `copied`, in order of position from 0 on, go to slots 0, 1, ... and are committed there. -1: with none.
+        (An arena that is closed by the same flight is closed after that.)
     """
 
     request: int
     capacity: int
     prompt_len: int
     params: SamplingParams
+    copy_from: int = -1
+    copied: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -140,7 +145,9 @@ class Landed(Event):
 
     margins: how far the picked token's (noisy) logit stands above the second best; empty unless the
     pipeline was built to report it. others: the other tokens that the row's request lets pass, best first
-    (`SamplingParams.accept_typical`); empty when every request of the flight is exact.
+    (`SamplingParams.accept_typical`); empty when every request of the flight is exact. logprobs: for each row whose
+    request asks for them (`SamplingParams.logprobs`), (token, log-probability) of the picked token and behind it of the
+    likeliest ones; an empty list for the other rows; empty when no request of the flight asks.
     """
 
     flight: int
@@ -149,6 +156,7 @@ class Landed(Event):
     margins: list[float]
     legs: list[Leg]
     others: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -187,7 +195,7 @@ class Launched(Event):
 @dataclass(slots=True)
 class Emitted(Event):
     """A token became part of the text. `hit` says whether it was already in flight, `altered` whether the target would
-    have said another one there (lossy requests only)."""
+    have said another one there (lossy requests only). logprobs: as in `Landed`."""
 
     request: int
     node: int
@@ -196,6 +204,7 @@ class Emitted(Event):
     hit: bool
     margin: float | None = None
     altered: bool = False
+    logprobs: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -209,5 +218,5 @@ class Died(Event):
 @dataclass(slots=True)
 class Finished(Event):
     request: int
-    reason: str  # "stop", "length", "abort", "error"
+    reason: str  # "stop", "length", "abort", "deadline", "error"
     detail: dict[str, Any] = field(default_factory=dict)

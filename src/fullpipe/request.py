@@ -31,6 +31,8 @@ class SamplingParams:
     stop: strings that end the text; they are not part of it.
     stop_token_ids: tokens that end the text, beside the model's own end tokens.
     ignore_eos: do not stop at the model's end tokens.
+    logprobs: report with every token its log-probability and those of so many likeliest ones, 0 to 20; None: nothing.
+        Natural logarithms of the softmax of the target's raw logits, before any processor (vLLM's `raw_logprobs`).
     accept_typical: 0 is exact. Above it the text is no longer the target's: where the token that it picks was not
         guessed, one that was may stand in its place if its probability, processors applied and noise not, is above
         min(e, sqrt(e) exp(-H)), e this number and H the entropy in nats (Medusa's typical acceptance, arXiv
@@ -51,6 +53,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
     accept_typical: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,6 +71,7 @@ class SamplingParams:
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty must be in [-2, 2]"),
             (0 <= self.seed < 2**64, "seed must be in [0, 2**64)"),
             (self.max_tokens >= 1, "max_tokens must be 1 or more"),
+            (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in [0, 20], or None"),
             (0 <= self.accept_typical <= 1, "accept_typical must be in [0, 1]"),
             (all(self.stop), "stop strings must not be empty"),
             (all(bias < math.inf for bias in self.logit_bias.values()), "logit_bias must be numbers below infinity"),
@@ -119,12 +123,16 @@ class Request:
     prompt: token ids, at least one.
     params: how to pick; `params.max_tokens` bounds the answer.
     eos: token ids that end the text (empty when `params.ignore_eos`).
+    priority: lower goes first among those that wait (vLLM's meaning); waiting raises it, so that none waits for ever.
+    deadline: seconds of the pipeline's clock at which it ends whatever it has, with the reason "deadline".
     """
 
     id: int
     prompt: tuple[int, ...]
     params: SamplingParams
     eos: frozenset[int] = frozenset()
+    priority: int = 0
+    deadline: float = math.inf
 
     def __post_init__(self) -> None:
         if not self.prompt:

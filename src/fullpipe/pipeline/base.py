@@ -20,7 +20,9 @@ class Pipeline(ABC):
     - `Ready` comes once before the first launch and once per launched flight, never twice in between.
       The engine launches at most one flight per `Ready`.
     - `events` blocks until something happened, and returns everything that happened up to one instant,
-      in order of time. It never returns an empty list. Times never run backwards.
+      in order of time. Times never run backwards. It returns an empty list only where it was told how long to
+      wait (`wait` seconds of real time) and nothing happened; told so, it may be called with nothing under way.
+      On the virtual clock nothing is ever waited for: there is an event, or there will be none.
     - `cancel` overtakes. Nothing depends on its arriving in time, or at all; it may be called at any time.
     - A station that dies or hangs is reported by one `Failed` event; afterwards only `close` may be called.
     - `close` may be called at any time and more than once; it leaves no process, socket or file behind.
@@ -42,8 +44,8 @@ class Pipeline(ABC):
         """Nobody needs these rows any more: a station that has not computed them yet may drop them."""
 
     @abstractmethod
-    def events(self) -> list[Event]:
-        """Wait for what happens next."""
+    def events(self, wait: float | None = None) -> list[Event]:
+        """Wait for what happens next; with `wait`, for so many seconds at most."""
 
     @abstractmethod
     def now(self) -> float:

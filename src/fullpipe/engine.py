@@ -1,6 +1,6 @@
 """The one loop: events in, flights out.
 
-Knows requests, trees, slots and a policy. Knows no torch, no processes and no kind of clock: whether the
+Knows requests, trees, slots, a policy and a batching. Knows no torch, no processes and no kind of clock: whether the
 pipeline is this process, eight machines or a simulation cannot be told from here. Read `Engine.step`.
 """
 
@@ -10,7 +10,9 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
-from fullpipe.errors import PipelineError, StationFailed, UsageError
+from fullpipe.batching.base import Batching, Separate
+from fullpipe.errors import PipelineError, PromptError, StationFailed, UsageError
+from fullpipe.kvcache.ledger import Kept, Ledger, shared
 from fullpipe.messages import (
     Died,
     Drafted,
@@ -29,7 +31,7 @@ from fullpipe.messages import (
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.policies.base import Policy
 from fullpipe.request import Request
-from fullpipe.track import Track
+from fullpipe.track import Channel, Track
 from fullpipe.tree.token_tree import Node
 
 log = logging.getLogger(__name__)
@@ -41,29 +43,52 @@ Judge = Callable[[int], str | None]
 
 Listener = Callable[[Event], None]
 
+_GROWTH = 256  # slots by which an arena grows
+_AGEING_S = 30.0  # a request that has waited so long goes as if its priority were one better
+
+_Parts = dict[int, tuple[Part, Track]]  # by request
+
 
 class Engine:
     """Drives requests through a pipeline under a policy.
 
+    batching: how requests share flights; None: each as if it were alone.
     chunk: prompt tokens per flight. top_k: children the draft may propose per node.
     spare: slots per request beyond prompt and answer, for speculation.
+    max_num_seqs: requests that run at a time; the others wait in here. None: all.
+    kv_slots: cache slots of all requests together, on each station. Then a request's arena begins small and grows; one
+        that does not fit waits; and where there is nothing left to grow into, the youngest goes back to waiting, to be
+        computed again from what it has emitted. The oldest always gets on, so every request does. None: no bound.
+    share_prefixes: keep the arenas of finished requests while there is room, and let requests that begin alike take
+        rows over. Needs kv_slots, and a draft that reads no taps: features of rows that are not computed never come.
     listeners: called with every event, the engine's own included; one that raises is dropped and logged.
     """
 
-    def __init__(self, pipeline: Pipeline, policy: Policy, *, chunk: int = 256, top_k: int = 16,
-                 spare: int | None = None, listeners: Iterable[Listener] = ()) -> None:
+    def __init__(self, pipeline: Pipeline, policy: Policy, *, batching: Batching | None = None, chunk: int = 256,
+                 top_k: int = 16, spare: int | None = None, max_num_seqs: int | None = None,
+                 kv_slots: int | None = None, share_prefixes: bool = False,
+                 listeners: Iterable[Listener] = ()) -> None:
+        if share_prefixes and kv_slots is None:
+            raise UsageError("prefixes can be shared only within a bound of cache memory",
+                             hint="Say how many slots there are (kv_slots).")
         self.pipeline = pipeline
         self.policy = self._checked(policy)
+        self.batching = batching or Separate()
+        self.ledger = Ledger(kv_slots)
+        self.num_preemptions = 0
+        self._max_num_seqs, self._share_prefixes = max_num_seqs, share_prefixes
         self._chunk = chunk
         self._top_k = top_k
         self._spare = spare
         self._listeners = list(listeners)
-        self._tracks: dict[int, Track] = {}
-        self._judges: dict[int, Judge] = {}
+        self._tracks: dict[int, Track] = {}  # those that run
+        self._waiting: dict[int, Track] = {}
         self._node_ids, self._flight_ids, self._job_ids = count(), count(), count()
+        self._arenas = count(1 << 40)  # of requests that begin anew, far from the ids of requests
         self._launched: dict[int, tuple[Track, Node]] = {}  # by node id, until they land or die
         self._asked: dict[int, tuple[Track, Node]] = {}  # by node id, until the draft answers
         self._flights: dict[int, list[tuple[Track, Node | None]]] = {}  # rows of what is under way
+        self._logprobs: dict[int, list[tuple[int, float]]] = {}  # by node that has landed, until its turn or its death
         self._closes: dict[str, list[int]] = {"stages": [], "draft": []}
         self._stage_ready = False
         self._draft_ready = True
@@ -75,25 +100,56 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._tracks)
+        return bool(self._tracks or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._tracks)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def submit(self, request: Request, judge: Judge | None = None) -> Track:
-        """Take a request in. The track's `stats` grow while it runs and stay valid after its end."""
+        """Take a request in; it waits until it can run. The track's `stats` grow while it runs and stay valid after its
+        end. Raises PromptError for one that would need more than all of the cache memory."""
         self._check_whole()
-        assert request.id not in self._tracks, "request ids must be unique"
-        ample = 64 + 4 * self.pipeline.num_stages * self.policy.width
-        spare = max(ample if self._spare is None else self._spare, self.policy.least_slots)
-        capacity = len(request.prompt) + request.params.max_tokens + spare
-        track = Track.begin(request, capacity, self._node_ids, self.pipeline.now())
-        self._tracks[request.id] = track
-        if judge is not None:
-            self._judges[request.id] = judge
+        assert request.id not in self._tracks and request.id not in self._waiting, "request ids must be unique"
+        track = Track.begin(request, self._whole(request), self._node_ids, self.pipeline.now())
+        track.judge = judge
+        self._wait(track)
         return track
+
+    def adopt(self, track: Track) -> None:
+        """Take over a request from an engine that is no more, and go on from its committed tokens."""
+        self._check_whole()
+        assert track.finished is None
+        track.rewind(self._whole(track.request), self._node_ids)
+        track.arena = next(self._arenas)
+        self._wait(track)
 
     def abort(self, request: int) -> None:
         """End a request now; what it had in flight is cancelled. Unknown or finished ids are ignored."""
-        if track := self._tracks.get(request):
+        if track := self._tracks.get(request) or self._waiting.get(request):
             self._finish(track, "abort")
+
+    def unfinished(self) -> list[Track]:
+        """All requests, in the order in which they came; valid after a failure too."""
+        return sorted([*self._tracks.values(), *self._waiting.values()], key=_age)
+
+    def _whole(self, request: Request) -> int:
+        """Slots that a request will need in the end."""
+        ample = 64 + 4 * self.pipeline.num_stages * self.policy.width
+        spare = max(ample if self._spare is None else self._spare, self.policy.least_slots)
+        return len(request.prompt) + request.params.max_tokens + spare
+
+    def _wait(self, track: Track) -> None:
+        whole = self._whole(track.request)
+        if not self.ledger.fits(whole):
+            raise PromptError(f"prompt, answer and guesses need {whole} cache slots, and there are {self.ledger.total}",
+                              hint="Shorten the prompt, ask for fewer tokens, or give the server more cache memory.")
+        self._waiting[track.request.id] = track
+        self._admit()
 
     def use(self, policy: Policy) -> None:
         """Change the policy while no request runs; what is left in the pipeline is waited for."""
@@ -103,8 +159,10 @@ class Engine:
     def drain(self) -> None:
         """Wait until the stations are empty and have closed the arenas of finished requests."""
         self._check_whole()
-        if self._tracks:
+        if self.busy:
             raise UsageError("another request is running", hint="Wait for it, or close its stream first.")
+        self.ledger.clear()
+        self._close_dropped()
         while self._flights or self._closes["stages"] or self._closes["draft"] or not self._draft_ready:
             self.step()
 
@@ -119,22 +177,111 @@ class Engine:
             raise PipelineError("the pipeline stopped in the middle of a step and cannot go on",
                                 hint="Make a new one (a new LLM).")
 
-    def step(self) -> list[Emitted | Finished]:
+    # ---- admission and memory ----------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Let those in that have waited longest, in order: one that does not fit holds up those behind it, or it might
+        wait for ever."""
+        while self._waiting and (self._max_num_seqs is None or len(self._tracks) < self._max_num_seqs):
+            track = min(self._waiting.values(), key=self._rank)
+            whole = self._whole(track.request)
+            capacity = whole if self.ledger.total is None else min(whole, whole - track.left + _GROWTH)
+            source = self._source(track) if self._share_prefixes else None
+            if not self.ledger.take(capacity):
+                return
+            del self._waiting[track.request.id]
+            track.rewind(capacity, self._node_ids)
+            if source is not None:
+                self._share(track, source)
+            self._tracks[track.request.id] = track
+            self._close_dropped()
+
+    def _rank(self, track: Track) -> tuple[float, float, int]:
+        waited = max(self._now - track.stats.started, 0.0)
+        return (track.request.priority - waited // _AGEING_S, *_age(track))
+
+    def _source(self, track: Track) -> Kept | None:
+        """The arena, of a request that runs or has ended, that shares the longest beginning with this one's tokens."""
+        found = [_kept(one) for one in self._tracks.values() if one.stages.opened]
+        if kept := self.ledger.best(track.tokens):
+            found.append(kept)
+        return max(found, key=lambda kept: shared(kept.tokens, track.tokens, kept.stages), default=None)
+
+    def _share(self, track: Track, source: Kept) -> None:
+        length = shared(source.tokens, track.tokens, source.stages)
+        track.take_over(track.stages, source.arena, source.slots[:length])
+        drafted = shared(source.tokens, track.tokens, source.draft)
+        track.take_over(track.draft, source.arena, source.slots[:drafted])
+        track.cached = min(length, track.num_prompt)
+
+    def _has_room(self, track: Track) -> bool:
+        """Let an arena grow before it is full. False: the request had to go back to waiting itself."""
+        whole, least = self._whole(track.request), self.policy.least_slots
+        while track.slots.capacity < whole and track.slots.num_free < _GROWTH // 2:
+            more = min(_GROWTH, whole - track.slots.capacity)
+            if self.ledger.take(more):
+                track.slots.grow(track.slots.capacity + more)
+                self._close_dropped()
+            elif track.slots.num_free >= least:
+                return True
+            else:
+                youngest = max(self._tracks.values(), key=_age)
+                self._preempt(youngest)
+                if youngest is track:
+                    return False
+        return True
+
+    def _preempt(self, track: Track) -> None:
+        """Give all of a request's memory back; it waits, and is computed again from its committed tokens."""
+        self.num_preemptions += 1
+        self._leave(track, keep=False)
+        track.rewind(self._whole(track.request), self._node_ids)
+        track.arena = next(self._arenas)
+        self._waiting[track.request.id] = track
+
+    def _leave(self, track: Track, *, keep: bool) -> None:
+        """A running request leaves the stations. keep: its arena may be of use to others."""
+        del self._tracks[track.request.id]
+        kept = _kept(track)
+        dead = track.tree.clear()
+        track.release([node for node in dead if node is not track.tree.root])
+        self._bury(track, dead)
+        if keep and self._share_prefixes and track.stages.opened:
+            self.ledger.keep(kept)
+        else:
+            self.ledger.give(track.slots.capacity)
+            self._close(kept)
+
+    def _close_dropped(self) -> None:
+        for kept in self.ledger.dropped():
+            self._close(kept)
+
+    def _close(self, kept: Kept) -> None:
+        for channel, opened in (("stages", kept.in_stages), ("draft", kept.in_draft)):
+            if opened:
+                self._closes[channel].append(kept.arena)
+
+    # ---- the loop ----------------------------------------------------------------------------------------
+
+    def step(self, wait: float | None = None) -> list[Emitted | Finished]:
         """Send what can be sent, wait for the next events, act on them. Returns what users want to know.
+
+        wait: seconds to wait at most (None: until something happens); so an engine that has nothing to do notices
+        that a station is gone.
 
         Raises StationFailed when a stage or the draft is gone; what was emitted before stands in the tracks.
         After an exception of any kind, Ctrl-C included, nobody knows what the stations hold: the engine
         takes nothing more.
         """
         try:
-            return self._step()
+            return self._step(wait)
         except BaseException:
             self._broken = True
             raise
 
-    def _step(self) -> list[Emitted | Finished]:
+    def _step(self, wait: float | None) -> list[Emitted | Finished]:
         self._send()
-        for event in self.pipeline.events():
+        for event in self.pipeline.events() if wait is None else self.pipeline.events(wait):
             self._now = event.time
             self._tell(event)
             match event:
@@ -146,13 +293,21 @@ class Engine:
                     self._on_drafted(event)
                 case Failed():
                     raise StationFailed(event.station, event.reason, hint=event.hint or _AFTER_FAILURE)
+        self._end_overdue()
         self._send()
         news, self._news = self._news, []
         return news
 
+    def _end_overdue(self) -> None:
+        now = self.pipeline.now()
+        for track in self.unfinished():
+            if track.request.deadline <= now:
+                self._finish(track, "deadline")
+
     # ---- out: flights and draft jobs ---------------------------------------------------------------------
 
     def _send(self) -> None:
+        self._admit()
         if self._stage_ready and (flight := self._next_flight()):
             self._stage_ready = False
             self.pipeline.launch(flight)
@@ -161,59 +316,92 @@ class Engine:
             self.pipeline.draft(job)
 
     def _next_flight(self) -> Flight | None:
+        for track in list(self._tracks.values()):
+            if track.request.id in self._tracks:  # making room for one may have sent another away
+                self._has_room(track)
+        tracks = list(self._tracks.values())
         flight = Flight(-1, opens=self._openings("stages"), closes=self._closings("stages"))
         rows: list[tuple[Track, Node | None]] = []
-        for track in self._tracks.values():
-            part = self._flight_part(track, rows)
-            if len(part):
-                track.seal(part, track.stages)
-                flight.parts.append(part)
+        parts = self._prompt_parts(tracks, rows)
+        deciding = [track for track in tracks if track.stages.rows >= track.tree.root.position]
+        for track, nodes in self.batching.launch(self.policy, deciding, len(rows), len(tracks)):
+            part, _ = parts.setdefault(track.request.id, (Part(track.arena), track))
+            self._launch(track, nodes, part)
+            rows += [(track, node) for node in nodes]
+        flight.parts = self._sealed(parts, "stages")
         if not (flight.parts or flight.opens or flight.closes):
             return None
         flight.id = next(self._flight_ids)
         self._flights[flight.id] = rows
         if self._listeners:
-            self._tell_launched(flight, [node for _, node in rows if node is not None])
+            self._tell_launched(flight, [(track, node) for track, node in rows if node is not None])
         return flight
 
-    def _flight_part(self, track: Track, rows: list[tuple[Track, Node | None]]) -> Part:
-        """The rest of the prompt, or its next chunk, and then what the policy says."""
-        part = track.committed_rows(track.stages, self._chunk)
-        rows += [(track, None)] * len(part)
-        if track.stages.rows < track.tree.root.position:
-            return part
-        nodes = self.policy.launch(track.tree, track.room)
-        if nodes:
-            track.tree.new_flight()
-            track.stats.on_launch(self._now, len(nodes))
+    def _prompt_parts(self, tracks: list[Track], rows: list[tuple[Track, Node | None]]) -> _Parts:
+        """Committed tokens that the stages lack: of prompts the next chunk, those first that came first."""
+        behind = [track for track in tracks if track.stages.rows < track.tree.root.position]
+        left = self.batching.prompt_rows(self._chunk, len(tracks) - len(behind)) if behind else None
+        parts: _Parts = {}
+        for track in behind:
+            limit = self._chunk if left is None else min(self._chunk, left)
+            if limit > 0:
+                part = track.committed_rows(track.stages, limit)
+                parts[track.request.id] = part, track
+                rows += [(track, None)] * len(part)
+                left = None if left is None else left - len(part)
+        return parts
+
+    def _launch(self, track: Track, nodes: list[Node], part: Part) -> None:
+        track.tree.new_flight()
+        track.stats.on_launch(self._now, len(nodes))
         for node in nodes:
             track.tree.launch(node)
             track.add_node(part, track.stages, node, wants=True)
             self._launched[node.id] = (track, node)
-            rows.append((track, node))
-        return part
+
+    @staticmethod
+    def _sealed(parts: _Parts, channel: str) -> list[Part]:
+        """The parts that have rows, in the order in which their requests came."""
+        for part, track in parts.values():
+            if len(part):
+                track.seal(part, track.stages if channel == "stages" else track.draft)
+        return [part for part, _ in parts.values() if len(part)]
 
     def _next_job(self) -> Flight | None:
         job = Flight(-1, opens=self._openings("draft"), closes=self._closings("draft"), top_k=self._top_k)
-        for track in self._tracks.values() if self.policy.needs_draft else ():
-            part = self._job_part(track)
-            if len(part):
-                track.seal(part, track.draft)
-                job.parts.append(part)
-                track.stats.draft_calls += 1
-                track.stats.draft_rows += len(part)
+        if self.policy.needs_draft:
+            job.parts = self._job_parts()
         if not (job.parts or job.opens or job.closes):
             return None
         job.id = next(self._job_ids)
         return job
 
-    def _job_part(self, track: Track) -> Part:
-        """What the draft has not seen of the committed path, and then the nodes to propose children for, each after
-        those of its ancestors that the draft has not computed. One that is asked about again is sent again."""
-        part = track.committed_rows(track.draft, self._chunk)
-        if track.draft.rows < track.tree.root.position:
-            return part
-        nodes = self.policy.expand(track.tree, track.room)
+    def _job_parts(self) -> list[Part]:
+        """What the draft has not seen of the committed paths, and behind it the nodes to propose children for."""
+        parts = self._behind_in_draft()
+        tracks = [track for track in self._tracks.values() if track.draft.rows >= track.tree.root.position]
+        for track, nodes in self.batching.expand(self.policy, tracks):
+            part, _ = parts.setdefault(track.request.id, (Part(track.arena), track))
+            self._ask(track, nodes, part)
+        for part, track in parts.values():
+            track.stats.draft_calls += bool(len(part))
+            track.stats.draft_rows += len(part)
+        return self._sealed(parts, "draft")
+
+    def _behind_in_draft(self) -> _Parts:
+        """Committed tokens that the draft lacks, a chunk in all. Who lacks least comes first: a request that has just
+        missed does not wait for another's prompt."""
+        left, parts = self._chunk, _Parts()
+        for track in sorted(self._tracks.values(), key=lambda track: track.tree.root.position - track.draft.rows):
+            if left > 0 and track.draft.rows < track.tree.root.position:
+                part = track.committed_rows(track.draft, left)
+                parts[track.request.id] = part, track
+                left -= len(part)
+        return parts
+
+    def _ask(self, track: Track, nodes: list[Node], part: Part) -> None:
+        """Have the draft propose children for the nodes, each after those of its ancestors that the draft has not
+        computed. One that is asked about again is sent again."""
         wanted = {node.id for node in nodes}
         sent: set[int] = set()
         for node in nodes:
@@ -228,15 +416,14 @@ class Engine:
                 if other.id in wanted:
                     track.tree.ask(other)
                     self._asked[other.id] = (track, other)
-        return part
 
     def _openings(self, channel: str) -> list[Opening]:
+        """Of arenas that are missing on a channel, or too small there."""
         openings = []
         for track in self._tracks.values() if channel == "stages" or self.policy.needs_draft else ():
-            state = track.stages if channel == "stages" else track.draft
-            if not state.opened:
-                state.opened = True
-                openings.append(track.opening())
+            state: Channel = track.stages if channel == "stages" else track.draft
+            if state.capacity < track.slots.capacity:
+                openings.append(track.opening(state))
         return openings
 
     def _closings(self, channel: str) -> list[int]:
@@ -250,6 +437,9 @@ class Engine:
         touched: dict[int, Track] = {}
         margins = dict(zip(event.nodes, event.margins))
         others: Sequence[Sequence[int]] = event.others or [()] * len(event.nodes)
+        if event.logprobs:
+            self._logprobs.update((node, said) for node, said in zip(event.nodes, event.logprobs)
+                                  if said and node in self._launched)
         for node_id, token, passing in zip(event.nodes, event.tokens, others):
             if entry := self._launched.pop(node_id, None):
                 track, node = entry
@@ -270,7 +460,7 @@ class Engine:
             reason = self._verdict(track, step.token)
             track.stats.on_emit(self._now, step.hit, last=reason is not None, altered=step.altered)
             news = Emitted(self._now, track.request.id, root.id, step.token, root.position + 1, step.hit,
-                           margins.get(root.id), step.altered)
+                           margins.get(root.id), step.altered, self._logprobs.pop(root.id, []))
             self._news.append(news)
             self._tell(news)
             if reason is not None:
@@ -280,7 +470,7 @@ class Engine:
         request = track.request
         if token in request.eos or token in request.params.stop_token_ids:
             return "stop"
-        if (judge := self._judges.get(request.id)) and (reason := judge(token)):
+        if track.judge is not None and (reason := track.judge(token)):
             return reason
         if len(track.tokens) - track.num_prompt >= request.params.max_tokens:
             return "length"
@@ -296,14 +486,10 @@ class Engine:
 
     def _finish(self, track: Track, reason: str) -> None:
         track.finished = reason
-        dead = track.tree.clear()
-        track.release([node for node in dead if node is not track.tree.root])
-        self._bury(track, dead)
-        del self._tracks[track.request.id]
-        self._judges.pop(track.request.id, None)
-        for channel, state in (("stages", track.stages), ("draft", track.draft)):
-            if state.opened:
-                self._closes[channel].append(track.request.id)
+        if track.request.id in self._tracks:
+            self._leave(track, keep=True)
+        else:
+            del self._waiting[track.request.id]
         news = Finished(self._now, track.request.id, reason)
         self._news.append(news)
         self._tell(news)
@@ -313,6 +499,8 @@ class Engine:
         unneeded = []
         for node in dead:
             launched, asked = self._launched.pop(node.id, None), self._asked.pop(node.id, None)
+            if self._logprobs:
+                self._logprobs.pop(node.id, None)
             if launched:
                 node.died_at = self._now
             if launched or asked:
@@ -344,10 +532,12 @@ class Engine:
         for track in {track.request.id: track for track, _ in rows}.values():
             track.stats.on_leg(leg, sum(owner is track and (node is None or node.id in alive) for owner, node in rows))
 
-    def _tell_launched(self, flight: Flight, nodes: list[Node]) -> None:
+    def _tell_launched(self, flight: Flight, rows: list[tuple[Track, Node]]) -> None:
+        nodes = [node for _, node in rows]
         self._tell(Launched(self._now, flight.id, [node.id for node in nodes],
                             [node.parent.id if node.parent else -1 for node in nodes],
-                            [node.token for node in nodes], [node.position for node in nodes]))
+                            [node.token for node in nodes], [node.position for node in nodes],
+                            [track.request.id for track, _ in rows]))
 
     def _tell(self, event: Event) -> None:
         for listener in list(self._listeners):
@@ -366,6 +556,21 @@ class Engine:
         flying = {node.id for track in self._tracks.values() for node in track.tree.flying.values()}
         assert flying == set(self._launched), "launched nodes and trees disagree"
         assert all(node.waiting for _, node in self._asked.values())
+        held = [track.slots.capacity for track in self._tracks.values()] + [one.capacity for one in self.ledger.kept]
+        assert self.ledger.used == sum(held), "cache slots are miscounted"
+
+
+def _age(track: Track) -> tuple[float, int]:
+    """The oldest request is the least."""
+    return track.stats.started, track.request.id
+
+
+def _kept(track: Track) -> Kept:
+    """What others may take over of a request: whatever the stations have been told is committed; it is computed before
+    they are asked to copy it."""
+    known = len(track.path_slots)
+    return Kept(track.arena, track.slots.capacity, track.tokens, track.path_slots, min(track.stages.commits, known),
+                min(track.draft.commits, known), track.stages.opened, track.draft.opened)
 
 
 def _not_in_draft(node: Node) -> list[Node]:

@@ -185,11 +185,14 @@ class Failed(Event):
 
 @dataclass(slots=True)
 class Launched(Event):
+    """A flight set off with these nodes. requests: whose each of them is."""
+
     flight: int
     nodes: list[int]
     parents: list[int]
     tokens: list[int]
     positions: list[int]
+    requests: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ reach a station in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from fullpipe.kvcache.slots import SlotAllocator
@@ -21,17 +21,26 @@ from fullpipe.tree.token_tree import Advance, Node, State, TokenTree
 @dataclass(slots=True)
 class Channel:
     """rows: committed positions below this have been computed there. commits: slots of committed
-    positions below this are known there as committed. opened: the arena exists."""
+    positions below this are known there as committed. capacity: of the arena there; 0: it does not exist yet.
+    copy_from, copied: what the arena begins with, until it is opened (see `Opening`)."""
 
     rows: int = 0
     commits: int = 0
-    opened: bool = False
+    capacity: int = 0
+    copy_from: int = -1
+    copied: list[int] = field(default_factory=list)
+
+    @property
+    def opened(self) -> bool:
+        return self.capacity > 0
 
 
 @dataclass(slots=True)
 class Track:
     """All the engine knows of one request.
 
+    arena: by which number the stations know it. A request that begins anew there gets a new one.
+    judge: looks at each emitted token, see `engine.Judge`. cached: prompt positions taken over from another request.
     tokens, path_slots: the committed path by position, prompt and root included (the root's slot joins
     when it gets one).
     """
@@ -45,19 +54,43 @@ class Track:
     stages: Channel = field(default_factory=Channel)
     draft: Channel = field(default_factory=Channel)
     finished: str | None = None
+    arena: int = -1
+    judge: Callable[[int], str | None] | None = None
+    cached: int = 0
 
     @classmethod
     def begin(cls, request: Request, capacity: int, ids: Iterator[int], now: float) -> Track:
-        prompt = list(request.prompt)
-        last = len(prompt) - 1
-        tree = TokenTree(prompt[-1], last, horizon=last + request.params.max_tokens - 1, ids=ids)
-        slots = SlotAllocator(capacity)
-        taken = [slots.take() for _ in range(last)]
-        return cls(request, tree, slots, prompt, [slot for slot in taken if slot is not None],
-                   RequestStats(started=now))
+        tree, slots = TokenTree(request.prompt[-1], 0, horizon=0, ids=ids), SlotAllocator(capacity)
+        track = cls(request, tree, slots, list(request.prompt), [], RequestStats(started=now), arena=request.id)
+        track.rewind(capacity, ids)
+        return track
 
-    def opening(self) -> Opening:
-        return Opening(self.request.id, self.slots.capacity, len(self.request.prompt), self.request.params)
+    def rewind(self, capacity: int, ids: Iterator[int]) -> None:
+        """Be as if nothing had been sent, with all that was emitted for a prompt: the text goes on from there, for it
+        is a function of position, seed and what stands before."""
+        last = len(self.tokens) - 1
+        horizon = self.num_prompt + self.request.params.max_tokens - 2
+        self.tree = TokenTree(self.tokens[-1], last, horizon=horizon, ids=ids)
+        self.slots = SlotAllocator(capacity)
+        self.path_slots = [slot for _ in range(last) if (slot := self.slots.take()) is not None]
+        assert len(self.path_slots) == last, "the arena does not hold what there is already"
+        self.stages, self.draft = Channel(), Channel()
+
+    def opening(self, channel: Channel) -> Opening:
+        """That makes the arena on a channel as large as it is to be."""
+        copy_from, copied = channel.copy_from, channel.copied
+        channel.capacity, channel.copy_from, channel.copied = self.slots.capacity, -1, []
+        return Opening(self.arena, self.slots.capacity, self.num_prompt, self.request.params, copy_from, copied)
+
+    def take_over(self, channel: Channel, arena: int, slots: list[int]) -> None:
+        """Begin this channel's arena with rows of another's, which stand in these slots there, by position."""
+        channel.rows = channel.commits = len(slots)
+        channel.copy_from, channel.copied = (arena, slots) if slots else (-1, [])
+
+    @property
+    def left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self.num_prompt + self.request.params.max_tokens - len(self.tokens)
 
     @property
     def num_prompt(self) -> int:
@@ -72,7 +105,7 @@ class Track:
 
     def committed_rows(self, channel: Channel, limit: int) -> Part:
         """A part with up to `limit` committed tokens before the root that the channel has not computed."""
-        part = Part(self.request.id)
+        part = Part(self.arena)
         first, end = channel.rows, min(self.tree.root.position, channel.rows + limit)
         if end > first:
             part.nodes = [-1] * (end - first)

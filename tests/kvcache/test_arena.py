@@ -40,3 +40,24 @@ def test_shape_and_size() -> None:
 
 def test_a_slice_without_layers_has_an_empty_arena() -> None:
     assert KVArena.allocate(CONFIG, 0, 16, torch.float32).nbytes == 0
+
+
+@pytest.mark.parametrize("capacity", [20, 32, 33, 90])
+def test_an_enlarged_arena_holds_what_stood_in_the_used_slots(capacity: int) -> None:
+    arena = KVArena.allocate(CONFIG, 3, 20, torch.float32)
+    arena.kv[:, :, :7] = torch.randn(3, 4, 7, 8)
+    larger = arena.enlarged(capacity, used=7)
+    assert larger.capacity == capacity
+    assert larger.kv.shape[2] == -(-capacity // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    assert torch.equal(larger.kv[:, :, :7], arena.kv[:, :, :7]) and not larger.kv[:, :, 7:].any()
+    assert (larger.kv is arena.kv) == (capacity <= SLOT_MULTIPLE)
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("slots", [[], [4], [5, 0, 17]])
+def test_an_arena_begins_with_rows_of_another(layers: int, slots: list[int]) -> None:
+    arena, other = (KVArena.allocate(CONFIG, layers, capacity, torch.bfloat16) for capacity in (3, 20))
+    other.kv.normal_(generator=torch.Generator().manual_seed(1))
+    arena.begin_with(other, torch.tensor(slots, dtype=torch.int64))
+    assert torch.equal(arena.kv[:, :, : len(slots)], other.kv[:, :, slots])
+    assert not arena.kv[:, :, len(slots) :].any()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullpipe.kvcache.slots import SlotAllocator, SlotTable
+from fullpipe.kvcache.slots import SlotAllocator, SlotTable, open_table
 from fullpipe.messages import Opening, Part
 from fullpipe.request import SamplingParams
 
@@ -67,3 +67,51 @@ def test_siblings_do_not_see_each_other_and_a_reused_slot_forgets_its_dead_owner
     slots.apply(late)
     assert slots.path(late, 0) == [7, 8, 20, 30]
     assert np.flatnonzero(slots.mask(late)[0]).tolist() == [0, 1, 2, 3]
+
+
+def scrambled() -> SlotTable:
+    """Tokens 7, 8, 20 at positions 0, 1, 2 are committed, in slots 3, 0, 2; a guess stands in slot 1."""
+    slots = table(4)
+    slots.apply(Part(0, [3, 0], [-1, 5], [7, 8], [0, 1], [3, 0], [[], []], [False, True]))
+    slots.apply(Part(0, [], [6, 7], [20, 21], [2, 2], [2, 1], [[2], [1]], [True, True]))
+    slots.apply(Part(0, [2]))
+    return slots
+
+
+def test_an_enlarged_table_knows_what_it_knew() -> None:
+    slots = scrambled()
+    late = Part(0, [6], [9], [30], [3], [6], [[6]], [True])
+    with pytest.raises(IndexError):
+        slots.apply(late)
+    slots.enlarge(7)
+    slots.enlarge(5)  # of an open arena the capacity only grows
+    assert slots.capacity == 7
+    slots.apply(late)
+    assert slots.committed_tokens().tolist() == slots.path(late, 0)[:-1] == [7, 8, 20, 30]
+    assert np.flatnonzero(slots.mask(late)[0]).tolist() == [0, 2, 3, 6]
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_a_table_begins_with_a_committed_path(count: int) -> None:
+    tables = {0: scrambled()}
+    copied = tables[0].committed_slots()[:count].tolist()
+    slots = open_table(tables, Opening(1, 8, 2, SamplingParams(seed=4), copy_from=0, copied=copied))
+    assert slots.committed_tokens().tolist() == [7, 8, 20][:count]
+    assert slots.committed_slots().tolist() == list(range(count))
+    assert (slots.width, slots.params.seed) == (count, 4)
+    part = Part(1, [], [9], [40], [count], [count], [[count]], [True])
+    slots.apply(part)
+    assert slots.path(part, 0) == [*[7, 8, 20][:count], 40]
+    assert slots.mask(part).tolist() == [[True] * (count + 1)]
+
+
+@pytest.mark.parametrize("copied", [[3, 1], [0], [3, 2], [0, 3]], ids=["a guess", "not the first", "a gap", "order"])
+def test_nothing_but_a_committed_path_is_copied(copied: list[int]) -> None:
+    with pytest.raises(AssertionError, match="only the committed path"):
+        open_table({0: scrambled()}, Opening(1, 8, 2, SamplingParams(), copy_from=0, copied=copied))
+
+
+def test_opening_what_is_open_enlarges_it() -> None:
+    tables = {0: scrambled()}
+    assert open_table(tables, Opening(0, 9, 2, SamplingParams())) is tables[0]
+    assert tables[0].capacity == 9

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 
 from fullpipe.errors import ModelError
 from fullpipe.model.noise import gumbel, uniforms
-from fullpipe.model.sampling import MOST_TYPICAL, History, RowContext, pick, process, rank, typical
+from fullpipe.model.sampling import MOST_TYPICAL, History, RowContext, pick, process, rank, tell_logprobs, typical
 from fullpipe.request import SamplingParams
 
 VOCAB = 1000
@@ -392,3 +392,43 @@ def test_logits_are_left_as_they_were() -> None:
     before = logits.clone()
     typical(logits, [row(SamplingParams(accept_typical=0.2, temperature=0.7, repetition_penalty=1.3))] * 2, [0, 0])
     assert torch.equal(logits, before)
+
+
+# ---- log-probabilities -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_told_logprobs_are_those_of_the_raw_logits(dtype: torch.dtype) -> None:
+    """Whatever the processors do, and of the real vocabulary only."""
+    logits = normal(7, 3, VOCAB + 24).to(dtype)
+    params = SamplingParams(temperature=0.3, top_k=5, repetition_penalty=1.5, logit_bias={4: 9.0}, logprobs=4)
+    picked = [4, 17, int(logits[2, :VOCAB].argmax())]
+    told = tell_logprobs(logits, [row(params)] * 3, picked, limit=VOCAB)
+    expected = logits[:, :VOCAB].float().log_softmax(-1)
+    values, tokens = expected.sort(descending=True, stable=True)
+    for at, (own, *best) in enumerate(told):
+        assert own == (picked[at], float(expected[at, picked[at]]))
+        assert best == list(zip(tokens[at, :4].tolist(), values[at, :4].tolist()))
+    assert told[2][0] == told[2][1], "the picked one is among the likeliest too"
+
+
+def test_only_rows_that_ask_are_told() -> None:
+    logits, quiet, asks = normal(8, 3, 50), row(SamplingParams()), row(SamplingParams(logprobs=0))
+    assert tell_logprobs(logits, [quiet] * 3, [0, 1, 2]) == []
+    assert [len(told) for told in tell_logprobs(logits, [quiet, asks, quiet], [0, 1, 2])] == [0, 1, 0]
+    assert tell_logprobs(logits[:0], [], []) == []
+
+
+def test_equal_logprobs_go_by_token_and_few_tokens_are_few() -> None:
+    asks = [row(SamplingParams(logprobs=3))]
+    flat = tell_logprobs(torch.zeros(1, 64), asks, [60])
+    assert [token for token, _ in flat[0]] == [60, 0, 1, 2]
+    (few,) = tell_logprobs(torch.zeros(1, 64), asks, [1], limit=2)
+    assert [token for token, _ in few] == [1, 0, 1]
+    assert [value for _, value in few] == pytest.approx([-math.log(2)] * 3)
+
+
+def test_a_rows_logprobs_do_not_depend_on_its_batch() -> None:
+    logits, asks = normal(9, 5, VOCAB), row(SamplingParams(logprobs=20))
+    together = tell_logprobs(logits, [asks] * 5, [3] * 5)
+    assert together == [tell_logprobs(logits[at : at + 1], [asks], [3])[0] for at in range(5)]

@@ -349,6 +349,34 @@ def test_a_stream_decodes_leading_spaces_as_a_whole_text() -> None:
     assert "".join(map(stream.push, ids)) == tokenizer.decode(ids)
 
 
+# The bytes of single tokens.
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_of_tokens_add_up_to_the_text(text: str, tiny: Tokenizer) -> None:
+    assert b"".join(map(tiny.token_bytes, tiny.encode(text))) == text.encode()
+
+
+def test_every_byte_is_the_bytes_of_a_token(tiny: Tokenizer) -> None:
+    single = {said for said in map(tiny.token_bytes, tiny.tokens) if len(said) == 1}
+    assert single == {bytes([byte]) for byte in range(256)}
+
+
+def test_rows_of_padding_have_no_bytes(backend: Any, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_gguf(tmp_path / "m.gguf", backend))
+    assert tokenizer.token_bytes(max(tokenizer.tokens) + 1) == b""
+
+
+def test_bytes_of_sentencepiece_tokens() -> None:
+    vocabulary = {"<unk>": 0, "▁né": 1, "<0xE2>": 2, "<0x0A>": 3, "</s>": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    backend.add_special_tokens(["</s>"])
+    said = [Tokenizer(backend).token_bytes(token) for token in (1, 2, 3, 4)]
+    assert said == [" né".encode(), b"\xe2", b"\n", b"</s>"]
+
+
 # Drafts.
 
 

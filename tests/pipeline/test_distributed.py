@@ -411,6 +411,25 @@ def test_waiting_for_nothing_is_refused() -> None:
             pipeline.events()
 
 
+def test_worker_that_dies_while_nothing_is_under_way_is_named() -> None:
+    with DistributedPipeline(_stages(1)) as pipeline:
+        assert isinstance(pipeline.events(0.0)[0], Ready)
+        assert pipeline.events(0.0) == []
+        _children()[0].kill()
+        (failed,) = pipeline.events(10.0)
+        assert isinstance(failed, Failed) and failed.station == "stage 0"
+        assert "SIGKILL" in failed.reason
+
+
+def test_worker_that_falls_silent_while_nothing_is_under_way_is_named() -> None:
+    with DistributedPipeline(_stages(1), heartbeat_timeout=0.4) as pipeline:
+        assert isinstance(pipeline.events(0.0)[0], Ready)
+        _children()[0].suspend()
+        (failed,) = pipeline.events(10.0)
+        assert isinstance(failed, Failed)
+        assert (failed.station, failed.reason) == ("stage 0", "no sign of life for 0.4 s")
+
+
 def _orphan(stop: bool, then: str) -> tuple[subprocess.Popen[str], psutil.Process]:
     code = PARENT.format(folder=os.path.dirname(__file__), delay=60.0, stop=stop, then=then)
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

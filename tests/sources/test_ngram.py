@@ -242,3 +242,25 @@ class TestSource:
 def test_needs_no_torch() -> None:
     code = "import fullpipe.sources.ngram, fullpipe.trace.recorder, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_copy_guesses_as_if_the_text_were_its_own_prompt() -> None:
+    """The one that it is a copy of ends with the job that opens it."""
+    source = NgramSource()
+    before = Talk(source, [1, 2, 3, 4, 5, 1, 2])
+    whole = Talk(NgramSource(), [1, 2, 3, 4, 5, 1, 9, 3]).last
+    opening = Opening(1, 9, 8, SamplingParams(), copy_from=before.request, copied=list(range(6)))
+    part = Part(1, [6, 7], [-1, 7], [9, 3], [6, 7], [6, 7], [[], []], [False, True])
+    assert source.run(Flight(1, [part], [opening], [before.request], top_k=4)) == [whole]
+    assert whole.tokens[:2] == [4, 5]
+
+
+def test_an_arena_that_is_enlarged_keeps_the_text() -> None:
+    small, large = NgramSource(), NgramSource()
+    talks = [Talk(small, [1, 2, 3]), Talk(large, [1, 2, 3])]
+    larger = Opening(0, 400, 3, SamplingParams())
+    tokens = [1, 2, 3, 4] * 60
+    assert talks[0].commit(tokens[:100]) == talks[1].commit(tokens[:100])
+    with pytest.raises(IndexError):
+        talks[0].commit(tokens)
+    assert talks[1].commit(tokens, opens=[larger]).tokens[:3] == [1, 2, 3]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
 from fullpipe.model.sampling import RowContext, rank
 from fullpipe.model.spd_module import Layout
@@ -617,3 +618,45 @@ def test_tokens_outside_the_draft_vocabulary_are_impossible() -> None:
     assert sorted(answer.tokens) == ids
     wanted = dict(zip(ids, truth(one, root.text, [0]).log_softmax(-1).tolist()))
     assert answer.logprobs == pytest.approx([wanted[token] for token in answer.tokens], abs=1e-5)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_an_arena_that_is_enlarged_on_the_way_changes_nothing(told: bool) -> None:
+    """The taps of a flight may come before the job that says how large the arena is by now, or after it. told: the
+    flight says so too."""
+    hand = Hand(SPD, capacity=len(PROMPT))
+    newest = hand.begin()
+    for step in range(8):
+        larger = [Opening(0, newest.slot + 1, len(PROMPT), GREEDY)] if step else []
+        taps, early = hand.flight(newest), step % 2 == 1
+        taps[0].flight.opens = larger if told else []
+        if early:
+            hand.take(*taps)
+        job = hand.job(hand.part([newest], [newest.slot] if step else [0, 1, newest.slot], [newest]))
+        job.opens = larger
+        (answer,) = hand.send(job)
+        check(SPD, answer, newest.text, [] if early else [0])
+        if not early:
+            hand.take(*taps)
+        newest = Token(step + 1, (*newest.text, 5 * step % VOCAB), newest.slot + 1)
+
+
+def test_taps_of_a_larger_arena_may_come_before_the_job_that_opens_the_smaller_one() -> None:
+    hand = Hand(SPD, capacity=len(PROMPT))
+    tokens = [Token(-1, (*PROMPT, 7)[: end + 1], end) for end in range(4)]
+    hand.through(*tokens)
+    hand.send(hand.job(hand.part(tokens[:3], [0, 1, 2]), opens=True))
+    root = Token(1, (*PROMPT, 7, 8), 4)
+    job = hand.job(hand.part([tokens[3], root], [3, 4], [root]))
+    job.opens = [Opening(0, 5, len(PROMPT), GREEDY)]
+    (answer,) = hand.send(job)
+    check(SPD, answer, root.text, [0])
+
+
+def test_a_request_cannot_begin_as_a_copy() -> None:
+    hand = Hand(SPD)
+    hand.begin()
+    copy = hand.beside(1).job(opens=True)
+    copy.id, copy.opens[0].copy_from, copy.opens[0].copied = 7, 0, [0, 1]
+    with pytest.raises(UsageError, match="cannot begin as a copy of request 0"):
+        hand.source.ready(copy)

@@ -22,6 +22,7 @@ LAYERS = (
     ("messages",),
     ("tree", "stats", "trace", "kvcache.slots", "planning", "hub"),
     ("track", "policies", "pipeline.base", "pipeline.station"),
+    ("batching", "kvcache.ledger"),
     ("engine", "pipeline.spec"),
     ("model.config",),
     ("kvcache.arena",),
@@ -30,13 +31,13 @@ LAYERS = (
     ("sources",),
     ("assembly",),
     ("llm",),
-    ("bench", "training"),
+    ("bench", "training", "server"),
     ("cli",),
     ("__init__", "__main__"),  # the public names; `python -m fullpipe`
 )
 LEVELS = {entry: level for level, line in enumerate(LAYERS) for entry in line}
 
-TORCH_FREE = ("fullpipe", "fullpipe.tree.token_tree", "fullpipe.policies", "fullpipe.engine",
+TORCH_FREE = ("fullpipe", "fullpipe.tree.token_tree", "fullpipe.policies", "fullpipe.batching", "fullpipe.engine",
               "fullpipe.pipeline.inprocess", "fullpipe.pipeline.scripted", "fullpipe.sources.scripted",
               "fullpipe.sources.ngram", "fullpipe.sources.mix")
 

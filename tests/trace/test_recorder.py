@@ -61,7 +61,7 @@ def test_one_line_per_event_with_its_type(tmp_path: Path) -> None:
     lines = (tmp_path / "trace.jsonl").read_bytes().splitlines()
     assert len(lines) == len(EVENTS)
     assert json.loads(lines[4]) == {"type": "Emitted", "time": 2.0, "request": 0, "node": 7, "token": 42,
-                                    "position": 4, "hit": True, "margin": None, "altered": False}
+                                    "position": 4, "hit": True, "margin": None, "altered": False, "logprobs": []}
 
 
 def refuse(constant: str) -> None:

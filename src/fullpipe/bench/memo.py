@@ -10,8 +10,11 @@ pool of slots that is emptied when it is full, and computed again where they are
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fullpipe.bench.recording import on_disk
+from fullpipe.bench.recording import Answer, Head, on_disk
 from fullpipe.messages import Expansion, Flight, Part
 from fullpipe.model.decoder import DecoderSlice, Segment
 from fullpipe.model.sampling import RowContext, rank
@@ -29,6 +32,12 @@ from fullpipe.request import SamplingParams
 TOP_K = 16
 POOL = 768  # slots for branches
 _CHUNK = 256  # rows of a step
+
+
+def memo_path(folder: Path, draft_model: str, head: Head, answer: Answer) -> Path:
+    """Where the memo of a recorded answer is kept. draft_model: path of the draft's weights."""
+    what = json.dumps([draft_model, asdict(head), answer.prompt, answer.tokens])
+    return folder / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.npz"
 
 
 class Memo:
@@ -204,13 +213,16 @@ class MemoSource:
         self._ids: dict[int, int] = {}  # slot -> path
 
     def run(self, job: Flight) -> list[Expansion]:
+        return [expansion for part in job.parts for expansion in self.answer(part, job.top_k)]
+
+    def answer(self, part: Part, top_k: int) -> list[Expansion]:
+        """What the draft says of the part's rows that want it."""
         expansions = []
-        for part in job.parts:
-            ids = [self._id(part, row) for row in range(len(part))]
-            wanted = [row for row in range(len(part)) if part.wants[row]]
-            for row, (tokens, logprobs) in zip(wanted, self._memo.answers([ids[row] for row in wanted])):
-                count = min(job.top_k, len(tokens))
-                expansions.append(Expansion(part.nodes[row], tokens[:count], logprobs[:count], [-1] * count))
+        ids = [self._id(part, row) for row in range(len(part))]
+        wanted = [row for row in range(len(part)) if part.wants[row]]
+        for row, (tokens, logprobs) in zip(wanted, self._memo.answers([ids[row] for row in wanted])):
+            count = min(top_k, len(tokens))
+            expansions.append(Expansion(part.nodes[row], tokens[:count], logprobs[:count], [-1] * count))
         return expansions
 
     def _id(self, part: Part, row: int) -> int:

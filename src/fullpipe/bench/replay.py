@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from fullpipe.bench.recording import Answer
 from fullpipe.engine import Engine
 from fullpipe.errors import UsageError
-from fullpipe.messages import Drafted, Emitted, Event, Flight, Landed, Launched
+from fullpipe.messages import Drafted, Emitted, Event, Flight, Landed, Launched, Part
 from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
 from fullpipe.pipeline.links import Links
 from fullpipe.pipeline.station import SourceLike, Verdict
@@ -45,26 +45,30 @@ class RecordedStage:
     """A stage that computes nothing; the last one says the recorded tokens."""
 
     def __init__(self, answer: Answer, *, is_last: bool) -> None:
-        self._tokens, self._before = answer.tokens, len(answer.prompt) - 1
-        self._is_last = is_last
+        self._answer, self._is_last = answer, is_last
 
     def run(self, flight: Flight, hidden: None) -> Verdict | None:
         if not self._is_last:
             return None
         verdict = Verdict([], [], [])
         for part in flight.parts:
-            for node, token, position, path, wanted in zip(part.nodes, part.tokens, part.positions, part.paths,
-                                                           part.wants):
-                place = position - self._before
-                if place > 0 and not path:
-                    assert token == self._tokens[place - 1], "the committed path is not the recorded one"
-                if wanted:
-                    verdict.nodes.append(node)
-                    verdict.tokens.append(self._tokens[min(place, len(self._tokens) - 1)])
+            say(self._answer, part, verdict)
         return verdict
 
 
-class _Ending:
+def say(answer: Answer, part: Part, verdict: Verdict) -> None:
+    """Add to the verdict what the recording says of the part's rows. A committed row must be the recorded one."""
+    tokens, before = answer.tokens, len(answer.prompt) - 1
+    for node, token, position, path, wanted in zip(part.nodes, part.tokens, part.positions, part.paths, part.wants):
+        place = position - before
+        if place > 0 and not path:
+            assert token == tokens[place - 1], "the committed path is not the recorded one"
+        if wanted:
+            verdict.nodes.append(node)
+            verdict.tokens.append(tokens[min(place, len(tokens) - 1)])
+
+
+class Ending:
     """Ends a request where its recording ends."""
 
     def __init__(self, answer: Answer) -> None:
@@ -125,15 +129,15 @@ class Meter:
         self._since = self._since + 1 if hit else 0
 
 
-class _Clocked(InProcessPipeline):
+class Clocked(InProcessPipeline):
     """Counts the processor time that is spent inside the pipeline, which is not the engine's."""
 
     inside = 0.0
 
-    def events(self) -> list[Event]:
+    def events(self, wait: float | None = None) -> list[Event]:
         begun = time.thread_time()
         try:
-            return super().events()
+            return super().events(wait)
         finally:
             self.inside += time.thread_time() - begun
 
@@ -149,6 +153,13 @@ class Run:
     wall_s: float
 
 
+def check_known(hardware: Hardware) -> None:
+    """Raises UsageError for hardware whose costs would have to be measured."""
+    if getattr(hardware, "is_measured", False):
+        raise UsageError("a replay runs no stages, so their time cannot be measured",
+                         hint="Give the devices a profile (`fullpipe profile`), a cost curve or a bandwidth.")
+
+
 def replay(answer: Answer, params: SamplingParams, source: SourceLike | None, policy: Policy, hardware: Hardware,
            *, costs: Costs | None = None, listeners: tuple[Any, ...] = ()) -> Run:
     """One method on one recorded answer.
@@ -157,18 +168,16 @@ def replay(answer: Answer, params: SamplingParams, source: SourceLike | None, po
     when the text comes out other than recorded, which no draft can bring about, and UsageError for hardware whose
     costs would have to be measured.
     """
-    if getattr(hardware, "is_measured", False):
-        raise UsageError("a replay runs no stages, so their time cannot be measured",
-                         hint="Give the devices a profile (`fullpipe profile`), a cost curve or a bandwidth.")
+    check_known(hardware)
     begun, worked = time.perf_counter(), time.thread_time()
     n = hardware.num_stages
-    pipeline = _Clocked([RecordedStage(answer, is_last=k == n - 1) for k in range(n)], source,
-                        costs=costs or hardware, links=hardware.links, message_bytes=hardware.message_bytes,
-                        device_of=hardware.device_of)
+    pipeline = Clocked([RecordedStage(answer, is_last=k == n - 1) for k in range(n)], source,
+                       costs=costs or hardware, links=hardware.links, message_bytes=hardware.message_bytes,
+                       device_of=hardware.device_of)
     meter = Meter()
     engine = Engine(pipeline, policy, listeners=[meter, *listeners])
     said: list[int] = []
-    track = engine.submit(Request(next(_requests), tuple(answer.prompt), params), _Ending(answer))
+    track = engine.submit(Request(next(_requests), tuple(answer.prompt), params), Ending(answer))
     while engine.busy:
         said += [event.token for event in engine.step() if isinstance(event, Emitted)]
     assert said == answer.tokens, f"{answer.id}: the text differs from the recorded one"

@@ -34,6 +34,22 @@ class KVArena:
         room = -(-capacity // SLOT_MULTIPLE) * SLOT_MULTIPLE
         return cls(torch.zeros(layers, 2 * config.kv_heads, room, config.head_dim, dtype=dtype), capacity)
 
+    def enlarged(self, capacity: int, used: int) -> KVArena:
+        """An arena for `capacity` rows, at least as many as in this one, with what stands in the first `used` slots of
+        it. Where there is room already it is the same memory."""
+        assert capacity >= self.capacity >= used
+        layers, heads, room, width = self.kv.shape
+        if capacity <= room:
+            return KVArena(self.kv, capacity)
+        more = -(-capacity // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        kv = torch.zeros(layers, heads, more, width, dtype=self.kv.dtype)
+        kv[:, :, :used] = self.kv[:, :, :used]  # and no more: slots that nobody has touched go on costing no memory
+        return KVArena(kv, capacity)
+
+    def begin_with(self, other: KVArena, slots: Tensor) -> None:
+        """Copy the rows of another arena's slots, of all layers, to slots 0, 1, ... slots: int64 [r], r <= capacity."""
+        self.kv[:, :, : len(slots)] = other.kv.index_select(2, slots)
+
     @property
     def num_layers(self) -> int:
         return self.kv.shape[0]

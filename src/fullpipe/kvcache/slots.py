@@ -8,7 +8,7 @@ first-in-first-out, so a later owner's write always follows the dead one's. No t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,11 @@ class SlotAllocator:
     @property
     def num_free(self) -> int:
         return self.capacity - self._fresh + len(self._returned)
+
+    def grow(self, capacity: int) -> None:
+        """More slots, behind those that there are."""
+        assert capacity >= self.capacity
+        self.capacity = capacity
 
     def take(self) -> int | None:
         """The lowest free slot, or None when the arena is full."""
@@ -67,6 +72,23 @@ class SlotTable:
         self._committed = np.zeros(opening.capacity, np.bool_)
         self._order = np.zeros(opening.capacity, np.int64)  # committed slots by position
         self.num_committed = 0
+
+    def enlarge(self, capacity: int) -> None:
+        """Make room for `capacity` slots, if there is less. What stands in the others stays."""
+        if (more := capacity - self.capacity) > 0:
+            for name in ("_token", "_position", "_committed", "_order"):
+                setattr(self, name, np.pad(getattr(self, name), (0, more)))
+            self.capacity = capacity
+
+    def begin_with(self, other: SlotTable, slots: list[int]) -> None:
+        """Take over what stands in committed slots of another table, those of positions 0, 1, ... in order: it stands,
+        committed, in slots 0, 1, ... of this one, which is empty before."""
+        (tokens, positions), count = other.standing(np.asarray(slots, np.int64)), len(slots)
+        places = np.arange(count)
+        assert other._committed[slots].all() and (positions == places).all(), "only the committed path can be copied"
+        self._token[:count], self._position[:count], self._order[:count] = tokens, places, places
+        self._committed[:count] = True
+        self.width = self.num_committed = count
 
     def apply(self, part: Part) -> None:
         """Take over the part's rows and commits."""
@@ -117,3 +139,15 @@ class SlotTable:
         shared = self._order[max(0, end - (count - len(branch))) : end]
         tokens: list[int] = self._token[shared].tolist()
         return tokens + [int(self._token[slot]) for slot in branch]
+
+
+def open_table(tables: Mapping[int, SlotTable], opening: Opening) -> SlotTable:
+    """What a station with these tables has of the request from now on: the table that is there, enlarged, or a new
+    one, which begins with what the opening says."""
+    if (table := tables.get(opening.request)) is not None:
+        table.enlarge(opening.capacity)
+        return table
+    table = SlotTable(opening)
+    if opening.copy_from >= 0:
+        table.begin_with(tables[opening.copy_from], opening.copied)
+    return table

@@ -126,6 +126,31 @@ def _typical(given: Tensor, row: RowContext, picked: int, most: int) -> list[int
     return [token for token in passing[order].tolist() if token != picked][:most]
 
 
+def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
+                  limit: int | None = None) -> list[list[tuple[int, float]]]:
+    """For each row whose request asks (`SamplingParams.logprobs`): the picked token and behind it the likeliest ones,
+    best first, of equals the lowest id, each with its log-probability. An empty list for the others, and for all rows
+    together where none asks.
+
+    logits, limit: as in `process`; probabilities are the softmax of `logits` as they are. picked: what `pick` chose.
+    """
+    if all(row.params.logprobs is None for row in rows):
+        return []
+    return [[] if row.params.logprobs is None else _told(given, token, row.params.logprobs)
+            for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
+
+
+def _told(given: Tensor, picked: int, count: int) -> list[tuple[int, float]]:
+    logprobs = given.float().log_softmax(0)
+    told = [(picked, float(logprobs[picked]))]
+    if count := min(count, len(logprobs)):
+        least = logprobs.topk(count).values[-1]
+        best = (logprobs >= least).nonzero().squeeze(1)  # in order of id, which a stable sort keeps among equals
+        values, order = logprobs[best].sort(descending=True, stable=True)
+        told += zip(best[order[:count]].tolist(), values[:count].tolist())
+    return told
+
+
 def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
          limit: int | None = None) -> tuple[list[list[int]], list[list[float]]]:
     """A draft's k likeliest candidates for what the target picks, best first, and their log-probabilities.

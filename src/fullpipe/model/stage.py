@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fullpipe.errors import UsageError
 from fullpipe.kvcache.arena import KVArena
-from fullpipe.kvcache.slots import SlotTable
+from fullpipe.kvcache.slots import SlotTable, open_table
 from fullpipe.messages import Flight, Opening, Part
 from fullpipe.model.decoder import DecoderSlice, Segment
-from fullpipe.model.sampling import RowContext, pick, typical
+from fullpipe.model.sampling import RowContext, pick, tell_logprobs, typical
 from fullpipe.model.weights import open_model
 from fullpipe.pipeline.station import Tapped, Verdict
 
@@ -60,9 +60,17 @@ class SliceRunner:
         self._arenas: dict[int, KVArena] = {}
 
     def open(self, openings: list[Opening]) -> None:
+        """Make arenas, or enlarge those that are there (see `Opening`)."""
         for opening in openings:
-            self._tables[opening.request] = SlotTable(opening)
-            self._arenas[opening.request] = self.slice.allocate(opening.capacity)
+            request, old = opening.request, self._arenas.get(opening.request)
+            table = open_table(self._tables, opening)
+            if old is not None:
+                arena = old.enlarged(table.capacity, table.width)
+            else:
+                arena = self.slice.allocate(opening.capacity)
+                if opening.copy_from >= 0:
+                    arena.begin_with(self._arenas[opening.copy_from], torch.tensor(opening.copied, dtype=torch.int64))
+            self._tables[request], self._arenas[request] = table, arena
 
     def close(self, requests: list[int]) -> None:
         for request in requests:
@@ -138,7 +146,8 @@ class ModelStage:
         logits, rows = self._runner.logits(hidden, wanted), [row.context() for row in wanted]
         tokens, margins = pick(logits, rows, limit=self._vocab, margins=self._margins)
         others = typical(logits, rows, tokens, limit=self._vocab)
-        return Verdict([row.node for row in wanted], tokens, margins, others)
+        told = tell_logprobs(logits, rows, tokens, limit=self._vocab)
+        return Verdict([row.node for row in wanted], tokens, margins, others, told)
 
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,

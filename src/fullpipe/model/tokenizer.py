@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,6 +58,14 @@ _SPLITTINGS = {
 
 # GGUF's `tokenizer.ggml.token_type`.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+
+# GPT-2's alphabet, by which byte-level tokens are written: a printable Latin-1 character is its own byte, the others
+# follow from U+0100 on in their order.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
+}
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how sentencepiece writes a byte that is no character of its own
 
 Message = Mapping[str, Any]
 
@@ -118,6 +127,29 @@ class Tokenizer:
     def stream(self) -> TextStream:
         """Decodes token by token."""
         return TextStream(self)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for: bytes that need not be whole characters. Of a special token they are its name's;
+        an id without a token has none."""
+        if (added := self._added.get(token)) is not None:
+            return added.encode()
+        text = self.backend.id_to_token(token) or ""
+        if self._byte_level:
+            return bytes(_BYTES[character] for character in text)
+        if _BYTE_TOKEN.fullmatch(text):
+            return bytes.fromhex(text[3:-1])
+        return str(text).replace("▁", " ").encode()
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        """Tokens beside the vocabulary, special ones among them: their text is written as it is."""
+        return {id_: token.content for id_, token in self.backend.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        """Whether a token's characters stand for bytes, as in GPT-2; else they are text, as in sentencepiece."""
+        decoder = self.backend.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
 
     @cached_property
     def tokens(self) -> dict[int, str]:

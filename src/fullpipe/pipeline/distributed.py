@@ -10,6 +10,7 @@ See `worker` for the other end of the connections and `launch` for the processes
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections import deque
@@ -17,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fullpipe.errors import PipelineError, UsageError
-from fullpipe.messages import Drafted, Event, Expansion, Failed, Flight, Landed, Leg, Ready
+from fullpipe.messages import Event, Failed, Flight, Ready
+from fullpipe.pipeline.answers import Expected, read_done, read_drafted, read_landed, read_taps, read_words
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.emulation import Around
 from fullpipe.pipeline.launch import Fleet, Worker
@@ -25,7 +27,7 @@ from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.pace import Pace
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.station import TapCount
-from fullpipe.pipeline.wire import Frame, dump_flight
+from fullpipe.pipeline.wire import Frame, NonsenseError, dump_flight
 
 _BEAT_S = 1.0
 _BEATS = 4  # per time-out at least, so that a late one does not count as none
@@ -33,21 +35,27 @@ _GRACE_S = 1.0  # between losing a neighbour and that neighbour's own end being 
 
 
 class _Road:
-    """What is under way on one road (the stages, or the draft station), and since when nothing moved."""
+    """What is under way on one road (the stages, or the draft station), and since when nothing moved. newest: the id of
+    what went out last; -1: nothing has."""
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self.workers = workers
-        self.under_way: deque[int] = deque()
+        self.under_way: deque[Expected] = deque()
+        self.newest = -1
         self.moved = 0.0  # seconds of `time.monotonic`
 
-    def enter(self, number: int) -> None:
+    def enter(self, flight: Flight) -> None:
         if not self.under_way:
             self.moved = time.monotonic()
-        self.under_way.append(number)
+        self.newest = flight.id
+        self.under_way.append(Expected.of(flight))
 
-    def leave(self, number: int) -> None:
-        arrived = self.under_way.popleft()
-        assert arrived == number, f"{number} came back before {arrived}"
+    def due(self) -> Expected | None:
+        """What must come back next."""
+        return self.under_way[0] if self.under_way else None
+
+    def leave(self) -> None:
+        self.under_way.popleft()
         self.moved = time.monotonic()
 
     def overdue(self, timeout: float) -> bool:
@@ -55,7 +63,7 @@ class _Road:
 
     def holder(self) -> Worker:
         """The worker that has the oldest of what is under way."""
-        return next((worker for worker in self.workers if worker.done < self.under_way[0]), self.workers[-1])
+        return next((worker for worker in self.workers if worker.done < self.under_way[0].id), self.workers[-1])
 
 
 class DistributedPipeline(Pipeline):
@@ -107,6 +115,8 @@ class DistributedPipeline(Pipeline):
         self._finalizer = weakref.finalize(self, self._fleet.close)
         self._flights = _Road(self._fleet.workers[:self.num_stages])
         self._jobs = _Road(self._fleet.workers[self.num_stages:])
+        self._names = [worker.name for worker in self._flights.workers]
+        self._newest_node = -1
         self._ready_owed = 0
         self._happened: list[Event] = [Ready(self.now())]
         self._failure: Failed | None = None
@@ -114,14 +124,14 @@ class DistributedPipeline(Pipeline):
 
     def launch(self, flight: Flight) -> None:
         self._check_open()
-        self._flights.enter(flight.id)
+        self._enter(self._flights, flight)
         self._ready_owed += 1
         self._send(self._flights.workers[0], _flight_frame(flight))
 
     def draft(self, job: Flight) -> None:
         assert self.has_draft, "this pipeline has no draft station"
         self._check_open()
-        self._jobs.enter(job.id)
+        self._enter(self._jobs, job)
         self._send(self._jobs.workers[0], _flight_frame(job))
 
     def cancel(self, nodes: list[int]) -> None:
@@ -130,13 +140,16 @@ class DistributedPipeline(Pipeline):
             for worker in self._fleet.workers:
                 self._send(worker, frame)
 
-    def events(self) -> list[Event]:
+    def events(self, wait: float | None = None) -> list[Event]:
         self._check_open()
+        until = math.inf if wait is None else self.now() + wait
         self._collect(0.0)
         while not self._happened:
-            if not (self._flights.under_way or self._jobs.under_way or self._ready_owed):
+            if wait is None and not (self._flights.under_way or self._jobs.under_way or self._ready_owed):
                 raise PipelineError("nothing is under way in the pipeline, so nothing can be waited for")
-            self._collect(self._patience())
+            if (left := until - self.now()) <= 0:
+                return []
+            self._collect(min(left, self._patience()))
         happened, self._happened = self._happened, []
         return happened
 
@@ -152,6 +165,10 @@ class DistributedPipeline(Pipeline):
         if self._failure and not self._happened:  # it has been told
             raise PipelineError(f"the pipeline has failed: {self._failure.station}", hint="Make a new one.")
 
+    def _enter(self, road: _Road, flight: Flight) -> None:
+        road.enter(flight)
+        self._newest_node = max(self._newest_node, max(road.under_way[-1].nodes, default=-1))
+
     def _send(self, worker: Worker, frame: Frame) -> None:
         try:
             worker.channel.send(frame)
@@ -166,44 +183,52 @@ class DistributedPipeline(Pipeline):
         if not self._finalizer.alive:
             raise PipelineError("the pipeline was closed")
         for worker, frame in received:
-            self._take(worker, frame)
+            try:
+                self._take(worker, frame)
+            except NonsenseError as error:
+                self._fail(worker, f"answers nonsense: {error}{worker.log_tail()}")
             if self._failure:
                 return
         self._judge()
 
-    def _take(self, worker: Worker, frame: Frame) -> None:
+    def _take(self, worker: Worker, frame: Frame | EOFError | NonsenseError) -> None:
+        """Raises `NonsenseError`."""
+        if isinstance(frame, NonsenseError):
+            raise frame
+        if isinstance(frame, EOFError):
+            return self._fail(worker, worker.epitaph())
         now = self.now()
-        match frame["kind"]:
-            case "ready":
+        match frame.get("kind"):
+            case "ready" if worker is self._flights.workers[0] and self._ready_owed:
                 self._ready_owed -= 1
                 self._happened.append(Ready(now))
-            case "landed":
-                self._flights.leave(frame["flight"])
-                self._happened.append(Landed(now, frame["flight"], frame["nodes"], frame["tokens"],
-                                             frame["margins"], [Leg(*leg) for leg in frame["legs"]],
-                                             frame["others"]))
-            case "drafted":
-                self.taps = TapCount(*frame.get("taps", (0, 0)))
-                self._jobs.leave(frame["job"])
-                self._happened.append(Drafted(now, frame["job"],
-                                              [Expansion(*values) for values in frame["expansions"]],
-                                              Leg(*frame["leg"])))
+            case "landed" if worker is self._flights.workers[-1]:
+                self._happened.append(read_landed(frame, now, self._flights.due(), self._names))
+                self._flights.leave()
+            case "drafted" if worker in self._jobs.workers:
+                drafted, self.taps = read_drafted(frame, now, self._jobs.due(), self._newest_node), _taps(frame)
+                self._happened.append(drafted)
+                self._jobs.leave()
             case "beat":
-                self._note_beat(worker, frame["done"])
+                self._note_beat(worker, frame)
                 if frame.get("waits") and self._flights.under_way:
                     self._jobs.moved = now  # a job that waits for taps is no fault of the draft's, but of a stage
             case "lost":
-                self._bereft = self._bereft or (now, worker, frame["message"])
+                (message,) = read_words(frame, "message")
+                self._bereft = self._bereft or (now, worker, message)
             case "failed":
-                self._fail(worker, f"{frame['error']}: {frame['message']}{worker.log_tail()}", frame["hint"])
-            case "end":
-                self._fail(worker, worker.epitaph())
+                error, message = read_words(frame, "error", "message")
+                hint = frame.get("hint")
+                self._fail(worker, f"{error}: {message}{worker.log_tail()}", hint if isinstance(hint, str) else None)
+            case kind:
+                raise NonsenseError(f"a message of kind {kind!r:.60}, which it has no reason to send")
+        return None
 
-    def _note_beat(self, worker: Worker, done: int) -> None:
-        if done > worker.done:
+    def _note_beat(self, worker: Worker, frame: Frame) -> None:
+        road = self._jobs if worker in self._jobs.workers else self._flights
+        if (done := read_done(frame, road.newest)) > worker.done:
             worker.done = done
-            track = self._jobs if worker in self._jobs.workers else self._flights
-            track.moved = self.now()
+            road.moved = self.now()
 
     def _judge(self) -> None:
         now = self.now()
@@ -213,7 +238,7 @@ class DistributedPipeline(Pipeline):
         for track, what in ((self._flights, "flight"), (self._jobs, "job")):
             if track.overdue(self._timeout):
                 return self._fail(track.holder(), f"no progress for {self._timeout:g} s "
-                                                  f"with {what} {track.under_way[0]}")
+                                                  f"with {what} {track.under_way[0].id}")
         if self._bereft and now - self._bereft[0] > _GRACE_S:
             _, worker, reason = self._bereft
             return self._fail(worker, reason)
@@ -231,6 +256,10 @@ class DistributedPipeline(Pipeline):
         if not self._failure:
             self._failure = Failed(self.now(), worker.name, reason, hint)
             self._happened.append(self._failure)
+
+
+def _taps(frame: Frame) -> TapCount:
+    return TapCount(*read_taps(frame))
 
 
 def _flight_frame(flight: Flight) -> Frame:

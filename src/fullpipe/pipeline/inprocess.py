@@ -136,7 +136,7 @@ class InProcessPipeline(Pipeline):
         if self._reader and self._draft:
             self._at(self._time + self._draft.wire.link.latency_s, _ENDS, lambda: self._forget(nodes))
 
-    def events(self) -> list[Event]:
+    def events(self, wait: float | None = None) -> list[Event]:
         happened: list[Event] = []
         while self._agenda:
             moment, kind, _, action = self._agenda[0]
@@ -146,12 +146,12 @@ class InProcessPipeline(Pipeline):
             self._time = moment
             if event := action():
                 happened.append(event)
-        if not happened and self._jobs:
+        if happened or wait is not None:  # nothing comes of waiting: whatever will happen is on the agenda
+            return happened
+        if self._jobs:
             raise PipelineError(f"draft job {next(iter(self._jobs))} waits for hidden states that nobody will send",
                                 hint="A source must be ready for nodes that were never launched, or not be asked.")
-        if not happened:
-            raise PipelineError("nothing is under way in the pipeline, so nothing can be waited for")
-        return happened
+        raise PipelineError("nothing is under way in the pipeline, so nothing can be waited for")
 
     def now(self) -> float:
         return time.monotonic() if self._wall else self._time
@@ -278,7 +278,7 @@ class InProcessPipeline(Pipeline):
             for node in self._under_way.pop(flight.id):
                 self._cancelled.pop(node, None)
             return Landed(self.now(), flight.id, verdict.nodes, verdict.tokens, verdict.margins, cargo.legs,
-                          verdict.others)
+                          verdict.others, verdict.logprobs)
 
         if self.num_stages == 1:
             self._at(self._time, _ENDS, self._ready)

@@ -28,7 +28,7 @@ from typing import IO, Any
 from fullpipe import errors
 from fullpipe.errors import FullpipeError, StationFailed
 from fullpipe.pipeline.spec import StationSpec
-from fullpipe.pipeline.wire import Channel, Frame
+from fullpipe.pipeline.wire import Channel, Frame, NonsenseError
 
 _STOP_SEND_S = 0.01  # a stopped worker with a full socket is not waited for
 _STOP_S = 1.0  # what a worker gets to leave by itself,
@@ -109,25 +109,26 @@ class Fleet:
             self.close()
             raise
 
-    def receive(self, timeout: float) -> list[tuple[Worker, Frame]]:
+    def receive(self, timeout: float) -> list[tuple[Worker, Frame | EOFError | NonsenseError]]:
         """Everything that has arrived, after waiting up to `timeout` seconds for the first of it.
 
-        The end of a connection is a last frame of kind "end". Returns early when `close` is called.
+        The end of a connection is an `EOFError` in place of a last frame, and bytes that are no frame, behind which
+        nothing can be read, are a `NonsenseError`. Returns early when `close` is called.
         """
-        received: list[tuple[Worker, Frame]] = []
+        received: list[tuple[Worker, Frame | EOFError | NonsenseError]] = []
         with self._receiving:
             while not self._closed and (ready := self._selector.select(0.0 if received else timeout)):
                 for key, _ in ready:
                     received += [(key.data, frame) for frame in self._read(key.data)]
         return received
 
-    def _read(self, worker: Worker) -> list[Frame]:
+    def _read(self, worker: Worker) -> Sequence[Frame | EOFError | NonsenseError]:
         worker.heard = time.monotonic()
         try:
             return worker.channel.receive()
-        except EOFError:
+        except (EOFError, NonsenseError) as error:
             self._selector.unregister(worker.channel)
-            return [{"kind": "end"}]
+            return [error]
 
     def close(self) -> None:
         """End every process and wait until it is gone: at most about two seconds. May be called again,
@@ -245,18 +246,22 @@ class Fleet:
                 raise StationFailed(names, f"not ready after {timeout:g} s",
                                     hint="Loading may just be slow here: give a longer start_timeout.")
             for worker, frame in self.receive(remaining):
-                match frame["kind"]:
-                    case "up":
+                match frame:
+                    case {"kind": "up"}:
                         missing.discard(worker.name)
-                    case "failed":
-                        raise _as_error(worker, frame)
-                    case "end":
+                    case {"kind": "failed", "error": str(error), "message": str(message), "hint": hint}:
+                        raise _as_error(worker, error, message, hint)
+                    case {"kind": "beat"}:
+                        pass  # it lives; that is all one asks of it here
+                    case EOFError():
                         raise StationFailed(worker.name, worker.epitaph())
+                    case _:
+                        raise StationFailed(worker.name, f"answers nonsense: {frame!s:.200}{worker.log_tail()}")
 
 
-def _as_error(worker: Worker, frame: Frame) -> FullpipeError:
+def _as_error(worker: Worker, error: str, message: str, hint: str | None) -> FullpipeError:
     """The error that a worker reported, of the same type when it is one of ours."""
-    kind = getattr(errors, frame["error"], None)
+    kind = getattr(errors, error, None)
     if isinstance(kind, type) and issubclass(kind, FullpipeError) and kind is not StationFailed:
-        return kind(f"{worker.name}: {frame['message']}", hint=frame["hint"])
-    return StationFailed(worker.name, f"{frame['error']}: {frame['message']}{worker.log_tail()}")
+        return kind(f"{worker.name}: {message}", hint=hint)
+    return StationFailed(worker.name, f"{error}: {message}{worker.log_tail()}")

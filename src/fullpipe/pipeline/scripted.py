@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.errors import UsageError
-from fullpipe.kvcache.slots import SlotTable
+from fullpipe.kvcache.slots import SlotTable, open_table
 from fullpipe.messages import Expansion, Flight, Part
 from fullpipe.pipeline.station import Tapped, Verdict
 
@@ -64,11 +64,13 @@ class ScriptedStage:
 
     def run(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32] | Verdict | Tapped:
         for opening in flight.opens:
-            self._tables[opening.request] = SlotTable(opening)
+            self._tables[opening.request] = open_table(self._tables, opening)
         if self.fail_at == flight.id:
             raise RuntimeError(f"scripted failure at flight {flight.id}")
         if self.delay_s:
             time.sleep(self.delay_s)
+        for part in flight.parts:
+            self._tables[part.request].apply(part)
         passed = self._pass_on(flight, hidden)
         answer = self._verdict(flight) if self.index == self.num_stages - 1 else passed
         for request in flight.closes:
@@ -89,7 +91,6 @@ class ScriptedStage:
         verdict = Verdict([], [], [])
         for part in flight.parts:
             table = self._tables[part.request]
-            table.apply(part)
             for row in (row for row in range(len(part)) if part.wants[row]):
                 verdict.nodes.append(part.nodes[row])
                 verdict.tokens.append(self._answer(table, part, row))

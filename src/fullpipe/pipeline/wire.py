@@ -41,6 +41,12 @@ _ALIGN = 64
 _LENGTH = struct.Struct("<I")
 _SIZES = struct.Struct("<QQ")
 _READ = 1 << 16
+_LONGEST = 1 << 26  # bytes of a frame; a prompt of a million tokens is a third of it
+_LARGEST = 1 << 32  # bytes of a hop; hidden rows of the longest prompts and widest models are less
+
+
+class NonsenseError(Exception):
+    """What arrived is no message of ours. Its text completes "station X answers nonsense: "."""
 
 
 @dataclass(slots=True)
@@ -62,8 +68,7 @@ class Arrival:
 def dump_flight(flight: Flight) -> list[Any]:
     """A flight, or draft job, as plain JSON values."""
     return [flight.id, [_dump_part(part) for part in flight.parts],
-            [[o.request, o.capacity, o.prompt_len, o.params.to_dict()] for o in flight.opens],
-            flight.closes, flight.top_k]
+            [_dump_opening(opening) for opening in flight.opens], flight.closes, flight.top_k]
 
 
 def load_flight(values: list[Any]) -> Flight:
@@ -78,8 +83,14 @@ def _dump_part(part: Part) -> list[Any]:
             part.wants]
 
 
-def _load_opening(request: int, capacity: int, prompt_len: int, params: dict[str, Any]) -> Opening:
-    return Opening(request, capacity, prompt_len, SamplingParams.from_dict(params))
+def _dump_opening(opening: Opening) -> list[Any]:
+    return [opening.request, opening.capacity, opening.prompt_len, opening.params.to_dict(), opening.copy_from,
+            opening.copied]
+
+
+def _load_opening(request: int, capacity: int, prompt_len: int, params: dict[str, Any], copy_from: int,
+                  copied: list[int]) -> Opening:
+    return Opening(request, capacity, prompt_len, SamplingParams.from_dict(params), copy_from, copied)
 
 
 def dump_leg(leg: Leg) -> list[Any]:
@@ -99,6 +110,20 @@ def frame_size(frame: Frame) -> int:
 
 def _body(frame: Frame) -> bytes:
     return json.dumps(frame, separators=(",", ":")).encode()
+
+
+def _frame(body: bytearray) -> Frame:
+    frame = _read_json(body)
+    if type(frame) is not dict:
+        raise NonsenseError(f"a frame that is no object but {frame!r:.60}")
+    return frame
+
+
+def _read_json(text: bytes | bytearray) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 are a ValueError too
+        raise NonsenseError(f"{bytes(text[:40])!r}, which is not JSON ({error})") from error
 
 
 class Channel:
@@ -124,7 +149,8 @@ class Channel:
             self._sock.sendall(_LENGTH.pack(len(body)) + body)
 
     def receive(self) -> list[Frame]:
-        """Wait for bytes and return the frames that are whole by now: maybe none. `EOFError` at the end."""
+        """Wait for bytes and return the frames that are whole by now: maybe none. `EOFError` at the end;
+        `NonsenseError` for bytes that are no frame, after which nothing can be read any more."""
         try:
             data = self._sock.recv(_READ)
         except ConnectionError:
@@ -136,11 +162,13 @@ class Channel:
         at, end = 0, len(self._unread)
         while end - at >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._unread, at)
+            if length > _LONGEST:
+                raise NonsenseError(f"a frame of {length} bytes, when none has more than {_LONGEST}")
             body = at + _LENGTH.size
             if end - body < length:
                 break
             at = body + length
-            frames.append(json.loads(self._unread[body:at]))
+            frames.append(_frame(self._unread[body:at]))
         del self._unread[:at]
         return frames
 
@@ -169,16 +197,24 @@ def pack(header: Any, hidden: Any, least: int = 0) -> Bytes:
 
 
 def packed_size(message: Bytes) -> int:
-    """How many bytes `pack` needed, read from the first 16 of them; padding is not counted."""
-    size: int = _SIZES.unpack_from(message.data, 0)[0]
-    return size
+    """How many bytes `pack` needed, read from the first 16 of them; padding is not counted. Raises `NonsenseError` for
+    sizes that cannot be."""
+    size, header = _SIZES.unpack_from(message.data, 0)
+    if not _SIZES.size + header <= size <= _LARGEST:
+        raise NonsenseError(f"a message of {size} bytes with a header of {header}")
+    return int(size)
 
 
 def unpack(message: Bytes) -> tuple[Any, Any]:
-    """The header and the hidden rows that `pack` was given; the rows share the message's memory."""
-    end, length = _SIZES.unpack_from(message.data, 0)
-    header, described = json.loads(message[_SIZES.size:_SIZES.size + length].tobytes())
-    return header, _restore(described, message[_padded(_SIZES.size + length):end])
+    """The header and the hidden rows that `pack` was given; the rows share the message's memory. Raises
+    `NonsenseError` for what `pack` never made."""
+    end, (_, length) = packed_size(message), _SIZES.unpack_from(message.data, 0)
+    head = _read_json(message[_SIZES.size:_SIZES.size + length].tobytes())
+    try:
+        header, described = head
+        return header, _restore(described, message[_padded(_SIZES.size + length):end])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise NonsenseError(f"a message that cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _padded(size: int) -> int:

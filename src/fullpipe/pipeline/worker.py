@@ -40,6 +40,7 @@ from typing import Any, NoReturn, cast
 
 from fullpipe.errors import FullpipeError, PipelineError
 from fullpipe.messages import Expansion, Flight, Leg, Tap
+from fullpipe.pipeline.answers import sensible
 from fullpipe.pipeline.emulation import Around, Inbound, Outbox, sleep_until, wake_promptly
 from fullpipe.pipeline.inprocess import drop_rows
 from fullpipe.pipeline.links import Link, Wire
@@ -48,8 +49,10 @@ from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.station import SourceLike, StageLike, TapCount, TapReader, tap_reader, untapped
 from fullpipe.pipeline.wire import (
     Arrival,
+    Bytes,
     Channel,
     Frame,
+    NonsenseError,
     dump_expansion,
     dump_flight,
     dump_leg,
@@ -155,10 +158,10 @@ class Outgoing:
 
 
 class Incoming:
-    """The other end of an `Outgoing`."""
+    """The other end of an `Outgoing`. name: whose, for words about it."""
 
     def __init__(self, rank: int, name: str) -> None:
-        self._rank, self._name = rank, name
+        self._rank, self.name = rank, name
         self._opening: tuple[Any, Any] | None = None  # handle of the posted receive, and its tensor
 
     def expect(self) -> None:
@@ -167,23 +170,31 @@ class Incoming:
         import torch.distributed as dist
 
         message = torch.empty(_OPENING, dtype=torch.uint8)
-        with _gone(self._name):
+        with _gone(self.name):
             self._opening = dist.irecv(message, src=self._rank), message
 
     def receive(self) -> tuple[Any, Any, int]:
-        """Wait for the message that was let come: its header, hidden rows and bytes. Raises `NeighbourLostError`."""
+        """Wait for the message that was let come: its header, three values, its hidden rows and its bytes. Raises
+        `NeighbourLostError`, and `NonsenseError` for what is no message."""
         import torch
         import torch.distributed as dist
 
         assert self._opening is not None, "expect() comes first"
         handle, message = self._opening
-        with _gone(self._name):
+        with _gone(self.name):
             handle.wait()
             size = packed_size(message.numpy())
             if (missing := size - _OPENING) > 0:
                 message = torch.cat([message, torch.empty(missing, dtype=torch.uint8)])
                 dist.recv(message[_OPENING:], src=self._rank)
-        return *unpack(message.numpy()), size
+        return *self.understood(message.numpy()), size
+
+    def understood(self, message: Bytes) -> tuple[list[Any], Any]:
+        """Header and hidden rows of a whole message. Raises `NonsenseError`."""
+        header, rows = unpack(message)
+        if type(header) is not list or len(header) != 3 or rows is None:
+            raise NonsenseError(f"a message of {self.name}'s that says {header!r:.60}")
+        return header, rows
 
 
 class Neighbours:
@@ -221,7 +232,8 @@ class Neighbours:
 
     def _receive(self) -> Arrival:
         (flight, legs, sent), hidden, size = self._before.receive()
-        return Arrival(load_flight(flight), legs, hidden, sent, size, sent)
+        with sensible(f"a message of {self._before.name}'s"):
+            return Arrival(_loaded(flight, hidden), legs, hidden, sent, size, float(sent))
 
     def finish_sending(self) -> None:
         """Wait until the stage after has received what was sent. Raises `NeighbourLostError`."""
@@ -261,8 +273,22 @@ def receive_taps(stage: int, link: Link, deliver: Callable[[TapArrival], None]) 
     while True:
         way.expect()
         (flight, layers, sent), features, size = way.receive()
-        sleep_until(wire.arrival(sent, size))
-        deliver(TapArrival(Tap(load_flight(flight), layers, features), size))
+        with sensible(f"a tap of stage {stage}'s"):
+            tap, due = Tap(_loaded(flight, features), layers, features), wire.arrival(float(sent), size)
+        sleep_until(due)
+        deliver(TapArrival(tap, size))
+
+
+def _loaded(values: list[Any], rows: Any) -> Flight:
+    """A neighbour's flight, with as many rows as came along."""
+    flight = load_flight(values)
+    for part in flight.parts:
+        columns = (part.nodes, part.tokens, part.positions, part.slots, part.paths, part.wants)
+        if {len(column) for column in columns} != {len(part)}:
+            raise ValueError(f"lists of different lengths in flight {flight.id}")
+    if len(rows) != flight.num_rows:
+        raise ValueError(f"{len(rows)} rows came along with the {flight.num_rows} of flight {flight.id}")
+    return flight
 
 
 @contextmanager
@@ -422,9 +448,10 @@ def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int
         if first:  # said before handing on, so that the answer is on its way meanwhile
             host.send_ready({"kind": "ready"})
         if last:
+            told = {"logprobs": result.logprobs} if result.logprobs else {}
             host.send_answer({"kind": "landed", "flight": flight.id, "nodes": result.nodes,
                               "tokens": result.tokens, "margins": result.margins, "others": result.others,
-                              "legs": legs})
+                              "legs": legs} | told)
         else:
             neighbours.send(flight, legs, result)
         if tap and taps:  # last of all, so that it delays nobody

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fullpipe.errors import UsageError
-from fullpipe.kvcache.slots import SlotTable
-from fullpipe.messages import Expansion, Flight, Part
+from fullpipe.kvcache.slots import SlotTable, open_table
+from fullpipe.messages import Expansion, Flight, Opening, Part
 
 _LOOK_BACK = 16  # occurrences of one n-gram that a lookup looks at; keeps its cost flat on endless repeats
 _RANKS = 4  # rates are kept for the first, second, third and any later choice
@@ -178,8 +178,7 @@ class NgramSource:
 
     def run(self, job: Flight) -> list[Expansion]:
         for opening in job.opens:
-            index = NgramIndex(min_n=self._min_n, max_n=self._max_n)
-            self._readers[opening.request] = _Reader(SlotTable(opening), index)
+            self._open(opening)
         expansions = []
         for part in job.parts:
             reader = self._readers[part.request]
@@ -189,6 +188,12 @@ class NgramSource:
         for request in job.closes:
             self._readers.pop(request, None)
         return expansions
+
+    def _open(self, opening: Opening) -> None:
+        """A text that is copied is indexed with the first part of the new request, like a prompt."""
+        table = open_table({request: reader.table for request, reader in self._readers.items()}, opening)
+        if opening.request not in self._readers:
+            self._readers[opening.request] = _Reader(table, NgramIndex(min_n=self._min_n, max_n=self._max_n))
 
     def _expand(self, reader: _Reader, part: Part, row: int, top_k: int) -> Expansion:
         expansion = Expansion(part.nodes[row], [], [], [])

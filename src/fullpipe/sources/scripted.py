@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fullpipe.kvcache.slots import SlotTable
+from fullpipe.kvcache.slots import SlotTable, open_table
 from fullpipe.messages import Expansion, Flight, Part, Tap
 from fullpipe.pipeline.scripted import Truth, answerer, hash_token, tap_features
 
@@ -35,7 +35,7 @@ class ScriptedSource:
 
     def run(self, job: Flight) -> list[Expansion]:
         for opening in job.opens:
-            self._tables[opening.request] = SlotTable(opening)
+            self._tables[opening.request] = open_table(self._tables, opening)
         expansions = []
         for part in job.parts:
             table = self._tables[part.request]

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fullpipe.errors import UsageError
 from fullpipe.kvcache.slots import SlotTable
 from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
 from fullpipe.model.sampling import RowContext, rank
@@ -73,11 +74,26 @@ class _Reader:
         self.waiting: dict[int, _Question] = {}  # asked about, and not answered yet
         self.over = False  # nobody wants answers any more
 
+    def enlarge(self, capacity: int) -> None:
+        """Make room for `capacity` slots, if there is less."""
+        more = capacity - len(self.features)
+        if more <= 0:
+            return
+        self.features = F.pad(self.features, (0, 0, 0, 0, 0, more))
+        self.past = [(F.pad(keys, (0, 0, 0, 0, 0, more)), F.pad(values, (0, 0, 0, 0, 0, more)))
+                     for keys, values in self.past]
+        self.known = np.pad(self.known, ((0, more), (0, 0)))
+        self.token, self.position = np.pad(self.token, (0, more)), np.pad(self.position, (0, more))
+        self.flight = np.pad(self.flight, (0, more), constant_values=-1)
+        self.owner = np.pad(self.owner, (0, more), constant_values=_NOBODY)
+        self.sent = np.pad(self.sent, (0, more), constant_values=_NOBODY)
+
     def take(self, flight: int, part: Part, layers: Sequence[int], features: Tensor) -> None:
         """layers: which taps these are, as indices. Stages have links of their own, so a later stage's taps may come
         before an earlier one's, and those of a node that died after those of the slot's next owner. Flights tell
         which owner is the newer one; ids of nodes do not, for a node may be launched long after it was made."""
         slots, nodes = np.asarray(part.slots, np.int64), np.asarray(part.nodes, np.int64)
+        self.enlarge(1 + max(part.slots, default=-1))  # the job that says so may be slower than the taps
         fresh = self.flight[slots] < flight
         new = slots[fresh]
         self.flight[new], self.owner[new], self.known[new] = flight, nodes[fresh], False
@@ -177,6 +193,9 @@ class SpdSource:
         columns = [column for column, layer in enumerate(tap.layers) if layer in self._taps]
         layers = [self._taps.index(tap.layers[column]) for column in columns]
         features, start = torch.as_tensor(tap.features)[:, columns], 0
+        for opening in tap.flight.opens:
+            if opening.request in self._readers:
+                self._readers[opening.request].enlarge(opening.capacity)
         for part in tap.flight.parts:
             rows = features[start : start + len(part)]
             start += len(part)
@@ -233,15 +252,26 @@ class SpdSource:
             return
         self._admitted = job.id
         for opening in job.opens:
-            self._newest = opening.request
-            reader = _Reader(opening, self._config, len(self._taps), self._dtype)
-            reader.over = opening.request in self._over
-            self._readers[opening.request] = reader
-            for flight, part, layers, rows in self._early.pop(opening.request, []):
-                reader.take(flight, part, layers, rows)
+            if opening.request in self._readers:
+                self._readers[opening.request].table.enlarge(opening.capacity)
+                self._readers[opening.request].enlarge(opening.capacity)
+            else:
+                self._open(opening)
         self._over = {request for request in self._over if request > self._newest}
         for part in job.parts:
             self._readers[part.request].apply(part)
+
+    def _open(self, opening: Opening) -> None:
+        if opening.copy_from >= 0:
+            raise UsageError(f"request {opening.request} cannot begin as a copy of request {opening.copy_from}: this "
+                             "draft reads hidden states of every prompt row, and of copied rows the stages send none",
+                             hint="Compute the prompts of all requests in full with this method: no prefix reuse.")
+        self._newest = opening.request
+        reader = _Reader(opening, self._config, len(self._taps), self._dtype)
+        reader.over = opening.request in self._over
+        self._readers[opening.request] = reader
+        for flight, part, layers, rows in self._early.pop(opening.request, []):
+            reader.take(flight, part, layers, rows)
 
     def _can_answer(self, reader: _Reader, question: _Question) -> bool:
         completed = reader.completed()

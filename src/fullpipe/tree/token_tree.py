@@ -299,24 +299,19 @@ class TokenTree:
         cum = next(cum for cum, known in node.guesses if known == token)
         return self._new(token, node, node.position + 1, cum)
 
+    def unlaunched(self, floor: float) -> Candidates:
+        """What `take_unlaunched` would name, one at a time. The caller launches what it takes, before anything else
+        happens to the tree."""
+        return Candidates(self, self._unlaunched, lambda node: node.state is State.PROPOSED, floor)
+
+    def unasked(self, floor: float) -> Candidates:
+        """The same of `take_unasked`."""
+        return Candidates(self, self._unasked, self._is_askable, floor)
+
     def _take(self, heap: list[_Entry], usable: Callable[[Node], bool], limit: int, floor: float) -> list[Node]:
-        least = self.root.cum + floor
-        taken: list[Node] = []
-        ids: set[int] = set()
-        frontier = self._best_frontier()
-        while len(taken) < limit:
-            # A node that moved has several entries: those of other places are stale, one of this place is enough.
-            while heap and not (usable(heap[0][3]) and heap[0][3].cum == -heap[0][0] and heap[0][3].id not in ids):
-                heapq.heappop(heap)
-            best = -heap[0][0] if heap else -math.inf
-            if frontier is not None and frontier.guesses[-1][0] > max(best, least):
-                self._child(frontier, frontier.guesses[-1][1])
-                frontier = self._best_frontier()
-            elif heap and best >= least:
-                taken.append(heapq.heappop(heap)[3])
-                ids.add(taken[-1].id)
-            else:
-                break
+        candidates, taken = Candidates(self, heap, usable, floor), []
+        while len(taken) < limit and candidates.best() is not None:
+            taken.append(candidates.take())
         return taken
 
     def _best_frontier(self) -> Node | None:
@@ -434,6 +429,41 @@ class TokenTree:
                 assert child.state is State.PROPOSED or node.state is not State.PROPOSED, \
                     f"{child} was launched before its parent"
                 assert child.state is not State.LANDED or node.state is State.LANDED
+
+
+class Candidates:
+    """The nodes of one of a tree's heaps, best first; guesses become nodes as they are reached.
+
+    floor: log of the least path probability given the root.
+    """
+
+    __slots__ = ("_heap", "_ids", "_least", "_tree", "_usable")
+
+    def __init__(self, tree: TokenTree, heap: list[_Entry], usable: Callable[[Node], bool], floor: float) -> None:
+        self._tree, self._heap, self._usable = tree, heap, usable
+        self._least = tree.root.cum + floor
+        self._ids: set[int] = set()  # taken
+
+    def best(self) -> float | None:
+        """Log path probability, given the root, of what `take` would return; None when nothing is left."""
+        tree, heap = self._tree, self._heap
+        while True:
+            # A node that moved has several entries: those of other places are stale, one of this place is enough.
+            while heap and not (self._usable(heap[0][3]) and heap[0][3].cum == -heap[0][0]
+                                and heap[0][3].id not in self._ids):
+                heapq.heappop(heap)
+            best = -heap[0][0] if heap else -math.inf
+            frontier = tree._best_frontier()
+            if frontier is not None and frontier.guesses[-1][0] > max(best, self._least):
+                tree._child(frontier, frontier.guesses[-1][1])
+                continue
+            return best - tree.root.cum if heap and best >= self._least else None
+
+    def take(self) -> Node:
+        """The best one; `best` has just been asked and was not None."""
+        node = heapq.heappop(self._heap)[3]
+        self._ids.add(node.id)
+        return node
 
 
 def _direct(expansion: Expansion) -> dict[int, float]:

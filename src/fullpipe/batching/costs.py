@@ -1,0 +1,64 @@
+"""What a row more costs: seconds of a station by rows."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+
+from fullpipe.errors import UsageError
+
+KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows at which a curve is measured
+
+
+class CostCurve:
+    """Seconds by rows: straight between the points that are known, constant before the first, on along the last piece.
+
+    points: rows -> seconds. What was measured wavers, and a curve that fell would make rows worth having for their own
+    sake: each point counts as at least as slow as those before it.
+
+    Raises UsageError for a curve without points, and for rows or seconds that are not above 0.
+    """
+
+    def __init__(self, points: Mapping[int, float]) -> None:
+        if not points or min(points) < 1 or min(points.values()) <= 0:
+            raise UsageError("a cost curve needs points of at least one row, and seconds above 0")
+        self.rows = sorted(points)
+        self.seconds: list[float] = []
+        for rows in self.rows:
+            self.seconds.append(max(points[rows], self.seconds[-1] if self.seconds else 0.0))
+
+    @classmethod
+    def of(cls, seconds: Callable[[int], float], knots: Iterable[int] = KNOTS) -> CostCurve:
+        """From a function that gives seconds by rows."""
+        return cls({rows: seconds(rows) for rows in knots})
+
+    @classmethod
+    def slowest(cls, curves: Iterable[CostCurve]) -> CostCurve:
+        """Of several stations in a row: that of the slowest at each number of rows, which the others wait for."""
+        curves = list(curves)
+        knots = sorted({rows for curve in curves for rows in curve.rows})
+        return cls({rows: max(curve(rows) for curve in curves) for rows in knots})
+
+    def __call__(self, rows: int) -> float:
+        """Seconds of a flight of so many rows; 0 without rows."""
+        if rows <= 0:
+            return 0.0
+        if rows <= self.rows[0]:
+            return self.seconds[0]
+        piece = min(bisect_right(self.rows, rows - 1), len(self.rows) - 1)
+        return self.seconds[piece] + (rows - self.rows[piece]) * self.marginal(rows - 1)
+
+    def marginal(self, rows: int) -> float:
+        """Seconds that a row more takes where there are `rows` already."""
+        piece = min(bisect_right(self.rows, rows), len(self.rows) - 1)
+        if not piece:
+            return 0.0
+        return (self.seconds[piece] - self.seconds[piece - 1]) / (self.rows[piece] - self.rows[piece - 1])
+
+    def most_rows(self, seconds: float, limit: int) -> int:
+        """The most rows, up to `limit`, that take no longer than `seconds`; 0 when not even one does."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self(middle) <= seconds else (low, middle - 1)
+        return low

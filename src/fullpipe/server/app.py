@@ -1,0 +1,404 @@
+"""The HTTP application: OpenAI's endpoints over a `Service`. It decides nothing about tokens.
+
+A request is checked, its prompts are tokenised in a thread, each choice becomes a ticket, and from there on news come
+from the engine's thread through a mailbox (`answer.py`). The first news are waited for before anything is sent, so that
+what fails at once has a status of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio.to_thread
+import pydantic_core
+from anyio import CapacityLimiter
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from fullpipe import __version__
+from fullpipe.errors import FullpipeError, PromptError, UsageError
+from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.request import SamplingParams
+from fullpipe.server.answer import Answer, ClientGone, News
+from fullpipe.server.guard import Guard, Keyring, ServerOptions, log, request_id
+from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, problem_of, retry_after, told
+from fullpipe.server.protocol import (
+    ChatCompletion,
+    ChatRequest,
+    CompletionRequest,
+    Health,
+    ModelCard,
+    ModelList,
+    Options,
+    Readiness,
+    TextCompletion,
+    Version,
+)
+from fullpipe.server.replies import ChatReplies, Replies, TextReplies, usage_of
+from fullpipe.server.service import Service
+
+__all__ = ["ServedModel", "ServerOptions", "create_app"]
+
+Metrics = Callable[[], tuple[bytes, str]]
+"""What Prometheus reads, and its content type."""
+
+_DONE = "data: [DONE]\n\n"
+_TOKENISERS = 4  # threads at most: the stages need the cores
+_COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of max_tokens for completions; a chat's is what room there is
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """names: all that callers may use; the first is the one that is told. created: seconds since 1970.
+    max_model_len: tokens of prompt and answer together."""
+
+    names: Sequence[str]
+    tokenizer: Tokenizer
+    max_model_len: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def card(self, name: str) -> ModelCard:
+        return ModelCard(id=name, created=self.created, root=self.names[0], max_model_len=self.max_model_len)
+
+
+def create_app(service: Service, model: ServedModel, options: ServerOptions | None = None,
+               extras: Sequence[APIRouter] = (), *, metrics: Metrics | None = None) -> FastAPI:
+    """The application, which neither starts nor stops the service.
+
+    extras: routers of others, outside /v1 and so without a key. metrics: what /metrics answers.
+    """
+    options = options or ServerOptions()
+    app = FastAPI(title="Fullpipe", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    for kind in (HTTPException, RequestValidationError, FullpipeError):
+        app.add_exception_handler(kind, _answer_with_problem)
+    app.state.keyring = Keyring(options.api_keys)
+    app.include_router(_openai_routes(_Desk(service, model, options), options))
+    app.include_router(_house_routes(service, metrics))
+    for router in extras:
+        app.include_router(router)
+    app.add_middleware(Guard, options=options)
+    if options.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["*"],
+                           allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])
+    return app
+
+
+def _answer_with_problem(request: Request, error: Exception) -> Response:
+    problem = problem_of(error)
+    if problem.status_code >= 500:
+        log.warning("%s %s", request_id(request.scope), error)
+    return problem.response()
+
+
+# ---- routes ----------------------------------------------------------------------------------------------------------
+
+
+def _refusals(**which: str) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: these statuses have the error's shape."""
+    return {key.removeprefix("s"): {"model": ErrorBody, "description": text} for key, text in which.items()}
+
+
+_CLOSED = _refusals(s401="No valid API key", s429="Too many requests at once")
+_ASKING = _CLOSED | _refusals(
+    s400="Something in the request cannot be done", s404="Unknown model", s408="The body came too slowly",
+    s413="The body is too large", s415="The body is not JSON", s500="The request failed",
+    s503="The service takes no requests now", s4XX="Any other refusal",
+)
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, or with `stream` its chunks as server-sent events",
+          "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+}
+
+
+class _GuardedRoute(APIRoute):
+    """Asks for a key, wherever the application is mounted, before a byte of the body is read. Of bodies it takes JSON
+    alone."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            keyring: Keyring = request.app.state.keyring
+            keyring.check(request.headers)
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if self.body_field is not None and kind != "application/json":
+                raise Problem(415, f"the content type must be application/json (got {kind[:60]!r})")
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return guarded
+
+
+class _JsonRequest(Request):
+    """JSON as the standard has it: no NaN, no lone surrogates, no bottomless nesting."""
+
+    async def json(self) -> Any:
+        try:
+            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise Problem(400, f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def _openai_routes(desk: _Desk, options: ServerOptions) -> APIRouter:
+    # The route looks at keys; the dependency only says in the document that there is one.
+    key = [Depends(HTTPBearer(auto_error=False))] if options.api_keys else []
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=key, route_class=_GuardedRoute)
+
+    @router.post("/chat/completions", response_model=ChatCompletion, responses=_ASKING | _STREAM)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await desk.chat(body, request)
+
+    @router.post("/completions", response_model=TextCompletion, responses=_ASKING | _STREAM)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await desk.complete(body, request)
+
+    @router.get("/models", responses=_CLOSED)
+    async def models() -> ModelList:
+        return ModelList(data=[desk.model.card(name) for name in desk.model.names])
+
+    @router.get("/models/{name:path}", responses=_CLOSED | _refusals(s404="Unknown model", s4XX="Any other refusal"))
+    async def one_model(name: str) -> ModelCard:
+        return desk.model.card(desk.known(name))
+
+    return router
+
+
+def _house_routes(service: Service, metrics: Metrics | None) -> APIRouter:
+    router = APIRouter(tags=["House"])
+
+    @router.get("/health")
+    async def health() -> Health:
+        """Answers as long as the process does."""
+        return Health()
+
+    @router.get("/ready", response_model=Readiness, responses=_refusals(s503="Not ready; Retry-After says when to ask"))
+    async def ready() -> Response:
+        """200 while requests are answered without delay by a start or a rebuilding."""
+        status = service.status()
+        now = Readiness(state=status.state, running=status.running, waiting=status.waiting, restarts=status.restarts,
+                        last_failure=status.last_failure).model_dump()
+        if status.state == "ready":
+            return JSONResponse(now)
+        because = f" after {status.last_failure}" if status.last_failure else ""
+        return Problem(503, f"the service is {status.state}{because}", code=status.state,
+                       headers=retry_after(status.retry_after_s)).response(**now)
+
+    @router.get("/version")
+    async def version() -> Version:
+        return Version(version=__version__)
+
+    if metrics is not None:
+        @router.get("/metrics", response_class=Response,
+                    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+        async def prometheus() -> Response:
+            content, kind = metrics()
+            return Response(content, headers={"content-type": kind})
+
+    return router
+
+
+# ---- asking the service ----------------------------------------------------------------------------------------------
+
+
+class _Desk:
+    """Takes requests to the service and brings back answers."""
+
+    def __init__(self, service: Service, model: ServedModel, options: ServerOptions) -> None:
+        self.model = model
+        self._service = service
+        self._options = options
+        self._limiter: CapacityLimiter | None = None  # belongs to the loop, so it is made there
+
+    def known(self, name: str) -> str:
+        if name not in self.model.names:
+            raise Problem(404, f"there is no model {name[:80]!r}; this server has {', '.join(self.model.names)}",
+                          param="model", code="model_not_found")
+        return name
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Problem(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        messages = [message.plain() for message in body.messages]
+        replies = ChatReplies(request_id(request.scope), int(time.time()), self.known(body.model),
+                              self.model.tokenizer, bool(body.logprobs))
+        return await self._answer(
+            body, request, replies, [lambda: self.model.tokenizer.chat(messages)], "messages",
+            most=body.max_completion_tokens or body.max_tokens or self.model.max_model_len,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        if body.best_of not in (None, body.n or 1):
+            raise Problem(400, "'best_of' is not supported: all that is made is returned, so it must be n",
+                          param="best_of", code="unsupported_parameter")
+        replies = TextReplies(request_id(request.scope), int(time.time()), self.known(body.model),
+                              self.model.tokenizer, body.logprobs is not None)
+        return await self._answer(body, request, replies, [self._encoder(prompt) for prompt in body.prompts()],
+                                  "prompt", most=body.max_tokens or _COMPLETION_TOKENS, logprobs=body.logprobs)
+
+    def _encoder(self, prompt: str | list[int]) -> Callable[[], list[int]]:
+        if isinstance(prompt, str):
+            return lambda: self.model.tokenizer.encode(prompt, add_special=True)
+        return lambda: self._check_tokens(prompt, "prompt")
+
+    def _check_tokens(self, ids: Iterable[int | str], field: str) -> list[int]:
+        tokens = [int(id) for id in ids]
+        if (bad := next((token for token in tokens if token not in self.model.tokenizer.tokens), None)) is not None:
+            raise Problem(400, f"{field}: the model has no token {bad}", param=field)
+        return tokens
+
+    async def _answer(self, body: Options, request: Request, replies: Replies,
+                      encoders: Sequence[Callable[[], list[int]]], field: str, *, most: int,
+                      logprobs: int | None) -> Response:
+        """field: what a fault of a prompt is blamed on. most: new tokens at most, if there is room for them."""
+        n = body.n or 1
+        if n * len(encoders) > self._options.max_choices:
+            raise Problem(400, f"{n * len(encoders)} texts are asked for; one request may ask for "
+                               f"{self._options.max_choices}", param="n")
+        if body.stream_options is not None and not body.stream:
+            raise Problem(400, "stream_options needs stream to be true", param="stream_options")
+        answer = Answer(self._service, request.receive)
+        try:
+            prompts = await self._tokenise(encoders, field)
+            self._check_tokens(body.logit_bias or (), "logit_bias")
+            seed = _base_seed(body)
+            for number, tokens in enumerate(prompts):
+                for i in range(n):
+                    self._submit(answer, number, tokens, field, body, most, logprobs, (seed + i) % 2**64)
+            log.debug("%s tickets %s", request_id(request.scope), [choice.ticket.id for choice in answer.choices])
+            if body.stream:
+                first = _checked(await answer.news())
+                events = self._events(body, answer, replies, first, request_id(request.scope))
+                return _EventStream(events, answer, self._options.write_timeout_s)
+            while not answer.done:
+                for news in _checked(await answer.news()):
+                    replies.add(news)
+        except ClientGone:
+            answer.close()
+            return Response(status_code=499)  # nginx's word for it; only the log sees it
+        except BaseException:
+            answer.close()
+            raise
+        answer.close()
+        return _json(replies.full(answer.choices, usage_of(answer.choices)))
+
+    async def _tokenise(self, encoders: Sequence[Callable[[], list[int]]], field: str) -> list[list[int]]:
+        self._limiter = self._limiter or CapacityLimiter(_TOKENISERS)
+        try:
+            return await anyio.to_thread.run_sync(lambda: [encode() for encode in encoders], limiter=self._limiter)
+        except UsageError as error:
+            raise Problem(400, told(error), param=field) from error
+
+    def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, most: int,
+                logprobs: int | None, seed: int) -> None:
+        room = self.model.max_model_len - len(tokens)
+        if room < 1:
+            raise Problem(400, f"the prompt has {len(tokens)} tokens; prompt and answer together may have "
+                               f"{self.model.max_model_len}", param=field, code=TOO_LONG)
+        try:
+            params = _params(body, seed=seed, max_tokens=min(most, room), logprobs=logprobs)
+            answer.submit(number, tokens, params, priority=body.priority or 0,
+                          timeout_s=self._options.request_timeout_s)
+        except PromptError as error:
+            raise Problem(400, told(error), param=field, code=TOO_LONG if tokens else None) from error
+
+    async def _events(self, body: Options, answer: Answer, replies: Replies, news: list[News],
+                      id: str) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, all that is new in one piece."""
+        options = body.stream_options
+        at_end = options is not None and bool(options.include_usage)
+        always = at_end and options is not None and bool(options.continuous_usage_stats)
+        while True:
+            usage = usage_of(answer.choices) if always else None
+            lines = [_event(chunk) for one in news for chunk in replies.chunks(one, usage)]
+            if (problem := _failure(news)) is not None:
+                log.warning("%s %s", id, problem.error.message)
+                yield "".join([*lines, f"data: {problem.event()}\n\n", _DONE]).encode()
+                return
+            if answer.done:
+                break
+            if lines:
+                yield "".join(lines).encode()
+            news = await answer.news()
+        if at_end:
+            lines.append(_event(replies.last(usage_of(answer.choices))))
+        yield "".join([*lines, _DONE]).encode()
+
+
+class _EventStream(Response):
+    """Sends events until they end, the reader goes, or takes nothing for `write_timeout_s`. Closes `answer` then."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], answer: Answer, write_timeout_s: float) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._answer = answer
+        self._write_timeout_s = write_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for piece in self._events:
+                async with asyncio.timeout(self._write_timeout_s):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            log.info("%s closed by the caller", request_id(scope))
+        except TimeoutError:
+            log.warning("%s took nothing for %g s", request_id(scope), self._write_timeout_s)
+        finally:
+            self._answer.close()
+            await self._events.aclose()
+
+
+def _json(model: BaseModel) -> Response:
+    return Response(model.model_dump_json(), media_type="application/json")
+
+
+def _event(chunk: BaseModel) -> str:
+    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+
+
+def _failure(batch: list[News]) -> Problem | None:
+    for news in batch:
+        if news.choice.reason == "error":
+            return Problem(500, f"the request failed: {news.choice.error or 'the engine gave no reason'}",
+                           code="engine_error")
+    return None
+
+
+def _checked(batch: list[News]) -> list[News]:
+    if (problem := _failure(batch)) is not None:
+        raise problem
+    return batch
+
+
+def _base_seed(body: Options) -> int:
+    """Seed of the first choice. Who names none gets another text each time, but at temperature 0 nothing is drawn."""
+    if body.seed is not None:
+        return body.seed % 2**64
+    return 0 if body.temperature == 0 else secrets.randbits(63)
+
+
+def _params(body: Options, *, seed: int, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    """OpenAI's defaults: temperature 1, no filters, no penalties."""
+    named = {name: value for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+                                      "repetition_penalty", "ignore_eos")
+             if (value := getattr(body, name)) is not None}
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature, seed=seed, max_tokens=max_tokens,
+        logprobs=logprobs, logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()), **named)

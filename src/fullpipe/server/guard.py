@@ -1,0 +1,163 @@
+"""What stands before the application: who may come in, how much they may send, and a line in the log for each."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fullpipe.server.problems import Problem, problem_of, retry_after
+
+log = logging.getLogger("fullpipe.server")
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Limits and doors.
+
+    api_keys: any of them opens /v1; none: it is open. max_body_bytes: of one request. body_timeout_s: for it to arrive.
+    write_timeout_s: how long a reader may take nothing before it counts as gone. request_timeout_s: until a request's
+    deadline; None: none. max_connections: requests at once (probes not counted); more get 429. max_choices: texts asked
+    for by one request, prompts times n. allowed_origins: of web pages elsewhere (CORS); none by default.
+    """
+
+    api_keys: Sequence[str] = ()
+    max_body_bytes: int = 4 * 2**20
+    body_timeout_s: float = 60.0
+    write_timeout_s: float = 60.0
+    request_timeout_s: float | None = None
+    max_connections: int = 512
+    max_choices: int = 256
+    allowed_origins: Sequence[str] = ()
+
+
+def request_id(scope: Scope) -> str:
+    """The id that the log and the caller know the request by."""
+    return str(scope["fullpipe.request_id"])
+
+
+class Keyring:
+    """Who may come in. Empty: everybody."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = [key.encode() for key in keys]
+
+    def check(self, headers: Headers) -> None:
+        """Raises `Problem` without a key that fits; takes as long whichever does, and however much of one does."""
+        given = headers.getlist("authorization")
+        scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
+        offered = key.strip().encode("latin-1")
+        fits = [hmac.compare_digest(offered, own) for own in self._keys]
+        if self._keys and not (scheme.lower() == "bearer" and any(fits)):
+            raise Problem(401, "no valid API key was given; send it as `Authorization: Bearer KEY`",
+                          code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+class Guard:
+    """ASGI middleware. Bounds what comes in, gives every answer an `x-request-id` (the caller's own if it is fit to be
+    printed), and turns what nobody caught into a 500 of the usual shape."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        self._app = app
+        self._options = options
+        self._inside = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        scope["fullpipe.request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        reply = _Reply(send, request_id(scope))
+        begun = time.monotonic()
+        self._inside += 1
+        try:
+            await self._serve(scope, headers, receive, reply)
+        except Exception as error:
+            log.exception("%s failed", request_id(scope))
+            if reply.status:
+                raise  # the server closes the connection: what was begun cannot be taken back
+            await problem_of(error).response()(scope, receive, reply)
+        finally:
+            self._inside -= 1
+            log.info("%s %s %s %d %.3f s", request_id(scope), scope["method"], _printable(scope),
+                     reply.status, time.monotonic() - begun)
+        return None
+
+    async def _serve(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
+        problem = self._refusal(scope["path"], headers)
+        if problem is not None:
+            await problem.response()(scope, receive, reply)
+        else:
+            await self._app(scope, _Limited(receive, self._options), reply)
+
+    def _refusal(self, path: str, headers: Headers) -> Problem | None:
+        if self._inside > self._options.max_connections and path not in _PROBES:
+            return Problem(429, f"{self._options.max_connections} requests are being served already",
+                           code="rate_limit_exceeded", headers=retry_after(1))
+        length = headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:20]) > self._options.max_body_bytes:
+            return _too_large(self._options)
+        return None
+
+
+class _Reply:
+    """`send`, which remembers the status and adds the id."""
+
+    def __init__(self, send: Send, id: str) -> None:
+        self._send = send
+        self._id = id
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._id
+        await self._send(message)
+
+
+class _Limited:
+    """`receive`, which raises `Problem` once the body is too large or late. After the body it only waits."""
+
+    def __init__(self, receive: Receive, options: ServerOptions) -> None:
+        self._receive = receive
+        self._options = options
+        self._deadline = asyncio.get_running_loop().time() + options.body_timeout_s
+        self._taken = 0
+        self._complete = False
+
+    async def __call__(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise Problem(408, f"the body did not arrive within {self._options.body_timeout_s:g} s",
+                          headers={"Connection": "close"}) from None
+        self._taken += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._taken > self._options.max_body_bytes:
+            raise _too_large(self._options)
+        return message
+
+
+def _too_large(options: ServerOptions) -> Problem:
+    return Problem(413, f"the body is larger than {options.max_body_bytes} bytes", code="request_too_large",
+                   headers={"Connection": "close"})
+
+
+def _printable(scope: Scope) -> str:
+    """The path as it was sent, which has no line ends in it."""
+    return str(scope.get("raw_path", scope["path"].encode())[:200].decode("ascii", "backslashreplace"))

@@ -1,0 +1,391 @@
+"""What goes over the wire: OpenAI's requests and answers as far as this server supports them.
+
+The schema says exactly what is taken. A field that exists elsewhere and means nothing here is declared with the values
+that ask for nothing (`null`, an empty list, a default), so that clients may send it; `REFUSED` says why no others are.
+Values are not coerced: "5" is no number. Unknown fields are refused, for an option that has no effect is worse than one
+that fails.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_STOPS = 16
+MAX_CHOICES = 128
+MAX_ENTRIES = 1024  # of a dictionary
+
+# Fields of others that are not taken, and why. Their harmless values are in the models below.
+REFUSED = {
+    "tools": "this server calls no tools",
+    "tool_choice": "this server calls no tools",
+    "parallel_tool_calls": "this server calls no tools",
+    "functions": "this server calls no functions",
+    "function_call": "this server calls no functions",
+    "response_format": "answers are plain text, {\"type\": \"text\"}",
+    "structured_outputs": "answers are plain text",
+    "guided_json": "answers are plain text",
+    "guided_regex": "answers are plain text",
+    "guided_choice": "answers are plain text",
+    "guided_grammar": "answers are plain text",
+    "modalities": "answers are plain text",
+    "audio": "answers are plain text",
+    "prediction": "the server makes its own predictions",
+    "service_tier": "there is one tier",
+    "reasoning_effort": "the model's template decides how it reasons",
+    "verbosity": "say in a message how long the answer should be",
+    "web_search_options": "this server searches nothing",
+    "min_tokens": "use logit_bias or ignore_eos against an early end",
+    "timeout": "the server sets the time limit; close the connection to end a request sooner",
+    "echo": "the prompt is not repeated",
+    "suffix": "text is only continued, not filled in",
+    "best_of": "all that is made is returned: best_of must be n",
+    "use_beam_search": "the text is sampled, or greedy at temperature 0",
+    "prompt_logprobs": "log-probabilities are of what is generated",
+    "skip_special_tokens": "special tokens are never part of the text",
+    "include_stop_str_in_output": "stop strings are never part of the text",
+}
+
+
+class _Wire(BaseModel):
+    """One fault is enough: a body of thousands would take seconds to describe, in the event loop. So lists fail at the
+    first, dictionaries are measured first, and of unknown fields one is kept."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        unknown = next((key for key in data if key not in cls.model_fields), None)
+        return data if unknown is None else {key: data[key] for key in (*cls.model_fields, unknown) if key in data}
+
+
+def _measured(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise PydanticCustomError("too_long", "must have at most {most} entries", {"most": MAX_ENTRIES})
+    return value
+
+
+Nothing = Annotated[None, Field(description="not supported")]
+NoneListed = Annotated[list[None], Field(max_length=0, fail_fast=True)]
+_Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+_Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True)]
+_Bias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_ENTRIES, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+    BeforeValidator(_measured),
+]
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class StreamOptions(_Wire):
+    """include_usage: one more chunk at the end with the usage. continuous_usage_stats: and the usage so far on every
+    chunk (vLLM's)."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class TextFormat(_Wire):
+    type: Literal["text"]
+
+
+class Options(_Wire):
+    """What both kinds of request share. `null` is the default everywhere."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: _Bias | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[_Token], Field(max_length=128, fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    # taken and ignored: they are for the caller's own books
+    user: str | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_ENTRIES), BeforeValidator(_measured)] | None = None
+    store: bool | None = None
+    # not supported
+    response_format: TextFormat | None = None
+    structured_outputs: Nothing = None
+    guided_json: Nothing = None
+    guided_regex: Nothing = None
+    guided_choice: Nothing = None
+    guided_grammar: Nothing = None
+    service_tier: Literal["auto", "default"] | None = None
+    min_tokens: Literal[0] | None = None
+    timeout: Nothing = None
+    echo: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
+    prompt_logprobs: Nothing = None
+    skip_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
+
+
+class TextPart(_Wire):
+    type: Literal["text"]
+    text: str
+
+
+def _kind_of_content(value: Any) -> str | None:
+    return "text" if isinstance(value, str) else "parts" if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("parts")],
+    Discriminator(_kind_of_content, custom_error_type="content_type",
+                  custom_error_message="must be a string or a list of parts"),
+]
+
+
+class Message(_Wire):
+    """One turn. "developer" is what OpenAI now calls "system". Fields below `name` are those of an answer that a client
+    sends back as it got it."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = None
+    refusal: Nothing = None
+    annotations: NoneListed | None = None
+    audio: Nothing = None
+    function_call: Nothing = None
+    tool_calls: NoneListed | None = None
+    reasoning: Nothing = None
+    reasoning_content: Nothing = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        named = {"name": self.name} if self.name is not None else {}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, **named}
+
+
+class ChatRequest(Options):
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: NoneListed | None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: Nothing = None
+    functions: NoneListed | None = None
+    function_call: Literal["none"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    audio: Nothing = None
+    prediction: Nothing = None
+    reasoning_effort: Nothing = None
+    verbosity: Nothing = None
+    web_search_options: Nothing = None
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    """By the first element: a wrong one further back is an error of that branch, not of all four."""
+    if isinstance(value, list):
+        return {str: "texts", int: "tokens", list: "token lists"}.get(type(value[0])) if value else None
+    return "text" if isinstance(value, str) else None
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("texts")]
+    | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[list[_Tokens], Field(min_length=1, fail_fast=True), Tag("token lists")],
+    Discriminator(_kind_of_prompt, custom_error_type="prompt_type",
+                  custom_error_message="must be a string, a list of strings, of token ids, or of lists of token ids"),
+]
+
+
+class CompletionRequest(Options):
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    suffix: Literal[""] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt by itself: text, or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionDetails(BaseModel):
+    """accepted_prediction_tokens: hits. rejected_prediction_tokens: rows computed for guesses that were wrong."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
+    audio_tokens: int = 0
+
+
+class Speculation(BaseModel):
+    """Fullpipe's extension: how the speculation went, over all choices together (times: of the first token of all; and
+    the mean between tokens, over the choices). Seconds and steps are of the pipeline's clock."""
+
+    hits: int
+    misses: int
+    hit_rate: float
+    mean_acceptance_length: float
+    steps: float
+    steps_per_token: float
+    launched_rows: int
+    wasted_rows: int
+    ttft_s: float
+    tbt_s: float
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+    speculation: Speculation
+
+
+class TokenLogprob(BaseModel):
+    """bytes: the token's own, which need not be whole characters; `token` then spells them out."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(BaseModel):
+    """usage: absent where the request does not ask for any."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class TextLogprobs(BaseModel):
+    """Lists in parallel, one entry for each token. text_offset: characters of the choice's text before the token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: str | None
+
+
+class TextCompletion(BaseModel):
+    """Also the chunk of a stream; `usage` is then absent where the request does not ask for any."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fullpipe"
+    root: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    state: str
+    running: int
+    waiting: int
+    restarts: int
+    last_failure: str

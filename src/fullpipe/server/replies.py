@@ -1,0 +1,216 @@
+"""From the engine's tokens to OpenAI's objects: answers in full, chunks of a stream, log-probabilities, usage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from fullpipe import __version__
+from fullpipe.model.tokenizer import TextStream, Tokenizer
+from fullpipe.server.answer import Choice, News
+from fullpipe.server.protocol import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChosenLogprob,
+    CompletionDetails,
+    Delta,
+    PromptDetails,
+    Speculation,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    TokenLogprob,
+    Usage,
+)
+from fullpipe.stats import RequestStats
+
+FINGERPRINT = f"fullpipe-{__version__}"
+_LEAST = -9999.0  # what OpenAI says in place of minus infinity, for which JSON has no word
+
+Told = Sequence[Sequence[tuple[int, float]]]
+
+
+class Replies(Protocol):
+    """Answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`."""
+
+    def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
+        """usage: put on every chunk, if given."""
+        ...
+
+    def last(self, usage: Usage) -> BaseModel:
+        """The chunk with the usage alone."""
+        ...
+
+    def add(self, news: News) -> None: ...
+
+    def full(self, choices: Sequence[Choice], usage: Usage) -> BaseModel: ...
+
+
+class ChatReplies:
+    """logprobs: whether the request asks for them."""
+
+    def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
+        self._head: dict[str, Any] = {"id": f"chatcmpl-{id}", "created": created, "model": model,
+                                      "system_fingerprint": FINGERPRINT}
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._texts: dict[int, list[str]] = {}
+        self._told: dict[int, list[ChosenLogprob]] = {}
+
+    def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
+        index = news.choice.index
+        if index not in self._texts:
+            self._texts[index] = []
+            yield self._chunk(index, Delta(role="assistant", content=""), usage)
+        if news.text or (self._logprobs and news.logprobs):
+            told = ChatLogprobs(content=self._chosen(news.logprobs)) if self._logprobs else None
+            yield self._chunk(index, Delta(content=news.text), usage, logprobs=told)
+        if (reason := _told_reason(news.choice)) is not None:
+            yield self._chunk(index, Delta(), usage, finish_reason=reason)
+
+    def last(self, usage: Usage) -> BaseModel:
+        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=usage)
+
+    def add(self, news: News) -> None:
+        self._texts.setdefault(news.choice.index, []).append(news.text)
+        self._told.setdefault(news.choice.index, []).extend(self._chosen(news.logprobs))
+
+    def full(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
+        return ChatCompletion(**self._head, usage=usage, choices=[
+            ChatChoice(index=choice.index, message=AnswerMessage(content="".join(self._texts[choice.index])),
+                       logprobs=ChatLogprobs(content=self._told[choice.index]) if self._logprobs else None,
+                       finish_reason=choice.reason or "abort")
+            for choice in choices
+        ])
+
+    def _chunk(self, index: int, delta: Delta, usage: Usage | None, *, logprobs: ChatLogprobs | None = None,
+               finish_reason: str | None = None) -> ChatChunk:
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+        more: dict[str, Any] = {"usage": usage} if usage is not None else {}  # what is not set is not in the event
+        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice], **more)
+
+    def _chosen(self, told: Told) -> list[ChosenLogprob]:
+        if not self._logprobs:
+            return []
+        return [ChosenLogprob(**self._one(*picked), top_logprobs=[TokenLogprob(**self._one(*one)) for one in others])
+                for picked, *others in told]
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        spelled = self._tokenizer.token_bytes(token)
+        return {"token": spell(spelled), "logprob": max(logprob, _LEAST), "bytes": list(spelled)}
+
+
+class TextReplies:
+    """logprobs: whether the request asks for them."""
+
+    def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
+        self._head: dict[str, Any] = {"id": f"cmpl-{id}", "object": "text_completion", "created": created,
+                                      "model": model, "system_fingerprint": FINGERPRINT}
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._texts: dict[int, list[str]] = {}
+        self._told: dict[int, TextLogprobs] = {}
+        self._offsets: dict[int, _Offsets] = {}
+
+    def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
+        told = self._lists(news) if self._logprobs and news.logprobs else None
+        more: dict[str, Any] = {"usage": usage} if usage is not None else {}
+        if news.text or told or _told_reason(news.choice) is not None:
+            choice = TextChoice(index=news.choice.index, text=news.text, logprobs=told,
+                                finish_reason=_told_reason(news.choice))
+            yield TextCompletion(**self._head, choices=[choice], **more)
+
+    def last(self, usage: Usage) -> BaseModel:
+        return TextCompletion(**self._head, choices=[], usage=usage)
+
+    def add(self, news: News) -> None:
+        self._texts.setdefault(news.choice.index, []).append(news.text)
+        if self._logprobs:
+            own, new = self._told.setdefault(news.choice.index, TextLogprobs.empty()), self._lists(news)
+            own.tokens += new.tokens
+            own.token_logprobs += new.token_logprobs
+            own.top_logprobs += new.top_logprobs
+            own.text_offset += new.text_offset
+
+    def full(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
+        return TextCompletion(**self._head, usage=usage, choices=[
+            TextChoice(index=choice.index, text="".join(self._texts[choice.index]),
+                       logprobs=self._told[choice.index] if self._logprobs else None, finish_reason=choice.reason)
+            for choice in choices
+        ])
+
+    def _lists(self, news: News) -> TextLogprobs:
+        """`top_logprobs` have the picked token too, as OpenAI's: they may be one more than was asked for."""
+        offsets = self._offsets.setdefault(news.choice.index, _Offsets(self._tokenizer.stream()))
+        lists = TextLogprobs.empty()
+        for picked, *others in news.logprobs:
+            lists.tokens.append(self._spell(picked[0]))
+            lists.token_logprobs.append(max(picked[1], _LEAST))
+            lists.top_logprobs.append({self._spell(token): max(value, _LEAST) for token, value in (*others, picked)})
+            lists.text_offset.append(offsets.push(picked[0]))
+        return lists
+
+    def _spell(self, token: int) -> str:
+        return spell(self._tokenizer.token_bytes(token))
+
+
+class _Offsets:
+    """Where in the text each token begins."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream = stream
+        self._given = 0
+
+    def push(self, token: int) -> int:
+        """Characters that are certain before `token`."""
+        before = self._given
+        self._given += len(self._stream.push(token))
+        return before
+
+
+def _told_reason(choice: Choice) -> str | None:
+    """What a chunk says of the end; an error is an event of its own."""
+    return None if choice.reason == "error" else choice.reason
+
+
+def spell(token: bytes) -> str:
+    r"""The text of a token; "bytes:\xe2\x80" if it is not whole characters, as OpenAI writes it, so that no two such
+    tokens look the same."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def usage_of(choices: Sequence[Choice]) -> Usage:
+    """Over all choices so far. A prompt counts once, however many choices answer it."""
+    first = {choice.prompt: choice.ticket for choice in reversed(choices)}
+    prompt = sum(ticket.num_prompt for ticket in first.values())
+    completion = sum(choice.num_tokens for choice in choices)
+    speculation = _speculation([choice.ticket.stats for choice in choices])
+    return Usage(
+        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion,
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(ticket.cached_tokens for ticket in first.values())),
+        completion_tokens_details=CompletionDetails(accepted_prediction_tokens=speculation.hits,
+                                                    rejected_prediction_tokens=speculation.wasted_rows),
+        speculation=speculation,
+    )
+
+
+def _speculation(each: Sequence[RequestStats]) -> Speculation:
+    hits, misses = sum(stats.hits for stats in each), sum(stats.misses for stats in each)
+    steps, emitted = sum(stats.steps for stats in each), sum(stats.num_emitted for stats in each)
+    return Speculation(
+        hits=hits, misses=misses, hit_rate=hits / (hits + misses) if hits + misses else 0.0,
+        mean_acceptance_length=1 + hits / max(misses, 1) if emitted else 0.0,
+        steps=steps, steps_per_token=steps / emitted if emitted else 0.0,
+        launched_rows=sum(stats.launched_rows for stats in each),
+        wasted_rows=sum(stats.wasted_rows for stats in each),
+        ttft_s=min(stats.ttft_s for stats in each), tbt_s=sum(stats.tbt_s for stats in each) / len(each),
+    )

@@ -1,0 +1,251 @@
+"""Many recorded answers at once: each request what it would be alone, arrivals by the clock, and all of it counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fullpipe.bench.crowd import CrowdRun, CrowdSource, CrowdStage, MakeEngine, Spread, closed, play, poisson
+from fullpipe.bench.recording import Answer
+from fullpipe.bench.replay import replay
+from fullpipe.engine import Engine
+from fullpipe.errors import UsageError
+from fullpipe.messages import Emitted, Expansion, Flight, Launched, Opening, Part
+from fullpipe.pipeline.station import Verdict
+from fullpipe.planning.cluster import Cluster, unit_cluster
+from fullpipe.policies import make_policy
+from fullpipe.request import SamplingParams
+
+STAGES = 4
+PARAMS = SamplingParams(max_tokens=12)
+WRONG = 5  # tokens of a recording that this divides are never guessed first
+
+
+class Guesser:
+    """Guesses what the recording says, second best where a token is a multiple of `WRONG`; off the path nonsense.
+
+    It tells a row's path by its token: the recordings here say every token once.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        path = [answer.prompt[-1], *answer.tokens]
+        self._next = dict(pairwise(path))
+
+    def answer(self, part: Part, top_k: int) -> list[Expansion]:
+        wanted = [row for row in range(len(part)) if part.wants[row]]
+        return [self._guess(part.nodes[row], part.tokens[row]) for row in wanted]
+
+    def _guess(self, node: int, token: int) -> Expansion:
+        said = self._next.get(token, 1)
+        tokens = [2, said] if said % WRONG == 0 else [said, 2]
+        return Expansion(node, tokens, [-0.1, -2.4], [-1, -1])
+
+    def run(self, job: Flight) -> list[Expansion]:
+        return [one for part in job.parts for one in self.answer(part, job.top_k)]
+
+
+def recorded(index: int, length: int = 12) -> Answer:
+    first = 100 * (index + 1)
+    return Answer(f"set/{index}#0", "set", [first - 3, first - 2, first - 1], list(range(first, first + length)),
+                  "length" if length == PARAMS.max_tokens else "stop")
+
+
+ANSWERS = [recorded(0), recorded(1, 7), recorded(2), recorded(3, 1), recorded(4, 9), recorded(5)]
+
+
+def maker(method: str, listeners: Sequence[Any] = (), **options: Any) -> MakeEngine:
+    return lambda pipeline, others: Engine(pipeline, make_policy(method, **options), listeners=[*others, *listeners])
+
+
+def crowd(method: str, schedule: Sequence[float | None], answers: Sequence[Answer] = ANSWERS,
+          on: Cluster | None = None, listeners: Sequence[Any] = ()) -> CrowdRun:
+    source = None if method == "pp" else CrowdSource(lambda index: Guesser(answers[index]))
+    return play(answers, schedule, PARAMS, source, on or unit_cluster(STAGES), maker(method, listeners))
+
+
+# ---- texts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pp", "chain", "pipedec", "fullpipe"])
+@pytest.mark.parametrize("at_once", [1, 3, 6])
+def test_every_request_is_answered_with_its_own_recording(method: str, at_once: int) -> None:
+    """`play` compares the texts; what is left to see is that all are there, and that guesses were of use."""
+    run = crowd(method, closed(len(ANSWERS), at_once))
+    assert sorted(one.id for one in run.requests) == sorted(answer.id for answer in ANSWERS)
+    assert run.tokens == sum(len(answer.tokens) for answer in ANSWERS)
+    assert all(one.times == sorted(one.times) for one in run.requests)
+    assert all(one.hits + one.misses == len(one.times) - 1 for one in run.requests)
+    assert (sum(one.hits for one in run.requests) > run.tokens / 2) == (method != "pp")
+
+
+@pytest.mark.parametrize("method", ["pp", "fullpipe"])
+def test_one_after_another_each_is_the_replay_of_one(method: str) -> None:
+    """A crowd of one at a time measures what `replay` measures."""
+    run = crowd(method, closed(len(ANSWERS), 1))
+    for answer, one in zip(ANSWERS, run.requests):
+        source = None if method == "pp" else Guesser(answer)
+        alone = replay(answer, PARAMS, source, make_policy(method), unit_cluster(STAGES)).stats
+        assert (one.hits, one.misses) == (alone.hits, alone.misses)
+        assert one.tbt_s == (pytest.approx(alone.tbt_s) if len(answer.tokens) > 1 else None)
+        assert one.times[-1] - one.times[0] == pytest.approx(alone.decode_seconds - STAGES * 1e-3)
+
+
+def test_a_recording_may_be_asked_for_several_times_at_once() -> None:
+    run = crowd("fullpipe", closed(4, 4), [ANSWERS[0]] * 4)
+    assert [one.id for one in run.requests] == [ANSWERS[0].id] * 4
+
+
+def test_the_same_crowd_twice_is_the_same() -> None:
+    one, other = (crowd("fullpipe", poisson(6, 90.0, seed=3)) for _ in range(2))
+    assert one.requests == other.requests and one.stations == other.stations and one.span_s == other.span_s
+
+
+def test_another_text_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = CrowdStage.run
+
+    def run(self: CrowdStage, flight: Flight, hidden: None) -> Verdict | None:
+        verdict = right(self, flight, hidden)
+        if verdict is not None:
+            verdict.tokens = [token + 1 for token in verdict.tokens]
+        return verdict
+
+    monkeypatch.setattr(CrowdStage, "run", run)
+    with pytest.raises(AssertionError, match="the committed path is not the recorded one"):
+        crowd("pp", closed(2, 2), ANSWERS[:2])
+
+
+def test_another_last_token_and_another_end_are_noticed() -> None:
+    answer = Answer("a#0", "a", [1, 2], [3], "length")
+    play([answer], [0.0], PARAMS, None, unit_cluster(1), maker("pp"))
+
+    class Deaf(Engine):
+        """Says "abort" in place of what the recording ends with."""
+
+        def submit(self, request: Any, judge: Any = None) -> Any:
+            return super().submit(request, lambda token: "abort")
+
+    with pytest.raises(AssertionError, match="a#0: ended with 'abort', not 'length'"):
+        play([answer], [0.0], PARAMS, None, unit_cluster(1),
+             lambda pipeline, listeners: Deaf(pipeline, make_policy("pp"), listeners=listeners))
+    with pytest.raises(AssertionError, match="a#0: the text differs"):
+        play([Answer("a#0", "a", [1, 2], [3, 4], "length")], [0.0], PARAMS, None, unit_cluster(1),
+             lambda pipeline, listeners: Deaf(pipeline, make_policy("pp"), listeners=listeners))
+
+
+def test_costs_that_would_have_to_be_measured() -> None:
+    text = unit_cluster(2).text.replace("stage_ms = [[1, 1.0]]", "speed = 2.0")
+    with pytest.raises(UsageError, match="runs no stages"):
+        play(ANSWERS[:1], [0.0], PARAMS, None, Cluster.parse(text, "here", Path()), maker("pp"))
+
+
+# ---- arrivals ----------------------------------------------------------------------------------------------
+
+
+def test_a_closed_loop_has_its_number_of_requests_at_any_time() -> None:
+    running: set[int] = set()
+    most: list[int] = []
+
+    def watch(event: Any) -> None:
+        if isinstance(event, Emitted):
+            running.add(event.request)
+            most.append(len(running))
+        elif type(event).__name__ == "Finished":
+            running.discard(event.request)
+
+    run = crowd("fullpipe", closed(6, 3), listeners=[watch])
+    assert max(most) == 3
+    ends = sorted(one.times[-1] for one in run.requests)
+    assert [one.arrived for one in run.requests] == [0.0, 0.0, 0.0, *ends[:3]]
+
+
+def test_requests_come_when_the_schedule_says_so_and_may_find_an_idle_pipeline() -> None:
+    schedule = [0.5, 0.5005, 3.0]
+    run = crowd("pp", schedule, ANSWERS[:3])
+    assert [one.arrived for one in run.requests] == schedule
+    step = 1e-3
+    assert [one.ttft_s for one in run.requests] == pytest.approx([STAGES * step, 4.5 * step, STAGES * step])
+    assert run.span_s == pytest.approx(2.5 + (4 + 4 * 11) * step)  # from the first one's coming to the last one's end
+
+
+def test_poisson_arrivals_are_seeded_and_of_the_rate_that_was_asked_for() -> None:
+    times = [moment for moment in poisson(4000, 5.0, seed=1) if moment is not None]
+    assert times == poisson(4000, 5.0, seed=1) and times != poisson(4000, 5.0, seed=2)
+    assert times[0] == 0 and times == sorted(times)
+    assert 4000 / times[-1] == pytest.approx(5.0, rel=0.05)
+
+
+@pytest.mark.parametrize("make", [lambda: closed(0, 1), lambda: closed(3, 0), lambda: poisson(0, 1.0, 0),
+                                  lambda: poisson(3, 0.0, 0)])
+def test_schedules_that_are_none(make: Callable[[], Any]) -> None:
+    with pytest.raises(UsageError, match="there must be a request"):
+        make()
+
+
+# ---- what is counted ---------------------------------------------------------------------------------------
+
+
+def test_pp_with_as_many_requests_as_stages_is_counted_by_hand() -> None:
+    """Alone, a token passes all stages before the next one starts. Four requests whose tokens are evenly spread over
+    the stages have one emitted with every step; together in one flight, four with every fourth."""
+    answers = [recorded(index) for index in range(4)]
+    alone = crowd("pp", closed(1, 1), answers[:1])
+    assert alone.throughput == pytest.approx(12 / 48e-3)
+    bunched = crowd("pp", closed(4, 4), answers)
+    assert bunched.throughput == pytest.approx(4 * alone.throughput)
+    assert bunched.stations.calls == {f"stage {k}": 12 for k in range(STAGES)}
+    assert bunched.stations.rows == {f"stage {k}": 4 * (2 + 12) for k in range(STAGES)}
+    spread = crowd("pp", [0.0, 1e-3, 2e-3, 3e-3], answers)
+    assert spread.span_s == pytest.approx(51e-3)
+    assert spread.stations.busy == pytest.approx({f"stage {k}": 48e-3 for k in range(STAGES)})
+    assert [one.tbt_s for one in spread.requests] == pytest.approx([4e-3] * 4)
+
+
+def test_spread_and_gaps() -> None:
+    assert Spread.of([float(value) for value in range(101)]) == Spread(50.0, 90.0, 99.0)
+    run = crowd("fullpipe", closed(1, 1), ANSWERS[:1])
+    (one,) = run.requests
+    assert len(one.gaps) == 11 and sum(one.gaps) == pytest.approx(one.times[-1] - one.times[0])
+    assert one.launched_rows > len(one.times) and one.draft_rows > 0
+
+
+def test_guessing_alone_is_faster_and_its_cost_is_the_drafts_device() -> None:
+    plain, ours = (crowd(method, closed(2, 2), ANSWERS[:1] * 2) for method in ("pp", "fullpipe"))
+    assert ours.throughput > 1.5 * plain.throughput
+    assert "draft" not in plain.stations.calls and ours.stations.calls["draft"] > 0
+    assert ours.engine_s > 0
+
+
+def test_all_requests_are_drafted_for_in_one_job() -> None:
+    """Two requests that run in step share every flight; the draft answers both in one call."""
+    flights: list[Launched] = []
+    run = crowd("fullpipe", closed(2, 2), ANSWERS[:1] * 2,
+                listeners=[lambda event: isinstance(event, Launched) and flights.append(event)])
+    alone = crowd("fullpipe", closed(1, 1), ANSWERS[:1])
+    assert run.stations.calls["draft"] <= 1.25 * alone.stations.calls["draft"]
+    assert run.stations.rows["draft"] > 1.5 * alone.stations.rows["draft"]
+
+
+def test_a_source_begins_anew_with_a_request_that_was_closed_and_goes_on_with_one_that_grew() -> None:
+    made: list[int] = []
+
+    def opening(index: int) -> Guesser:
+        made.append(index)
+        return Guesser(ANSWERS[index])
+
+    source = CrowdSource(opening)
+
+    def job(opens: list[int], closes: list[int]) -> Flight:
+        return Flight(0, [Part(0, [], [7], [ANSWERS[0].prompt[-1]], [2], [2], [[]], [True])],
+                      [Opening(one, 10, 3, PARAMS) for one in opens], closes, top_k=4)
+
+    (said,) = source.run(job([0, 1], []))
+    assert said.tokens == [2, 100] and made == [0, 1]
+    source.run(job([0], []))
+    assert made == [0, 1]
+    source.run(job([], [0, 1]))
+    source.run(job([0], []))
+    assert made == [0, 1, 0]

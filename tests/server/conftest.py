@@ -1,0 +1,46 @@
+"""Servers for the tests of the application."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from fake_service import FakeService
+from serving import MAX_MODEL_LEN, Serve, Served, byte_tokenizer, fresh, running
+
+from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.server.app import ServedModel, ServerOptions, create_app
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def start(tokenizer: Tokenizer) -> Iterator[Serve]:
+    """Starts servers, which live as long as the session."""
+    with ExitStack() as stack:
+        def begin(options: ServerOptions | None = None, names: Sequence[str] = ("tiny", "alias/tiny"),
+                  **more: Any) -> Served:
+            service = FakeService(tokenizer, lambda prompt, params: [])
+            stack.callback(service.close)
+            model = ServedModel(names, tokenizer, MAX_MODEL_LEN, created=1700000000)
+            app = create_app(service, model, options, **more)  # type: ignore[arg-type]
+            return Served(stack.enter_context(running(app)), service, tokenizer)
+
+        yield begin
+
+
+@pytest.fixture(scope="session")
+def common(start: Serve) -> Served:
+    return start(metrics=lambda: (b"fullpipe_up 1\n", "text/plain; version=0.0.4; charset=utf-8"))
+
+
+@pytest.fixture
+def served(common: Served) -> Served:
+    """One server for all tests, put back into its first state."""
+    fresh(common)
+    return common

@@ -1,0 +1,118 @@
+"""A test double of `Service`: answers with scripted tokens from a thread of its own."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.request import SamplingParams
+from fullpipe.server.service import Deliver, Status, Ticket, Update
+from fullpipe.stats import RequestStats
+from fullpipe.text import Reply
+
+Script = Callable[[Sequence[int], SamplingParams], Sequence[int]]
+
+
+@dataclass(slots=True)
+class _Job:
+    ticket: Ticket
+    params: SamplingParams
+    deliver: Deliver
+    tokens: list[int]
+    reply: Reply
+
+
+class FakeService:
+    """Each step of its thread gives every request one more token of what `script` says for prompt and parameters.
+
+    refuse: what `submit` raises. fail_after: so many tokens, then "error". hold_at: after so many tokens a request
+    waits until it is cancelled. submitted, cancelled: all that came, in order; `changed` is notified of both.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, script: Script) -> None:
+        self.script = script
+        self.refuse: Exception | None = None
+        self.fail_after: int | None = None
+        self.hold_at: float = math.inf
+        self.now = Status("ready", 0, 0, 0, 0, 0)
+        self.submitted: list[tuple[list[int], SamplingParams, int, float | None]] = []
+        self.cancelled: list[int] = []
+        self.changed = threading.Condition()
+        self._tokenizer = tokenizer
+        self._jobs: dict[int, _Job] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="fake service")
+        self._thread.start()
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, deliver: Deliver, *, priority: int = 0,
+               timeout_s: float | None = None) -> Ticket:
+        if self.refuse is not None:
+            raise self.refuse
+        with self.changed:
+            ticket = Ticket(len(self.submitted), len(prompt), RequestStats(started=0.0), cached_tokens=2)
+            self.submitted.append((list(prompt), params, priority, timeout_s))
+            tokens = list(self.script(prompt, params))
+            reply = Reply(self._tokenizer.stream(), params.stop)
+            self._jobs[ticket.id] = _Job(ticket, params, deliver, tokens, reply)
+            self.changed.notify_all()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        with self.changed:
+            self.cancelled.append(ticket.id)
+            self._jobs.pop(ticket.id, None)
+            self.changed.notify_all()
+
+    def status(self) -> Status:
+        return self.now
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout=10)
+
+    def close(self) -> None:
+        with self.changed:
+            self._closed = True
+            self.changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self._closed or any(map(self._can_go_on, self._jobs.values())))
+                if self._closed:
+                    return
+                for job in [job for job in self._jobs.values() if self._can_go_on(job)]:
+                    self._step(job)
+
+    def _can_go_on(self, job: _Job) -> bool:
+        return job.ticket.stats.num_emitted < self.hold_at
+
+    def _step(self, job: _Job) -> None:
+        stats, params = job.ticket.stats, job.params
+        if stats.num_emitted == self.fail_after:
+            return self._end(job, Update(reason="error", error="stage 1 spoke nonsense"))
+        if not job.tokens:
+            return self._end(job, Update(reason="stop"))
+        token = job.tokens.pop(0)
+        full = stats.num_emitted + 1 == params.max_tokens
+        stopped = job.reply.judge(token)
+        stats.on_launch(0.0, 2)
+        stats.on_emit(float(stats.num_emitted), hit=stats.num_emitted % 2 == 0, last=full)
+        update = Update(token_ids=[token])
+        if params.logprobs is not None:
+            update.logprobs = [[(token, -0.5), *((other, -1.0 - other) for other in range(params.logprobs))]]
+        if stopped or full:
+            update.reason = stopped or "length"
+            return self._end(job, update)
+        update.text = job.reply.fresh()
+        return job.deliver(update)
+
+    def _end(self, job: _Job, update: Update) -> None:
+        del self._jobs[job.ticket.id]
+        job.reply.finish()
+        update.text = job.reply.fresh()
+        job.deliver(update)

@@ -1,0 +1,309 @@
+"""Bad input over a real socket: each is a 4xx of OpenAI's shape with a reason that names the field, and nothing reaches
+the service."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+import tokenizers
+import uvicorn
+
+from fullpipe.errors import PromptError
+from fullpipe.model.chat_template import ChatTemplate
+from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.request import SamplingParams
+from fullpipe.server.app import ServedModel, ServerOptions, create_app
+from fullpipe.server.service import Deliver, Status, Ticket, Update
+from fullpipe.stats import RequestStats
+
+MAX_BODY = 20_000
+MAX_LEN = 64
+
+
+class OneWord:
+    """A test double of the service: it answers every prompt with one token, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[SamplingParams] = []
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, deliver: Deliver, *, priority: int = 0,
+               timeout_s: float | None = None) -> Ticket:
+        if not prompt:
+            raise PromptError("the prompt is empty")
+        self.asked.append(params)
+        deliver(Update("yes", [1], [], "length"))
+        return Ticket(len(self.asked), len(prompt), RequestStats(0.0))
+
+    def cancel(self, ticket: Ticket) -> None:
+        pass
+
+    def status(self) -> Status:
+        return Status("ready", 0, 0, 0, 0, 0)
+
+
+def byte_tokenizer() -> Tokenizer:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend, frozenset(), ChatTemplate("{% for m in messages %}{{ m['content'] }}{% endfor %}"))
+
+
+@pytest.fixture(scope="module")
+def service() -> OneWord:
+    return OneWord()
+
+
+@pytest.fixture(scope="module")
+def port(service: OneWord) -> Iterator[int]:
+    model = ServedModel(("m",), byte_tokenizer(), MAX_LEN)
+    options = ServerOptions(max_body_bytes=MAX_BODY, body_timeout_s=0.3)
+    app = create_app(service, model, options)  # type: ignore[arg-type]
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(port: int) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=10, trust_env=False) as client:
+        yield client
+
+
+def refusal(response: httpx.Response) -> dict[str, Any]:
+    """The error of a 4xx, which has exactly OpenAI's fields."""
+    assert 400 <= response.status_code < 500, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["type"]
+    assert response.headers["x-request-id"]
+    return dict(error)
+
+
+SAYS = [{"role": "user", "content": "hi"}]
+JSON = {"content-type": "application/json"}
+
+BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
+    ("chat", {"temperature": -1}, "temperature"),
+    ("chat", {"temperature": "hot"}, "temperature"),
+    ("chat", {"temperature": True}, "temperature"),
+    ("chat", {"top_p": 0}, "top_p"),
+    ("chat", {"top_p": 1.5}, "top_p"),
+    ("chat", {"top_k": -2}, "top_k"),
+    ("chat", {"top_k": 1.5}, "top_k"),
+    ("chat", {"min_p": 2}, "min_p"),
+    ("chat", {"presence_penalty": 3}, "presence_penalty"),
+    ("chat", {"frequency_penalty": -3}, "frequency_penalty"),
+    ("chat", {"repetition_penalty": 0}, "repetition_penalty"),
+    ("chat", {"n": 0}, "n"),
+    ("chat", {"n": 10**9}, "n"),
+    ("chat", {"n": "1"}, "n"),
+    ("chat", {"max_tokens": 0}, "max_tokens"),
+    ("chat", {"max_tokens": 10**30}, "max_tokens"),
+    ("chat", {"max_tokens": 1.5}, "max_tokens"),
+    ("chat", {"max_completion_tokens": -1}, "max_completion_tokens"),
+    ("chat", {"seed": 2**64}, "seed"),
+    ("chat", {"seed": 0.5}, "seed"),
+    ("chat", {"stop": ""}, "stop"),
+    ("chat", {"stop": ["a", ""]}, "stop[1]"),
+    ("chat", {"stop": ["x"] * 17}, "stop"),
+    ("chat", {"stop": {}}, "stop"),
+    ("chat", {"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+    ("chat", {"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ("chat", {"logit_bias": {"a": 1}}, "logit_bias"),
+    ("chat", {"logit_bias": {"1": 101}}, "logit_bias"),
+    ("chat", {"logit_bias": {"1": None}}, "logit_bias"),
+    ("chat", {"logit_bias": []}, "logit_bias"),
+    ("chat", {"logprobs": 1}, "logprobs"),
+    ("chat", {"top_logprobs": 3}, "top_logprobs"),
+    ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ("chat", {"stream": "yes"}, "stream"),
+    ("chat", {"stream_options": {"include_usage": True}}, "stream_options"),
+    ("chat", {"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
+    ("chat", {"ignore_eos": 1}, "ignore_eos"),
+    ("chat", {"priority": "high"}, "priority"),
+    ("chat", {"user": 5}, "user"),
+    ("chat", {"messages": None}, "messages"),
+    ("chat", {"messages": []}, "messages"),
+    ("chat", {"messages": "hi"}, "messages"),
+    ("chat", {"messages": ["hi"]}, "messages[0]"),
+    ("chat", {"messages": [{}]}, "messages[0]"),
+    ("chat", {"messages": [*SAYS, {"role": "wizard", "content": "x"}]}, "messages[1].role"),
+    ("chat", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ("chat", {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ("chat", {"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+    ("chat", {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+    ("chat", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
+    ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0]"),
+    ("chat", {"messages": [{"role": "user", "content": "x" * MAX_LEN}]}, "messages"),
+    ("chat", {"model": "other"}, "model"),
+    ("chat", {"model": None}, "model"),
+    ("completions", {"prompt": None}, "prompt"),
+    ("completions", {"prompt": ""}, "prompt"),
+    ("completions", {"prompt": []}, "prompt"),
+    ("completions", {"prompt": [[]]}, "prompt"),
+    ("completions", {"prompt": ["a", 1]}, "prompt"),
+    ("completions", {"prompt": [1, "a"]}, "prompt"),
+    ("completions", {"prompt": [-1]}, "prompt"),
+    ("completions", {"prompt": [1.5]}, "prompt"),
+    ("completions", {"prompt": {"text": "a"}}, "prompt"),
+    ("completions", {"prompt": "x" * MAX_LEN}, "prompt"),
+    ("completions", {"logprobs": 6}, "logprobs"),
+    ("completions", {"logprobs": True}, "logprobs"),
+    ("completions", {"best_of": 2}, "best_of"),
+]  # fmt: skip
+
+UNSUPPORTED: list[tuple[str, str, Any]] = [
+    ("chat", "tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("chat", "tool_choice", "auto"),
+    ("chat", "functions", [{"name": "f"}]),
+    ("chat", "function_call", "auto"),
+    ("chat", "response_format", {"type": "json_object"}),
+    ("chat", "modalities", ["text", "audio"]),
+    ("chat", "audio", {"voice": "x", "format": "wav"}),
+    ("chat", "prediction", {"type": "content", "content": "x"}),
+    ("chat", "service_tier", "flex"),
+    ("chat", "guided_json", {}),
+    ("chat", "structured_outputs", {"choice": ["a"]}),
+    ("chat", "min_tokens", 3),
+    ("chat", "timeout", 5),
+    ("chat", "temprature", 1),
+    ("completions", "messages", SAYS),
+    ("completions", "echo", True),
+    ("completions", "suffix", "x"),
+]
+
+
+def body_of(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"model": "m", **({"messages": SAYS} if kind == "chat" else {"prompt": "hi"}), **fields}
+
+
+def post(client: httpx.Client, kind: str, fields: dict[str, Any]) -> httpx.Response:
+    return client.post("/chat/completions" if kind == "chat" else "/completions", json=body_of(kind, fields))
+
+
+@pytest.mark.parametrize(("kind", "fields", "param"), BAD_FIELDS, ids=lambda value: str(value)[:40])
+def test_a_bad_field_is_named(client: httpx.Client, service: OneWord, kind: str, fields: dict[str, Any],
+                              param: str) -> None:
+    before = len(service.asked)
+    response = post(client, kind, fields)
+    error = refusal(response)
+    assert error["param"] is not None
+    assert error["param"].startswith(param)
+    assert response.status_code == (404 if fields.get("model") else 400)
+    assert len(service.asked) == before
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), UNSUPPORTED, ids=lambda value: str(value)[:40])
+def test_what_is_not_supported_is_refused_by_name(client: httpx.Client, kind: str, field: str, value: Any) -> None:
+    response = post(client, kind, {field: value})
+    error = refusal(response)
+    assert response.status_code == 400
+    assert error["param"].split(".")[0].split("[")[0] == field
+    assert field in error["message"]
+
+
+BAD_BODIES = {
+    "empty": b"",
+    "blank": b"  ",
+    "cut short": b'{"model": "m"',
+    "two values": b"{}{}",
+    "no object": b"[]",
+    "null": b"null",
+    "text": b'"hi"',
+    "number": b"1",
+    "single quotes": b"{'model': 'm'}",
+    "trailing comma": b'{"model": "m",}',
+    "NaN": b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+    "Infinity": b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": Infinity}',
+    "infinite by size": b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}',
+    "lone surrogate": b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "lone surrogate in a name": b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "\\udfff": 1}',
+    "lone surrogate in metadata": b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], '
+                                  b'"metadata": {"\\ud800": "x"}}',
+    "invalid UTF-8": b'{"model": "\xff\xfe"}',
+    "UTF-16": '{"model": "m"}'.encode("utf-16"),
+    "byte order mark": b'\xef\xbb\xbf{"model": "m"}',
+    "deep lists": b'{"model": "m", "messages": ' + b"[" * 9000 + b"]" * 9000 + b"}",
+    "deep objects": b'{"a":' * 3000 + b"1" + b"}" * 3000,
+    "a number of 5000 digits": b'{"model": "m", "n": ' + b"9" * 5000 + b"}",
+    "a float of 4000 digits": b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": '
+                              + b"9" * 4000 + b"}",
+    "many unknown fields": json.dumps({f"x{i}": i for i in range(1000)}).encode(),
+    "a control character": b'{"model": "m\x01"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES.keys())
+def test_a_body_that_is_not_json_of_ours(client: httpx.Client, path: str, body: bytes) -> None:
+    response = client.post(path, content=body, headers=JSON)
+    assert response.status_code == 400, response.text
+    assert len(refusal(response)["message"]) < 1000
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ";"])
+def test_another_content_type(client: httpx.Client, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    response = client.post("/chat/completions", content=json.dumps(body_of("chat", {})), headers=headers)
+    assert response.status_code == 415
+    refusal(response)
+
+
+def test_a_body_above_the_limit(client: httpx.Client) -> None:
+    response = post(client, "chat", {"user": "x" * MAX_BODY})
+    assert response.status_code == 413
+    refusal(response)
+
+
+def test_a_chunked_body_above_the_limit_is_refused_before_its_end(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                    b"transfer-encoding: chunked\r\n\r\n")
+        raw.sendall(b"%x\r\n%s\r\n" % (MAX_BODY + 1, b" " * (MAX_BODY + 1)))  # and no last chunk
+        assert raw.recv(64).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_that_does_not_come(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                    b"content-length: 10\r\n\r\n{")
+        assert raw.recv(64).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/nothing", 404), ("POST", "/models", 405), ("GET", "/chat/completions", 405),
+    ("DELETE", "/completions", 405),
+    ("GET", "/models/other", 404), ("GET", "/models/%ED%A0%80", 404), ("GET", "/models/%0d%0aset-cookie:x", 404),
+    ("OPTIONS", "/models", 405),
+])  # fmt: skip
+def test_unknown_paths_and_methods(client: httpx.Client, method: str, path: str, status: int) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    refusal(response)
+
+
+@pytest.mark.parametrize("fields", [
+    {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "service_tier": "auto"},
+    {"functions": None, "audio": None, "logit_bias": {}, "stop": [], "parallel_tool_calls": None},
+    {"user": "u", "metadata": {"a": "b"}, "store": True, "stop": None, "seed": -1, "temperature": 1, "top_k": -1},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                  {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "annotations": []}]},
+])  # fmt: skip
+def test_what_asks_for_nothing_is_taken(client: httpx.Client, fields: dict[str, Any]) -> None:
+    response = post(client, "chat", fields)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"]["content"] == "yes"

@@ -1,0 +1,202 @@
+"""The picture of the moment is what the events say, and the feed ends when it should."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.testclient import TestClient
+
+from fullpipe.messages import Died, Drafted, Emitted, Event, Failed, Finished, Landed, Launched, Leg, Ready
+from fullpipe.server import live as module
+from fullpipe.server.live import Live
+from fullpipe.server.service import Status
+from recorded import recorded
+
+
+class Stand:
+    """A `Live` of three stages with its own clock and status."""
+
+    def __init__(self, **options: Any) -> None:
+        self.now = 0.0
+        self.status = Status("ready", 1, 2, 10, 40, 0)
+        self.live = Live(3, lambda: self.status, lambda token: f"<{token}>", model_name="m", clock=lambda: self.now,
+                         **options)
+
+    def tell(self, *events: Event) -> dict[str, Any]:
+        for event in events:
+            self.live(event)
+            self.now = max(self.now, event.time)
+        return self.live.picture()
+
+
+def launch(time: float, flight: int, nodes: list[int], requests: list[int]) -> Launched:
+    return Launched(time, flight, nodes, [-1] * len(nodes), nodes, nodes, requests)
+
+
+def landing(flight: int, nodes: list[int], *ends: float) -> Landed:
+    """A flight that entered stage 0 at ends[0] and left stage k at ends[k + 1]."""
+    legs = [Leg(f"stage {k}", start, end, nodes) for k, (start, end) in enumerate(pairwise(ends))]
+    return Landed(ends[-1], flight, nodes, nodes, [], legs)
+
+
+def rows(picture: dict[str, Any]) -> list[list[list[int]]]:
+    return [stage["rows"] for stage in picture["stages"]]
+
+
+def test_a_flight_moves_on_as_fast_as_the_last_ones_did() -> None:
+    stand = Stand()
+    assert rows(stand.tell(launch(0, 0, [0, 1, 2], [7, 7, 8]))) == [[[7, 2], [8, 1]], [], []]
+    assert rows(stand.tell(Ready(1))) == [[], [[7, 2], [8, 1]], []]  # stage 0 asked for another
+    assert rows(stand.tell(landing(0, [0, 1, 2], 0, 1, 2, 3))) == [[], [], []]
+    stand.tell(launch(3, 1, [3], [7]), Ready(4), launch(4, 2, [4], [8]))
+    assert rows(stand.live.picture()) == [[[8, 1]], [[7, 1]], []]
+    stand.now = 5.5
+    assert rows(stand.live.picture()) == [[[8, 1]], [], [[7, 1]]]  # it is still in, whatever time says
+    stand.now = 50.0
+    assert rows(stand.tell(Ready(50))) == [[], [], [[7, 1], [8, 1]]]
+
+
+def test_dead_rows_are_told_apart_and_requests_know_what_they_have_in_flight() -> None:
+    stand = Stand()
+    picture = stand.tell(launch(0, 0, [0, 1, 2, 3], [7, 7, 8, 8]), Died(1, 7, [1, 99]))
+    assert rows(picture)[0] == [[7, 1], [8, 2]] and picture["stages"][0]["dead"] == 1
+    assert {one["id"]: one["flying"] for one in picture["requests"]} == {7: 1, 8: 2}
+    picture = stand.tell(Finished(1, 8, "abort"), Died(1, 8, [2, 3]))
+    assert [one["id"] for one in picture["requests"]] == [7] and picture["stages"][0]["dead"] == 3
+
+
+def test_tokens_and_rates() -> None:
+    stand = Stand()
+    picture = stand.tell(*(Emitted(float(k), 7, k, 40 + k, 0, hit) for k, hit in enumerate((True, True, False, True))))
+    assert picture["tokens"] == [[7, "<40>", True], [7, "<41>", True], [7, "<42>", False], [7, "<43>", True]]
+    [request] = picture["requests"]
+    assert (request["emitted"], request["hits"], request["misses"]) == (4, 2, 1)  # the last one does not count yet
+    assert (picture["hit_rate"], picture["acceptance"]) == (0.667, 3.0)
+    assert picture["tokens_per_s"] == 4 / module.WINDOW
+    stand.now = 7.5
+    assert stand.live.picture()["tokens_per_s"] == 1 / module.WINDOW
+    stand.now = 100.0
+    picture = stand.live.picture()
+    assert (picture["tokens_per_s"], picture["hit_rate"], picture["acceptance"]) == (0, None, None)
+
+
+def test_busy_and_fill_share_stage_time_as_the_legs_say() -> None:
+    stand = Stand()
+    picture = stand.tell(launch(0, 0, [0, 1], [7, 7]), Drafted(1, 0, [], Leg("draft", 0.5, 1, [0])),
+                         Died(1.5, 7, [1]), landing(0, [0, 1], 0, 1, 2, 4))
+    assert [stage["busy"] for stage in picture["stages"]] == [0.25, 0.25, 0.5]
+    assert picture["draft"] == {"busy": 0.125}
+    assert picture["fill"] == pytest.approx((1 + 0.5 + 1) / 12, abs=1e-3)  # node 1 was alive at stage 0 only
+
+
+def test_hidden_text_does_not_leave() -> None:
+    stand = Stand(show_text=False)
+    assert stand.tell(Emitted(1, 7, 0, 40, 0, True))["tokens"] == [[7, "", True]]
+
+
+def restart(live: Live) -> None:
+    live.on_restart("stage 1", "died")
+
+
+def failed(live: Live) -> None:
+    live(Failed(2.0, "stage 1", "died"))
+
+
+@pytest.mark.parametrize("end", [restart, failed])
+def test_a_failure_empties_the_stages_and_keeps_the_requests(end: Callable[[Live], None]) -> None:
+    stand = Stand()
+    stand.tell(launch(0, 0, [0, 1], [7, 7]), Died(1, 7, [1]), Emitted(1, 7, 0, 40, 0, True))
+    end(stand.live)
+    picture = stand.tell(launch(3, 0, [0], [7]))
+    assert rows(picture) == [[[7, 1]], [], []] and picture["stages"][0]["dead"] == 0
+    assert picture["requests"][0]["emitted"] == 1
+
+
+def test_nothing_is_kept_of_what_is_over() -> None:
+    stand = Stand()
+    picture = stand.tell(*recorded(stages=3, requests=2, tokens=12))
+    assert rows(picture) == [[], [], []] and picture["requests"] == []
+    at = stand.live._at
+    assert not (at.flights or at.owner or at.died)
+    assert len(picture["tokens"]) == 24
+
+
+def sent(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TICK", 0.001)
+    monkeypatch.setattr(module, "BEAT", 0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_feed_speaks_when_something_changed_and_gives_signs_of_life() -> None:
+    async def watch() -> None:
+        stand = Stand()
+        feed = stand.live.feed()
+        [first] = sent(await anext(feed))
+        assert (first["state"], first["waiting"], first["model"]) == ("ready", 2, "m")
+        assert (await anext(feed)).startswith(":")  # nothing new
+        stand.tell(launch(0, 0, [0], [7]))
+        [second] = sent(await anext(feed))
+        assert second["stages"][0]["rows"] == [[7, 1]]
+        stand.live.close()
+        with pytest.raises(StopAsyncIteration):
+            await anext(feed)
+
+    asyncio.run(watch())
+
+
+@pytest.mark.parametrize("state", ["draining", "stopped"])
+def test_the_feed_ends_with_the_service(state: Any) -> None:
+    stand = Stand()
+    stand.status = Status(state, 0, 0, 0, 0, 3, "stage 1: died")
+    app = FastAPI()
+    app.include_router(stand.live.router())
+    with TestClient(app) as client:
+        [last] = sent(client.get("/live").text)
+    assert (last["state"], last["restarts"], last["last_failure"]) == (state, 3, "stage 1: died")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_watcher_that_goes_makes_room_for_another() -> None:
+    async def come_and_go() -> None:
+        stand = Stand(max_watchers=1)
+        feed = stand.live.feed()
+        await anext(feed)
+        app = FastAPI()
+        app.include_router(stand.live.router())
+        with TestClient(app) as client:
+            refused = client.get("/live")
+            assert refused.status_code == 503 and refused.headers["Retry-After"]
+            assert refused.json()["error"]["message"]
+            await feed.aclose()  # type: ignore[attr-defined]
+            stand.status = Status("draining", 0, 0, 0, 0, 0)
+            assert client.get("/live").status_code == 200
+            stand.live.close()
+            assert client.get("/live").status_code == 503
+
+    asyncio.run(come_and_go())
+
+
+def test_guards_stand_before_the_feed_and_not_before_the_page() -> None:
+    def nobody() -> None:
+        raise HTTPException(401)
+
+    app = FastAPI()
+    app.include_router(Stand().live.router([Depends(nobody)]))
+    with TestClient(app) as client:
+        assert client.get("/live").status_code == 401
+        page = client.get("/")
+    assert page.status_code == 200 and "<title>Fullpipe</title>" in page.text
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert "http://" not in page.text and "https://" not in page.text  # nothing from elsewhere
+    assert "innerHTML" not in page.text

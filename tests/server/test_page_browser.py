@@ -1,0 +1,259 @@
+"""The server's page in headless Chromium, over a real socket. A picture of it: see scripts/shoot_page.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from fullpipe.messages import Emitted, Launched, Ready
+from fullpipe.server.live import Live
+from fullpipe.server.service import State, Status
+
+selenium = pytest.importorskip("selenium", reason="the package selenium is not installed")
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed")
+
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--window-size=1300,900")
+EVIL = "<img src=x onerror=document.title='owned'> <b>bold</b> & \u00fc"
+
+
+class Server:
+    """The page's router beside a chat endpoint that says `answer`, in pieces that cut characters' lines anywhere.
+
+    bodies: what was asked. hold: set to go on past the second piece. key: asked for, if not empty.
+    """
+
+    def __init__(self) -> None:
+        self.state: State = "ready"
+        self.answer, self.key, self.bodies = "", "", list[dict[str, Any]]()
+        self.refusal: tuple[int, str] | None = None
+        self.hold = threading.Event()
+        self.hung_up = threading.Event()
+        self.live = Live(3, self.status, lambda token: EVIL if token == 13 else f" w{token}", model_name="tiny")
+        app = FastAPI()
+        app.include_router(self.live.router([Depends(self.guard)]))
+        app.post("/v1/chat/completions")(self.chat)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", lifespan="off"))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def status(self) -> Status:
+        return Status(self.state, 1, 4, 10, 40, 2, "stage 1: died")
+
+    def guard(self, request: Request) -> None:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            raise HTTPException(401)
+
+    async def chat(self, request: Request) -> Response:
+        self.bodies.append(await request.json())
+        if self.refusal:
+            code, message = self.refusal
+            return JSONResponse({"error": {"message": message, "type": "x", "param": None, "code": None}}, code)
+        return StreamingResponse(self.pieces(), media_type="text/event-stream")
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        words = self.answer.split(" ")
+        chunks = [{"choices": [{"index": 0, "delta": {"content": word if k == 0 else f" {word}"},
+                                "finish_reason": None}]} for k, word in enumerate(words)]
+        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        chunks.append({"choices": [], "usage": {"completion_tokens": len(words)}})
+        text = "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        data, cut = text.encode(), len(f"data: {json.dumps(chunks[0])}\n\n") + 7
+        try:
+            yield data[:cut]
+            while not self.hold.is_set():
+                await asyncio.sleep(0.01)
+            for at in range(cut, len(data), 11):
+                yield data[at:at + 11]
+        except asyncio.CancelledError:
+            self.hung_up.set()
+            raise
+
+    def stop(self) -> None:
+        self.live.close()
+        self.hold.set()
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    browser.get_log("browser")
+    browser.get(server.url)
+    until(browser, lambda: read(browser, "#state") == "ready")
+    yield browser
+    browser.get("about:blank")
+
+
+def until(page: Any, true: Callable[[], object]) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(page, 20, poll_frequency=0.05).until(lambda _: true())
+
+
+def read(page: Any, selector: str) -> str:
+    return str(page.execute_script("return document.querySelector(arguments[0])?.textContent ?? ''", selector))
+
+
+def all_of(page: Any, selector: str) -> list[str]:
+    return list(page.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)",
+                                    selector))
+
+
+def ask(page: Any, text: str) -> None:
+    page.find_element("id", "input").send_keys(text)
+    page.find_element("id", "send").click()
+
+
+def test_a_conversation_streams_and_carries_its_turns(page: Any, server: Server) -> None:
+    server.answer = "Gr\u00fc\u00dfe \u4e16\u754c " + EVIL
+    ask(page, "hello <i>you</i>")
+    until(page, lambda: read(page, ".assistant span") == "Gr\u00fc\u00dfe")  # before the rest is sent
+    assert page.find_element("id", "stop").is_displayed() and not page.find_element("id", "send").is_displayed()
+    server.hold.set()
+    until(page, lambda: read(page, ".assistant small").startswith("6 tokens") or "tokens" in
+          read(page, ".assistant small"))
+    assert read(page, ".assistant span") == server.answer
+    ask(page, "and again")
+    until(page, lambda: len(all_of(page, ".assistant small")) == 2 and all(all_of(page, ".assistant small")))
+    assert all_of(page, ".user span") == ["hello <i>you</i>", "and again"]
+    first, second = server.bodies
+    assert first["model"] == "tiny" and first["stream"] is True
+    assert second["messages"] == [{"role": "user", "content": "hello <i>you</i>"},
+                                  {"role": "assistant", "content": server.answer},
+                                  {"role": "user", "content": "and again"}]
+    assert page.title == "Fullpipe"
+    assert not page.execute_script("return document.querySelectorAll('#talk b, #talk img, #talk i').length")
+    assert page.get_log("browser") == []
+
+
+def test_options_reach_the_server(page: Any, server: Server) -> None:
+    server.answer = "fine"
+    server.hold.set()
+    page.execute_script("document.querySelector('details').open = true")
+    for id, text in (("system", "be brief"), ("temperature", "0.7"), ("max-tokens", "12")):
+        page.find_element("id", id).clear()
+        page.find_element("id", id).send_keys(text)
+    ask(page, "hi")
+    until(page, lambda: read(page, ".assistant small"))
+    [body] = server.bodies
+    assert (body["temperature"], body["max_tokens"]) == (0.7, 12)
+    assert body["messages"][0] == {"role": "system", "content": "be brief"}
+    page.find_element("id", "new").click()
+    assert all_of(page, ".message") == []
+
+
+def test_stop_hangs_up(page: Any, server: Server) -> None:
+    server.answer = "one two three"
+    ask(page, "count")
+    until(page, lambda: read(page, ".assistant span") == "one")
+    page.find_element("id", "stop").click()
+    until(page, lambda: "stopped" in read(page, ".assistant small"))
+    assert read(page, ".assistant span") == "one" and page.find_element("id", "send").is_displayed()
+    assert server.hung_up.wait(10)
+
+
+def test_a_refusal_is_shown_and_the_question_may_be_asked_again(page: Any, server: Server) -> None:
+    server.refusal = (429, "the <b>queue</b> is full")
+    ask(page, "hi")
+    until(page, lambda: read(page, ".error span") == "429: the <b>queue</b> is full")
+    server.refusal, server.answer = None, "yes"
+    server.hold.set()
+    ask(page, "hi")
+    until(page, lambda: read(page, ".assistant small"))
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "hi"}]
+
+
+def test_the_pipeline_is_shown_and_moves(page: Any, server: Server) -> None:
+    assert all_of(page, "[data-station] b") == ["stage 0", "stage 1", "stage 2"]
+    now = server.live._clock()
+    server.live(Launched(now, 0, [0, 1, 2], [-1, 0, 0], [5, 6, 7], [0, 1, 1], [3, 3, 4]))
+    until(page, lambda: len(all_of(page, "[data-station='stage 0'] .row")) == 3)
+    colours = page.execute_script("return [...document.querySelectorAll(\"[data-station='stage 0'] .row\")]"
+                                  ".map(e => getComputedStyle(e).backgroundColor)")
+    assert colours[0] == colours[1] != colours[2]
+    server.live(Ready(now))
+    until(page, lambda: len(all_of(page, "[data-station='stage 1'] .row")) == 3)
+    assert all_of(page, "[data-station='stage 0'] .row") == []
+    for token, hit in ((5, True), (13, False), (6, True)):
+        server.live(Emitted(now, 3, token, token, 1, hit))
+    until(page, lambda: len(all_of(page, ".token")) == 3)
+    assert all_of(page, ".token.hit") == ["\u00b7w5", "\u00b7w6"] and all_of(page, ".token.miss") == [EVIL]
+    figures = {name: read(page, f"[data-figure='{name}'] b") for name in ("hit rate", "queue", "restarts", "cache")}
+    assert figures == {"hit rate": "50%", "queue": "4", "restarts": "2", "cache": "25%"}
+    assert "#3 \u00b7 3 tokens \u00b7 2 in flight" in all_of(page, ".request")
+    assert page.title == "Fullpipe" and page.get_log("browser") == []
+
+
+def test_it_says_when_the_pipeline_is_rebuilt_and_when_the_server_is_gone(page: Any, server: Server) -> None:
+    server.state = "rebuilding"
+    until(page, lambda: read(page, "#state") == "rebuilding")
+    assert "being rebuilt" in read(page, "#notice") and "stage 1: died" in read(page, "#notice")
+    server.state = "ready"
+    until(page, lambda: read(page, "#state") == "ready" and not read(page, "#notice"))
+    server.live.close()
+    until(page, lambda: read(page, "#state") == "down")
+    server.live._closed = False
+    until(page, lambda: read(page, "#state") == "ready")  # by itself
+
+
+def test_a_key_is_asked_for_and_kept(page: Any, server: Server) -> None:
+    server.key = "secret"
+    page.refresh()
+    until(page, lambda: read(page, "#state") == "locked")
+    page.execute_script("document.querySelector('details').open = true")
+    page.find_element("id", "key").send_keys("secret\t")
+    until(page, lambda: read(page, "#state") == "ready")
+    page.refresh()
+    until(page, lambda: read(page, "#state") == "ready")
+    page.execute_script("sessionStorage.clear()")
+
+
+def test_it_fits_a_phone(page: Any) -> None:
+    size = page.get_window_size()
+    page.set_window_size(500, 850)
+    try:
+        width, shown = page.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+        assert width <= shown
+        assert page.find_element("id", "send").rect["x"] + page.find_element("id", "send").rect["width"] <= shown
+    finally:
+        page.set_window_size(size["width"], size["height"])

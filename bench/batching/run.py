@@ -1,6 +1,6 @@
 """Many requests at once in virtual time: dynamic batching against what else could be done with the same pipeline.
 
-    python bench/batching/run.py measure --bench DIR [--draft PATH] [--limit 15] [--methods dynamic,pp,...]
+    python bench/batching/run.py measure --bench DIR [--draft PATH] [--limit 5] [--methods dynamic,pp,...]
     python bench/batching/run.py report
 
 `measure` replays the answers of a bench folder (recording-t0.jsonl and memo/ of `fullpipe bench --out DIR`) whose
@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="the draft whose answers the memos keep")
     parser.add_argument("--cluster", default="gpus-8")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--limit", type=int, default=15, help="answers that are replayed")
+    parser.add_argument("--limit", type=int, default=5, help="answers of each set that are replayed")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--at-once", default=",".join(map(str, AT_ONCE)))
     parser.add_argument("--rates", default=",".join(map(str, RATES)))
@@ -72,8 +73,10 @@ class Measuring:
         self._recording = Recording.load(bench / f"recording-t{temperature:g}.jsonl")
         self._draft, self._memo_folder = str(hub.resolve(draft)), bench / "memo"
         self._preset, self.cluster = cluster, Cluster.load(cluster)
-        known = [answer for answer in self._recording.answers.values() if self._path(answer).exists()]
-        self.answers = (known or list(self._recording.answers.values()))[:limit]
+        self.answers = first_of_each_set([answer for answer in self._recording.answers.values()
+                                          if self._path(answer).exists()], limit)
+        if not self.answers:
+            raise SystemExit(f"there is no memo of {draft} in {self._memo_folder}: make some with `fullpipe bench`")
         head = self._recording.head
         self._params = SamplingParams(max_tokens=head.max_new_tokens, temperature=head.temperature, seed=head.seed)
         self._memos: dict[str, Memo] = {}
@@ -121,6 +124,16 @@ class Measuring:
 
     def _path(self, answer: Answer) -> Path:
         return memo_path(self._memo_folder, self._draft, self._recording.head, answer)
+
+
+def first_of_each_set(answers: list[Answer], limit: int) -> list[Answer]:
+    counts: Counter[str] = Counter()
+    found = []
+    for answer in answers:
+        counts[answer.task] += 1
+        if counts[answer.task] <= limit:
+            found.append(answer)
+    return found
 
 
 def order(answers: list[Answer], count: int) -> list[Answer]:

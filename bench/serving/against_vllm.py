@@ -45,7 +45,7 @@ from fullpipe.bench.datasets import bundled
 from fullpipe.bench.load import LoadResult, Traffic, distinct, run_load, take
 from fullpipe.bench.openai_stream import Server
 from fullpipe.bench.provenance import provenance
-from fullpipe.errors import FullpipeError, UsageError
+from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.prompts import FilePrompt, read_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,9 +138,9 @@ def _round(journal: Journal, name: str, round_: int, levels: list[int], prompts:
                 row = _level(server, level, prompts, asked.max_tokens)
                 journal.add(key_of(round_, name, level), {"contender": name, "round": round_, "level": level, **row})
     except FullpipeError as error:
-        journal.add(f"failed/{round_}/{name}/{about['date']}", {"contender": name, "round": round_,
-                                                                "reason": error.message})
-        say(f"{name} failed: {error.message}")
+        reason = error.reason if isinstance(error, StationFailed) else error.message
+        journal.add(f"failed/{round_}/{name}/{about['date']}", {"contender": name, "round": round_, "reason": reason})
+        say(f"{name} failed: {reason}")
 
 
 def _level(server: Running, level: int, prompts: list[FilePrompt], max_tokens: int) -> dict[str, Any]:

@@ -95,9 +95,6 @@ CONTENDERS = {one.name: one for one in (
               _VLLM_VARIABLES | {"VLLM_CPU_OMP_THREADS_BIND": _ALL_CORES}),
     Contender("vllm-auto", "vLLM, as it binds threads by itself (a core is left to its web server)", _VLLM,
               _VLLM_VARIABLES),
-    Contender("vllm-uni", "vLLM, computing on all cores, engine and worker in one process",
-              (*_VLLM, "--distributed-executor-backend", "uni"),
-              _VLLM_VARIABLES | {"VLLM_CPU_OMP_THREADS_BIND": _ALL_CORES}),
 )}
 
 

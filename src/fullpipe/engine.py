@@ -30,7 +30,7 @@ from fullpipe.messages import (
 )
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.policies.base import Policy
-from fullpipe.request import Request
+from fullpipe.request import Request, SamplingParams
 from fullpipe.track import Channel, Track
 from fullpipe.tree.token_tree import Node
 
@@ -143,13 +143,52 @@ class Engine:
         spare = max(ample if self._spare is None else self._spare, self.policy.least_slots)
         return len(request.prompt) + request.params.max_tokens + spare
 
-    def _wait(self, track: Track) -> None:
-        whole = self._whole(track.request)
+    def check_fits(self, request: Request) -> None:
+        """Raise PromptError for a request that would need more than all of the cache memory. From any thread."""
+        whole = self._whole(request)
         if not self.ledger.fits(whole):
             raise PromptError(f"prompt, answer and guesses need {whole} cache slots, and there are {self.ledger.total}",
                               hint="Shorten the prompt, ask for fewer tokens, or give the server more cache memory.")
+
+    def _wait(self, track: Track) -> None:
+        self.check_fits(track.request)
         self._waiting[track.request.id] = track
         self._admit()
+
+    def listen(self, listeners: Iterable[Listener]) -> None:
+        """Call these too with every event, from now on."""
+        self._listeners.extend(listeners)
+
+    def probe(self, rows: int, draft: bool = True) -> tuple[list[Leg], Leg | None]:
+        """Send so many rows of no meaning through the empty stations, and (draft) through the draft: how long each
+        takes."""
+        self.drain()
+        part = Part(next(self._arenas), commits=list(range(rows)), nodes=[next(self._node_ids) for _ in range(rows)],
+                    tokens=[0] * rows, positions=list(range(rows)), slots=list(range(rows)),
+                    paths=[[] for _ in range(rows)], wants=[True] * rows)
+        legs: list[Leg] = []
+        drafted: list[Leg] = []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Landed):
+                legs.extend(event.legs)
+            elif isinstance(event, Drafted):
+                drafted.append(event.leg)
+
+        while not self._stage_ready:
+            self.step()
+        self._listeners.append(listen)
+        opening = Opening(part.request, rows, rows, SamplingParams())
+        flight = Flight(next(self._flight_ids), [part], [opening], [part.request])
+        self._flights[flight.id], self._stage_ready = [], False
+        self.pipeline.launch(flight)
+        if draft and self.policy.needs_draft:
+            self._draft_ready = False
+            self.pipeline.draft(Flight(next(self._job_ids), [part.keep(list(range(rows)))], [opening], [part.request],
+                                       top_k=self._top_k))
+        self.drain()
+        self._listeners.remove(listen)
+        return legs, drafted[0] if drafted else None
 
     def use(self, policy: Policy) -> None:
         """Change the policy while no request runs; what is left in the pipeline is waited for."""

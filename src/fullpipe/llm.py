@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -23,15 +23,12 @@ from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.messages import Emitted, Finished
 from fullpipe.planning.cluster import Cluster
 from fullpipe.policies import WITH_DEPTH, WITH_REFRESH, make_policy
-from fullpipe.request import Request, SamplingParams
+from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe.text import Reply
 from fullpipe.track import Track
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Plain text (continued as it stands), token ids, or chat messages with "role" and "content"."""
-
-_MOST = 3.4028234663852886e38  # the largest float32; logits are float32, and a bias beyond it is infinite
-
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -269,15 +266,7 @@ class LLM:
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         tokens = self.encode(prompt)
-        room = self.max_model_len - len(tokens)
-        if room < 1:
-            raise PromptError(f"the prompt has {len(tokens)} tokens, the context holds {self.max_model_len}",
-                              hint="Shorten the prompt, or use a model with a longer context.")
-        vocab = self._assembly.vocab_size
-        if bad := [token for token in (*tokens, *params.logit_bias) if not 0 <= token < vocab]:
-            raise UsageError(f"token {bad[0]} is not in the vocabulary of {vocab} tokens")
-        _check_bias(params.logit_bias, vocab)
-        params = replace(params, max_tokens=min(params.max_tokens, room))
+        params = fitted(tokens, params, vocab=self._assembly.vocab_size, max_model_len=self.max_model_len)
         eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
         return Request(next(self._ids), tuple(tokens), params, eos)
 
@@ -318,16 +307,3 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, number: 
         raise UsageError(f"there are {number} prompts and {len(params)} sampling parameters",
                          hint="Give one SamplingParams for all prompts, or one for each.")
     return list(params)
-
-
-def _check_bias(bias: Mapping[int, float], vocab: int) -> None:
-    """Refuse here what the last stage could pick nothing from; there it would end the whole pipeline.
-
-    bias: token ids, all of the vocabulary, and what is added to their logits.
-    """
-    if bad := [token for token, value in bias.items() if value > _MOST]:
-        raise UsageError(f"the logit_bias of token {bad[0]} is too large (got {bias[bad[0]]:g})",
-                         hint="Logits are 32-bit floats: stay below 3.4e38.")
-    if len(bias) >= vocab and all(value < -_MOST for value in bias.values()):
-        raise UsageError(f"logit_bias forbids every one of the {vocab} tokens, so there is nothing to pick",
-                         hint="Leave at least one token without -inf.")

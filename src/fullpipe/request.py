@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fullpipe.errors import PromptError, UsageError
@@ -113,6 +114,31 @@ class SamplingParams:
         if "logit_bias" in values:
             values["logit_bias"] = {int(k): float(v) for k, v in values["logit_bias"]}
         return cls(**values)
+
+
+_MOST = 3.4028234663852886e38  # the largest float32; logits are float32, and a bias beyond it is infinite
+
+
+def fitted(prompt: Sequence[int], params: SamplingParams, *, vocab: int, max_model_len: int) -> SamplingParams:
+    """The parameters, with `max_tokens` cut to what the context still holds.
+
+    vocab: number of real tokens. Raises PromptError for a prompt that fills the context, and UsageError for tokens that
+    do not exist and for a logit_bias from which the last stage could pick nothing: there it would end the pipeline.
+    """
+    room = max_model_len - len(prompt)
+    if room < 1:
+        raise PromptError(f"the prompt has {len(prompt)} tokens, the context holds {max_model_len}",
+                          hint="Shorten the prompt, or use a model with a longer context.")
+    bias = params.logit_bias
+    if bad := [token for token in (*prompt, *bias) if not 0 <= token < vocab]:
+        raise UsageError(f"token {bad[0]} is not in the vocabulary of {vocab} tokens")
+    if bad := [token for token, value in bias.items() if value > _MOST]:
+        raise UsageError(f"the logit_bias of token {bad[0]} is too large (got {bias[bad[0]]:g})",
+                         hint="Logits are 32-bit floats: stay below 3.4e38.")
+    if len(bias) >= vocab and all(value < -_MOST for value in bias.values()):
+        raise UsageError(f"logit_bias forbids every one of the {vocab} tokens, so there is nothing to pick",
+                         hint="Leave at least one token without -inf.")
+    return replace(params, max_tokens=min(params.max_tokens, room))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from serving import against_vllm
 from serving.figures import Agreement, Level, agreement, blame, levels_of, parts_of, steady
 from serving.receipt import make_receipt, read_receipt, write_receipt
 from serving.report import report_of
-from serving.servers import CONTENDERS, Contender, Setup, grown, read_counters, running
+from serving.servers import CONTENDERS, Contender, Running, Setup, grown, read_counters, running
 from spd_study.journal import Journal
 
 from fullpipe.bench.load import LoadResult, LoadSample
@@ -66,7 +66,7 @@ def level(contender: str = "dynamic", busy: float | None = None, alive: float = 
 
 
 def test_the_same_for_both_but_what_is_theirs() -> None:
-    commands = {name: one.command(SETUP, 99) for name, one in CONTENDERS.items() if name != "vllm-uni"}
+    commands = {name: one.command(SETUP, 99) for name, one in CONTENDERS.items()}
     for command in commands.values():
         text = " ".join(command)
         assert "--model weights --served-model-name measured --dtype bfloat16 --host 127.0.0.1 --port 99" in text
@@ -102,13 +102,19 @@ def test_nothing_is_left_of_a_server_that_does_not_listen_to_signals(tmp_path: P
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.servers._LEAVE_S", 0.2)
     monkeypatch.setattr("serving.servers._FOLLOW_S", 0.1)
-    monkeypatch.setattr("serving.servers._START_S", 1.0)
     marker = tmp_path / "child"
+
+    def until_it_has_a_child(server: Running, log: Path) -> None:
+        while not (marker.exists() and marker.read_text()):
+            time.sleep(0.01)
+        raise UsageError("it takes too long")
+
+    monkeypatch.setattr("serving.servers._await_ready", until_it_has_a_child)
     deaf = Pretended("dynamic", "", script=(
         "import pathlib, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
         f"pathlib.Path({str(marker)!r}).write_text(str(one.pid)); time.sleep(60)"))
-    with pytest.raises(StationFailed, match="is not ready after 1 s"), running(deaf, SETUP, tmp_path / "log"):
+    with pytest.raises(UsageError, match="too long"), running(deaf, SETUP, tmp_path / "log"):
         pass
     child = int(marker.read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
@@ -165,7 +171,7 @@ def test_a_contender_that_fails_does_not_stop_the_others(pretended: None, tmp_pa
     monkeypatch.setitem(CONTENDERS, "dynamic", Pretended("dynamic", "", script="raise SystemExit('out of luck')"))
     compare(tmp_path, "--rounds", "1")
     report = (tmp_path / "report.md").read_text()
-    assert "round 1, `dynamic` failed: dynamic failed: ended with code 1 | out of luck" in report
+    assert "round 1, `dynamic` failed: ended with code 1 | out of luck" in report
     assert "| 2 | " in report
 
 

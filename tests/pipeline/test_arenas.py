@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,13 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], InProcess
     folder: Path = tiny.save(tiny.tiny_model("qwen2", seed=2), tmp_path_factory.mktemp("target"))
     stages = [(first, last, DecoderSlice(open_model(folder), first, last, has_embedding=not first,
                                          has_head=last == tiny.LAYERS, dtype=torch.float32))
-              for first, last in zip(CUTS, CUTS[1:])]
+              for first, last in pairwise(CUTS)]
     return lambda: InProcessPipeline([ModelStage(part, is_last=last == tiny.LAYERS) for _, last, part in stages])
 
 
 @dataclass
 class Talk:
-    """One request, a token at a time. slot: where a position stands. grows: how often the arena is enlarged."""
+    """One request, a token at a time. slot: where a position stands. grown: how often the arena was enlarged."""
 
     pipeline: InProcessPipeline
     request: int
@@ -93,7 +94,7 @@ def test_a_copy_that_grows_says_what_the_whole_says(pipeline: Callable[[], InPro
     expected = whole.speak(whole.feed(PROMPT), 60)
     flights = [0]
     source = Talk(other, 1, flights)
-    source.speak(source.feed(PROMPT[:SHARED] + [1, 2, 3]), 5)
+    source.speak(source.feed([*PROMPT[:SHARED], 1, 2, 3]), 5)
     copy = Talk(other, 2, flights, capacity=len(PROMPT))
     said = copy.speak(copy.feed(PROMPT[SHARED:], copies=source, count=SHARED), 60)
     assert copy.grown == 60 and copy.tokens == whole.tokens
@@ -107,7 +108,7 @@ def test_slots_in_another_order_are_put_in_order(pipeline: Callable[[], InProces
     expected = whole.speak(whole.feed(PROMPT), 30)
     flights = [0]
     source = Talk(other, 1, flights, slot=lambda position: 29 * position % 128)
-    source.speak(source.feed(PROMPT[:SHARED] + [1, 2, 3]), 5)
+    source.speak(source.feed([*PROMPT[:SHARED], 1, 2, 3]), 5)
     copy = Talk(other, 2, flights, slot=lambda position: position)
     said = copy.speak(copy.feed(PROMPT[SHARED:], copies=source, count=SHARED), 30)
     assert [[token for token, _ in told] for told in said] == [[token for token, _ in told] for told in expected]

@@ -57,7 +57,7 @@ class Stage:
     def _start(self, fleet: Fleet, config: Frame, first: Frame) -> None:
         ours, theirs = socket.socketpair()
         self.ends.append(theirs)
-        log = launch.tempfile.TemporaryFile()  # noqa: SIM115 - the fleet closes it
+        log = launch.tempfile.TemporaryFile()  # the fleet closes it
         process = subprocess.Popen(["sleep", "60"])
         worker = Worker(config["name"], process, Channel(ours), log, time.monotonic())
         fleet.workers.append(worker)

@@ -17,6 +17,7 @@ import pytest
 from serving import Serve, Served, fresh
 
 from fullpipe import __version__
+from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, Mailbox
 from fullpipe.server.app import ServerOptions, _EventStream
 from fullpipe.server.protocol import REFUSED
@@ -210,7 +211,7 @@ def test_tokens_that_the_model_does_not_have(client: httpx.Client) -> None:
 def test_every_answer_has_an_id_and_every_log_line_too(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "fullpipe.server"):
         own = client.post("/v1/completions", json=TEXT, headers={"x-request-id": "mine-1"})
-        given = client.get("/no\nthing", headers={"x-request-id": "not mine\x09"})
+        given = client.get("/no%0Athing", headers={"x-request-id": "not mine"})
     assert own.headers["x-request-id"] == "mine-1" and own.json()["id"] == "cmpl-mine-1"
     lines = [record.getMessage() for record in caplog.records if record.name == "fullpipe.server"]
     assert all(line.split()[0] in ("mine-1", given.headers["x-request-id"]) for line in lines)
@@ -278,7 +279,6 @@ def test_who_takes_nothing_for_long_is_given_up(served: Served) -> None:
 
     async def scenario() -> None:
         answer = Answer(served.service, silence)  # type: ignore[arg-type]
-        from fullpipe.request import SamplingParams
         answer.submit(0, [1], SamplingParams(), priority=0, timeout_s=None)
         stream = _EventStream(events(), answer, write_timeout_s=0.01)
         await stream({"type": "http", "fullpipe.request_id": "x"}, silence, never)

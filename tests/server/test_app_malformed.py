@@ -3,6 +3,7 @@ the service."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -261,6 +262,23 @@ def test_another_content_type(client: httpx.Client, kind: str | None) -> None:
     response = client.post("/chat/completions", content=json.dumps(body_of("chat", {})), headers=headers)
     assert response.status_code == 415
     refusal(response)
+
+
+@pytest.mark.parametrize(("root_path", "path"),
+                         [("", "/v1/models"), ("/api", "/api/v1/models"), ("/api", "/v1/models")])
+def test_the_key_is_needed_under_a_root_path_too(root_path: str, path: str) -> None:
+    """Servers put their root path before the path (ASGI 3)."""
+    model = ServedModel(("m",), byte_tokenizer(), MAX_LEN)
+    app = create_app(OneWord(), model, ServerOptions(api_keys=["k"]))  # type: ignore[arg-type]
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, root_path=root_path)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+            return await client.get(path)
+
+    response = asyncio.run(ask())
+    assert response.status_code == 401
+    assert refusal(response)["code"] == "invalid_api_key"
 
 
 def test_a_body_above_the_limit(client: httpx.Client) -> None:

@@ -24,7 +24,7 @@ LAYERS = (
     ("track", "policies", "pipeline.base", "pipeline.station"),
     ("batching", "kvcache.ledger"),
     ("engine", "pipeline.spec"),
-    ("model.config",),
+    ("model.config", "calibrate"),
     ("kvcache.arena",),
     ("model",),
     ("pipeline",),

@@ -17,12 +17,14 @@ from fullpipe.cli import (
     convert,
     demo,
     generate,
+    load,
     modelled,
     models,
     profile,
     pull,
     record,
     report,
+    serve,
     show,
     trace,
     train,
@@ -31,8 +33,8 @@ from fullpipe.cli import (
 from fullpipe.cli.verb import verb
 from fullpipe.threads import share_the_machine
 
-_VERBS = (generate.generate, demo.demo, verify.verify, bench.bench, record.record, report.report, profile.profile,
-          modelled.modelled, trace.trace, pull.pull, models.models, show.show)
+_VERBS = (generate.generate, serve.serve, demo.demo, verify.verify, bench.bench, load.load, record.record,
+          report.report, profile.profile, modelled.modelled, trace.trace, pull.pull, models.models, show.show)
 
 
 def main() -> None:

@@ -2,12 +2,11 @@
 
 A worker that is damaged, or of another version, must become one `Failed` event and not an exception somewhere in the
 engine, or a token that nobody chose. So every field is looked at before anything is made of it. What is looked at is
-as long as the answer and no longer: a few microseconds on the path of a token.
+as long as the answer and no longer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,8 +112,6 @@ def _expansion(node: Any, tokens: Any, logprobs: Any, parents: Any, *, newest: i
         raise NonsenseError(f"guesses for node {node} in lists of different lengths")
     if not all(-1 <= parent < at for at, parent in enumerate(under)):
         raise NonsenseError(f"a guess for node {node} that comes before its parent")
-    if any(map(math.isnan, weights)):
-        raise NonsenseError(f"a guess for node {node} whose probability is no number")
     return Expansion(node, guesses, weights, under)
 
 
@@ -149,6 +146,6 @@ def _tokens(values: Any) -> list[int]:
 
 
 def _numbers(values: Any) -> list[float]:
-    if not all(type(value) is float or type(value) is int for value in _list(values)):
+    if not all((type(value) is float and value == value) or type(value) is int for value in _list(values)):
         raise NonsenseError(f"{values!r:.60} where numbers should be")
     return values  # type: ignore[no-any-return]

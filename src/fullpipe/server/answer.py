@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from starlette.types import Receive
 
@@ -96,7 +96,7 @@ class Answer:
     receive: of the ASGI request, whose body has been read.
     """
 
-    def __init__(self, service: Service, receive: Receive) -> None:
+    def __init__(self, service: Service[Any], receive: Receive) -> None:
         self.choices: list[Choice] = []
         self._service = service
         self._mail: Mailbox[tuple[int, Update]] = Mailbox()

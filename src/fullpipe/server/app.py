@@ -27,7 +27,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from fullpipe import __version__
 from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.model.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
@@ -46,7 +45,7 @@ from fullpipe.server.protocol import (
     TextCompletion,
     Version,
 )
-from fullpipe.server.replies import ChatReplies, Replies, TextReplies, usage_of
+from fullpipe.server.replies import VERSION, ChatReplies, Replies, TextReplies, usage_of
 from fullpipe.server.service import Service
 
 __all__ = ["ServedModel", "ServerOptions", "create_app"]
@@ -73,14 +72,14 @@ class ServedModel:
         return ModelCard(id=name, created=self.created, root=self.names[0], max_model_len=self.max_model_len)
 
 
-def create_app(service: Service, model: ServedModel, options: ServerOptions | None = None,
+def create_app(service: Service[Any], model: ServedModel, options: ServerOptions | None = None,
                extras: Sequence[APIRouter] = (), *, metrics: Metrics | None = None) -> FastAPI:
     """The application, which neither starts nor stops the service.
 
     extras: routers of others, outside /v1 and so without a key. metrics: what /metrics answers.
     """
     options = options or ServerOptions()
-    app = FastAPI(title="Fullpipe", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     for kind in (HTTPException, RequestValidationError, FullpipeError):
         app.add_exception_handler(kind, _answer_with_problem)
     app.state.keyring = Keyring(options.api_keys)
@@ -174,7 +173,7 @@ def _openai_routes(desk: _Desk, options: ServerOptions) -> APIRouter:
     return router
 
 
-def _house_routes(service: Service, metrics: Metrics | None) -> APIRouter:
+def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
     router = APIRouter(tags=["House"])
 
     @router.get("/health")
@@ -196,7 +195,7 @@ def _house_routes(service: Service, metrics: Metrics | None) -> APIRouter:
 
     @router.get("/version")
     async def version() -> Version:
-        return Version(version=__version__)
+        return Version(version=VERSION)
 
     if metrics is not None:
         @router.get("/metrics", response_class=Response,
@@ -214,7 +213,7 @@ def _house_routes(service: Service, metrics: Metrics | None) -> APIRouter:
 class _Desk:
     """Takes requests to the service and brings back answers."""
 
-    def __init__(self, service: Service, model: ServedModel, options: ServerOptions) -> None:
+    def __init__(self, service: Service[Any], model: ServedModel, options: ServerOptions) -> None:
         self.model = model
         self._service = service
         self._options = options
@@ -227,22 +226,24 @@ class _Desk:
         return name
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
+        model = self.known(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         messages = [message.plain() for message in body.messages]
-        replies = ChatReplies(request_id(request.scope), int(time.time()), self.known(body.model),
-                              self.model.tokenizer, bool(body.logprobs))
+        replies = ChatReplies(request_id(request.scope), int(time.time()), model, self.model.tokenizer,
+                              bool(body.logprobs))
         return await self._answer(
             body, request, replies, [lambda: self.model.tokenizer.chat(messages)], "messages",
             most=body.max_completion_tokens or body.max_tokens or self.model.max_model_len,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        model = self.known(body.model)
         if body.best_of not in (None, body.n or 1):
             raise Problem(400, "'best_of' is not supported: all that is made is returned, so it must be n",
                           param="best_of", code="unsupported_parameter")
-        replies = TextReplies(request_id(request.scope), int(time.time()), self.known(body.model),
-                              self.model.tokenizer, body.logprobs is not None)
+        replies = TextReplies(request_id(request.scope), int(time.time()), model, self.model.tokenizer,
+                              body.logprobs is not None)
         return await self._answer(body, request, replies, [self._encoder(prompt) for prompt in body.prompts()],
                                   "prompt", most=body.max_tokens or _COMPLETION_TOKENS, logprobs=body.logprobs)
 

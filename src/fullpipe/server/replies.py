@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from fullpipe import __version__
 from fullpipe.model.tokenizer import TextStream, Tokenizer
 from fullpipe.server.answer import Choice, News
 from fullpipe.server.protocol import (
@@ -30,7 +30,8 @@ from fullpipe.server.protocol import (
 )
 from fullpipe.stats import RequestStats
 
-FINGERPRINT = f"fullpipe-{__version__}"
+VERSION = version("fullpipe")
+FINGERPRINT = f"fullpipe-{VERSION}"
 _LEAST = -9999.0  # what OpenAI says in place of minus infinity, for which JSON has no word
 
 Told = Sequence[Sequence[tuple[int, float]]]

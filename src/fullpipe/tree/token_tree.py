@@ -163,7 +163,8 @@ class TokenTree:
             return  # whoever knows nothing does not doubt either
         for token, child in node.children.items():
             first, second = math.exp(child.cum - node.cum), math.exp(said.get(token, -math.inf))
-            self._move(child, math.log((first + second) / 2 / first))
+            if first > 0:  # what is too small for a float stays as it is
+                self._move(child, math.log((first + second) / 2 / first))
 
     def _revise(self, node: Node, expansion: Expansion) -> None:
         """Make room for a newer answer: the guesses that are left go, and each child, launched or not, moves to its new
@@ -309,7 +310,8 @@ class TokenTree:
         return Candidates(self, self._unasked, self._is_askable, floor)
 
     def _take(self, heap: list[_Entry], usable: Callable[[Node], bool], limit: int, floor: float) -> list[Node]:
-        candidates, taken = Candidates(self, heap, usable, floor), []
+        taken: list[Node] = []
+        candidates = Candidates(self, heap, usable, floor)
         while len(taken) < limit and candidates.best() is not None:
             taken.append(candidates.take())
         return taken

@@ -16,9 +16,11 @@ from fullpipe.engine import Engine
 from fullpipe.planning.cluster import Cluster
 from fullpipe.policies import make_policy
 
+MOST_ROWS, MOST_DRAFT_ROWS = 96, 64  # of a flight and a draft job under dynamic batching
 DYNAMIC, PLAIN, ALONE = "dynamic", "pp", "one-after-another"
 METHODS = {
-    DYNAMIC: "fullpipe, the rows that are worth most over all requests",
+    DYNAMIC: f"fullpipe, the rows that are worth most over all requests, {MOST_ROWS} a flight at most and "
+             f"{MOST_DRAFT_ROWS} a draft job",
     "equal": "fullpipe, each request the same share of the rows that are free",
     "separate": "fullpipe, each request its full width whatever the others do",
     ALONE: "fullpipe, one request at a time, the others wait",
@@ -88,7 +90,8 @@ def batching(method: str, cluster: Cluster) -> Batching:
             links = cluster.links
             hops = sum(link.latency_s for link in (*links.stage_hops, links.to_first, links.landing))
             draft = CostCurve.of(lambda rows: cluster.draft_seconds(rows, _CURVE_CONTEXT))
-            return Dynamic(curve, num_stages=cluster.num_stages, draft_costs=draft, link_s=hops)
+            return Dynamic(curve, num_stages=cluster.num_stages, draft_costs=draft, link_s=hops,
+                           max_rows=MOST_ROWS, max_draft_rows=MOST_DRAFT_ROWS)
         case "equal":
             return Equal(max(1, curve.most_rows(_FREE * curve(1), 256)))
         case "pp":

@@ -262,8 +262,8 @@ def figure_of(value: Mapping[str, Any]) -> str:
         plots = figure.subplots(len(loads), 3, squeeze=False)
         for load, line in zip(loads, plots):
             _panels(results, load, line)
-        handles, labels = plots[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        handles = {label: handle for line in plots for handle, label in zip(*line[0].get_legend_handles_labels())}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -278,6 +278,8 @@ def _panels(results: Results, load: str, plots: Sequence[Any]) -> None:
         for method in results.methods:
             cells = [(amount, *pick(one)) for amount in results.amounts(load)
                      if (one := results.at(load, amount, method))]
+            if not cells:
+                continue
             xs, middles, tops = zip(*cells)
             plot.plot(xs, middles, color=_COLOURS[method], marker="o", markersize=3.5, linewidth=1.5, label=method)
             plot.fill_between(xs, middles, tops, color=_COLOURS[method], alpha=0.10, linewidth=0)

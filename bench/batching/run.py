@@ -4,8 +4,8 @@
     python bench/batching/run.py report
 
 `measure` replays the answers of a bench folder (recording-t0.jsonl and memo/ of `fullpipe bench --out DIR`) whose
-draft memos are there; what a memo lacks the real draft computes, and the memo keeps it. Each cell goes to a journal in
---out; a run that is killed goes on where it was, and cells of another version of the code are measured again.
+draft memos are there; what a memo lacks the real draft computes, and the memo keeps it. Each cell goes to the journal:
+a run that is killed goes on where it was, and cells of another version of the code are measured again.
 `report` makes receipt.json of the journal, and of that alone report.md and batching.svg, in bench/reports/batching.
 """
 
@@ -51,10 +51,12 @@ def main() -> None:
     parser.add_argument("--at-once", default=",".join(map(str, AT_ONCE)))
     parser.add_argument("--rates", default=",".join(map(str, RATES)))
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
+    parser.add_argument("--journal", type=Path, default=Path("batching-journal.jsonl"))
     parser.add_argument("--out", type=Path, default=REPORT)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(asked.out / "journal.jsonl")
+    asked.journal.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(asked.journal)
     if asked.what == "measure":
         about = provenance()
         journal.add(f"run/{about['date']}", about)

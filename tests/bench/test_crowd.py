@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,13 @@ from fullpipe.pipeline.station import Verdict
 from fullpipe.planning.cluster import Cluster, unit_cluster
 from fullpipe.policies import make_policy
 from fullpipe.request import SamplingParams
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+
+from batching.cells import AT_ONCE, METHODS, RATES, Cell, all_cells, make_engine, needs_draft
+from batching.report import Measured, write_report
+from batching.run import order
+from spd_study.journal import Journal
 
 STAGES = 4
 PARAMS = SamplingParams(max_tokens=12)
@@ -249,3 +257,85 @@ def test_a_source_begins_anew_with_a_request_that_was_closed_and_goes_on_with_on
     source.run(job([], [0, 1]))
     source.run(job([0], []))
     assert made == [0, 1, 0]
+
+
+# ---- bench/batching ----------------------------------------------------------------------------------------
+
+
+def row(method: str, amount: float, throughput: float, tbt: float, load: Any = "closed") -> dict[str, Any]:
+    """A journal's row of two requests of eleven tokens each; the second one came a second late."""
+    requests = [["a#0", 0.0, 0.5, 0.5 + 10 * tbt, 11, 6, 4, 30, 60],
+                ["b#0", 1.0, 2.5, 2.5 + 30 * tbt, 11, 9, 1, 25, 50]]
+    return {"cell": Cell(method, load, amount).to_dict(), "version": "v", "prompts": ["a#0", "b#0"],
+            "preset": "gpus-8", "cluster": "eight", "stages": 2, "target": "big", "draft": "small", "dtype": "bfloat16",
+            "note": "invented", "tokens": 22, "span_s": 22 / throughput, "engine_s": 0.022,
+            "gaps": [0.0, 0.01, 0.02, 0.03], "requests": requests,
+            "stations": {"draft": [1.1 / throughput, 110, 40], "stage 0": [11 / throughput, 60, 20],
+                         "stage 1": [5.5 / throughput, 50, 20]}}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    made = Journal(tmp_path / "journal.jsonl")
+    made.add("run/1", {"command": "run.py measure"})
+    for method, throughput, tbt in (("dynamic", 60.0, 0.02), ("pp", 8.0, 0.14), ("pp-bunched", 10.0, 0.1)):
+        made.add(f"closed-1/{method}", row(method, 1, throughput, tbt))
+    for method, throughput, tbt in (("dynamic", 30.0, 0.12), ("pp", 20.0, 0.13), ("pp-bunched", 10.0, 0.1)):
+        made.add(f"closed-4/{method}", row(method, 4, throughput, tbt))
+    made.add("poisson-0.5/dynamic", row("dynamic", 0.5, 9.0, 0.02, "poisson"))
+    return made
+
+
+def test_a_row_says_how_long_who_waited_and_what_the_machine_did() -> None:
+    one = Measured.of(row("dynamic", 1, 60.0, 0.02))
+    assert one.throughput == pytest.approx(60)
+    assert one.ttft.median == pytest.approx((0.5 + 1.5) / 2) and one.tbt.median == pytest.approx(0.04)
+    assert one.hit_rate == pytest.approx(15 / 20) and one.waste == pytest.approx((55 - 22) / 22)
+    assert one.stage_busy == pytest.approx((0.5 + 0.25) / 2) and one.draft_busy == pytest.approx(0.05)
+    assert one.rows_per_flight == pytest.approx(2.5)
+
+
+def test_the_report_compares_with_the_better_plain_pipeline_and_says_what_is_not_reached(
+        journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "findings.md").write_text("## What it says\n\nMuch.")
+    write_report(journal, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "**Virtual time.**" in text and "## What it says" in text and "invented" in text
+    assert "| 1 | 6.00x | 5x | yes | 0.20 / 0.20 / 0.20 | yes | - | - | - |" in text
+    assert "| 4 | 1.50x | 2.5x | **no** | 1.20 / 1.20 / 1.20 | **no** | - | - | - |" in text
+    assert "| 0.5 | 9.0 | - | - |" in text and "versions of the code" not in text
+
+
+def test_the_report_comes_of_the_receipt_alone_and_is_the_same_each_time(journal: Journal, tmp_path: Path) -> None:
+    write_report(journal, tmp_path)
+    first = [(tmp_path / name).read_bytes() for name in ("report.md", "batching.svg")]
+    write_report(Journal(tmp_path / "empty.jsonl"), tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in ("report.md", "batching.svg")] == first
+    assert first[1].count(b"<svg") == 1 and b"pp-bunched" in first[1]
+
+
+def test_cells_of_several_versions_are_owned_up_to(journal: Journal, tmp_path: Path) -> None:
+    journal.add("closed-8/pp", row("pp", 8, 9.0, 0.1) | {"version": "w"})
+    write_report(journal, tmp_path)
+    assert "Cells are of 2 versions of the code" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_answers_a_small_crowd_with_its_own_engine(method: str) -> None:
+    """On the cluster that is measured, with scripted guesses: the right texts, and no more at a time than it says."""
+    on = Cluster.load("gpus-8")
+    source = CrowdSource(lambda index: Guesser(ANSWERS[index])) if needs_draft(method) else None
+    run = play(ANSWERS, Cell(method, "closed", 6).schedule(6)[:6], PARAMS, source, on, make_engine(method, on))
+    assert run.tokens == sum(len(answer.tokens) for answer in ANSWERS)
+    first, last = ([one.times[end] for one in run.requests] for end in (0, -1))
+    one_by_one = all(start > end for start, end in zip(sorted(first)[1:], sorted(last)))
+    assert one_by_one == method.endswith("one-after-another")
+
+
+def test_cells_are_named_apart_and_serve_every_prompt_equally_often() -> None:
+    cells = all_cells(list(METHODS), AT_ONCE, RATES)
+    assert len({cell.key for cell in cells}) == len(cells) == len(METHODS) * (len(AT_ONCE) + len(RATES))
+    for cell in cells:
+        count = cell.requests(7)
+        assert count % 7 == 0 and count == len(cell.schedule(7)) and count >= 3 * cell.amount
+        assert sorted(one.id for one in order(ANSWERS, 12)) == sorted([one.id for one in ANSWERS] * 2)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_service import FakeService
-from serving import MAX_MODEL_LEN, Serve, Served, byte_tokenizer, fresh, running
+from openai_server import MAX_MODEL_LEN, Serve, Served, byte_tokenizer, fresh, running
 
 from fullpipe.model.tokenizer import Tokenizer
 from fullpipe.server.app import ServedModel, ServerOptions, create_app

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import MAX_MODEL_LEN, Serve, Served
+from openai_server import MAX_MODEL_LEN, Serve, Served
 
 from fullpipe.errors import Overloaded, PromptError, Unavailable, UsageError
 from fullpipe.request import SamplingParams

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Serve, Served, fresh
+from openai_server import Serve, Served, fresh
 
 from fullpipe import __version__
 from fullpipe.request import SamplingParams

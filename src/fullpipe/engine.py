@@ -31,6 +31,7 @@ from fullpipe.messages import (
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.policies.base import Policy
 from fullpipe.request import Request, SamplingParams
+from fullpipe.stats import RequestStats
 from fullpipe.track import Channel, Track
 from fullpipe.tree.token_tree import Node
 
@@ -110,12 +111,14 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def submit(self, request: Request, judge: Judge | None = None) -> Track:
+    def submit(self, request: Request, judge: Judge | None = None, stats: RequestStats | None = None) -> Track:
         """Take a request in; it waits until it can run. The track's `stats` grow while it runs and stay valid after its
-        end. Raises PromptError for one that would need more than all of the cache memory."""
+        end; they may be given, of a request that came earlier than now. Raises PromptError for one that would need more
+        than all of the cache memory."""
         self._check_whole()
         assert request.id not in self._tracks and request.id not in self._waiting, "request ids must be unique"
-        track = Track.begin(request, self._whole(request), self._node_ids, self.pipeline.now())
+        stats = stats or RequestStats(started=self.pipeline.now())
+        track = Track.begin(request, self._whole(request), self._node_ids, stats)
         track.judge = judge
         self._wait(track)
         return track
@@ -233,6 +236,8 @@ class Engine:
             if source is not None:
                 self._share(track, source)
             self._tracks[track.request.id] = track
+            if track.stats.admitted is None:
+                track.stats.admitted = self.pipeline.now()
             self._close_dropped()
 
     def _rank(self, track: Track) -> tuple[float, float, int]:

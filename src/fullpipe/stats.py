@@ -11,12 +11,14 @@ from fullpipe.messages import Leg
 class RequestStats:
     """All times in seconds of the pipeline's clock.
 
+    admitted: when it first got memory on the stations and waited no longer.
     alive_seconds: time that stages spent, since the first launch, on rows of this request that were alive
     when the stage was done with them. Flights that had not landed when the request ended are not counted.
     altered: emitted tokens in whose place the target would have said another one (lossy requests only).
     """
 
     started: float
+    admitted: float | None = None
     first_launch: float | None = None
     first_token: float | None = None
     last_token: float | None = None

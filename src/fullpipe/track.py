@@ -59,9 +59,9 @@ class Track:
     cached: int = 0
 
     @classmethod
-    def begin(cls, request: Request, capacity: int, ids: Iterator[int], now: float) -> Track:
+    def begin(cls, request: Request, capacity: int, ids: Iterator[int], stats: RequestStats) -> Track:
         tree, slots = TokenTree(request.prompt[-1], 0, horizon=0, ids=ids), SlotAllocator(capacity)
-        track = cls(request, tree, slots, list(request.prompt), [], RequestStats(started=now), arena=request.id)
+        track = cls(request, tree, slots, list(request.prompt), [], stats, arena=request.id)
         track.rewind(capacity, ids)
         return track
 

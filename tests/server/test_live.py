@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
-from fullpipe.messages import Died, Drafted, Emitted, Event, Failed, Finished, Landed, Launched, Leg, Ready
+from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
 from fullpipe.server import live as module
 from fullpipe.server.live import Live
 from fullpipe.server.service import Status
@@ -100,19 +99,10 @@ def test_hidden_text_does_not_leave() -> None:
     assert stand.tell(Emitted(1, 7, 0, 40, 0, True))["tokens"] == [[7, "", True]]
 
 
-def restart(live: Live) -> None:
-    live.on_restart("stage 1", "died")
-
-
-def failed(live: Live) -> None:
-    live(Failed(2.0, "stage 1", "died"))
-
-
-@pytest.mark.parametrize("end", [restart, failed])
-def test_a_failure_empties_the_stages_and_keeps_the_requests(end: Callable[[Live], None]) -> None:
+def test_a_restart_empties_the_stages_and_keeps_the_requests() -> None:
     stand = Stand()
     stand.tell(launch(0, 0, [0, 1], [7, 7]), Died(1, 7, [1]), Emitted(1, 7, 0, 40, 0, True))
-    end(stand.live)
+    stand.live.on_restart("stage 1", "died")
     picture = stand.tell(launch(3, 0, [0], [7]))
     assert rows(picture) == [[[7, 1]], [], []] and picture["stages"][0]["dead"] == 0
     assert picture["requests"][0]["emitted"] == 1

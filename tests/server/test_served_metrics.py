@@ -126,10 +126,9 @@ def test_stage_time_is_busy_or_bubble_and_alive_or_not() -> None:
 def test_times_of_a_request() -> None:
     metrics = Metrics(MODEL, clock=lambda: 9.0)
     metrics.on_submit(0, 3, 1.0)
-    metrics.on_admit(0, 2.0)
     tell(metrics, Launched(2.5, 0, [0], [-1], [1], [0], [0]), token(5.0, 0, 0, False), token(5.02, 0, 1, True),
          token(9.0, 0, 2, True), Finished(9.0, 0, "stop"))
-    metrics.on_finish(0, "stop", 3, 3, RequestStats(0.0), 0)
+    metrics.on_finish(0, "stop", 3, 3, RequestStats(1.0, admitted=2.0), 0)
     told = read(metrics)
     for name, seconds in (("time_to_first_token_seconds", 4), ("request_queue_time_seconds", 1),
                           ("request_prefill_time_seconds", 3), ("request_decode_time_seconds", 4),

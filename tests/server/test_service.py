@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import psutil
@@ -89,6 +90,16 @@ def processes(listeners: Sequence[Listener]) -> Started[Words]:
     return Started(engine, Words(), VOCAB, 4000)
 
 
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No thread of ours, but those that are just ending."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("fullpipe"):
+            thread.join(2)
+            assert not thread.is_alive(), f"{thread.name} is left"
+
+
 @pytest.fixture
 def service() -> Iterator[Service[Words]]:
     made = Service(inprocess, max_num_seqs=4, max_waiting=8)
@@ -113,9 +124,9 @@ def test_what_cannot_be_is_refused_at_the_door(service: Service[Words]) -> None:
     for prompt, kind in (([], PromptError), (list(range(50)) * 80, PromptError), ([VOCAB], UsageError)):
         with pytest.raises(kind):
             service.submit(prompt, SamplingParams(), Caller())
-    with pytest.raises(PromptError, match="cache slots"):
-        Service(lambda listeners: Started(inprocess(listeners).engine, Words(), VOCAB, 10**6)).submit(
-            [1], SamplingParams(max_tokens=7000), Caller())
+    long = Service(lambda listeners: Started(inprocess(listeners).engine, Words(), VOCAB, 10**6))
+    with closing(long), pytest.raises(PromptError, match="cache slots"):
+        long.submit([1], SamplingParams(max_tokens=7000), Caller())
 
 
 def test_a_full_queue_turns_away_and_a_drained_service_takes_nothing(service: Service[Words]) -> None:

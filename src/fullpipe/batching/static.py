@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fullpipe.batching.base import Batching, Chosen, longest_waiting
+from fullpipe.batching.base import Batching, Chosen, Separate, longest_waiting
 from fullpipe.errors import UsageError
 from fullpipe.policies.base import Policy
 from fullpipe.track import Track
 
 
-class Balanced(Batching):
+class Balanced(Separate):
     """As many rows in every flight as keep all stages equally busy: with `running` requests on n stages, running / n,
     rounded up, of those that have waited longest. Without it requests that once landed together stay together for
     ever, and the pipeline carries one crowded flight. It is what pipeline-parallel servers do with microbatches.
@@ -28,9 +28,6 @@ class Balanced(Batching):
                 chosen.append((track, nodes))
                 limit -= len(nodes)
         return chosen
-
-    def expand(self, policy: Policy, tracks: Sequence[Track]) -> Chosen:
-        return [(track, nodes) for track in tracks if (nodes := policy.expand(track.tree, track.room))]
 
 
 class Equal(Batching):

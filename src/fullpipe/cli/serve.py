@@ -6,7 +6,7 @@ import logging
 import os
 from enum import StrEnum
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,9 +17,7 @@ from fullpipe.hub import DEFAULT_TARGET
 if TYPE_CHECKING:
     import uvicorn
 
-    from fullpipe.messages import Event
     from fullpipe.server.live import Live
-    from fullpipe.server.service import Service
 
 _HINT = "Install it with: pip install 'fullpipe[serve]'"
 
@@ -94,29 +92,21 @@ def serve(
         kv_slots=kv_cache_tokens, share_prefixes=enable_prefix_caching, prefill_share=prefill_share, timeout=timeout,
         threads=threads, say=console.print_note)
     metrics = Metrics(names[0])
-    live: list[Live] = []  # it needs the tokenizer, which comes with the service
-
-    def watch(event: Event) -> None:
-        for one in live:
-            one(event)
-
-    service = Service(builder, max_num_seqs=max_num_seqs, max_waiting=max_queue, observers=[metrics],
-                      listeners=[watch])
+    live = Live(stages, lambda: service.status(), lambda token: service.built.words.decode([token]),
+                model_name=names[0], show_text=not api_key)
+    service = Service(builder, max_num_seqs=max_num_seqs, max_waiting=max_queue, observers=[metrics, live])
     try:
-        words = service.built.words
-        live.append(Live(stages, service.status, lambda token: words.decode([token]), model_name=names[0],
-                         show_text=not api_key))
-        app = create_app(service, ServedModel(names, words, service.built.max_model_len),
-                         ServerOptions(api_keys=api_key or (), request_timeout_s=request_timeout), [live[0].router()],
+        app = create_app(service, ServedModel(names, service.built.words, service.built.max_model_len),
+                         ServerOptions(api_keys=api_key or (), request_timeout_s=request_timeout), [live.router()],
                          metrics=lambda: metrics.render(service.status()))
         console.print_note(f"{names[0]} in {stages} stages: http://{host}:{port} (page), /v1 (API), /metrics")
         config = uvicorn.Config(app, host=host, port=port, log_level=log_level, log_config=None, access_log=False)
-        _run(config, service, live[0])
+        _run(config, live)
     finally:
         service.close()
 
 
-def _run(config: uvicorn.Config, service: Service[Any], live: Live) -> None:
+def _run(config: uvicorn.Config, live: Live) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):

@@ -206,7 +206,8 @@ class DistributedPipeline(Pipeline):
                 self._happened.append(read_landed(frame, now, self._flights.due(), self._names))
                 self._flights.leave()
             case "drafted" if worker in self._jobs.workers:
-                drafted, self.taps = read_drafted(frame, now, self._jobs.due(), self._newest_node), _taps(frame)
+                drafted = read_drafted(frame, now, self._jobs.due(), self._newest_node)
+                self.taps = TapCount(*read_taps(frame))
                 self._happened.append(drafted)
                 self._jobs.leave()
             case "beat":
@@ -256,10 +257,6 @@ class DistributedPipeline(Pipeline):
         if not self._failure:
             self._failure = Failed(self.now(), worker.name, reason, hint)
             self._happened.append(self._failure)
-
-
-def _taps(frame: Frame) -> TapCount:
-    return TapCount(*read_taps(frame))
 
 
 def _flight_frame(flight: Flight) -> Frame:

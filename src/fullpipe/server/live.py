@@ -20,8 +20,8 @@ from typing import Any
 from fastapi import APIRouter, params
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-from fullpipe.messages import Died, Drafted, Emitted, Event, Failed, Finished, Landed, Launched, Leg, Ready
-from fullpipe.server.service import Status
+from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
+from fullpipe.server.service import Observer, Status
 
 WINDOW = 5.0  # seconds that rates are taken over
 TICK = 0.2  # seconds between two looks
@@ -74,8 +74,8 @@ class _Moment:
     began: float | None = None
 
 
-class Live:
-    """Call it with every event of the engine. Any thread may.
+class Live(Observer):
+    """Watches a service. May be called from any thread.
 
     num_stages: how many to show. status: of the service. text_of: what a token reads as. show_text: False hides the
     tokens' text from the feed (it is that of all users). clock: the pipeline's.
@@ -94,7 +94,7 @@ class Live:
         self._closed = False
         self._handlers: dict[type[Event], Callable[..., None]] = {
             Ready: self._ready, Launched: self._launched, Landed: self._landed, Drafted: self._drafted,
-            Emitted: self._emitted, Died: self._died, Finished: self._finished, Failed: self._failed}
+            Emitted: self._emitted, Died: self._died, Finished: self._finished}
 
     def __call__(self, event: Event) -> None:
         if handler := self._handlers.get(type(event)):
@@ -103,7 +103,6 @@ class Live:
                 handler(event)
 
     def on_restart(self, station: str, reason: str) -> None:
-        """The pipeline is built anew: nothing is under way, and ids begin again."""
         with self._lock:
             self._version += 1
             self._at.flights.clear()
@@ -166,11 +165,6 @@ class Live:
         for node in event.nodes:
             if self._at.owner.pop(node, None) is not None:
                 self._at.died[node] = event.time
-
-    def _failed(self, event: Failed) -> None:
-        self._at.flights.clear()
-        self._at.owner.clear()
-        self._at.died.clear()
 
     def _finished(self, event: Finished) -> None:
         self._at.requests.pop(event.request, None)

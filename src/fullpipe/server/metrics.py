@@ -23,8 +23,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fullpipe.messages import Died, Drafted, Emitted, Event, Failed, Landed, Launched, Leg
-from fullpipe.server.service import State, Status
+from fullpipe.messages import Died, Drafted, Emitted, Event, Landed, Launched, Leg
+from fullpipe.server.service import Observer, State, Status
 from fullpipe.stats import RequestStats
 
 REASONS = ("stop", "length", "abort", "deadline", "error")
@@ -109,7 +109,6 @@ class _Life:
 
     submitted: float
     num_prompt: int
-    begun: float | None = None
     first_token: float | None = None
     last_token: float = 0.0
     num_emitted: int = 0
@@ -154,14 +153,13 @@ class _Counts:
     restarts: dict[str, int] = field(default_factory=dict)
 
 
-class Metrics(Collector):
-    """An engine listener with hooks for what only the service knows. May be called from any thread.
+class Metrics(Observer, Collector):
+    """Counts for a service. May be called from any thread.
 
     model_name: the label on everything. clock: the pipeline's; times of events and of `on_submit` are on it, and ends
     of requests are put on it. vllm_names: also say what vLLM has under vLLM's name, with its labels.
 
-    A request's id is that of its events, before a restart and after. Node and flight numbers may begin again
-    with a new pipeline, so `on_restart` must come before the new pipeline's events.
+    A request's id is that of its events, before a restart and after.
     """
 
     def __init__(self, model_name: str, *, vllm_names: bool = True,
@@ -186,7 +184,7 @@ class Metrics(Collector):
         self._status = Status("starting", 0, 0, 0, 0, 0)
         self._hear: dict[type[Event], Callable[[Any], None]] = {
             Launched: self._on_launched, Landed: self._on_landed, Drafted: self._on_drafted,
-            Emitted: self._on_emitted, Died: self._on_died, Failed: self._on_failed}
+            Emitted: self._on_emitted, Died: self._on_died}
         self._rendering = threading.Lock()
         self.registry = CollectorRegistry()
         self.registry.register(self)
@@ -200,57 +198,51 @@ class Metrics(Collector):
                 hear(event)
 
     def on_submit(self, id: int, prompt_tokens: int, time: float) -> None:
-        """The service has taken a request in."""
         with self._lock:
             self._lives[id] = _Life(time, prompt_tokens)
             self._presence.begin(time)
 
-    def on_admit(self, id: int, time: float) -> None:
-        """It waits no longer: its first rows are about to go. Untold, the first launch that names it counts."""
-        with self._lock:
-            self._begin(id, time)
-
     def on_finish(self, id: int, reason: str, prompt_tokens: int, completion_tokens: int, stats: RequestStats,
                   cached_tokens: int) -> None:
-        """The last that is told of a request. cached_tokens: prompt tokens that were taken over and not computed."""
         with self._lock:
             now, counts = self._clock(), self._counts
             counts.finished[reason] = counts.finished.get(reason, 0) + 1
             self._prompt_lengths.observe(prompt_tokens)
             self._answer_lengths.observe(completion_tokens)
-            if stats.first_launch is not None:
+            if stats.admitted is not None:
                 counts.prefix_queries += prompt_tokens
                 counts.prefix_hits += cached_tokens
             if stats.steps:
                 self._steps.observe(stats.steps_per_token)
             if life := self._lives.pop(id, None):
-                self._end(life, reason, now)
+                self._end(life, reason, stats.admitted, now)
             if not self._lives:
                 self._presence.end(now)
 
     def on_restart(self, station: str, reason: str) -> None:
-        """The pipeline is built anew because of `station`. What was under way is lost."""
         with self._lock:
             self._counts.restarts[station] = self._counts.restarts.get(station, 0) + 1
-            self._lose_flights()
+            self._counts.wasted_rows += len(self._unused)
+            self._unused.clear()
+            self._flights.clear()
+            self._flying.clear()
+            self._died.clear()
 
     def on_preempt(self) -> None:
         with self._lock:
             self._counts.preemptions += 1
 
     def on_engine_time(self, seconds: float) -> None:
-        """The service's thread was at work for so long: not waiting for events."""
         with self._lock:
             self._counts.engine_seconds += seconds
 
-    def _begin(self, id: int, now: float) -> None:
-        if (life := self._lives.get(id)) and life.begun is None:
-            life.begun = now
-            self._queued.observe(max(now - life.submitted, 0.0))
-
-    def _end(self, life: _Life, reason: str, now: float) -> None:
+    def _end(self, life: _Life, reason: str, admitted: float | None, now: float) -> None:
         if reason not in _LAST:
             self._judge(life)
+        if admitted is not None:
+            self._queued.observe(max(admitted - life.submitted, 0.0))
+            if life.first_token is not None:
+                self._prefill.observe(max(life.first_token - admitted, 0.0))
         self._whole.observe(max(now - life.submitted, 0.0))
         if life.first_token is not None:
             self._decode.observe(life.last_token - life.first_token)
@@ -267,8 +259,6 @@ class Metrics(Collector):
         self._flights[event.flight] = event.nodes
         self._flying.update(event.nodes)
         self._unused.update(event.nodes)
-        for request in set(event.requests):
-            self._begin(request, event.time)
 
     def _on_landed(self, event: Landed) -> None:
         if event.legs:
@@ -308,11 +298,9 @@ class Metrics(Collector):
             life.hit = event.hit
             life.num_emitted += 1
             if life.first_token is None:
-                self._begin(event.request, event.time)
                 life.first_token = event.time
                 self._counts.prompt_tokens += life.num_prompt
                 self._to_first_token.observe(max(event.time - life.submitted, 0.0))
-                self._prefill.observe(max(event.time - (life.begun or 0.0), 0.0))
             else:
                 self._between_tokens.observe(max(event.time - life.last_token, 0.0))
             life.last_token = max(event.time, life.last_token)
@@ -331,16 +319,6 @@ class Metrics(Collector):
                 self._counts.wasted_rows += 1
             if node in self._flying:
                 self._died[node] = event.time
-
-    def _on_failed(self, event: Failed) -> None:
-        self._lose_flights()
-
-    def _lose_flights(self) -> None:
-        self._counts.wasted_rows += len(self._unused)
-        self._unused.clear()
-        self._flights.clear()
-        self._flying.clear()
-        self._died.clear()
 
     # ---- what is said -------------------------------------------------------------------------------------
 

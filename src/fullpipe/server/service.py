@@ -106,15 +106,29 @@ class Started(Generic[W]):
     max_model_len: int
 
 
-class Observer(Protocol):
-    """Who watches a service (`metrics.Metrics`). Called from the engine's thread, but `on_submit` from the caller's."""
+class Observer:
+    """Who watches a service (`metrics.Metrics`, `live.Live`) overrides what it wants to know. Called from the engine's
+    thread, but `on_submit` from the caller's."""
 
-    def on_submit(self, id: int, prompt_tokens: int, time: float) -> None: ...
+    def __call__(self, event: Event) -> None:
+        """Every event of the engine."""
+
+    def on_submit(self, id: int, prompt_tokens: int, time: float) -> None:
+        """A request was taken in. time: seconds of the pipeline's clock."""
+
     def on_finish(self, id: int, reason: str, prompt_tokens: int, completion_tokens: int, stats: RequestStats,
-                  cached_tokens: int) -> None: ...
-    def on_restart(self, station: str, reason: str) -> None: ...
-    def on_preempt(self) -> None: ...
-    def on_engine_time(self, seconds: float) -> None: ...
+                  cached_tokens: int) -> None:
+        """The last that is told of a request. cached_tokens: of the prompt, taken over and not computed."""
+
+    def on_restart(self, station: str, reason: str) -> None:
+        """The pipeline is built anew because of `station`: what was under way is lost, and ids of nodes and flights
+        begin again."""
+
+    def on_preempt(self) -> None:
+        """A request went back to waiting."""
+
+    def on_engine_time(self, seconds: float) -> None:
+        """The service's thread was at work for so long: not waiting for events."""
 
 
 @dataclass(slots=True)
@@ -141,18 +155,17 @@ class Service(Generic[W]):
     """start: builds pipeline and engine, with these listeners; called again after every failure. What it raises at the
         first time, the constructor raises.
     max_num_seqs, max_waiting: requests that run, and that wait, beyond which new ones are turned away.
-    observers: told of what no event tells; those of them that can be called are listeners too.
+    observers: told of every event, and of what no event tells.
 
     built: what `start` returned at first; only its engine is another one after a failure.
     """
 
     def __init__(self, start: Callable[[Sequence[Listener]], Started[W]], *, max_num_seqs: int = 16,
-                 max_waiting: int = 256, observers: Sequence[Observer] = (),
-                 listeners: Sequence[Listener] = ()) -> None:
+                 max_waiting: int = 256, observers: Sequence[Observer] = ()) -> None:
         self._start = start
         self._most = max_num_seqs + max_waiting
         self._observers = observers
-        self._listeners: list[Listener] = [self._hear, *(one for one in observers if callable(one)), *listeners]
+        self._listeners: list[Listener] = [self._hear, *observers]
         self._ids = count()
         self._lock = threading.Lock()  # of what callers change: _running's keys, _state
         self._running: dict[int, _Running] = {}
@@ -282,8 +295,7 @@ class Service(Generic[W]):
         if engine is None or one.track is not None or one.request.id not in self._running:
             return  # it enters with the next engine, has entered with it already, or has been cancelled
         try:
-            one.track = engine.submit(one.request, one.reply.judge)
-            one.track.stats = one.ticket.stats
+            one.track = engine.submit(one.request, one.reply.judge, one.ticket.stats)
         except FullpipeError as error:
             self._end(one, "error", error.message)
 

@@ -368,7 +368,7 @@ class Engine:
         rows: list[tuple[Track, Node | None]] = []
         parts = self._prompt_parts(tracks, rows)
         deciding = [track for track in tracks if track.stages.rows >= track.tree.root.position]
-        for track, nodes in self.batching.launch(self.policy, deciding, len(rows), len(tracks)):
+        for track, nodes in self.batching.launch(self.policy, deciding, len(rows), len(tracks), len(self._flights)):
             part, _ = parts.setdefault(track.request.id, (Part(track.arena), track))
             self._launch(track, nodes, part)
             rows += [(track, node) for node in nodes]

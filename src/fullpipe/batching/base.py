@@ -21,11 +21,13 @@ class Batching(ABC):
     """Keeps no state of a request; what it remembers is of the machine."""
 
     @abstractmethod
-    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int) -> Chosen:
+    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int,
+               under_way: int) -> Chosen:
         """What enters stage 0 now. The caller launches all of it.
 
         tracks: whose root may enter, or has. prompt_rows: rows of prompts that the flight carries already. running: all
-        requests, those whose prompt is still on its way included. Where a root waits, something is chosen.
+        requests, those whose prompt is still on its way included. under_way: flights that have not landed. Where a root
+        waits and no flight is under way, something is chosen.
         """
 
     @abstractmethod
@@ -43,7 +45,8 @@ class Batching(ABC):
 class Separate(Batching):
     """Every request as if it were alone: the policy is asked for each in turn."""
 
-    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int) -> Chosen:
+    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int,
+               under_way: int) -> Chosen:
         return [(track, nodes) for track in tracks if (nodes := policy.launch(track.tree, track.room))]
 
     def expand(self, policy: Policy, tracks: Sequence[Track]) -> Chosen:

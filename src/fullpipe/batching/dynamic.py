@@ -14,6 +14,10 @@ enough, and what is left is plain continuous batching. Nothing switches.
 
 A root must be launched sooner or later; the question is only with how many others. One more than m waits for a period
 if it stays behind, c(rows), and costs everybody d if it does not: it comes along while c(rows) >= R d(rows).
+
+Stages that take equally long keep as many flights between them as they once were given: one more than they can hold
+only queues before some stage, for ever, and what it carries was decided earlier than need be. So with a full pipeline
+under way a flight waits for the next landing, unless it has its share of roots together.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from fullpipe.batching.costs import CostCurve
 from fullpipe.errors import UsageError
 from fullpipe.policies.base import Policy
 from fullpipe.track import Track
-from fullpipe.tree.token_tree import Candidates, Node
+from fullpipe.tree.token_tree import Candidates, Node, State
 
 _FLIGHTS_AHEAD = 2  # the draft looks at nothing whose children come after so many flights' worth of better nodes
 _LEAST_CHUNK = 16  # rows of prompts in a flight, however dear: a prompt must end some day
@@ -52,10 +56,14 @@ class Dynamic(Batching):
         self._costs, self._draft_costs = costs, draft_costs
         self._max_rows, self._max_draft_rows = max_rows, max_draft_rows
         self._prefill_share, self._num_stages, self._link_s = prefill_share, num_stages, link_s
+        self._depth = num_stages + math.ceil(link_s / costs(1))
         self._rows = 1  # of the newest flight, without prompts'
         self._least = -math.inf  # log path probability below which no guess was worth its row then
 
-    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int) -> Chosen:
+    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int,
+               under_way: int) -> Chosen:
+        if under_way > self._depth or under_way == self._depth and _roots(tracks) < self._evenly(running):
+            return []
         share = max(1, self._max_rows // max(running, 1))
         taken = _merge(tracks, lambda track: track.tree.unlaunched(policy.floor), share,
                        lambda number: self._least_worth(number, prompt_rows, running), self._max_rows)
@@ -136,6 +144,11 @@ def _merge(tracks: Sequence[Track], candidates: Callable[[Track], Candidates], s
         number += 1
         push(source, track, len(nodes))
     return list(taken.values())
+
+
+def _roots(tracks: Sequence[Track]) -> int:
+    """How many roots wait."""
+    return sum(track.tree.root.state is State.PROPOSED for track in tracks)
 
 
 def _new_slots(entry: tuple[Track, list[Node]] | None) -> int:

@@ -19,7 +19,8 @@ class Balanced(Separate):
     def __init__(self, num_stages: int) -> None:
         self._num_stages = num_stages
 
-    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int) -> Chosen:
+    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int,
+               under_way: int) -> Chosen:
         limit, chosen = -(-running // self._num_stages), Chosen()
         for track in longest_waiting(tracks):
             if limit <= 0:
@@ -41,7 +42,8 @@ class Equal(Batching):
             raise UsageError(f"a flight needs at least one row (got {rows})")
         self._rows = rows
 
-    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int) -> Chosen:
+    def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int,
+               under_way: int) -> Chosen:
         share = max(1, self._rows // max(running, 1))
         return [(track, nodes) for track in tracks if (nodes := policy.launch(track.tree, min(track.room, share)))]
 

@@ -7,6 +7,7 @@ pipeline is this process, eight machines or a simulation cannot be told from her
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
@@ -378,7 +379,7 @@ class Engine:
         flight.id = next(self._flight_ids)
         self._flights[flight.id] = rows
         if self._listeners:
-            self._tell_launched(flight, [(track, node) for track, node in rows if node is not None])
+            self._tell_launched(flight, rows)
         return flight
 
     def _prompt_parts(self, tracks: list[Track], rows: list[tuple[Track, Node | None]]) -> _Parts:
@@ -576,12 +577,13 @@ class Engine:
         for track in {track.request.id: track for track, _ in rows}.values():
             track.stats.on_leg(leg, sum(owner is track and (node is None or node.id in alive) for owner, node in rows))
 
-    def _tell_launched(self, flight: Flight, rows: list[tuple[Track, Node]]) -> None:
-        nodes = [node for _, node in rows]
+    def _tell_launched(self, flight: Flight, rows: list[tuple[Track, Node | None]]) -> None:
+        nodes = [node for _, node in rows if node is not None]
         self._tell(Launched(self._now, flight.id, [node.id for node in nodes],
                             [node.parent.id if node.parent else -1 for node in nodes],
                             [node.token for node in nodes], [node.position for node in nodes],
-                            [track.request.id for track, _ in rows]))
+                            [track.request.id for track, node in rows if node is not None],
+                            Counter(track.request.id for track, node in rows if node is None)))
 
     def _tell(self, event: Event) -> None:
         for listener in list(self._listeners):

@@ -185,7 +185,8 @@ class Failed(Event):
 
 @dataclass(slots=True)
 class Launched(Event):
-    """A flight set off with these nodes. requests: whose each of them is."""
+    """A flight set off with these nodes. requests: whose each of them is. prompt_rows: rows of committed tokens that it
+    carries besides, by request."""
 
     flight: int
     nodes: list[int]
@@ -193,6 +194,7 @@ class Launched(Event):
     tokens: list[int]
     positions: list[int]
     requests: list[int] = field(default_factory=list)
+    prompt_rows: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -187,6 +187,17 @@ def test_throughput_never_falls_below_plain_pipelining_of_the_same_requests(coun
     assert ends[0] <= min(ends[1:]) * 1.05  # the last flights of a crowd are few
 
 
+def test_a_root_that_has_its_slot_goes_when_guesses_have_taken_all_others() -> None:
+    """Where rows cost nothing a quick draft looks at nodes until no slot is left, the next root among them."""
+    free = CostCurve({1: 1.0})
+    quick = InProcessPipeline([ScriptedStage(k, 2, TRUTH) for k in range(2)],
+                              ScriptedSource(TRUTH, accuracy=0.5, coverage=0.5),
+                              costs=lambda station, *_: {"draft": 0.01, "stage 0": 1.5}.get(station, 1.0))
+    engine = Engine(quick, make_policy("fullpipe", width=1), batching=Dynamic(free, num_stages=2))
+    _, texts, _ = run(engine, crowd(1, tokens=60))
+    assert texts[0] == plain((1, 8, 0), 60)
+
+
 def test_nobody_starves_however_bad_his_guesses_are() -> None:
     """Between two tokens of any request no more time passes than three traversals of full flights."""
     seen: dict[int, list[float]] = {}

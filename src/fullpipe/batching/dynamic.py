@@ -126,9 +126,11 @@ def _merge(tracks: Sequence[Track], candidates: Callable[[Track], Candidates], s
     number = 0
 
     def push(source: Candidates, track: Track, has: int) -> None:
+        if (best := source.best()) is None:
+            return
         new = _new_slots(taken.get(track.request.id))
-        spare = track.room > new or (new == 0 and track.tree.root.slot is None)  # the root's slot is kept for it
-        if (best := source.best()) is not None and spare:
+        kept = new == 0 and track.tree.root.slot is None  # the root never lacks a slot
+        if track.room > new or kept or source.has_slot():
             since = track.stats.last_token or track.stats.started
             heapq.heappush(heap, (has >= share, -best, since, track.request.id, source, track))
 

@@ -461,6 +461,10 @@ class Candidates:
                 continue
             return best - tree.root.cum if heap and best >= self._least else None
 
+    def has_slot(self) -> bool:
+        """Whether what `take` would return has its cache slot already; `best` has just been asked and was not None."""
+        return self._heap[0][3].slot is not None
+
     def take(self) -> Node:
         """The best one; `best` has just been asked and was not None."""
         node = heapq.heappop(self._heap)[3]

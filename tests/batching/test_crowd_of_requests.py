@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -260,6 +261,14 @@ def test_a_prompt_holds_those_that_run_up_by_no_more_than_its_share() -> None:
         engine.step()
     assert max(after - start for start, after in itertools.pairwise(spans)) <= before * 2 + 1e-9
     engine.abort(0)
+
+
+def test_flights_tell_whose_prompt_rows_they_carry() -> None:
+    told: Counter[int] = Counter()
+    engine = Engine(pipeline(2), make_policy("pp"), chunk=5,
+                    listeners=[lambda event: told.update(event.prompt_rows) if isinstance(event, Launched) else None])
+    run(engine, [request(0, tuple(range(12)), 3), request(1, (7,), 3)])
+    assert told == {0: 11}, "the last token of a prompt is a root"
 
 
 def test_curves() -> None:

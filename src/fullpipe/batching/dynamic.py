@@ -62,7 +62,7 @@ class Dynamic(Batching):
 
     def launch(self, policy: Policy, tracks: Sequence[Track], prompt_rows: int, running: int,
                under_way: int) -> Chosen:
-        if under_way > self._depth or under_way == self._depth and _roots(tracks) < self._evenly(running):
+        if under_way > self._depth or (under_way == self._depth and _roots(tracks) < self._evenly(running)):
             return []
         share = max(1, self._max_rows // max(running, 1))
         taken = _merge(tracks, lambda track: track.tree.unlaunched(policy.floor), share,

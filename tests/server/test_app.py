@@ -199,9 +199,41 @@ def test_parts_developer_and_an_answer_sent_back(served: Served, client: openai.
     assert text.startswith("<|im_start|>system\nd<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_max_tokens_gives_way_to_the_context(served: Served, client: openai.OpenAI) -> None:
-    client.completions.create(model="tiny", prompt="x" * (MAX_MODEL_LEN - 5), max_tokens=1000)
-    assert params_of(served).max_tokens == 5
+LONG = "x" * (MAX_MODEL_LEN - 5)  # tokens; as a chat's message, 5 and the template's too many
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 5}, {"max_tokens": 1}])
+def test_an_answer_may_fill_the_context(served: Served, client: openai.OpenAI, more: Any) -> None:
+    """vLLM's and OpenAI's 16 tokens of a completion are a default, which takes what is left."""
+    client.completions.create(model="tiny", prompt=LONG, **more)
+    assert params_of(served).max_tokens == more.get("max_tokens", 5)
+
+
+@pytest.mark.parametrize("asked", [6, 16, MAX_MODEL_LEN - 4])
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_tokens_than_the_context_has_left_are_refused(served: Served, client: openai.OpenAI, asked: int,
+                                                           stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt=["fits", LONG], max_tokens=asked, stream=stream)
+    assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
+    for told in ("max_tokens", f"context length is {MAX_MODEL_LEN}", f"has {len(LONG)}", str(asked)):
+        assert told in caught.value.message
+    assert served.service.submitted == []  # the prompt that fits neither
+
+
+def test_a_chat_has_two_names_for_it_of_which_the_new_one_counts(served: Served, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="tiny", messages=HELLO)
+    room = params_of(served).max_tokens
+    assert room == MAX_MODEL_LEN - len(served.service.submitted[0][0])
+    client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=room + 1, max_completion_tokens=room)
+    assert params_of(served).max_tokens == room
+    for more in ({"max_tokens": room + 1}, {"max_completion_tokens": room + 1},
+                 {"max_tokens": room, "max_completion_tokens": room + 1}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=HELLO, **more)
+        assert caught.value.param == max(more, key=more.__getitem__)
+        assert f"{room + 1} > {MAX_MODEL_LEN} - {MAX_MODEL_LEN - room}" in caught.value.message
+    assert len(served.service.submitted) == 2
 
 
 def test_models(served: Served, client: openai.OpenAI) -> None:

@@ -7,53 +7,18 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-import tokenizers
 import uvicorn
+from fastapi import FastAPI
+from malformed import CHAT, FAMILIES, NOT_JSON, TAKES, TEXT, Bad, right, written
+from one_word import MAX_BODY, MAX_LEN, OneWord, application
 
-from fullpipe.errors import PromptError
-from fullpipe.model.chat_template import ChatTemplate
-from fullpipe.model.tokenizer import Tokenizer
-from fullpipe.request import SamplingParams
-from fullpipe.server.app import ServedModel, ServerOptions, create_app
-from fullpipe.server.service import Deliver, Status, Ticket, Update
-from fullpipe.stats import RequestStats
-
-MAX_BODY = 20_000
-MAX_LEN = 64
-
-
-class OneWord:
-    """A test double of the service: it answers every prompt with one token, and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[SamplingParams] = []
-
-    def submit(self, prompt: Sequence[int], params: SamplingParams, deliver: Deliver, *, priority: int = 0,
-               timeout_s: float | None = None) -> Ticket:
-        if not prompt:
-            raise PromptError("the prompt is empty")
-        self.asked.append(params)
-        deliver(Update("yes", [1], [], "length"))
-        return Ticket(len(self.asked), len(prompt), RequestStats(0.0))
-
-    def cancel(self, ticket: Ticket) -> None:
-        pass
-
-    def status(self) -> Status:
-        return Status("ready", 0, 0, 0, 0, 0)
-
-
-def byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return Tokenizer(backend, frozenset(), ChatTemplate("{% for m in messages %}{{ m['content'] }}{% endfor %}"))
+from fullpipe.server.app import ServerOptions
+from fullpipe.server.protocol import ChatRequest, CompletionRequest
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +28,7 @@ def service() -> OneWord:
 
 @pytest.fixture(scope="module")
 def port(service: OneWord) -> Iterator[int]:
-    model = ServedModel(("m",), byte_tokenizer(), MAX_LEN)
-    options = ServerOptions(max_body_bytes=MAX_BODY, body_timeout_s=0.3)
-    app = create_app(service, model, options)  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(application(service), log_config=None, lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
@@ -268,8 +230,7 @@ def test_another_content_type(client: httpx.Client, kind: str | None) -> None:
                          [("", "/v1/models"), ("/api", "/api/v1/models"), ("/api", "/v1/models")])
 def test_the_key_is_needed_under_a_root_path_too(root_path: str, path: str) -> None:
     """Servers put their root path before the path (ASGI 3)."""
-    model = ServedModel(("m",), byte_tokenizer(), MAX_LEN)
-    app = create_app(OneWord(), model, ServerOptions(api_keys=["k"]))  # type: ignore[arg-type]
+    app = application(OneWord(), ServerOptions(api_keys=["k"]))
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app, root_path=root_path)
@@ -325,3 +286,72 @@ def test_what_asks_for_nothing_is_taken(client: httpx.Client, fields: dict[str, 
     response = post(client, "chat", fields)
     assert response.status_code == 200, response.text
     assert response.json()["choices"][0]["message"]["content"] == "yes"
+
+
+# ---- a thousand and more, in process ---------------------------------------------------------------------------------
+
+
+def test_there_are_more_than_a_thousand_malformed_bodies() -> None:
+    distinct = {(bad.path, bad.body) for family in FAMILIES.values() for bad in family}
+    assert len(distinct) >= 1000
+    assert len({body for _, body in distinct}) >= 1000  # and not by being sent to two places
+    assert all(len({(bad.path, bad.body, bad.kind) for bad in family}) == len(family) for family in FAMILIES.values())
+    for path, request in ((CHAT, ChatRequest), (TEXT, CompletionRequest)):
+        assert set(TAKES[path]) == set(request.model_fields)
+
+
+def exchange(app: FastAPI, bodies: list[Bad]) -> list[httpx.Response]:
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            return [await client.post(bad.path, content=bad.body, headers={"content-type": bad.kind}) for bad in bodies]
+
+    return asyncio.run(ask())
+
+
+def send(bodies: list[Bad]) -> list[httpx.Response]:
+    """All of them, one after another; none may come as far as the service."""
+    service = OneWord()
+    answers = exchange(application(service), bodies)
+    assert not [bad.body for bad, answer in zip(bodies, answers) if answer.status_code == 200]
+    assert service.asked == []
+    return answers
+
+
+def names(error: dict[str, Any], blamed: tuple[str, ...]) -> bool:
+    """Whether param is one of the fields, or inside one, and the message says so."""
+    param = str(error["param"])
+    return param.startswith(blamed) and repr(param)[1:-1] in error["message"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_malformed_body_is_refused_with_a_reason(family: str) -> None:
+    bodies = FAMILIES[family]
+    for bad, answer in zip(bodies, send(bodies)):
+        error = refusal(answer)
+        assert answer.status_code == bad.status, (bad.body[:300], answer.text)
+        assert 10 <= len(error["message"]) < 1000, (bad.body[:300], answer.text)
+        assert error["type"] == "invalid_request_error"
+        if error["code"] == "invalid_json":
+            assert family in NOT_JSON, (bad.body[:300], answer.text)
+        elif bad.blamed:
+            assert names(error, bad.blamed), (bad.body[:300], answer.text)
+
+
+def test_a_field_without_a_name(client: httpx.Client) -> None:
+    error = refusal(post(client, "chat", {"": 1}))
+    assert error["param"] == "" and error["message"] == "unknown field ''"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_the_key_is_asked_for_before_anything_else(path: str) -> None:
+    app = application(OneWord(), ServerOptions(api_keys=["k"], max_body_bytes=1000))
+    answers = exchange(app, [Bad(path, written(path)), Bad(path, b"{"), Bad(path, b"", kind="text/plain")])
+    assert {refusal(answer)["code"] for answer in answers} == {"invalid_api_key"}
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_what_the_malformed_bodies_are_made_of_is_right(path: str) -> None:
+    service = OneWord()
+    answers = exchange(application(service), [Bad(path, json.dumps(right(path)).encode()), Bad(path, written(path))])
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert len(service.asked) == 2

@@ -8,11 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
 from fullpipe.server import live as module
+from fullpipe.server.app import ServedModel, ServerOptions, create_app
 from fullpipe.server.live import Live
 from fullpipe.server.service import Status
 from recorded import recorded
@@ -59,6 +60,32 @@ def test_a_flight_moves_on_as_fast_as_the_last_ones_did() -> None:
     assert rows(stand.live.picture()) == [[[8, 1]], [], [[7, 1]]]  # it is still in, whatever time says
     stand.now = 50.0
     assert rows(stand.tell(Ready(50))) == [[], [], [[7, 1], [8, 1]]]
+
+
+def test_rows_of_prompts_travel_with_their_flight() -> None:
+    stand = Stand()
+    flight = launch(0, 0, [0], [7])
+    flight.prompt_rows = {8: 64, 9: 3}
+    picture = stand.tell(flight, Ready(1), Launched(1, 1, [], [], [], [], [], {8: 30}))
+    assert [stage["prompts"] for stage in picture["stages"]] == [[[8, 30]], [[8, 64], [9, 3]], []]
+    assert rows(picture) == [[], [[7, 1]], []] and [stage["flights"] for stage in picture["stages"]] == [1, 1, 0]
+    told = {one["id"]: (one["flying"], one["prompt"]) for one in picture["requests"]}
+    assert told == {7: (1, 0), 8: (0, 94), 9: (0, 3)}
+    picture = stand.tell(landing(0, [0, -1], 0, 1, 2, 3))
+    assert [stage["prompts"] for stage in picture["stages"]] == [[[8, 30]], [], []]  # it has not asked for another
+    assert {one["id"]: one["prompt"] for one in picture["requests"]} == {7: 0, 8: 30, 9: 0}
+
+
+def test_a_recorded_run_shows_every_row_of_its_prompts() -> None:
+    stand, shown = Stand(), dict[int, int]()
+    for event in recorded(stages=3, requests=2, tokens=12):
+        stand.tell(event)
+        if isinstance(event, Launched):
+            for request, count in event.prompt_rows.items():
+                shown[request] = shown.get(request, 0) + count
+            told = [sum(count for _, count in stage["prompts"]) for stage in stand.live.picture()["stages"]]
+            assert sum(told) >= sum(event.prompt_rows.values())
+    assert len(shown) == 2 and min(shown.values()) > 0
 
 
 def test_dead_rows_are_told_apart_and_requests_know_what_they_have_in_flight() -> None:
@@ -150,7 +177,7 @@ def test_the_feed_ends_with_the_service(state: Any) -> None:
     stand = Stand()
     stand.status = Status(state, 0, 0, 0, 0, 3, "stage 1: died")
     app = FastAPI()
-    app.include_router(stand.live.router())
+    app.include_router(stand.live.router(guards=()))
     with TestClient(app) as client:
         [last] = sent(client.get("/live").text)
     assert (last["state"], last["restarts"], last["last_failure"]) == (state, 3, "stage 1: died")
@@ -163,7 +190,7 @@ def test_a_watcher_that_goes_makes_room_for_another() -> None:
         feed = stand.live.feed()
         await anext(feed)
         app = FastAPI()
-        app.include_router(stand.live.router())
+        app.include_router(stand.live.router(guards=()))
         with TestClient(app) as client:
             refused = client.get("/live")
             assert refused.status_code == 503 and refused.headers["Retry-After"]
@@ -177,14 +204,50 @@ def test_a_watcher_that_goes_makes_room_for_another() -> None:
     asyncio.run(come_and_go())
 
 
-def test_guards_stand_before_the_feed_and_not_before_the_page() -> None:
-    def nobody() -> None:
-        raise HTTPException(401)
+def served(keys: list[str]) -> FastAPI:
+    """The whole application with a feed that ends at once."""
+    stand = Stand()
+    stand.status = Status("draining", 0, 0, 0, 0, 0)
+    return create_app(stand.live, ServedModel(("m",), None, 9), ServerOptions(api_keys=keys),  # type: ignore[arg-type]
+                      [stand.live.router()], metrics=lambda: (b"", "text/plain"))
 
-    app = FastAPI()
-    app.include_router(Stand().live.router([Depends(nobody)]))
-    with TestClient(app) as client:
-        assert client.get("/live").status_code == 401
+
+@pytest.mark.parametrize(("given", "status"), [
+    (None, 401), ("", 401), ("Bearer", 401), ("Bearer wrong", 401), ("Basic k", 401), ("k", 401), ("Bearer k2", 401),
+    ("Bearer k", 200), ("bearer other", 200),
+])  # fmt: skip
+def test_the_feed_is_closed_without_a_key(given: str | None, status: int) -> None:
+    with TestClient(served(["k", "other"])) as client:
+        answer = client.get("/live", headers={} if given is None else {"Authorization": given})
+    assert answer.status_code == status
+    if status == 401:
+        assert answer.json()["error"]["code"] == "invalid_api_key" and answer.headers["WWW-Authenticate"] == "Bearer"
+        assert "stages" not in answer.text
+    else:
+        assert sent(answer.text)[0]["state"] == "draining"
+
+
+def test_the_feed_is_open_where_there_are_no_keys() -> None:
+    with TestClient(served([])) as client:
+        assert client.get("/live").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/version", "/metrics", "/openapi.json"])
+def test_page_and_probes_are_open_in_spite_of_keys(path: str) -> None:
+    with TestClient(served(["k"])) as client:
+        assert client.get(path).status_code == 200
+
+
+def test_an_application_without_a_keyring_shows_nothing() -> None:
+    stand, app = Stand(), FastAPI()
+    stand.live.close()  # a feed would end
+    app.include_router(stand.live.router())
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert client.get("/live").status_code == 500
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    with TestClient(served([])) as client:
         page = client.get("/")
     assert page.status_code == 200 and "<title>Fullpipe</title>" in page.text
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from fullpipe.messages import Emitted, Launched, Ready
+from fullpipe.messages import Emitted, Landed, Launched, Ready
+from fullpipe.server.guard import Keyring
 from fullpipe.server.live import Live
 from fullpipe.server.service import State, Status
 
@@ -36,7 +37,7 @@ class Server:
         self.live = Live(3, self.status, lambda token: EVIL if token == 13 else f" w{token}", model_name="tiny")
         app = FastAPI()
         app.include_router(self.live.router([Depends(self.guard)]))
-        app.post("/v1/chat/completions")(self.chat)
+        app.post("/v1/chat/completions", dependencies=[Depends(self.guard)])(self.chat)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -52,8 +53,7 @@ class Server:
         return Status(self.state, 1, 4, 10, 40, 2, "stage 1: died")
 
     def guard(self, request: Request) -> None:
-        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
-            raise HTTPException(401)
+        Keyring([self.key] if self.key else []).check(request.headers)
 
     async def chat(self, request: Request) -> Response:
         self.bodies.append(await request.json())
@@ -158,6 +158,10 @@ def test_options_reach_the_server(page: Any, server: Server) -> None:
     assert body["messages"][0] == {"role": "system", "content": "be brief"}
     page.find_element("id", "new").click()
     assert all_of(page, ".message") == []
+    page.find_element("id", "max-tokens").clear()
+    ask(page, "hi")
+    until(page, lambda: read(page, ".assistant small"))
+    assert "max_tokens" not in server.bodies[1]
 
 
 def test_stop_hangs_up(page: Any, server: Server) -> None:
@@ -191,6 +195,13 @@ def test_the_pipeline_is_shown_and_moves(page: Any, server: Server) -> None:
     assert colours[0] == colours[1] != colours[2]
     server.live(Ready(now))
     until(page, lambda: len(all_of(page, "[data-station='stage 1'] .row")) == 3)
+    server.live(Launched(now, 1, [], [], [], [], [], {4: 64}))
+    until(page, lambda: all_of(page, "[data-station='stage 0'] .row") == ["64"])
+    frame = page.execute_script("return getComputedStyle(document.querySelector('.row.prompt')).borderLeftColor")
+    assert frame == colours[2]
+    assert "#4 \u00b7 0 tokens \u00b7 1 in flight \u00b7 64 of its prompt" in all_of(page, ".request")
+    server.live(Landed(now, 1, [], [], [], []))
+    until(page, lambda: all_of(page, ".row.prompt") == [])
     assert all_of(page, "[data-station='stage 0'] .row") == []
     for token, hit in ((5, True), (13, False), (6, True)):
         server.live(Emitted(now, 3, token, token, 1, hit))
@@ -215,14 +226,40 @@ def test_it_says_when_the_pipeline_is_rebuilt_and_when_the_server_is_gone(page: 
 
 
 def test_a_key_is_asked_for_and_kept(page: Any, server: Server) -> None:
-    server.key = "secret"
+    door = page.find_element("id", "door")
+    assert not door.is_displayed()
+    server.key = "s\u00e9cret"
     page.refresh()
     until(page, lambda: read(page, "#state") == "locked")
-    page.execute_script("document.querySelector('details').open = true")
-    page.find_element("id", "key").send_keys("secret\t")
+    assert read(page, "#notice") == "The server asks for an API key." and all_of(page, "[data-station]") == []
+    key = page.find_element("id", "key")
+    key.send_keys("wrong\n")
+    until(page, lambda: "does not know" in read(page, "#notice"))
+    key.clear()
+    key.send_keys(server.key + "\n")
     until(page, lambda: read(page, "#state") == "ready")
+    assert not page.find_element("id", "door").is_displayed() and len(all_of(page, "[data-station]")) == 3
     page.refresh()
+    until(page, lambda: read(page, "#state") == "ready")  # kept in the tab
+    assert not page.execute_script("return document.cookie + JSON.stringify(localStorage)").strip("{}")
+    page.execute_script("sessionStorage.clear()")
+
+
+def test_the_chat_sends_the_key_and_asks_for_another_when_it_no_longer_fits(page: Any, server: Server) -> None:
+    server.key, server.answer = "first", "yes"
+    server.hold.set()
+    page.refresh()
+    until(page, lambda: read(page, "#state") == "locked")
+    page.find_element("id", "key").send_keys("first\n")
     until(page, lambda: read(page, "#state") == "ready")
+    ask(page, "hi")
+    until(page, lambda: read(page, ".assistant small"))
+    assert read(page, ".assistant span") == "yes"
+    server.key = "second"
+    ask(page, "again")
+    until(page, lambda: read(page, ".error span").startswith("401"))
+    assert page.find_element("id", "door").is_displayed()
+    assert len(server.bodies) == 1
     page.execute_script("sessionStorage.clear()")
 
 

@@ -31,7 +31,7 @@ from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.model.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
-from fullpipe.server.guard import Guard, Keyring, ServerOptions, log, request_id
+from fullpipe.server.guard import Guard, Keyring, ServerOptions, log, needs_key, request_id
 from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, problem_of, retry_after, told
 from fullpipe.server.protocol import (
     ChatCompletion,
@@ -76,7 +76,8 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
                extras: Sequence[APIRouter] = (), *, metrics: Metrics | None = None) -> FastAPI:
     """The application, which neither starts nor stops the service.
 
-    extras: routers of others, outside /v1 and so without a key. metrics: what /metrics answers.
+    extras: routers of others, outside /v1: a route there is open to all unless it depends on `guard.needs_key`.
+    metrics: what /metrics answers.
     """
     options = options or ServerOptions()
     app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -116,8 +117,10 @@ _ASKING = _CLOSED | _refusals(
     s503="The service takes no requests now", s4XX="Any other refusal",
 )
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or with `stream` its chunks as server-sent events",
-          "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"description": "The answer, or with `stream` its chunks as server-sent events, each the JSON of one chunk "
+                         "or error, and `[DONE]` behind the last",
+          "content": {"text/event-stream": {"itemSchema": {
+              "type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}}},
 }
 
 
@@ -129,8 +132,7 @@ class _GuardedRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            keyring: Keyring = request.app.state.keyring
-            keyring.check(request.headers)
+            needs_key(request)
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if self.body_field is not None and kind != "application/json":
                 raise Problem(415, f"the content type must be application/json (got {kind[:60]!r})")
@@ -234,8 +236,7 @@ class _Desk:
                               bool(body.logprobs))
         return await self._answer(
             body, request, replies, [lambda: self.model.tokenizer.chat(messages)], "messages",
-            most=body.max_completion_tokens or body.max_tokens or self.model.max_model_len,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+            default=self.model.max_model_len, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         model = self.known(body.model)
@@ -245,7 +246,7 @@ class _Desk:
         replies = TextReplies(request_id(request.scope), int(time.time()), model, self.model.tokenizer,
                               body.logprobs is not None)
         return await self._answer(body, request, replies, [self._encoder(prompt) for prompt in body.prompts()],
-                                  "prompt", most=body.max_tokens or _COMPLETION_TOKENS, logprobs=body.logprobs)
+                                  "prompt", default=_COMPLETION_TOKENS, logprobs=body.logprobs)
 
     def _encoder(self, prompt: str | list[int]) -> Callable[[], list[int]]:
         if isinstance(prompt, str):
@@ -259,12 +260,12 @@ class _Desk:
         return tokens
 
     async def _answer(self, body: Options, request: Request, replies: Replies,
-                      encoders: Sequence[Callable[[], list[int]]], field: str, *, most: int,
+                      encoders: Sequence[Callable[[], list[int]]], field: str, *, default: int,
                       logprobs: int | None) -> Response:
-        """field: what a fault of a prompt is blamed on. most: new tokens at most, if there is room for them."""
+        """field: what a fault of a prompt is blamed on. default: new tokens at most where the body names no number."""
         n = body.n or 1
         if n * len(encoders) > self._options.max_choices:
-            raise Problem(400, f"{n * len(encoders)} texts are asked for; one request may ask for "
+            raise Problem(400, f"n: {n * len(encoders)} texts are asked for; one request may ask for "
                                f"{self._options.max_choices}", param="n")
         if body.stream_options is not None and not body.stream:
             raise Problem(400, "stream_options needs stream to be true", param="stream_options")
@@ -272,10 +273,11 @@ class _Desk:
         try:
             prompts = await self._tokenise(encoders, field)
             self._check_tokens(body.logit_bias or (), "logit_bias")
+            limits = [self._limit(len(tokens), body, field, default) for tokens in prompts]
             seed = _base_seed(body)
-            for number, tokens in enumerate(prompts):
+            for number, (tokens, limit) in enumerate(zip(prompts, limits)):
                 for i in range(n):
-                    self._submit(answer, number, tokens, field, body, most, logprobs, (seed + i) % 2**64)
+                    self._submit(answer, number, tokens, field, body, limit, logprobs, (seed + i) % 2**64)
             log.debug("%s tickets %s", request_id(request.scope), [choice.ticket.id for choice in answer.choices])
             if body.stream:
                 first = _checked(await answer.news())
@@ -298,20 +300,35 @@ class _Desk:
         try:
             return await anyio.to_thread.run_sync(lambda: [encode() for encode in encoders], limiter=self._limiter)
         except UsageError as error:
-            raise Problem(400, told(error), param=field) from error
+            raise Problem(400, f"{field}: {told(error)}", param=field) from error
 
-    def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, most: int,
-                logprobs: int | None, seed: int) -> None:
-        room = self.model.max_model_len - len(tokens)
+    def _limit(self, prompt_tokens: int, body: Options, field: str, default: int) -> int:
+        """New tokens at most. A number that is asked for must fit, as with vLLM: a caller who counts on so many should
+        not find out from an answer that ends early. The default takes what room there is."""
+        context = self.model.max_model_len
+        room = context - prompt_tokens
+        if not prompt_tokens:
+            raise Problem(400, f"{field}: the prompt is empty", param=field)
         if room < 1:
-            raise Problem(400, f"the prompt has {len(tokens)} tokens; prompt and answer together may have "
-                               f"{self.model.max_model_len}", param=field, code=TOO_LONG)
+            raise Problem(400, f"{field}: this model's maximum context length is {context} tokens, and the prompt has "
+                               f"{prompt_tokens}; at least one must be left for the answer", param=field, code=TOO_LONG)
+        name, asked = body.asked_tokens()
+        if asked is None:
+            return min(default, room)
+        if asked > room:
+            raise Problem(400, f"{name} is too large: {asked}. This model's maximum context length is {context} tokens "
+                               f"and the prompt has {prompt_tokens} ({asked} > {context} - {prompt_tokens})",
+                          param=name, code=TOO_LONG)
+        return asked
+
+    def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, limit: int,
+                logprobs: int | None, seed: int) -> None:
         try:
-            params = _params(body, seed=seed, max_tokens=min(most, room), logprobs=logprobs)
+            params = _params(body, seed=seed, max_tokens=limit, logprobs=logprobs)
             answer.submit(number, tokens, params, priority=body.priority or 0,
                           timeout_s=self._options.request_timeout_s)
         except PromptError as error:
-            raise Problem(400, told(error), param=field, code=TOO_LONG if tokens else None) from error
+            raise Problem(400, f"{field}: {told(error)}", param=field, code=TOO_LONG) from error
 
     async def _events(self, body: Options, answer: Answer, replies: Replies, news: list[News],
                       id: str) -> AsyncGenerator[bytes, None]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fullpipe.server.problems import Problem, problem_of, retry_after
@@ -26,10 +27,11 @@ _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
 class ServerOptions:
     """Limits and doors.
 
-    api_keys: any of them opens /v1; none: it is open. max_body_bytes: of one request. body_timeout_s: for it to arrive.
-    write_timeout_s: how long a reader may take nothing before it counts as gone. request_timeout_s: until a request's
-    deadline; None: none. max_connections: requests at once (probes not counted); more get 429. max_choices: texts asked
-    for by one request, prompts times n. allowed_origins: of web pages elsewhere (CORS); none by default.
+    api_keys: any of them opens /v1 and /live; none: they are open. max_body_bytes: of one request. body_timeout_s: for
+    it to arrive. write_timeout_s: how long a reader may take nothing before it counts as gone. request_timeout_s: until
+    a request's deadline; None: none. max_connections: requests at once (probes not counted); more get 429.
+    max_choices: texts asked for by one request, prompts times n. allowed_origins: of web pages elsewhere (CORS); none
+    by default.
     """
 
     api_keys: Sequence[str] = ()
@@ -62,6 +64,12 @@ class Keyring:
         if self._keys and not (scheme.lower() == "bearer" and any(fits)):
             raise Problem(401, "no valid API key was given; send it as `Authorization: Bearer KEY`",
                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def needs_key(request: Request) -> None:
+    """A route that depends on it asks for a key of the application's `state.keyring`. Raises `Problem` without one."""
+    keyring: Keyring = request.app.state.keyring
+    keyring.check(request.headers)
 
 
 class Guard:

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, params
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi import APIRouter, Depends, params
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
+from fullpipe.server.guard import needs_key
+from fullpipe.server.problems import Problem, retry_after
 from fullpipe.server.service import Observer, Status
 
 WINDOW = 5.0  # seconds that rates are taken over
@@ -30,12 +32,14 @@ _TOKENS = 80  # in the strip
 _PAGE = Path(__file__).with_name("page.html")
 _POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+_KEY = Depends(needs_key)
 
 
 @dataclass(slots=True)
 class _Flying:
     launched: float
     nodes: list[int]
+    prompts: dict[int, int]  # rows of prompts by request
     inside: bool = True  # at stage 0, which has not asked for another
 
 
@@ -122,9 +126,9 @@ class Live(Observer):
     def _launched(self, event: Launched) -> None:
         at = self._at
         at.began = event.time if at.began is None else at.began
-        at.flights[event.flight] = _Flying(event.time, event.nodes)
+        at.flights[event.flight] = _Flying(event.time, event.nodes, event.prompt_rows)
         at.owner.update(zip(event.nodes, event.requests))
-        for request in event.requests:
+        for request in (*event.requests, *event.prompt_rows):
             if request not in at.requests:
                 at.requests[request] = _Seen()
 
@@ -172,7 +176,11 @@ class Live(Observer):
     # ---- the picture -------------------------------------------------------------------------------------
 
     def picture(self) -> dict[str, Any]:
-        """What the page shows, as JSON has it. Shares lie between 0 and 1; null is what is not known yet."""
+        """What the page shows, as JSON has it. Shares lie between 0 and 1; null is what is not known yet.
+
+        Of a stage: `rows`, guesses that are there, and `prompts`, rows of prompts, both as [request, count]; of a
+        request the same over all stages, `flying` and `prompt`.
+        """
         status = self._status()
         with self._lock:
             now = self._clock()
@@ -183,15 +191,16 @@ class Live(Observer):
     def _stages(self, now: float) -> list[dict[str, Any]]:
         names = [f"stage {k}" for k in range(self._num_stages)]
         rows: list[Counter[int]] = [Counter() for _ in names]
+        prompts: list[Counter[int]] = [Counter() for _ in names]
         dead, flights = [0] * len(names), [0] * len(names)
         for place, flight in self._places(names, now):
             owned = Counter(self._at.owner.get(node, -1) for node in flight.nodes)
             dead[place] += owned.pop(-1, 0)
             flights[place] += 1
             rows[place] += owned
+            prompts[place].update(flight.prompts)
         return [{"name": name, "busy": self._busy(name, now), "flights": flights[k], "dead": dead[k],
-                 "rows": [[request, count] for request, count in sorted(rows[k].items())]}
-                for k, name in enumerate(names)]
+                 "rows": _listed(rows[k]), "prompts": _listed(prompts[k])} for k, name in enumerate(names)]
 
     def _places(self, names: list[str], now: float) -> list[tuple[int, _Flying]]:
         """The stage that each flight has probably come to, oldest flight first: none overtakes another."""
@@ -226,8 +235,11 @@ class Live(Observer):
 
     def _requests(self) -> list[dict[str, int]]:
         flying = Counter(self._at.owner.values())
-        return [{"id": id, "emitted": seen.emitted, "hits": seen.hits, "misses": seen.misses, "flying": flying[id]}
-                for id, seen in self._at.requests.items()]
+        prompts: Counter[int] = Counter()
+        for flight in self._at.flights.values():
+            prompts.update(flight.prompts)
+        return [{"id": id, "emitted": seen.emitted, "hits": seen.hits, "misses": seen.misses, "flying": flying[id],
+                 "prompt": prompts[id]} for id, seen in self._at.requests.items()]
 
     def _tokens(self) -> list[list[Any]]:
         return [[request, self._text_of(token) if self._show_text else "", hit]
@@ -245,9 +257,9 @@ class Live(Observer):
 
     # ---- HTTP --------------------------------------------------------------------------------------------
 
-    def router(self, guards: Sequence[params.Depends] = ()) -> APIRouter:
-        """`/`, the page, and `/live`, its feed (Server-Sent Events). guards: what `/live` asks for, such as the API
-        key; the page itself tells nothing."""
+    def router(self, guards: Sequence[params.Depends] = (_KEY,)) -> APIRouter:
+        """`/`, the page, and `/live`, its feed (Server-Sent Events). guards: what `/live` asks for, if not for an API
+        key of the application; the page itself tells nothing."""
         router, page = APIRouter(), _PAGE.read_text(encoding="utf-8")
 
         @router.get("/", include_in_schema=False)
@@ -258,9 +270,8 @@ class Live(Observer):
         @router.get("/live", include_in_schema=False, dependencies=list(guards))
         async def watch() -> Response:
             if self._closed or self._watchers >= self._max_watchers:
-                error = {"message": "too many watch already, or the server is going down", "type": "overloaded_error",
-                         "param": None, "code": None}
-                return JSONResponse({"error": error}, 503, headers={"Retry-After": "5"})
+                return Problem(503, "too many watch already, or the server is going down", code="service_unavailable",
+                               headers=retry_after(5)).response()
             return StreamingResponse(self.feed(), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
@@ -295,6 +306,10 @@ class Live(Observer):
 
 def _stay(leg: Leg, alive: float) -> _Stay:
     return _Stay(leg.station, leg.start, leg.end, alive)
+
+
+def _listed(counts: Counter[int]) -> list[list[int]]:
+    return [[request, count] for request, count in sorted(counts.items())]
 
 
 def _of_status(status: Status) -> dict[str, Any]:

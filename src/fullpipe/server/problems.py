@@ -97,7 +97,7 @@ def _invalid(errors: Sequence[Any], body: Any) -> Problem:
     if where and where[0] in REFUSED:
         field = str(where[0])
         return Problem(400, f"{field!r} is not supported: {REFUSED[field]}", param=field, code="unsupported_parameter")
-    param = _spelled(where) or None
+    param = _spelled(where) if where else None
     return Problem(400, _message(first, where, param), param=param,
                    code="unknown_parameter" if first["type"] == "extra_forbidden" else None)
 
@@ -135,5 +135,5 @@ def _message(error: Mapping[str, Any], path: Sequence[str | int], param: str | N
     if error["type"] == "missing":
         return f"the field {param!r} is missing" if param else "the body is empty; a JSON object is needed"
     if path and path[-1] == "type" and isinstance(error.get("input"), str) and "content" in path:
-        return f"content parts of type {error['input'][:_SHOWN]!r} are not supported; only 'text' is"
+        return f"{param}: parts of type {error['input'][:_SHOWN]!r} are not supported; only 'text' is"
     return f"{param or 'the body'}: {error['msg']}"

@@ -70,6 +70,15 @@ def _measured(value: Any) -> Any:
     return value
 
 
+def _boolean(value: Any) -> Any:
+    """A literal of pydantic's takes 0 for False and 1 for True."""
+    if not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
+
+_Off = Annotated[Literal[False], BeforeValidator(_boolean)]
+_On = Annotated[Literal[True], BeforeValidator(_boolean)]
 Nothing = Annotated[None, Field(description="not supported")]
 NoneListed = Annotated[list[None], Field(max_length=0, fail_fast=True)]
 _Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -127,13 +136,17 @@ class Options(_Wire):
     guided_choice: Nothing = None
     guided_grammar: Nothing = None
     service_tier: Literal["auto", "default"] | None = None
-    min_tokens: Literal[0] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
     timeout: Nothing = None
-    echo: Literal[False] | None = None
-    use_beam_search: Literal[False] | None = None
+    echo: _Off | None = None
+    use_beam_search: _Off | None = None
     prompt_logprobs: Nothing = None
-    skip_special_tokens: Literal[True] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
+    skip_special_tokens: _On | None = None
+    include_stop_str_in_output: _Off | None = None
+
+    def asked_tokens(self) -> tuple[str, int | None]:
+        """How many new tokens the caller asks for at most, and under which field's name; None: no number."""
+        return "max_tokens", self.max_tokens
 
 
 class TextPart(_Wire):
@@ -190,6 +203,11 @@ class ChatRequest(Options):
     reasoning_effort: Nothing = None
     verbosity: Nothing = None
     web_search_options: Nothing = None
+
+    def asked_tokens(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().asked_tokens()
 
 
 def _kind_of_prompt(value: Any) -> str | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fullpipe.assembly import assemble, deepens
-from fullpipe.batching import Balanced, Batching, Dynamic, Equal, Separate
+from fullpipe.batching import Balanced, Batching, CostCurve, Dynamic, Equal, Separate
 from fullpipe.calibrate import cost_curves
 from fullpipe.engine import Engine, Listener
 from fullpipe.errors import UsageError
@@ -47,6 +47,7 @@ class Builder:
     start_timeout: float = 300.0
     threads: int | None = None
     say: Callable[[str], None] = lambda line: None
+    _costs: list[tuple[CostCurve, CostCurve | None]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batching not in BATCHINGS:
@@ -93,8 +94,10 @@ class Builder:
             case "equal":
                 return Equal(engine.policy.width)
             case "dynamic":
-                self.say("measuring what rows cost")
-                costs, draft_costs = cost_curves(engine, draft=not self._taps)
+                if not self._costs:  # stations that replace failed ones cost the same, and callers wait for them
+                    self.say("measuring what rows cost")
+                    self._costs.append(cost_curves(engine, draft=not self._taps))
+                costs, draft_costs = self._costs[0]
                 return Dynamic(costs, num_stages=self.stages, draft_costs=draft_costs,
                                prefill_share=self.prefill_share)
         return Separate()

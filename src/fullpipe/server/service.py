@@ -80,7 +80,9 @@ _IDLE_S = 0.5  # between two looks at stations that have nothing to do
 _BUSY_S = 0.1  # of waiting for events before the inbox is looked at again
 _PATIENCE = 5  # failures without a token in between, and then it counts as failed
 _PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the next try
-_CHANCES = 3  # a request that ran at so many failures without getting on is the likely cause
+_STEADY_S = 60.0  # a pipeline that stood so long worked, whether or not anybody asked it for a token
+_CHANCES = 3  # a request that ran at so many failures without getting on may be the cause: it goes on alone,
+_ALONE = 2  # and after so many more it is. Together no more than _PATIENCE: nobody else is to be ended with it
 
 
 class Words(Protocol):
@@ -133,8 +135,9 @@ class Observer:
 
 @dataclass(slots=True)
 class _Running:
-    """A request between `submit` and its last update. sent: tokens that were delivered. chances: failures at which it
-    had not got on since the one before, at which it had `known` tokens."""
+    """A request between `submit` and its last update. sent: tokens that were delivered. chances, alone: failures that
+    are left to it, among others and by itself, if it does not get on; it had `known` tokens at the newest. held: not in
+    the engine, for another one is on trial."""
 
     ticket: Ticket
     request: Request
@@ -146,9 +149,16 @@ class _Running:
     reason: str | None = None
     known: int = -1
     chances: int = _CHANCES
+    alone: int = _ALONE
+    held: bool = False
 
     def tokens(self) -> list[int]:
         return self.track.tokens[self.track.num_prompt:] if self.track else []
+
+    @property
+    def on_stations(self) -> bool:
+        """Whether any station has heard of it. One that waits for admission cannot be why they fail."""
+        return not self.held and self.track is not None and (self.track.stages.opened or self.track.draft.opened)
 
 
 class Service(Generic[W]):
@@ -174,10 +184,13 @@ class Service(Generic[W]):
         self._state: State = "starting"
         self._restarts, self._failures, self._preempted = 0, 0, 0
         self._last_failure, self._retry_at = "", 0.0
+        self._built_at = math.inf  # of the engine that is there
+        self._suspect: _Running | None = None  # runs alone, until it gets on or is the cause
         self._counts = (0, 0, 0)  # running, waiting, slots
         self._stopping = threading.Event()
         self.built = start(self._listeners)
         self._engine: Engine | None = self.built.engine
+        self._built_at = time.monotonic()
         self._state = "ready"
         self._thread = threading.Thread(target=self._run, name="fullpipe-engine", daemon=True)
         self._thread.start()
@@ -281,6 +294,7 @@ class Service(Generic[W]):
             began = time.thread_time()
             engine.step(_BUSY_S if engine.busy else 0.0)
             self._tell_news(engine)
+            self._acquit(engine)
             self._note_engine(engine, time.thread_time() - began)
 
     def _take_inbox(self, engine: Engine | None, wait: float = 0.0) -> None:
@@ -294,6 +308,9 @@ class Service(Generic[W]):
     def _enter(self, engine: Engine | None, one: _Running) -> None:
         if engine is None or one.track is not None or one.request.id not in self._running:
             return  # it enters with the next engine, has entered with it already, or has been cancelled
+        one.held = self._suspect not in (None, one)
+        if one.held:
+            return
         try:
             one.track = engine.submit(one.request, one.reply.judge, one.ticket.stats)
         except FullpipeError as error:
@@ -302,12 +319,13 @@ class Service(Generic[W]):
     def _abort(self, engine: Engine | None, id: int) -> None:
         if engine is not None:
             engine.abort(id)
-        if (one := self._running.get(id)) and (engine is None or one.track is None):
+        if (one := self._running.get(id)) and (engine is None or one.held or one.track is None):
             self._end(one, "abort")
 
     def _hear(self, event: Event) -> None:
         """The engine's events as they happen: a step that fails has told those before the failure."""
         if isinstance(event, Emitted):
+            self._failures = 0
             if one := self._running.get(event.request):
                 self._touched[event.request] = one
                 if one.request.params.logprobs is not None:
@@ -325,7 +343,6 @@ class Service(Generic[W]):
                 self._end(one, one.reason)
             else:
                 one.deliver(self._update(one))
-                self._failures = 0
 
     def _update(self, one: _Running) -> Update:
         tokens = one.tokens()[one.sent:]
@@ -361,6 +378,8 @@ class Service(Generic[W]):
         station = error.station if isinstance(error, StationFailed) else "engine"
         reason = error.message if isinstance(error, FullpipeError) else f"{type(error).__name__}: {error}"
         log.error("%s; the pipeline is built anew", reason)
+        if ran and time.monotonic() - self._built_at > _STEADY_S:
+            self._failures = 0
         self._failures += 1
         self._restarts += 1
         self._last_failure = reason
@@ -369,18 +388,53 @@ class Service(Generic[W]):
         for observer in self._observers:
             observer.on_restart(station, reason)
         for one in list(self._running.values()):
-            if one.track is None or not ran:
+            if not (ran and one.on_stations):
                 continue
-            got_on, one.known = len(one.tokens()) > one.known, len(one.tokens())
-            one.chances = _CHANCES if got_on else one.chances - 1
-            if one.chances <= 0:
-                self._end(one, "error", f"the pipeline failed {_CHANCES} times while this request ran: {reason}")
+            self._charge(one, reason)
         with self._lock:
             if self._state in ("ready", "rebuilding"):
                 self._state = "failed" if self._failures >= _PATIENCE else "rebuilding"
         if self._state == "failed":
             for one in list(self._running.values()):
                 self._end(one, "error", reason)
+
+    def _charge(self, one: _Running, reason: str) -> None:
+        """It ran when the pipeline failed. Bad luck may strike a request thrice, but hardly while it runs alone too,
+        which is only until its next token. So nobody is ended for what others did."""
+        got_on, one.known = len(one.tokens()) > one.known, len(one.tokens())
+        if got_on:
+            one.chances, one.alone = _CHANCES - 1, _ALONE  # this one counts
+        elif one is self._suspect:
+            one.alone -= 1
+        else:
+            one.chances -= 1
+        if one.alone <= 0:
+            self._failures = 0  # the cause is found
+            self._end(one, "error", f"the pipeline failed {_CHANCES + _ALONE} times while this request ran, at last "
+                                    f"alone: {reason}")
+
+    def _put_in(self, engine: Engine, one: _Running) -> None:
+        """A request into an engine that does not know it, or behind the one that is on trial."""
+        one.held = self._suspect not in (None, one)
+        if one.held:
+            return
+        if one.track is None or one.track.finished is not None:
+            self._enter(engine, one)
+        else:
+            engine.adopt(one.track)
+
+    def _acquit(self, engine: Engine) -> None:
+        """Once the suspect has got on, or is gone, the others may run again."""
+        one = self._suspect
+        if one is None or (one.request.id in self._running and len(one.tokens()) <= one.known):
+            return
+        self._suspect, one.chances, one.alone = None, _CHANCES, _ALONE
+        for other in self._in_order():
+            if other.held:
+                self._put_in(engine, other)
+
+    def _in_order(self) -> list[_Running]:
+        return sorted(self._running.values(), key=lambda one: one.request.id)
 
     def _rebuild(self) -> Engine | None:
         """A new engine with every request in it; None when that did not work, or when there was no time for it."""
@@ -393,11 +447,11 @@ class Service(Generic[W]):
         except Exception as error:
             self._note_failure(error, ran=False)
             return None
-        for one in sorted(self._running.values(), key=lambda one: one.request.id):
-            if one.track is None or one.track.finished is not None:
-                self._enter(engine, one)
-            else:
-                engine.adopt(one.track)
+        everyone = self._in_order()
+        self._suspect = next((one for one in everyone if one.chances <= 0), None)
+        for one in everyone:
+            self._put_in(engine, one)
+        self._built_at = time.monotonic()
         with self._lock:
             if self._state in ("rebuilding", "failed"):
                 self._state = "ready"

@@ -44,7 +44,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     api_key: Annotated[list[str] | None, typer.Option(
-        envvar="FULLPIPE_API_KEY", help="Key that opens /v1 and the page's feed; may be repeated. None: open to all who reach it.")] = None,
+        envvar="FULLPIPE_API_KEY", help="Key that opens /v1 and the page's feed; may be repeated. None: open to "
+                                        "all who reach it.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(
         help="Name in the API, in place of the model's; may be repeated.", show_default=False)] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at a time.")] = 16,
@@ -117,6 +118,6 @@ def _run(config: uvicorn.Config, live: Live) -> None:
                 os._exit(128 + sig)  # stage processes end with this one
             console.print_note("finishing what runs; once more ends at once")
             live.close()
-            super().handle_exit(sig, frame)
+            self.should_exit = True  # uvicorn's own would raise the signal again before the stations are closed
 
     Server(config).run()

@@ -34,6 +34,9 @@ _STOP_SEND_S = 0.01  # a stopped worker with a full socket is not waited for
 _STOP_S = 1.0  # what a worker gets to leave by itself,
 _TERM_S = 0.4  # and then after SIGTERM, before SIGKILL
 _LOG_LINES, _LOG_BYTES = 24, 4096
+# Caches of all sizes come and go for as long as a server runs; left to itself malloc takes ever larger ones from a heap
+# that fragments, and gives nothing back. The user's own settings come first.
+_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20)}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -216,7 +219,7 @@ class Fleet:
     def _start_process(self, config: dict[str, Any], pass_fds: list[int]) -> None:
         ours, theirs = socket.socketpair()
         log = tempfile.TemporaryFile(prefix="fullpipe-")  # noqa: SIM115 - closed by `close`
-        environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(config["threads"]))
+        environment = {**_ALLOCATION, **os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(config["threads"]))}
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -20,6 +21,7 @@ from fullpipe.server.problems import Problem, problem_of, retry_after
 log = logging.getLogger("fullpipe.server")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_DRAIN_BYTES, _DRAIN_S = 64 * 2**20, 5.0
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 
@@ -106,6 +108,8 @@ class Guard:
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
         problem = self._refusal(scope["path"], headers)
         if problem is not None:
+            if headers.get("expect", "").lower() != "100-continue":  # reading would ask for what is refused
+                await _drain(receive)
             await problem.response()(scope, receive, reply)
         else:
             await self._app(scope, _Limited(receive, self._options), reply)
@@ -157,8 +161,23 @@ class _Limited:
         self._taken += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._taken > self._options.max_body_bytes:
+            if not self._complete:
+                await _drain(self._receive)
             raise _too_large(self._options)
         return message
+
+
+async def _drain(receive: Receive) -> None:
+    """Read on for a while what nobody wants: a client that is still sending when the connection closes never sees the
+    answer."""
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            while taken < _DRAIN_BYTES:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if not message.get("more_body", False):  # its end, or the client has gone
+                    return
 
 
 def _too_large(options: ServerOptions) -> Problem:

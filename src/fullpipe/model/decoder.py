@@ -57,17 +57,22 @@ class Segment:
 
 @dataclass(slots=True)
 class _View:
-    """A segment as every layer needs it.
+    """Segments of about the same size, which attend in one product, as every layer needs them.
 
-    bias: float32 [kv_heads, r * groups (at least MIN_ROWS), width], 0 or -inf.
-    caches: for each layer the slots that are attended to, [2 * kv_heads, width, head_dim].
+    m, width: the most rows and slots that one of them has; others are filled up.
+    rows: int64 [segments * m]: which row of the step each of theirs is; fillers are row 0.
+    taken, put: of those rows the real ones, and where their results go; None: all, in order.
+    bias: float32 [segments * kv_heads, m * groups (at least MIN_ROWS), width], 0 or -inf.
+    caches: of each segment, for each layer, the slots that are attended to, [2 * kv_heads, its width, head_dim].
     """
 
-    rows: slice
-    arena: KVArena
-    slots: Tensor
+    m: int
+    width: int
+    rows: Tensor
+    taken: Tensor | None
+    put: Tensor
     bias: Tensor
-    caches: Sequence[Tensor]
+    caches: list[tuple[Tensor, ...]]
 
 
 @dataclass(slots=True)
@@ -156,10 +161,10 @@ class DecoderSlice:
             return (hidden, hidden.new_empty(rows, len(taps), self.config.hidden)) if taps else hidden
         hidden = _padded(hidden)
         turn = self._turner(positions, hidden.shape[0])
-        views = [self._view(segment) for segment in segments]
+        views = [self._view(alike) for alike in _alike(segments)]
         tapped: list[Tensor] = []
         for index, layer in enumerate(self._layers):
-            hidden = self._run(layer, index, hidden, turn, views)
+            hidden = self._run(layer, index, hidden, turn, segments, views)
             if self.first_layer + index + 1 in taps:
                 tapped.append(hidden[:rows])
         return (hidden[:rows], torch.stack(tapped, 1)) if taps else hidden[:rows]
@@ -177,49 +182,63 @@ class DecoderSlice:
             start += scores.shape[1]
         return out
 
-    def _run(self, layer: _Layer, index: int, hidden: Tensor, turn: _Turn, views: list[_View]) -> Tensor:
-        hidden = hidden + self._attention(layer, index, self._normed(hidden, layer.attention_norm), turn, views)
+    def _run(self, layer: _Layer, index: int, hidden: Tensor, turn: _Turn, segments: Sequence[Segment],
+             views: list[_View]) -> Tensor:
+        normed = self._normed(hidden, layer.attention_norm)
+        hidden = hidden + self._attention(layer, index, normed, turn, segments, views)
         gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
         return hidden + layer.down(F.silu(gate).mul_(up))
 
-    def _attention(self, layer: _Layer, index: int, x: Tensor, turn: _Turn, views: list[_View]) -> Tensor:
+    def _attention(self, layer: _Layer, index: int, x: Tensor, turn: _Turn, segments: Sequence[Segment],
+                   views: list[_View]) -> Tensor:
         heads = self.config.heads
         qkv = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
         if layer.qk_norm is not None:
             queries_keys = qkv[:, : len(layer.qk_norm)]
             queries_keys.copy_(self._normed(queries_keys, layer.qk_norm))
         qkv = _turned(qkv, turn)
-        for view in views:
-            view.arena.write(index, view.slots, qkv[view.rows, heads:])
+        for segment in segments:
+            segment.cache.write(index, segment.slots, qkv[segment.start : segment.end, heads:])
         mixed = x.new_zeros(x.shape[0], heads, self.config.head_dim)
         for view in views:
-            self._attend(qkv[view.rows, :heads], view.caches[index], view.bias, mixed[view.rows])
+            self._attend(qkv[:, :heads], [caches[index] for caches in view.caches], view, mixed)
         return layer.out(mixed.flatten(1))
 
-    def _attend(self, queries: Tensor, cache: Tensor, bias: Tensor, out: Tensor) -> None:
-        """queries: [r, heads, head_dim]; fills out, of the same shape. cache and bias: see `_View`.
+    def _attend(self, queries: Tensor, caches: list[Tensor], view: _View, out: Tensor) -> None:
+        """queries: [rows of the step, heads, head_dim]; fills the view's rows of out, of the same shape.
 
         The query heads that share a key-value head are rows of one product. Products with keys and the
         exponentials are float32 and do not mix slots; what sums over slots is float64.
         """
-        rows, kv_heads, groups = len(queries), self.config.kv_heads, self.config.groups
-        keys, values = cache.chunk(2)
-        q = queries.view(rows, kv_heads, groups, -1).transpose(0, 1).reshape(kv_heads, rows * groups, -1)
-        scores = torch.baddbmm(bias, _padded(q.float()), keys.float().transpose(1, 2),
-                               alpha=self.config.head_dim**-0.5)
+        kv_heads, groups, size = self.config.kv_heads, self.config.groups, self.config.head_dim
+        keys, values = _gathered(caches, view.width)
+        q = queries.index_select(0, view.rows).view(-1, view.m, kv_heads, groups, size).transpose(1, 2)
+        q = q.reshape(-1, view.m * groups, size).float()
+        scores = torch.baddbmm(view.bias, _padded(q), keys.transpose(1, 2), alpha=size**-0.5)
         weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().double()
-        mixed = torch.bmm(weights, values.double()).div_(weights.sum(-1, keepdim=True))
-        mixed = mixed[:, : rows * groups].view(kv_heads, rows, groups, -1)
-        out.view(rows, kv_heads, groups, -1).copy_(mixed.transpose(0, 1))
+        mixed = torch.bmm(weights, values).div_(weights.sum(-1, keepdim=True))[:, : view.m * groups].to(out.dtype)
+        mixed = mixed.view(-1, kv_heads, view.m, groups, size).transpose(1, 2).reshape(len(view.rows), -1, size)
+        out.index_copy_(0, view.put, mixed if view.taken is None else mixed.index_select(0, view.taken))
 
-    def _view(self, segment: Segment) -> _View:
-        groups, (rows, given) = self.config.groups, segment.mask.shape
-        width = -(-given // SLOT_MULTIPLE) * SLOT_MULTIPLE
-        bias = torch.full((max(rows * groups, MIN_ROWS), width), -math.inf)
-        bias[: rows * groups, :given].view(rows, groups, given).masked_fill_(segment.mask[:, None], 0.0)
-        bias[rows * groups :] = 0.0
-        return _View(slice(segment.start, segment.end), segment.cache, segment.slots,
-                     bias.expand(self.config.kv_heads, -1, -1), segment.cache.kv[:, :, :width].unbind())
+    def _view(self, segments: Sequence[Segment]) -> _View:
+        groups, kv_heads = self.config.groups, self.config.kv_heads
+        widths = [-(-segment.mask.shape[1] // SLOT_MULTIPLE) * SLOT_MULTIPLE for segment in segments]
+        m, width = max(len(segment.mask) for segment in segments), max(widths)
+        rows = torch.zeros(len(segments), m, dtype=torch.int64)
+        real = torch.zeros(len(segments), m, dtype=torch.bool)
+        bias = torch.zeros(len(segments), max(m * groups, MIN_ROWS), width)  # fillers attend to whatever is there
+        for number, segment in enumerate(segments):
+            count, given = segment.mask.shape
+            rows[number, :count] = torch.arange(segment.start, segment.end)
+            real[number, :count] = True
+            bias[number, : count * groups] = -math.inf
+            own = bias[number, : count * groups, :given].view(count, groups, given)
+            own.masked_fill_(segment.mask[:, None], 0.0)
+        rows, real = rows.flatten(), real.flatten()
+        taken = None if real.all() else real.nonzero().flatten()
+        bias = bias[:, None].expand(-1, kv_heads, -1, -1)
+        return _View(m, width, rows, taken, rows[real], bias.reshape(len(segments) * kv_heads, *bias.shape[2:]),
+                     [segment.cache.kv[:, :, :own].unbind() for segment, own in zip(segments, widths)])
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, in float32; weight: float32 [..., last dimension], over rows.
@@ -230,6 +249,31 @@ class DecoderSlice:
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
         return (wide * scale).mul_(weight).to(x.dtype)
+
+
+def _alike(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments by size: in a group none has twice as many rows or slots as another, so that filling up is cheap."""
+    groups: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        rows, width = segment.mask.shape
+        groups.setdefault((rows.bit_length(), (-(-width // SLOT_MULTIPLE)).bit_length()), []).append(segment)
+    return list(groups.values())
+
+
+def _gathered(caches: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+    """Keys float32 and values float64, [segments * kv_heads, width, head_dim], of caches [2 * kv_heads, own width,
+    head_dim]; zeros behind each one's own width."""
+    if len(caches) == 1:
+        keys, values = caches[0].chunk(2)
+        return keys.float(), values.double()
+    kv_heads, size = caches[0].shape[0] // 2, caches[0].shape[2]
+    all_keys = torch.zeros(len(caches), kv_heads, width, size)
+    all_values = torch.zeros(len(caches), kv_heads, width, size, dtype=torch.float64)
+    for number, cache in enumerate(caches):
+        keys, values = cache.chunk(2)
+        all_keys[number, :, : keys.shape[1]] = keys
+        all_values[number, :, : values.shape[1]] = values
+    return all_keys.flatten(0, 1), all_values.flatten(0, 1)
 
 
 def _padded(x: Tensor) -> Tensor:

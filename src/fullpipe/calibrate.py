@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 
 from fullpipe.batching.costs import KNOTS, CostCurve
 from fullpipe.engine import Engine
 
-_REPEATS = 3
+_ROUNDS = 5
 _LEAST_S = 1e-7  # a station that takes no time at all still takes some
 
 
@@ -17,19 +16,21 @@ def cost_curves(engine: Engine, knots: Sequence[int] = KNOTS[:7], *,
     """Seconds of the slowest stage by rows of a flight, and of the draft by rows of a job (None without one).
 
     draft: measure it too; not to be asked of one that reads taps, whose jobs are of other kinds. The stations must be
-    idle. Each number of rows is sent a few times, the median counts; the first of all, which pays
-    for what is made once, is sent one time more and not counted.
+    idle. All numbers of rows take their turn in each of a few rounds, and the least counts: what disturbs a machine
+    only ever adds, and a spell of it must not pass for the cost of few rows, or many would seem to cost nothing more.
     """
-    engine.probe(knots[0], draft)
+    engine.probe(knots[0], draft)  # pays for what is made once
     stages: dict[str, dict[int, float]] = {}
     guesses: dict[int, float] = {}
-    for rows in knots:
-        spans: dict[str, list[float]] = {}
-        for _ in range(_REPEATS):
+    for _ in range(_ROUNDS):
+        for rows in knots:
             legs, drafted = engine.probe(rows, draft)
-            for leg in [*legs, *([drafted] if drafted else [])]:
-                spans.setdefault(leg.station, []).append(leg.end - leg.start)
-        for station, seconds in spans.items():
-            curve = guesses if station == "draft" else stages.setdefault(station, {})
-            curve[rows] = max(median(seconds), _LEAST_S)
+            for leg in legs:
+                _note(stages.setdefault(leg.station, {}), rows, leg.end - leg.start)
+            if drafted:
+                _note(guesses, rows, drafted.end - drafted.start)
     return CostCurve.slowest(CostCurve(points) for points in stages.values()), CostCurve(guesses) if guesses else None
+
+
+def _note(points: dict[int, float], rows: int, seconds: float) -> None:
+    points[rows] = max(min(seconds, points.get(rows, seconds)), _LEAST_S)

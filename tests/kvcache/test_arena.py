@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fullpipe.kvcache.arena import SLOT_MULTIPLE, KVArena
+from fullpipe.kvcache.arena import SLOT_MULTIPLE, KVArena, Writes
 from fullpipe.model.config import ModelConfig
 
 CONFIG = ModelConfig.from_hf({
@@ -17,7 +17,7 @@ CONFIG = ModelConfig.from_hf({
 def test_rows_land_in_their_slots_and_nowhere_else(dtype: torch.dtype) -> None:
     arena = KVArena.allocate(CONFIG, 3, 20, dtype)
     rows = torch.randn(3, 4, 8).to(dtype)
-    arena.write(1, torch.tensor([17, 0, 5]), rows)
+    Writes([arena], [torch.tensor([17, 0, 5])])(1, rows)
     assert torch.equal(arena.keys(1)[:, [17, 0, 5]], rows[:, :2].transpose(0, 1))
     assert torch.equal(arena.values(1)[:, [17, 0, 5]], rows[:, 2:].transpose(0, 1))
     assert arena.kv.count_nonzero() == rows.count_nonzero()
@@ -27,8 +27,17 @@ def test_rows_land_in_their_slots_and_nowhere_else(dtype: torch.dtype) -> None:
 def test_a_slot_is_overwritten_by_its_next_owner() -> None:
     arena = KVArena.allocate(CONFIG, 1, 4, torch.float32)
     for value in (1.0, 2.0):
-        arena.write(0, torch.tensor([3]), torch.full((1, 4, 8), value))
+        Writes([arena], [torch.tensor([3])])(0, torch.full((1, 4, 8), value))
     assert (arena.keys(0)[:, 3] == 2).all() and (arena.values(0)[:, 3] == 2).all()
+
+
+def test_rows_of_several_requests_go_each_to_its_own_arena() -> None:
+    arenas = [KVArena.allocate(CONFIG, 2, 4, torch.float32) for _ in range(2)]
+    rows = torch.randn(4, 4, 8)  # the last belongs to nobody
+    Writes(arenas, [torch.tensor([3, 1]), torch.tensor([0])])(1, rows)
+    assert torch.equal(arenas[0].kv[1][:, [3, 1]], rows[:2].transpose(0, 1))
+    assert torch.equal(arenas[1].kv[1][:, [0]], rows[2:3].transpose(0, 1))
+    assert sum(arena.kv.count_nonzero() for arena in arenas) == rows[:3].count_nonzero()
 
 
 def test_shape_and_size() -> None:

@@ -13,7 +13,9 @@ requests are guessed for at once. Where each row costs its share, c = m d, the r
 enough, and what is left is plain continuous batching. Nothing switches.
 
 A root must be launched sooner or later; the question is only with how many others. One more than m waits for a period
-if it stays behind, c(rows), and costs everybody d if it does not: it comes along while c(rows) >= R d(rows).
+if it stays behind, c(rows), but once. If it comes along, the flight is larger than others for as long as the roots in
+it stay together, and each time every stage waits d longer for it: it comes along while c(rows) >= 16 R d(rows), 16
+traversals being about how long that lasts.
 
 Stages that take equally long keep as many flights between them as they once were given: one more than they can hold
 only queues before some stage, for ever, and what it carries was decided earlier than need be. So with a full pipeline
@@ -34,6 +36,7 @@ from fullpipe.track import Track
 from fullpipe.tree.token_tree import Candidates, Node, State
 
 _FLIGHTS_AHEAD = 2  # the draft looks at nothing whose children come after so many flights' worth of better nodes
+_TOGETHER = 16  # traversals for which roots of one flight stay together
 _LEAST_CHUNK = 16  # rows of prompts in a flight, however dear: a prompt must end some day
 _DRAFT_PATIENCE = 1.5  # a draft job may take so many times as long as a stage, or as a job of one row
 
@@ -66,7 +69,8 @@ class Dynamic(Batching):
             return []
         share = max(1, self._max_rows // max(running, 1))
         taken = _merge(tracks, lambda track: track.tree.unlaunched(policy.floor), share,
-                       lambda number: self._least_worth(number, prompt_rows, running), self._max_rows)
+                       lambda number, is_root: self._least_worth(number, is_root, prompt_rows, running),
+                       self._max_rows)
         self._rows = max(1, sum(len(nodes) for _, nodes in taken))
         self._least = self._least_guess(prompt_rows + self._rows, running)
         return taken
@@ -82,7 +86,8 @@ class Dynamic(Batching):
 
         if self._least >= 0:  # even a sure guess is worth less than its row
             return []
-        return _merge(tracks, candidates, max(1, limit // max(len(tracks), 1)), lambda number: -math.inf, limit)
+        share = max(1, limit // max(len(tracks), 1))
+        return _merge(tracks, candidates, share, lambda number, is_root: -math.inf, limit)
 
     def prompt_rows(self, chunk: int, deciding: int) -> int | None:
         if not deciding:
@@ -91,12 +96,13 @@ class Dynamic(Batching):
         allowed = self._costs(self._rows) * (1 + self._prefill_share) * self._num_stages / (self._num_stages + 1)
         return min(chunk, max(self._costs.most_rows(allowed, self._rows + chunk) - self._rows, _LEAST_CHUNK))
 
-    def _least_worth(self, number: int, prompt_rows: int, running: int) -> float:
+    def _least_worth(self, number: int, is_root: bool, prompt_rows: int, running: int) -> float:
         """Log of the path probability that a node needs to come along with `number` others and a prompt's rows."""
         rows = prompt_rows + number
-        if number < self._evenly(running) or self._costs(number) >= running * self._costs.marginal(rows):
-            return min(self._least_guess(rows, running), 0.0)
-        return math.inf
+        if not is_root:
+            return self._least_guess(rows, running)
+        dear = _TOGETHER * running * self._costs.marginal(rows) > self._costs(number)
+        return math.inf if dear and number >= self._evenly(running) else -math.inf
 
     def _least_guess(self, rows: int, running: int) -> float:
         """The same for a guess, where there are `rows` already: above 0 if even a sure one is not worth it."""
@@ -116,10 +122,11 @@ class Dynamic(Batching):
 
 
 def _merge(tracks: Sequence[Track], candidates: Callable[[Track], Candidates], share: int,
-           least: Callable[[int], float], limit: int) -> Chosen:
+           least: Callable[[int, bool], float], limit: int) -> Chosen:
     """Up to `limit` nodes of all trees, best first, while they are at least as likely as `least` of how many there are
-    already; a root comes along in any case where nothing else does. Of equals that of the request that has waited
-    longer, and before all others those that are among the first `share` of their request.
+    already and whether it is a root that waits; a root comes along in any case where nothing else does. Of equals that
+    of the request that has waited longer, and before all others those that are among the first `share` of their
+    request.
     """
     heap: list[tuple[bool, float, float, int, Candidates, Track]] = []
     taken: dict[int, tuple[Track, list[Node]]] = {}
@@ -138,7 +145,8 @@ def _merge(tracks: Sequence[Track], candidates: Callable[[Track], Candidates], s
         push(candidates(track), track, 0)
     while heap and number < limit:
         _, negative, _, _, source, track = heapq.heappop(heap)
-        if (number or negative > 0.0) and -negative < least(number):  # a root need not wait in an empty flight
+        is_root = track.request.id not in taken and track.tree.root.state is State.PROPOSED
+        if (number or not is_root) and -negative < least(number, is_root):  # a root need not wait in an empty flight
             continue
         node = source.take()
         _, nodes = taken.setdefault(track.request.id, (track, []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,19 @@ class KVArena:
         """[kv_heads, room, head_dim], a view."""
         return self.kv[layer, self.kv.shape[1] // 2 :]
 
-    def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
-        """Put rows into slots. slots: int64 [r], distinct. kv: [r, 2 * kv_heads, head_dim], keys first."""
-        self.kv[layer].index_copy_(1, slots, kv.transpose(0, 1))
+
+class Writes:
+    """Puts the rows of a step into the slots of their requests, layer by layer.
+
+    arenas, slots: of each request; slots int64 [its rows], distinct.
+    """
+
+    def __init__(self, arenas: Sequence[KVArena], slots: Sequence[Tensor]) -> None:
+        self._sizes, self._slots = [len(one) for one in slots], slots
+        self._layers = list(zip(*(arena.kv.unbind() for arena in arenas)))
+
+    def __call__(self, layer: int, kv: Tensor) -> None:
+        """kv: [rows of all requests, or more, 2 * kv_heads, head_dim], keys first."""
+        pieces = torch.split(kv[: sum(self._sizes)].transpose(0, 1), self._sizes, 1)
+        for arena, slots, piece in zip(self._layers[layer], self._slots, pieces):
+            arena.index_copy_(1, slots, piece)

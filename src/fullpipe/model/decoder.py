@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullpipe.kvcache.arena import SLOT_MULTIPLE, KVArena
+from fullpipe.kvcache.arena import SLOT_MULTIPLE, KVArena, Writes
 from fullpipe.model.config import ModelConfig, Rope
 from fullpipe.model.files import ModelFiles
 from fullpipe.model.linear import MIN_ROWS, Linear, can_pack
@@ -34,6 +34,8 @@ _HEAD_ROWS = 4096
 
 # Layers, or parts of the head, for each thread that loads: the second copies of all threads stay small beside them.
 _PARTS_PER_WORKER = 3
+
+_FEW_ROWS, _FEW_SLOTS = 7, 255  # so many of a request attend in the time that starting an operation takes
 
 _Part = TypeVar("_Part")
 
@@ -59,19 +61,23 @@ class Segment:
 class _View:
     """Segments of about the same size, which attend in one product, as every layer needs them.
 
-    m, width: the most rows and slots that one of them has; others are filled up.
+    m: the most rows that one of them has, and width the most slots; others are filled up.
     rows: int64 [segments * m]: which row of the step each of theirs is; fillers are row 0.
     taken, put: of those rows the real ones, and where their results go; None: all, in order.
     bias: float32 [segments * kv_heads, m * groups (at least MIN_ROWS), width], 0 or -inf.
-    caches: of each segment, for each layer, the slots that are attended to, [2 * kv_heads, its width, head_dim].
+    keys, values: float32 and float64 [segments * kv_heads, width, head_dim]: a layer's, filled anew for each.
+    filled: their parts that belong to a segment, keys of all and then values; zeros lie behind.
+    caches: for each layer what goes there.
     """
 
     m: int
-    width: int
     rows: Tensor
     taken: Tensor | None
     put: Tensor
     bias: Tensor
+    keys: Tensor
+    values: Tensor
+    filled: list[Tensor]
     caches: list[tuple[Tensor, ...]]
 
 
@@ -161,10 +167,11 @@ class DecoderSlice:
             return (hidden, hidden.new_empty(rows, len(taps), self.config.hidden)) if taps else hidden
         hidden = _padded(hidden)
         turn = self._turner(positions, hidden.shape[0])
+        writes = Writes([one.cache for one in segments], [one.slots for one in segments])
         views = [self._view(alike) for alike in _alike(segments)]
         tapped: list[Tensor] = []
         for index, layer in enumerate(self._layers):
-            hidden = self._run(layer, index, hidden, turn, segments, views)
+            hidden = self._run(layer, index, hidden, turn, writes, views)
             if self.first_layer + index + 1 in taps:
                 tapped.append(hidden[:rows])
         return (hidden[:rows], torch.stack(tapped, 1)) if taps else hidden[:rows]
@@ -182,14 +189,14 @@ class DecoderSlice:
             start += scores.shape[1]
         return out
 
-    def _run(self, layer: _Layer, index: int, hidden: Tensor, turn: _Turn, segments: Sequence[Segment],
+    def _run(self, layer: _Layer, index: int, hidden: Tensor, turn: _Turn, writes: Writes,
              views: list[_View]) -> Tensor:
         normed = self._normed(hidden, layer.attention_norm)
-        hidden = hidden + self._attention(layer, index, normed, turn, segments, views)
+        hidden = hidden + self._attention(layer, index, normed, turn, writes, views)
         gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
         return hidden + layer.down(F.silu(gate).mul_(up))
 
-    def _attention(self, layer: _Layer, index: int, x: Tensor, turn: _Turn, segments: Sequence[Segment],
+    def _attention(self, layer: _Layer, index: int, x: Tensor, turn: _Turn, writes: Writes,
                    views: list[_View]) -> Tensor:
         heads = self.config.heads
         qkv = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
@@ -197,26 +204,25 @@ class DecoderSlice:
             queries_keys = qkv[:, : len(layer.qk_norm)]
             queries_keys.copy_(self._normed(queries_keys, layer.qk_norm))
         qkv = _turned(qkv, turn)
-        for segment in segments:
-            segment.cache.write(index, segment.slots, qkv[segment.start : segment.end, heads:])
+        writes(index, qkv[:, heads:])
         mixed = x.new_zeros(x.shape[0], heads, self.config.head_dim)
         for view in views:
-            self._attend(qkv[:, :heads], [caches[index] for caches in view.caches], view, mixed)
+            torch._foreach_copy_(view.filled, view.caches[index])
+            self._attend(qkv[:, :heads], view, mixed)
         return layer.out(mixed.flatten(1))
 
-    def _attend(self, queries: Tensor, caches: list[Tensor], view: _View, out: Tensor) -> None:
+    def _attend(self, queries: Tensor, view: _View, out: Tensor) -> None:
         """queries: [rows of the step, heads, head_dim]; fills the view's rows of out, of the same shape.
 
         The query heads that share a key-value head are rows of one product. Products with keys and the
         exponentials are float32 and do not mix slots; what sums over slots is float64.
         """
         kv_heads, groups, size = self.config.kv_heads, self.config.groups, self.config.head_dim
-        keys, values = _gathered(caches, view.width)
         q = queries.index_select(0, view.rows).view(-1, view.m, kv_heads, groups, size).transpose(1, 2)
         q = q.reshape(-1, view.m * groups, size).float()
-        scores = torch.baddbmm(view.bias, _padded(q), keys.transpose(1, 2), alpha=size**-0.5)
+        scores = torch.baddbmm(view.bias, _padded(q), view.keys.transpose(1, 2), alpha=size**-0.5)
         weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().double()
-        mixed = torch.bmm(weights, values).div_(weights.sum(-1, keepdim=True))[:, : view.m * groups].to(out.dtype)
+        mixed = torch.bmm(weights, view.values).div_(weights.sum(-1, keepdim=True))[:, : view.m * groups].to(out.dtype)
         mixed = mixed.view(-1, kv_heads, view.m, groups, size).transpose(1, 2).reshape(len(view.rows), -1, size)
         out.index_copy_(0, view.put, mixed if view.taken is None else mixed.index_select(0, view.taken))
 
@@ -237,8 +243,13 @@ class DecoderSlice:
         rows, real = rows.flatten(), real.flatten()
         taken = None if real.all() else real.nonzero().flatten()
         bias = bias[:, None].expand(-1, kv_heads, -1, -1)
-        return _View(m, width, rows, taken, rows[real], bias.reshape(len(segments) * kv_heads, *bias.shape[2:]),
-                     [segment.cache.kv[:, :, :own].unbind() for segment, own in zip(segments, widths)])
+        keys = torch.zeros(len(segments), kv_heads, width, self.config.head_dim)
+        values = torch.zeros_like(keys, dtype=torch.float64)
+        filled = [whole[number, :, :own] for whole in (keys, values) for number, own in enumerate(widths)]
+        caches = [segment.cache.kv[:, half, :own].unbind() for half in (slice(kv_heads), slice(kv_heads, None))
+                  for segment, own in zip(segments, widths)]
+        return _View(m, rows, taken, rows[real], bias.reshape(len(segments) * kv_heads, *bias.shape[2:]),
+                     keys.flatten(0, 1), values.flatten(0, 1), filled, list(zip(*caches)))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, in float32; weight: float32 [..., last dimension], over rows.
@@ -252,28 +263,13 @@ class DecoderSlice:
 
 
 def _alike(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments by size: in a group none has twice as many rows or slots as another, so that filling up is cheap."""
+    """Segments by size: in a group none has twice as many rows or slots as another, unless both are few, so that
+    filling up is cheap."""
     groups: dict[tuple[int, int], list[Segment]] = {}
     for segment in segments:
         rows, width = segment.mask.shape
-        groups.setdefault((rows.bit_length(), (-(-width // SLOT_MULTIPLE)).bit_length()), []).append(segment)
+        groups.setdefault((max(rows, _FEW_ROWS).bit_length(), max(width, _FEW_SLOTS).bit_length()), []).append(segment)
     return list(groups.values())
-
-
-def _gathered(caches: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
-    """Keys float32 and values float64, [segments * kv_heads, width, head_dim], of caches [2 * kv_heads, own width,
-    head_dim]; zeros behind each one's own width."""
-    if len(caches) == 1:
-        keys, values = caches[0].chunk(2)
-        return keys.float(), values.double()
-    kv_heads, size = caches[0].shape[0] // 2, caches[0].shape[2]
-    all_keys = torch.zeros(len(caches), kv_heads, width, size)
-    all_values = torch.zeros(len(caches), kv_heads, width, size, dtype=torch.float64)
-    for number, cache in enumerate(caches):
-        keys, values = cache.chunk(2)
-        all_keys[number, :, : keys.shape[1]] = keys
-        all_values[number, :, : values.shape[1]] = values
-    return all_keys.flatten(0, 1), all_values.flatten(0, 1)
 
 
 def _padded(x: Tensor) -> Tensor:

@@ -117,6 +117,21 @@ class TestRates:
         assert math.exp(rates.logprob(1, 0)) == pytest.approx((1 + 4 * 0.25) / (3 + 4))
         assert math.exp(rates.logprob(1, 1)) == pytest.approx(0.15 * 0.25)
 
+    def test_a_new_request_begins_with_what_others_have_shown(self) -> None:
+        common = Rates(6)
+        first = Rates(6, common)
+        for _ in range(40):
+            first.note(3, 0, False)
+        assert math.exp(Rates(6, common).logprob(3, 0)) == pytest.approx(4 * (1 - 0.75**3) / 44)
+        assert Rates(6, common).logprob(2, 0) == Rates(6).logprob(2, 0)
+
+    def test_what_is_long_past_counts_less(self) -> None:
+        rates = Rates(6)
+        for hit in (False, True):
+            for _ in range(2000):
+                rates.note(3, 0, hit)
+        assert math.exp(rates.logprob(3, 0)) > 0.9
+
     def test_is_always_a_probability(self) -> None:
         rates = Rates(6)
         for _ in range(1000):
@@ -200,7 +215,7 @@ class TestSource:
 
     def test_learns_from_its_answers_and_not_from_the_prompt(self) -> None:
         talk = Talk(NgramSource(max_continuation=1, max_n=1), [1, 2] * 20)
-        prior = Rates(1)
+        prior = Rates(1, Rates(1))
         assert talk.last.logprobs == [prior.logprob(1, 0)]
         for _ in range(10):
             talk.commit([1])

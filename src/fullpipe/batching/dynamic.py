@@ -50,7 +50,7 @@ class Dynamic(Batching):
     """
 
     def __init__(self, costs: CostCurve, *, num_stages: int, draft_costs: CostCurve | None = None, link_s: float = 0.0,
-                 max_rows: int = 256, max_draft_rows: int = 256, prefill_share: float = 1.0) -> None:
+                 max_rows: int = 256, max_draft_rows: int = 256, prefill_share: float = 2.0) -> None:
         if max_rows < 1 or max_draft_rows < 1:
             raise UsageError("a flight and a draft job need at least one row")
         if prefill_share <= 0:

@@ -103,31 +103,46 @@ class Rates:
     """How often a guess came true, by length of the match it rests on and by rank among its siblings.
 
     The estimate is (hits + S * prior) / (guesses + S): it starts at the prior and moves to what this
-    request's text shows. S, the weight of the prior, is 4 guesses. The prior after n matching tokens is
-    1 - 0.75**n for the first choice and 0.15 times that for each later one, as counted on answers of
-    Qwen2.5-Coder 1.5B to code, mathematics and conversation (first choice: 0.24, 0.49, 0.62, 0.75 for n
-    = 1 to 4, 0.95 for 6 and more; later choices 0.03 to 0.04 where there were many).
+    request's text shows. S, the weight of the prior, is 4 guesses. The prior is the estimate of `common`, which
+    counts the guesses of all requests; its own, after n matching tokens, is 1 - 0.75**n for the first choice and
+    0.15 times that for each later one, as counted on answers of Qwen2.5-Coder 1.5B to code, mathematics and
+    conversation (first choice: 0.24, 0.49, 0.62, 0.75 for n = 1 to 4, 0.95 for 6 and more; later choices 0.03 to
+    0.04 where there were many).
+
+    Other models and questions are not like these, and many a request has ended before its own text has shown it:
+    where guesses compete for dear rows, one that is too hopeful costs all requests.
     """
 
     STRENGTH = 4.0
+    MEMORY = 512  # guesses of a kind, and then the older ones count half
 
-    def __init__(self, max_n: int) -> None:
-        self._max_n = max_n
+    def __init__(self, max_n: int, common: Rates | None = None) -> None:
+        self._max_n, self._common = max_n, common
         self._hits = [[0] * _RANKS for _ in range(max_n + 1)]
         self._guesses = [[0] * _RANKS for _ in range(max_n + 1)]
 
     def note(self, length: int, rank: int, hit: bool) -> None:
         """A guess resting on `length` matching tokens, `rank`-th among its siblings, was true or not."""
+        if self._common is not None:
+            self._common.note(length, rank, hit)
         length, rank = self._cell(length, rank)
         self._guesses[length][rank] += 1
         self._hits[length][rank] += hit
+        if self._guesses[length][rank] >= self.MEMORY:
+            self._guesses[length][rank] //= 2
+            self._hits[length][rank] //= 2
 
     def logprob(self, length: int, rank: int) -> float:
         """Natural logarithm of the probability that such a guess is true."""
-        length, rank = self._cell(length, rank)
-        prior = (1 - 0.75**length) * (0.15 if rank else 1.0)
-        return math.log((self._hits[length][rank] + self.STRENGTH * prior)
-                        / (self._guesses[length][rank] + self.STRENGTH))
+        return math.log(self._probability(*self._cell(length, rank)))
+
+    def _probability(self, length: int, rank: int) -> float:
+        if self._common is not None:
+            prior = self._common._probability(length, rank)
+        else:
+            prior = (1 - 0.75**length) * (0.15 if rank else 1.0)
+        return ((self._hits[length][rank] + self.STRENGTH * prior)
+                / (self._guesses[length][rank] + self.STRENGTH))
 
     def _cell(self, length: int, rank: int) -> tuple[int, int]:
         return min(length, self._max_n), min(rank, _RANKS - 1)
@@ -136,8 +151,8 @@ class Rates:
 class _Reader:
     """One request as the source sees it: its text so far, indexed, and how well its guesses do."""
 
-    def __init__(self, table: SlotTable, index: NgramIndex) -> None:
-        self.table, self.index, self.rates = table, index, Rates(index.max_n)
+    def __init__(self, table: SlotTable, index: NgramIndex, common: Rates) -> None:
+        self.table, self.index, self.rates = table, index, Rates(index.max_n, common)
 
     def take(self, part: Part) -> None:
         """Take over a part. Each token of the answer that it commits tests what we would have guessed,
@@ -175,6 +190,7 @@ class NgramSource:
         self._min_n, self._max_n = min_n, max_n
         self._max_continuation, self._max_matches = max_continuation, max_matches
         self._readers: dict[int, _Reader] = {}
+        self._rates = Rates(max_n)  # of all requests
 
     def run(self, job: Flight) -> list[Expansion]:
         for opening in job.opens:
@@ -193,7 +209,8 @@ class NgramSource:
         """A text that is copied is indexed with the first part of the new request, like a prompt."""
         table = open_table({request: reader.table for request, reader in self._readers.items()}, opening)
         if opening.request not in self._readers:
-            self._readers[opening.request] = _Reader(table, NgramIndex(min_n=self._min_n, max_n=self._max_n))
+            self._readers[opening.request] = _Reader(table, NgramIndex(min_n=self._min_n, max_n=self._max_n),
+                                                     self._rates)
 
     def _expand(self, reader: _Reader, part: Part, row: int, top_k: int) -> Expansion:
         expansion = Expansion(part.nodes[row], [], [], [])

@@ -50,7 +50,7 @@ class Dynamic(Batching):
     """
 
     def __init__(self, costs: CostCurve, *, num_stages: int, draft_costs: CostCurve | None = None, link_s: float = 0.0,
-                 max_rows: int = 256, max_draft_rows: int = 256, prefill_share: float = 2.0) -> None:
+                 max_rows: int = 256, max_draft_rows: int = 256, prefill_share: float = 1.0) -> None:
         if max_rows < 1 or max_draft_rows < 1:
             raise UsageError("a flight and a draft job need at least one row")
         if prefill_share <= 0:
@@ -101,8 +101,9 @@ class Dynamic(Batching):
         rows = prompt_rows + number
         if not is_root:
             return self._least_guess(rows, running)
-        dear = _TOGETHER * running * self._costs.marginal(rows) > self._costs(number)
-        return math.inf if dear and number >= self._evenly(running) else -math.inf
+        dear = max(self._costs.marginal(rows), _TOGETHER * self._costs.marginal(number))  # a prompt is there only once
+        waits = number >= self._evenly(running) and running * dear > self._costs(number)
+        return math.inf if waits else -math.inf
 
     def _least_guess(self, rows: int, running: int) -> float:
         """The same for a guess, where there are `rows` already: above 0 if even a sure one is not worth it."""

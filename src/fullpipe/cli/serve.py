@@ -56,7 +56,7 @@ def serve(
     enable_prefix_caching: Annotated[bool, typer.Option(help="Let requests that begin alike share what is computed; "
                                                         "off with draft modules.")] = True,
     prefill_share: Annotated[float, typer.Option(help="By how much tokens may slow down while a prompt comes in, as a "
-                                                 "share.")] = 2.0,
+                                                 "share.")] = 1.0,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds after which a request ends with what it has.",
                                                           show_default=False)] = None,
     timeout: Annotated[float, typer.Option(help="Seconds without progress after which a station counts as hung.")]

@@ -42,7 +42,7 @@ class Builder:
     max_model_len: int | None = None
     kv_slots: int = 65536
     share_prefixes: bool = True
-    prefill_share: float = 2.0
+    prefill_share: float = 1.0
     timeout: float = 30.0
     start_timeout: float = 300.0
     threads: int | None = None

@@ -46,6 +46,8 @@ Judge = Callable[[int], str | None]
 Listener = Callable[[Event], None]
 
 _GROWTH = 256  # slots by which an arena grows
+_MOST_PRIORITY = 10  # better and worse count alike, or ageing would not be for anybody's lifetime
+_WORTH_WAITING = 64  # tokens of a prompt that another one is about to have computed
 _AGEING_S = 30.0  # a request that has waited so long goes as if its priority were one better
 
 _Parts = dict[int, tuple[Part, Track]]  # by request
@@ -143,9 +145,16 @@ class Engine:
 
     def _whole(self, request: Request) -> int:
         """Slots that a request will need in the end."""
+        return len(request.prompt) + request.params.max_tokens + self._for_guesses()
+
+    def _for_guesses(self) -> int:
         ample = 64 + 4 * self.pipeline.num_stages * self.policy.width
-        spare = max(ample if self._spare is None else self._spare, self.policy.least_slots)
-        return len(request.prompt) + request.params.max_tokens + spare
+        return max(ample if self._spare is None else self._spare, self.policy.least_slots)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
+        return None if self.ledger.total is None else max(self.ledger.total - self._for_guesses(), 0)
 
     def check_fits(self, request: Request) -> None:
         """Raise PromptError for a request that would need more than all of the cache memory. From any thread."""
@@ -229,9 +238,12 @@ class Engine:
             track = min(self._waiting.values(), key=self._rank)
             whole = self._whole(track.request)
             capacity = whole if self.ledger.total is None else min(whole, whole - track.left + _GROWTH)
-            source = self._source(track) if self._share_prefixes else None
-            if not self.ledger.take(capacity):
+            if not self.ledger.has(capacity):
                 return
+            source = self._source(track) if self._share_prefixes else None
+            if self._share_prefixes and self._soon_shared(track, source):
+                return
+            self.ledger.take(capacity)
             del self._waiting[track.request.id]
             track.rewind(capacity, self._node_ids)
             if source is not None:
@@ -243,7 +255,8 @@ class Engine:
 
     def _rank(self, track: Track) -> tuple[float, float, int]:
         waited = max(self._now - track.stats.started, 0.0)
-        return (track.request.priority - waited // _AGEING_S, *_age(track))
+        priority = min(max(track.request.priority, -_MOST_PRIORITY), _MOST_PRIORITY)
+        return (priority - waited // _AGEING_S, *_age(track))
 
     def _source(self, track: Track) -> Kept | None:
         """The arena, of a request that runs or has ended, that shares the longest beginning with this one's tokens."""
@@ -251,6 +264,13 @@ class Engine:
         if kept := self.ledger.best(track.tokens):
             found.append(kept)
         return max(found, key=lambda kept: shared(kept.tokens, track.tokens, kept.stages), default=None)
+
+    def _soon_shared(self, track: Track, source: Kept | None) -> bool:
+        """Whether a prompt that is on its way to the stations begins so much alike that it is worth waiting for: all
+        that come with one long prompt would else compute it, each for itself."""
+        now = shared(source.tokens, track.tokens, source.stages) if source else 0
+        return any(shared(one.tokens, track.tokens, len(one.tokens)) >= now + _WORTH_WAITING
+                   for one in self._tracks.values() if one.stages.rows < one.num_prompt - 1)
 
     def _share(self, track: Track, source: Kept) -> None:
         length = shared(source.tokens, track.tokens, source.stages)
@@ -615,8 +635,9 @@ def _kept(track: Track) -> Kept:
     """What others may take over of a request: whatever the stations have been told is committed; it is computed before
     they are asked to copy it."""
     known = len(track.path_slots)
-    return Kept(track.arena, track.slots.capacity, track.tokens, track.path_slots, min(track.stages.commits, known),
-                min(track.draft.commits, known), track.stages.opened, track.draft.opened)
+    stages, draft = (min(one.commits, known) if one.opened else 0 for one in (track.stages, track.draft))
+    return Kept(track.arena, track.slots.capacity, track.tokens, track.path_slots, stages, draft, track.stages.opened,
+                track.draft.opened)
 
 
 def _not_in_draft(node: Node) -> list[Node]:

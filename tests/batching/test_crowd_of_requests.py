@@ -128,6 +128,43 @@ def test_requests_that_run_share_what_they_begin_with() -> None:
     assert all(texts[k] == plain((*range(48), k), 20) for k in tracks)
 
 
+def test_requests_that_come_together_compute_what_they_begin_with_once() -> None:
+    """All but the first wait until its prompt is on its way; one that begins otherwise does not."""
+    engine = Engine(pipeline(3), make_policy("fullpipe"), kv_slots=20000, share_prefixes=True, chunk=64)
+    long = tuple(k % 40 for k in range(500))
+    tracks, texts, _ = run(engine, [request(k, (*long, k), 8) for k in range(4)] + [request(4, (1, 2, 3), 8)])
+    assert [tracks[k].cached for k in range(5)] == [0, 448, 448, 448, 0], "but for what is not worth waiting for"
+    assert all(texts[k] == plain(tracks[k].request.prompt, 8) for k in tracks)
+
+
+@pytest.mark.parametrize("short", [True, False], ids=["ends at once", "aborted"])
+def test_an_arena_that_the_draft_never_opened_gives_the_draft_nothing(short: bool) -> None:
+    """A request that shares a prefix ends while a slow job keeps the draft from hearing of it; its arena is kept."""
+    slow = False
+    stages = [ScriptedStage(k, 2, TRUTH) for k in range(2)]
+    engine = Engine(InProcessPipeline(stages, ScriptedSource(TRUTH), costs=lambda station, *_: 60.0 if slow and
+                                      station == "draft" else 1.0),
+                    make_policy("fullpipe"), kv_slots=9000, share_prefixes=True)
+    prompt, longer = tuple(range(48)), (*range(48), *range(10, 40))
+    first = engine.submit(request(0, prompt, 400))
+    while first.stats.num_emitted < 5:
+        engine.step()
+    slow = True
+    for _ in range(6):
+        engine.step()
+    second = engine.submit(request(1, longer, 1 if short else 100))
+    while not second.finished:
+        engine.step()
+        if second.stats.num_emitted:
+            engine.abort(1)
+    assert second.draft.rows and not second.draft.opened, "the case that is meant"
+    slow = False
+    third = engine.submit(request(2, longer, 100))
+    while not third.finished:
+        engine.step()
+    assert third.tokens[len(longer):] == plain(longer, 100)
+
+
 def test_a_new_engine_goes_on_where_the_old_one_broke() -> None:
     requests = crowd(5, tokens=40)
     old = Engine(pipeline(3), make_policy("fullpipe"))
@@ -226,6 +263,18 @@ def test_waiting_makes_up_for_a_bad_priority() -> None:
             rushing += 1
         engine.step()
     assert len(begun) > 3, "those of better priority went first for a while"
+
+
+def test_no_priority_is_so_good_that_others_wait_for_ever() -> None:
+    engine = Engine(pipeline(2), make_policy("pp"), max_num_seqs=1)
+    engine.submit(request(0, (1,), 2, priority=-(2**31)))
+    patient, rushing = engine.submit(request(1, (1,), 2)), 2
+    while not patient.finished:
+        assert rushing < 3000
+        if len(engine.unfinished()) < 3:
+            engine.submit(request(rushing, (1, 2), 2, priority=-(2**31)))
+            rushing += 1
+        engine.step()
 
 
 def test_a_deadline_ends_a_request_with_what_it_has() -> None:

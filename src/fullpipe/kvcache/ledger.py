@@ -44,10 +44,14 @@ class Ledger:
         """Whether so many could ever be had."""
         return self.total is None or slots <= self.total
 
+    def has(self, slots: int) -> bool:
+        """Whether so many can be taken now, from kept arenas if need be."""
+        return self.total is None or slots <= self.total - self.used + sum(kept.capacity for kept in self.kept)
+
     def take(self, slots: int) -> bool:
         """Take slots, from kept arenas if need be. False, and nothing changed, when there are not as many."""
         if self.total is not None:
-            if slots > self.total - self.used + sum(kept.capacity for kept in self.kept):
+            if not self.has(slots):
                 return False
             while slots > self.total - self.used:
                 self._drop(self.kept.pop(0))

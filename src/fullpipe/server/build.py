@@ -71,10 +71,22 @@ class Builder:
                             share_prefixes=self.share_prefixes and not self._taps)
             engine.batching = self._make_batching(engine)
             engine.listen(listeners)
+            longest = self._fitting(made.max_model_len, engine)
         except BaseException:
             made.pipeline.close()
             raise
-        return Started(engine, made.tokenizer, made.vocab_size, made.max_model_len)
+        return Started(engine, made.tokenizer, made.vocab_size, longest)
+
+    def _fitting(self, max_model_len: int, engine: Engine) -> int:
+        """What of the model's length the cache can hold. Raises UsageError where it was asked for and cannot."""
+        longest = max_model_len if engine.longest is None else min(engine.longest, max_model_len)
+        if longest < 2 or (self.max_model_len is not None and longest < max_model_len):
+            raise UsageError(f"{self.kv_slots} cache slots hold {longest} tokens and the guesses beside them, not "
+                             f"{max_model_len}", hint="Give more --kv-cache-tokens, or a smaller --max-model-len.")
+        if longest < max_model_len:
+            self.say(f"the cache holds {longest} tokens of a text, the model {max_model_len}: longer ones are refused "
+                     f"(--kv-cache-tokens)")
+        return longest
 
     @property
     def _taps(self) -> bool:

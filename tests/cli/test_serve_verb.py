@@ -28,7 +28,7 @@ class Served:
 
     def ask(self, max_tokens: int) -> Iterator[str]:
         """Lines of a stream."""
-        body = {"model": "m", "prompt": "hello there, hello", "max_tokens": max_tokens, "stream": True, "temperature": 0}
+        body = {"model": "m", "prompt": "hello there", "max_tokens": max_tokens, "stream": True, "temperature": 0}
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60) as answer:
             assert answer.status_code == 200
             yield from (line for line in answer.iter_lines() if line)
@@ -87,6 +87,13 @@ def test_the_second_signal_ends_it_at_once(models: Models) -> None:
             for _ in lines:
                 pass
         server.has_ended(128 + signal.SIGTERM)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(models: Models) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run("serve", "--model", models.target, "--port", port)
+    assert result.exit_code == 2 and "--port" in result.output and "loading" not in result.output
 
 
 @pytest.mark.parametrize(("options", "says"), [

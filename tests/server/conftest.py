@@ -24,12 +24,12 @@ def start(tokenizer: Tokenizer) -> Iterator[Serve]:
     """Starts servers, which live as long as the session."""
     with ExitStack() as stack:
         def begin(options: ServerOptions | None = None, names: Sequence[str] = ("tiny", "alias/tiny"),
-                  **more: Any) -> Served:
+                  send_buffer: int | None = None, **more: Any) -> Served:
             service = FakeService(tokenizer, lambda prompt, params: [])
             stack.callback(service.close)
             model = ServedModel(names, tokenizer, MAX_MODEL_LEN, created=1700000000)
             app = create_app(service, model, options, **more)  # type: ignore[arg-type]
-            return Served(stack.enter_context(running(app)), service, tokenizer)
+            return Served(stack.enter_context(running(app, send_buffer)), service, tokenizer)
 
         yield begin
 

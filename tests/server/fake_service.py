@@ -29,13 +29,15 @@ class FakeService:
     """Each step of its thread gives every request one more token of what `script` says for prompt and parameters.
 
     refuse: what `submit` raises. fail_after: so many tokens, then "error". hold_at: after so many tokens a request
-    waits until it is cancelled. submitted, cancelled: all that came, in order; `changed` is notified of both.
+    waits until it is cancelled. capacity: requests that it says it can have. submitted, cancelled: all that came, in
+    order; `changed` is notified of both.
     """
 
     def __init__(self, tokenizer: Tokenizer, script: Script) -> None:
         self.script = script
         self.refuse: Exception | None = None
         self.fail_after: int | None = None
+        self.capacity = 1000
         self.hold_at: float = math.inf
         self.now = Status("ready", 0, 0, 0, 0, 0)
         self.submitted: list[tuple[list[int], SamplingParams, int, float | None]] = []

@@ -21,6 +21,8 @@ MAX_LEN = 128
 class OneWord:
     """A test double of the service: it answers every prompt with one token, and remembers what it was asked."""
 
+    capacity = 1000
+
     def __init__(self) -> None:
         self.asked: list[SamplingParams] = []
 

@@ -57,9 +57,11 @@ class Served:
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """The address of a server with this application."""
+def running(app: FastAPI, send_buffer: int | None = None) -> Iterator[str]:
+    """The address of a server with this application. send_buffer: bytes that the system takes of an answer."""
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none",
                                            timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -79,6 +81,7 @@ def fresh(served: Served) -> None:
         return served.tokenizer.encode(f"You said {len(prompt)} tokens, seed {params.seed % 1000}. Ünï 🙂!")
 
     service.script, service.refuse, service.fail_after, service.hold_at = script, None, None, float("inf")
+    service.capacity = 1000
     service.submitted.clear()
     service.cancelled.clear()
 

@@ -10,16 +10,22 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 from openai_server import Serve, Served, fresh
+from starlette.responses import PlainTextResponse
+from uvicorn.protocols.http.flow_control import FlowControl
 
 from fullpipe import __version__
+from fullpipe.errors import UsageError
 from fullpipe.request import SamplingParams
+from fullpipe.server import guard
 from fullpipe.server.answer import Answer, Mailbox
-from fullpipe.server.app import ServerOptions, _EventStream
+from fullpipe.server.app import ServerOptions
+from fullpipe.server.guard import EventStream, Guard
 from fullpipe.server.protocol import REFUSED
 from fullpipe.server.service import Status
 
@@ -139,6 +145,46 @@ def test_too_many_choices(narrow: Served) -> None:
         assert refusal(client.post("/v1/completions", json=TEXT | {"n": 2, "prompt": ["a"] * 3}), 400)["param"] == "n"
 
 
+def test_more_choices_than_there_will_ever_be_room_for(served: Served, client: httpx.Client) -> None:
+    served.service.capacity = 2
+    assert client.post("/v1/completions", json=TEXT | {"n": 2}).status_code == 200
+    error = refusal(client.post("/v1/completions", json=TEXT | {"n": 3}), 400)
+    assert error["param"] == "n" and "may ask for 2" in error["message"]
+
+
+@pytest.mark.parametrize("keys", [[""], ["good", ""], ["a b"], ["key\n"], ["\tkey"]])
+def test_a_key_that_is_not_one_word_is_no_key(keys: list[str]) -> None:
+    with pytest.raises(UsageError, match="API key") as caught:
+        ServerOptions(api_keys=keys)
+    assert "FULLPIPE_API_KEY" in (caught.value.hint or "")
+
+
+def test_who_is_refused_takes_no_room_from_others() -> None:
+    """Many send bodies that are too large and never end. A few are read on; none counts as being served."""
+    statuses: dict[int, int] = {}
+
+    async def silence() -> Any:
+        return await asyncio.Event().wait()
+
+    async def send(number: int, message: Any) -> None:
+        statuses.setdefault(number, message.get("status", 0))
+
+    async def scenario() -> None:
+        door = Guard(PlainTextResponse("welcome"), ServerOptions(max_connections=2, max_body_bytes=10))
+        large = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-length", b"11")]}
+        small = large | {"headers": []}
+        crowd = [asyncio.create_task(door(dict(large), silence, partial(send, number))) for number in range(100)]
+        await asyncio.wait(crowd[guard._DRAINS:], timeout=10)
+        assert statuses == dict.fromkeys(range(guard._DRAINS, 100), 413)
+        await door(small, silence, partial(send, 100))
+        for task in crowd:
+            task.cancel()
+        await asyncio.gather(*crowd, return_exceptions=True)
+        assert (statuses[100], door._draining) == (200, 0)
+
+    asyncio.run(scenario())
+
+
 def test_a_time_limit_is_handed_on(narrow: Served) -> None:
     fresh(narrow)
     with narrow.client() as client:
@@ -254,21 +300,37 @@ def test_what_has_ended_is_not_cancelled(served: Served, client: httpx.Client) -
     assert served.service.cancelled == []
 
 
-def test_who_does_not_read_holds_up_nobody(served: Served, client: httpx.Client) -> None:
+@pytest.fixture
+def paused(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set while an answer waits for its reader."""
+    event = threading.Event()
+    pause, resume = FlowControl.pause_writing, FlowControl.resume_writing
+    monkeypatch.setattr(FlowControl, "pause_writing", lambda flow: (pause(flow), event.set()))
+    monkeypatch.setattr(FlowControl, "resume_writing", lambda flow: (resume(flow), event.clear()))
+    return event
+
+
+def test_who_does_not_read_holds_up_nobody(start: Serve, paused: threading.Event) -> None:
+    served = start(send_buffer=2**16)
     served.script("x" * 300)
-    body = json.dumps(TEXT | {"stream": True, "max_tokens": 300, "logprobs": 5}).encode()
-    with served.connect() as deaf:
-        deaf.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                     b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        served.service.wait_for(lambda: len(served.service.submitted) == 1)
+    asked = CHAT | {"stream": True, "max_tokens": 300, "logprobs": True, "top_logprobs": 20, "n": 4}
+    body = json.dumps(asked).encode()
+    with served.connect() as deaf, served.client() as client:
+        deaf.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert paused.wait(10)
         assert client.post("/v1/completions", json=TEXT).json()["choices"][0]["text"] == "x" * 16
+        assert paused.is_set()
+        got = b"".join(iter(lambda: deaf.recv(2**16), b""))  # it may still have all of it
+    assert len(got) > 2**20 and got.count(b'"finish_reason":"length"') == 4 and b"data: [DONE]" in got
 
 
-def test_who_takes_nothing_for_long_is_given_up(served: Served) -> None:
+@pytest.mark.parametrize("at_its_end", [False, True])
+def test_who_takes_nothing_for_long_is_given_up(served: Served, at_its_end: bool) -> None:
     served.service.hold_at = 0
 
     async def never(message: Any) -> None:
-        if message["type"] == "http.response.body":
+        if message["type"] == "http.response.body" and message["more_body"] is not at_its_end:
             await asyncio.Event().wait()
 
     async def silence() -> Any:
@@ -280,8 +342,9 @@ def test_who_takes_nothing_for_long_is_given_up(served: Served) -> None:
     async def scenario() -> None:
         answer = Answer(served.service, silence)  # type: ignore[arg-type]
         answer.submit(0, [1], SamplingParams(), priority=0, timeout_s=None)
-        stream = _EventStream(events(), answer, write_timeout_s=0.01)
-        await stream({"type": "http", "fullpipe.request_id": "x"}, silence, never)
+        stream = EventStream(events(), 0.01, answer.close)
+        async with asyncio.timeout(10):
+            await stream({"type": "http", "fullpipe.request_id": "x"}, silence, never)
 
     asyncio.run(scenario())
     assert served.service.cancelled == [0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from fullpipe.server import live as module
 from fullpipe.server.app import ServedModel, ServerOptions, create_app
 from fullpipe.server.live import Live
 from fullpipe.server.service import Status
+from fullpipe.stats import RequestStats
 from recorded import recorded
 
 
@@ -135,6 +137,15 @@ def test_a_restart_empties_the_stages_and_keeps_the_requests() -> None:
     assert picture["requests"][0]["emitted"] == 1
 
 
+def test_who_is_ended_by_the_service_itself_goes_too() -> None:
+    """No engine says so: it was broken when the request was charged, or had not heard of it yet."""
+    stand = Stand()
+    stand.tell(Emitted(1, 7, 0, 40, 0, True), Emitted(1, 8, 1, 40, 0, True))
+    stand.live.on_finish(7, "error", 3, 1, RequestStats(0.0), 0)
+    stand.live.on_finish(9, "abort", 3, 0, RequestStats(0.0), 0)
+    assert [one["id"] for one in stand.live.picture()["requests"]] == [8]
+
+
 def test_nothing_is_kept_of_what_is_over() -> None:
     stand = Stand()
     picture = stand.tell(*recorded(stages=3, requests=2, tokens=12))
@@ -159,11 +170,11 @@ def test_the_feed_speaks_when_something_changed_and_gives_signs_of_life() -> Non
     async def watch() -> None:
         stand = Stand()
         feed = stand.live.feed()
-        [first] = sent(await anext(feed))
+        [first] = sent((await anext(feed)).decode())
         assert (first["state"], first["waiting"], first["model"]) == ("ready", 2, "m")
-        assert (await anext(feed)).startswith(":")  # nothing new
+        assert (await anext(feed)).startswith(b":")  # nothing new
         stand.tell(launch(0, 0, [0], [7]))
-        [second] = sent(await anext(feed))
+        [second] = sent((await anext(feed)).decode())
         assert second["stages"][0]["rows"] == [[7, 1]]
         stand.live.close()
         with pytest.raises(StopAsyncIteration):
@@ -195,13 +206,60 @@ def test_a_watcher_that_goes_makes_room_for_another() -> None:
             refused = client.get("/live")
             assert refused.status_code == 503 and refused.headers["Retry-After"]
             assert refused.json()["error"]["message"]
-            await feed.aclose()  # type: ignore[attr-defined]
+            await feed.aclose()
             stand.status = Status("draining", 0, 0, 0, 0, 0)
             assert client.get("/live").status_code == 200
             stand.live.close()
             assert client.get("/live").status_code == 503
 
     asyncio.run(come_and_go())
+
+
+def watched_by(receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> Stand:
+    """A stand after a watcher that behaves so, whom the server left by itself."""
+    stand, app = Stand(), FastAPI()
+    app.include_router(stand.live.router((), write_timeout_s=0.01))
+    scope = {"type": "http", "method": "GET", "path": "/live", "headers": [], "query_string": b""}
+
+    async def watch() -> None:
+        async with asyncio.timeout(10):
+            await app(scope, receive, send)
+
+    asyncio.run(watch())
+    return stand
+
+
+def request_of(then: dict[str, Any] | None) -> Callable[[], Awaitable[Any]]:
+    """`receive` of a request without a body; then this message for ever, or silence."""
+    messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> Any:
+        if not messages and then is None:
+            await asyncio.Event().wait()
+        return messages.pop() if messages else then
+
+    return receive
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_watcher_that_takes_nothing_is_given_up() -> None:
+    taken = []
+
+    async def send(message: Any) -> None:
+        taken.append(message)
+        if message.get("body"):
+            await asyncio.Event().wait()
+
+    assert watched_by(request_of(None), send).live._watchers == 0
+    assert [message["type"] for message in taken] == ["http.response.start", "http.response.body"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_watcher_that_has_hung_up_is_noticed() -> None:
+    async def send(message: Any) -> None:
+        pass
+
+    assert watched_by(request_of({"type": "http.disconnect"}), send).live._watchers == 0
 
 
 def served(keys: list[str]) -> FastAPI:

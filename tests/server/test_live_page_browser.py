@@ -164,6 +164,20 @@ def test_options_reach_the_server(page: Any, server: Server) -> None:
     assert "max_tokens" not in server.bodies[1]
 
 
+def test_a_new_chat_begun_during_an_answer_knows_nothing_of_it(page: Any, server: Server) -> None:
+    server.answer = "one two three"
+    ask(page, "count")
+    until(page, lambda: read(page, ".assistant span") == "one")
+    page.execute_script("document.querySelector('details').open = true")
+    page.find_element("id", "new").click()
+    until(page, lambda: page.find_element("id", "send").is_displayed())
+    server.hold.set()
+    ask(page, "hi")
+    until(page, lambda: read(page, ".assistant small"))
+    assert server.bodies[1]["messages"] == [{"role": "user", "content": "hi"}]
+    assert all_of(page, ".user span") == ["hi"]
+
+
 def test_stop_hangs_up(page: Any, server: Server) -> None:
     server.answer = "one two three"
     ask(page, "count")
@@ -217,6 +231,9 @@ def test_it_says_when_the_pipeline_is_rebuilt_and_when_the_server_is_gone(page: 
     server.state = "rebuilding"
     until(page, lambda: read(page, "#state") == "rebuilding")
     assert "being rebuilt" in read(page, "#notice") and "stage 1: died" in read(page, "#notice")
+    server.state = "failed"
+    until(page, lambda: read(page, "#state") == "failed")
+    assert "keeps trying and comes back by itself" in read(page, "#notice")
     server.state = "ready"
     until(page, lambda: read(page, "#state") == "ready" and not read(page, "#notice"))
     server.live.close()

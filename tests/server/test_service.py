@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
 
 import psutil
 import pytest
@@ -20,9 +22,12 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.scripted import ScriptedStage, hash_token
 from fullpipe.pipeline.spec import StationSpec
 from fullpipe.policies import make_policy
-from fullpipe.request import SamplingParams
-from fullpipe.server.service import Service, Started, Update
+from fullpipe.request import Request, SamplingParams
+from fullpipe.server.service import Observer, Service, Started, Ticket, Update, _Running
 from fullpipe.sources.scripted import ScriptedSource
+from fullpipe.stats import RequestStats
+from fullpipe.text import Reply
+from fullpipe.track import Track
 
 VOCAB, SEED = 50, 3
 TRUTH = {"kind": "hash", "vocab": VOCAB, "seed": SEED}
@@ -73,12 +78,16 @@ class Caller:
                 "".join(update.text for update in self.updates), self.updates[-1].reason)
 
 
-def inprocess(listeners: Sequence[Listener]) -> Started[Words]:
+def inprocess(listeners: Sequence[Listener], share: bool = False) -> Started[Words]:
     stages = [ScriptedStage(k, 3, TRUTH) for k in range(3)]
     pipeline = InProcessPipeline(stages, ScriptedSource(TRUTH), clock="wall")
     engine = Engine(pipeline, make_policy("fullpipe"), max_num_seqs=4, kv_slots=6000, listeners=listeners,
-                    batching=Dynamic(CostCurve({1: 1.0}), num_stages=3))
+                    batching=Dynamic(CostCurve({1: 1.0}), num_stages=3), share_prefixes=share)
     return Started(engine, Words(), VOCAB, 4000)
+
+
+def sharing(listeners: Sequence[Listener]) -> Started[Words]:
+    return inprocess(listeners, share=True)
 
 
 def processes(listeners: Sequence[Listener]) -> Started[Words]:
@@ -195,16 +204,54 @@ def test_a_process_that_dies_while_nobody_asks_is_noticed() -> None:
         service.close()
 
 
+def test_memory_that_is_kept_to_be_shared_counts_as_free() -> None:
+    seen: list[tuple[int, int, int]] = []
+    kept = threading.Event()
+
+    class Watch(Observer):
+        def on_engine_time(self, seconds: float) -> None:
+            ledger = service.built.engine.ledger
+            own = sum(one.capacity for one in ledger.kept)
+            seen.append((service.status().kv_used, ledger.used, own))
+            if own:
+                kept.set()
+
+    service = Service(sharing, observers=[Watch()])
+    with closing(service):
+        caller = Caller()
+        service.submit([1], SamplingParams(max_tokens=30), caller)
+        assert caller.result()[2] == "length" and kept.wait(10)
+    assert seen[-1][0] == 0 < seen[-1][1]
+    assert all(told == used - own for told, used, own in seen)
+
+
+def test_an_update_copies_what_is_new_and_no_more() -> None:
+    copied = []
+
+    class Tokens(list[int]):
+        def __getitem__(self, at: Any) -> Any:
+            found = super().__getitem__(at)
+            copied.append(len(found))
+            return found
+
+    request = Request(0, (1,), SamplingParams(max_tokens=900))
+    track = Track.begin(request, 1000, count(), RequestStats(0.0))
+    track.tokens = Tokens(range(800))
+    one = _Running(Ticket(0, 1, track.stats), request, Reply(Words()), Caller(), track=track, sent=797)
+    assert (one.num_tokens, one.unsent(), copied) == (799, [798, 799], [2])
+
+
 class Fragile:
     """Starts well once, and then as often as it is told not at all."""
 
     def __init__(self, failures: int) -> None:
         self.left, self.engines = failures, list[Engine]()
+        self.failure = "the machine is on fire"
 
     def __call__(self, listeners: Sequence[Listener]) -> Started[Words]:
         if self.engines and self.left > 0:
             self.left -= 1
-            raise PipelineError("the machine is on fire")
+            raise PipelineError(self.failure)
         started = inprocess(listeners)
         self.engines.append(started.engine)
         return started
@@ -240,6 +287,66 @@ def test_who_fails_again_and_again_says_so_and_comes_back(monkeypatch: pytest.Mo
         assert again.result()[0] == plain([2], 9)
     finally:
         service.close()
+
+
+def test_callers_hear_one_line_of_a_failure_and_the_log_all(monkeypatch: pytest.MonkeyPatch,
+                                                           caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("fullpipe.server.service._PAUSES_S", (0.0, 0.0, 0.0, 0.0, 30.0))
+    start, caller = Fragile(failures=99), Caller()
+    start.failure = "stage 1 failed: it died; it printed:\n    File /secret/path"
+    with closing(Service(start)) as service, caplog.at_level("ERROR", "fullpipe.server.service"):
+        service.submit([1], SamplingParams(max_tokens=3900), caller)
+        assert caller.begun.wait(10)
+        broken(start.engines[0])
+        assert caller.result()[2] == "error"
+        assert caller.updates[-1].error == service.status().last_failure == "stage 1 failed: it died"
+        with pytest.raises(Unavailable) as refused:
+            service.submit([1], SamplingParams(), Caller())
+        assert "it died" in str(refused.value) and "secret" not in str(refused.value)
+    assert "/secret/path" in caplog.text
+
+
+def test_closing_does_not_wait_for_a_pipeline_that_is_being_built() -> None:
+    go_on, building, caller = threading.Event(), threading.Event(), Caller()
+    engines: list[Engine] = []
+
+    def start(listeners: Sequence[Listener]) -> Started[Words]:
+        if engines:
+            building.set()
+            assert go_on.wait(30)
+        started = inprocess(listeners)
+        engines.append(started.engine)
+        return started
+
+    service = Service(start)
+    service.submit([1], SamplingParams(max_tokens=3900), caller)
+    assert caller.begun.wait(10)
+    broken(engines[0])
+    assert building.wait(10)
+    service.close(timeout=0.01)
+    assert service._thread.is_alive() and caller.done.is_set() and caller.result()[2] == "abort"
+    go_on.set()
+    service._thread.join(10)
+    assert not service._thread.is_alive() and service.status().state == "stopped"
+
+
+def test_who_ended_in_the_step_that_failed_is_told_so() -> None:
+    """The engine had ended it, and broke before it said so: the next one has nothing to do for it."""
+    start, caller = Fragile(failures=0), Caller()
+    with closing(Service(start)) as service:
+        service.submit([1], SamplingParams(max_tokens=3900), caller)
+        assert caller.begun.wait(10)
+        [one] = service._running.values()
+
+        def events(wait: float | None = None) -> list[object]:
+            assert one.track is not None
+            one.track.finished = "stop"
+            raise PipelineError("a wire was cut")
+
+        start.engines[0].pipeline.events = events  # type: ignore[method-assign, assignment]
+        tokens, _, reason = caller.result()
+        assert reason == "stop" and tokens == plain([1], len(tokens))
+        assert service.drain(5)
 
 
 def test_a_start_that_fails_at_once_is_the_callers_to_handle() -> None:

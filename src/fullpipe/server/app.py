@@ -7,7 +7,6 @@ what fails at once has a status of its own.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
@@ -25,13 +24,12 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
 
 from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.model.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
-from fullpipe.server.guard import Guard, Keyring, ServerOptions, log, needs_key, request_id
+from fullpipe.server.guard import EventStream, Guard, Keyring, ServerOptions, log, needs_key, request_id
 from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, problem_of, retry_after, told
 from fullpipe.server.protocol import (
     ChatCompletion,
@@ -264,9 +262,9 @@ class _Desk:
                       logprobs: int | None) -> Response:
         """field: what a fault of a prompt is blamed on. default: new tokens at most where the body names no number."""
         n = body.n or 1
-        if n * len(encoders) > self._options.max_choices:
-            raise Problem(400, f"n: {n * len(encoders)} texts are asked for; one request may ask for "
-                               f"{self._options.max_choices}", param="n")
+        most = min(self._options.max_choices, self._service.capacity)
+        if n * len(encoders) > most:
+            raise Problem(400, f"n: {n * len(encoders)} texts are asked for; one request may ask for {most}", param="n")
         if body.stream_options is not None and not body.stream:
             raise Problem(400, "stream_options needs stream to be true", param="stream_options")
         answer = Answer(self._service, request.receive)
@@ -282,7 +280,7 @@ class _Desk:
             if body.stream:
                 first = _checked(await answer.news())
                 events = self._events(body, answer, replies, first, request_id(request.scope))
-                return _EventStream(events, answer, self._options.write_timeout_s)
+                return EventStream(events, self._options.write_timeout_s, answer.close)
             while not answer.done:
                 for news in _checked(await answer.news()):
                     replies.add(news)
@@ -347,38 +345,14 @@ class _Desk:
                 break
             if lines:
                 yield "".join(lines).encode()
-            news = await answer.news()
+            try:
+                news = await answer.news()
+            except ClientGone:
+                log.info("%s closed by the caller", id)
+                return
         if at_end:
             lines.append(_event(replies.last(usage_of(answer.choices))))
         yield "".join([*lines, _DONE]).encode()
-
-
-class _EventStream(Response):
-    """Sends events until they end, the reader goes, or takes nothing for `write_timeout_s`. Closes `answer` then."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None], answer: Answer, write_timeout_s: float) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._events = events
-        self._answer = answer
-        self._write_timeout_s = write_timeout_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for piece in self._events:
-                async with asyncio.timeout(self._write_timeout_s):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except ClientGone:
-            log.info("%s closed by the caller", request_id(scope))
-        except TimeoutError:
-            log.warning("%s took nothing for %g s", request_id(scope), self._write_timeout_s)
-        finally:
-            self._answer.close()
-            await self._events.aclose()
 
 
 def _json(model: BaseModel) -> Response:

@@ -1,4 +1,5 @@
-"""What stands before the application: who may come in, how much they may send, and a line in the log for each."""
+"""What stands before the application: who may come in, how much they may send, how long they may take nothing of what
+is sent, and a line in the log for each."""
 
 from __future__ import annotations
 
@@ -9,19 +10,23 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fullpipe.errors import UsageError
 from fullpipe.server.problems import Problem, problem_of, retry_after
 
 log = logging.getLogger("fullpipe.server")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _DRAIN_BYTES, _DRAIN_S = 64 * 2**20, 5.0
+_DRAINS = 32  # refused requests that are read on at a time: it is a courtesy, and costs what the others need
+WRITE_TIMEOUT_S = 60.0
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 
@@ -34,16 +39,25 @@ class ServerOptions:
     a request's deadline; None: none. max_connections: requests at once (probes not counted); more get 429.
     max_choices: texts asked for by one request, prompts times n. allowed_origins: of web pages elsewhere (CORS); none
     by default.
+
+    Raises UsageError for a key that is empty or has white space in it.
     """
 
     api_keys: Sequence[str] = ()
     max_body_bytes: int = 4 * 2**20
     body_timeout_s: float = 60.0
-    write_timeout_s: float = 60.0
+    write_timeout_s: float = WRITE_TIMEOUT_S
     request_timeout_s: float | None = None
     max_connections: int = 512
     max_choices: int = 256
     allowed_origins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for key in self.api_keys:
+            if not key or any(map(str.isspace, key)):
+                raise UsageError("an API key is empty" if not key else "an API key has white space in it",
+                                 hint="A key is one word, of FULLPIPE_API_KEY too. Name none at all, and unset the "
+                                      "variable, to let everybody in.")
 
 
 def request_id(scope: Scope) -> str:
@@ -81,7 +95,7 @@ class Guard:
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self._app = app
         self._options = options
-        self._inside = 0
+        self._inside, self._draining = 0, 0  # requests that were let in, probes aside; refused ones that are read on
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,7 +105,6 @@ class Guard:
         scope["fullpipe.request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
         reply = _Reply(send, request_id(scope))
         begun = time.monotonic()
-        self._inside += 1
         try:
             await self._serve(scope, headers, receive, reply)
         except Exception as error:
@@ -100,22 +113,36 @@ class Guard:
                 raise  # the server closes the connection: what was begun cannot be taken back
             await problem_of(error).response()(scope, receive, reply)
         finally:
-            self._inside -= 1
             log.info("%s %s %s %d %.3f s", request_id(scope), scope["method"], _printable(scope),
                      reply.status, time.monotonic() - begun)
         return None
 
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
-        problem = self._refusal(scope["path"], headers)
+        counts = scope["path"] not in _PROBES
+        problem = self._refusal(counts, headers)
         if problem is not None:
             if headers.get("expect", "").lower() != "100-continue":  # reading would ask for what is refused
-                await _drain(receive)
-            await problem.response()(scope, receive, reply)
-        else:
-            await self._app(scope, _Limited(receive, self._options), reply)
+                await self._drain_some(receive)
+            return await problem.response()(scope, receive, reply)
+        self._inside += counts
+        try:
+            return await self._app(scope, _Limited(receive, self._options), reply)
+        finally:
+            self._inside -= counts
 
-    def _refusal(self, path: str, headers: Headers) -> Problem | None:
-        if self._inside > self._options.max_connections and path not in _PROBES:
+    async def _drain_some(self, receive: Receive) -> None:
+        """Nothing, while many are drained already."""
+        if self._draining >= _DRAINS:
+            return
+        self._draining += 1
+        try:
+            await _drain(receive)
+        finally:
+            self._draining -= 1
+
+    def _refusal(self, counts: bool, headers: Headers) -> Problem | None:
+        """counts: whether it is one of those that are counted."""
+        if counts and self._inside >= self._options.max_connections:
             return Problem(429, f"{self._options.max_connections} requests are being served already",
                            code="rate_limit_exceeded", headers=retry_after(1))
         length = headers.get("content-length", "")
@@ -165,6 +192,38 @@ class _Limited:
                 await _drain(self._receive)
             raise _too_large(self._options)
         return message
+
+
+class EventStream(Response):
+    """Server-sent events, until they end or the reader takes nothing for `write_timeout_s`. Calls `close` then, and
+    closes the generator. pieces: what goes over the wire, any number of events in each."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], write_timeout_s: float,
+                 close: Callable[[], None] = lambda: None) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._pieces = pieces
+        self._write_timeout_s = write_timeout_s
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async for message in self._messages():
+                async with asyncio.timeout(self._write_timeout_s):
+                    await send(message)
+        except TimeoutError:
+            log.warning("%s took nothing for %g s", scope.get("fullpipe.request_id", "-"), self._write_timeout_s)
+        finally:
+            self._close()
+            await self._pieces.aclose()
+
+    async def _messages(self) -> AsyncGenerator[Message, None]:
+        yield {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        async for piece in self._pieces:
+            yield {"type": "http.response.body", "body": piece, "more_body": True}
+        yield {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 async def _drain(receive: Receive) -> None:

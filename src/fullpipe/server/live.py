@@ -12,18 +12,19 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, params
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi import APIRouter, Depends, Request, params
+from fastapi.responses import HTMLResponse, Response
 
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
-from fullpipe.server.guard import needs_key
+from fullpipe.server.guard import WRITE_TIMEOUT_S, EventStream, needs_key
 from fullpipe.server.problems import Problem, retry_after
 from fullpipe.server.service import Observer, Status
+from fullpipe.stats import RequestStats
 
 WINDOW = 5.0  # seconds that rates are taken over
 TICK = 0.2  # seconds between two looks
@@ -33,6 +34,10 @@ _PAGE = Path(__file__).with_name("page.html")
 _POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 _KEY = Depends(needs_key)
+
+
+async def _stays() -> bool:
+    return False
 
 
 @dataclass(slots=True)
@@ -105,6 +110,13 @@ class Live(Observer):
             with self._lock:
                 self._version += 1
                 handler(event)
+
+    def on_finish(self, id: int, reason: str, prompt_tokens: int, completion_tokens: int, stats: RequestStats,
+                  cached_tokens: int) -> None:
+        """Of one that the service ended itself no engine says `Finished`."""
+        with self._lock:
+            self._version += 1
+            self._at.requests.pop(id, None)
 
     def on_restart(self, station: str, reason: str) -> None:
         with self._lock:
@@ -257,9 +269,10 @@ class Live(Observer):
 
     # ---- HTTP --------------------------------------------------------------------------------------------
 
-    def router(self, guards: Sequence[params.Depends] = (_KEY,)) -> APIRouter:
+    def router(self, guards: Sequence[params.Depends] = (_KEY,), write_timeout_s: float = WRITE_TIMEOUT_S) -> APIRouter:
         """`/`, the page, and `/live`, its feed (Server-Sent Events). guards: what `/live` asks for, if not for an API
-        key of the application; the page itself tells nothing."""
+        key of the application; the page itself tells nothing. write_timeout_s: how long a watcher may take nothing of
+        the feed before it counts as gone."""
         router, page = APIRouter(), _PAGE.read_text(encoding="utf-8")
 
         @router.get("/", include_in_schema=False)
@@ -268,24 +281,24 @@ class Live(Observer):
                                                "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
 
         @router.get("/live", include_in_schema=False, dependencies=list(guards))
-        async def watch() -> Response:
+        async def watch(request: Request) -> Response:
             if self._closed or self._watchers >= self._max_watchers:
                 return Problem(503, "too many watch already, or the server is going down", code="service_unavailable",
                                headers=retry_after(5)).response()
-            return StreamingResponse(self.feed(), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+            return EventStream(self.feed(request.is_disconnected), write_timeout_s)
 
         return router
 
-    async def feed(self) -> AsyncIterator[str]:
+    async def feed(self, gone: Callable[[], Awaitable[bool]] = _stays) -> AsyncGenerator[bytes, None]:
         """A picture whenever there is a new one, several times a second at most, and signs of life in between.
 
-        Ends by itself when the service goes down: a server waits for open connections before it exits.
+        Ends by itself when the service goes down, for a server waits for open connections before it exits, and when
+        the watcher has `gone`.
         """
         self._watchers += 1
         try:
             sent, drawn, version, said = "", -1.0, -1, time.monotonic()
-            while not self._closed:
+            while not self._closed and not await gone():
                 now = time.monotonic()
                 if version != self._version or now - drawn >= 1.0:  # rates fade without events
                     drawn, version = now, self._version
@@ -293,12 +306,12 @@ class Live(Observer):
                     text = json.dumps(picture, separators=(",", ":"))
                     if text != sent:
                         sent, said = text, now
-                        yield f"data: {text}\n\n"
+                        yield f"data: {text}\n\n".encode()
                     if picture["state"] in ("draining", "stopped"):
                         return
                 if now - said >= BEAT:
                     said = now
-                    yield ": still here\n\n"
+                    yield b": still here\n\n"
                 await asyncio.sleep(TICK)
         finally:
             self._watchers -= 1

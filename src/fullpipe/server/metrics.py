@@ -410,7 +410,8 @@ class Metrics(Observer, Collector):
         status = self._status
         yield _gauge("num_requests_running", "Requests that have rows in the cache.", status.running, shared=True)
         yield _gauge("num_requests_waiting", "Requests that wait for admission.", status.waiting, shared=True)
-        yield _gauge("kv_cache_usage_perc", "Share of the cache's slots in use: 1 is all (0: unlimited).",
+        yield _gauge("kv_cache_usage_perc", "Share of the cache's slots that requests use: 1 is all (0: unlimited). "
+                     "What is kept to be shared counts as free.",
                      _share(status.kv_used, status.kv_total), shared=True)
         yield _Family("gauge", "state", "1 for the state that the service is in.",
                       [({"state": state}, float(state == status.state)) for state in get_args(State)])

@@ -63,8 +63,9 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a look at the service shows. kv_used, kv_total: cache slots (0: unlimited). retry_after_s: seconds after
-    which it may be worth trying again, where state is not "ready". last_failure: its reason, "" before the first."""
+    """What a look at the service shows. kv_used: cache slots of requests that run; what is kept to be shared can be had
+    at any time. kv_total: all of them (0: unlimited). retry_after_s: seconds after which it may be worth trying again,
+    where state is not "ready". last_failure: its reason in one line, "" before the first."""
 
     state: State
     running: int
@@ -78,6 +79,7 @@ class Status:
 
 _IDLE_S = 0.5  # between two looks at stations that have nothing to do
 _BUSY_S = 0.1  # of waiting for events before the inbox is looked at again
+_CLOSE_S = 15.0  # for the engine's thread to end: a pipeline is closed within about two
 _PATIENCE = 5  # failures without a token in between, and then it counts as failed
 _PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the next try
 _STEADY_S = 60.0  # a pipeline that stood so long worked, whether or not anybody asked it for a token
@@ -152,8 +154,12 @@ class _Running:
     alone: int = _ALONE
     held: bool = False
 
-    def tokens(self) -> list[int]:
-        return self.track.tokens[self.track.num_prompt:] if self.track else []
+    @property
+    def num_tokens(self) -> int:
+        return len(self.track.tokens) - self.track.num_prompt if self.track else 0
+
+    def unsent(self) -> list[int]:
+        return self.track.tokens[self.track.num_prompt + self.sent:] if self.track else []
 
     @property
     def on_stations(self) -> bool:
@@ -167,13 +173,14 @@ class Service(Generic[W]):
     max_num_seqs, max_waiting: requests that run, and that wait, beyond which new ones are turned away.
     observers: told of every event, and of what no event tells.
 
-    built: what `start` returned at first; only its engine is another one after a failure.
+    built: what `start` returned at first; only its engine is another one after a failure. capacity: requests that it
+    can have at a time, running and waiting.
     """
 
     def __init__(self, start: Callable[[Sequence[Listener]], Started[W]], *, max_num_seqs: int = 16,
                  max_waiting: int = 256, observers: Sequence[Observer] = ()) -> None:
         self._start = start
-        self._most = max_num_seqs + max_waiting
+        self.capacity = max_num_seqs + max_waiting
         self._observers = observers
         self._listeners: list[Listener] = [self._hear, *observers]
         self._ids = count()
@@ -245,13 +252,18 @@ class Service(Generic[W]):
             time.sleep(0.02)
         return not self._running
 
-    def close(self) -> None:
-        """End everything now; requests that run get the reason "abort"."""
+    def close(self, timeout: float = _CLOSE_S) -> None:
+        """End everything now; requests that run get the reason "abort". timeout: seconds that the engine's thread may
+        take. One that builds a pipeline cannot be stopped: it is left behind, and gives up what it has built."""
         with self._lock:
             self._state = "stopped"
         self._stopping.set()
         self._inbox.put(lambda engine: None)
-        self._thread.join()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            log.warning("the engine has not ended within %g s and is left behind; it may be building a pipeline",
+                        timeout)
+            self._end_all("abort")
 
     def _total(self) -> int:
         return self.built.engine.ledger.total or 0
@@ -261,7 +273,7 @@ class Service(Generic[W]):
             why = f" ({self._last_failure})" if self._state == "failed" else ""
             raise Unavailable(f"the server is {self._state}{why}", retry_after_s=self.status().retry_after_s,
                               hint="Try again later.")
-        if len(self._running) >= self._most:
+        if len(self._running) >= self.capacity:
             raise Overloaded(f"{len(self._running)} requests are here already", retry_after_s=1.0,
                              hint="Try again in a moment, or start the server with a longer queue.")
 
@@ -285,8 +297,7 @@ class Service(Generic[W]):
         if self._engine is not None:
             self._engine.pipeline.close()
         self._take_inbox(None)
-        for one in list(self._running.values()):
-            self._end(one, "abort")
+        self._end_all("abort")
 
     def _serve(self, engine: Engine) -> None:
         while not self._stopping.is_set():
@@ -345,7 +356,7 @@ class Service(Generic[W]):
                 one.deliver(self._update(one))
 
     def _update(self, one: _Running) -> Update:
-        tokens = one.tokens()[one.sent:]
+        tokens = one.unsent()
         one.sent += len(tokens)
         logprobs, one.logprobs = one.logprobs, []
         return Update(one.reply.fresh(), tokens, logprobs)
@@ -362,8 +373,13 @@ class Service(Generic[W]):
                                one.ticket.cached_tokens)
         one.deliver(update)
 
+    def _end_all(self, reason: str, error: str | None = None) -> None:
+        for one in list(self._running.values()):
+            self._end(one, reason, error)
+
     def _note_engine(self, engine: Engine, seconds: float) -> None:
-        self._counts = (engine.num_running, engine.num_waiting, engine.ledger.used)
+        kept = sum(one.capacity for one in engine.ledger.kept)
+        self._counts = (engine.num_running, engine.num_waiting, engine.ledger.used - kept)
         preempted, self._preempted = engine.num_preemptions - self._preempted, engine.num_preemptions
         for observer in self._observers:
             observer.on_engine_time(seconds)
@@ -376,8 +392,9 @@ class Service(Generic[W]):
         """What was emitted before is delivered; who is likely to be the cause is ended; the rest waits. ran: there was
         an engine, and it broke; else none could be built, which is no request's fault."""
         station = error.station if isinstance(error, StationFailed) else "engine"
-        reason = error.message if isinstance(error, FullpipeError) else f"{type(error).__name__}: {error}"
-        log.error("%s; the pipeline is built anew", reason)
+        whole = error.message if isinstance(error, FullpipeError) else f"{type(error).__name__}: {error}"
+        log.error("%s\nthe pipeline is built anew", whole)
+        reason = _in_short(whole)
         if ran and time.monotonic() - self._built_at > _STEADY_S:
             self._failures = 0
         self._failures += 1
@@ -395,13 +412,12 @@ class Service(Generic[W]):
             if self._state in ("ready", "rebuilding"):
                 self._state = "failed" if self._failures >= _PATIENCE else "rebuilding"
         if self._state == "failed":
-            for one in list(self._running.values()):
-                self._end(one, "error", reason)
+            self._end_all("error", reason)
 
     def _charge(self, one: _Running, reason: str) -> None:
         """It ran when the pipeline failed. Bad luck may strike a request thrice, but hardly while it runs alone too,
         which is only until its next token. So nobody is ended for what others did."""
-        got_on, one.known = len(one.tokens()) > one.known, len(one.tokens())
+        got_on, one.known = one.num_tokens > one.known, one.num_tokens
         if got_on:
             one.chances, one.alone = _CHANCES - 1, _ALONE  # this one counts
         elif one is self._suspect:
@@ -418,15 +434,17 @@ class Service(Generic[W]):
         one.held = self._suspect not in (None, one)
         if one.held:
             return
-        if one.track is None or one.track.finished is not None:
+        if one.track is None:
             self._enter(engine, one)
+        elif one.track.finished is not None:  # in the step that failed, before that was told
+            self._end(one, one.track.finished)
         else:
             engine.adopt(one.track)
 
     def _acquit(self, engine: Engine) -> None:
         """Once the suspect has got on, or is gone, the others may run again."""
         one = self._suspect
-        if one is None or (one.request.id in self._running and len(one.tokens()) <= one.known):
+        if one is None or (one.request.id in self._running and one.num_tokens <= one.known):
             return
         self._suspect, one.chances, one.alone = None, _CHANCES, _ALONE
         for other in self._in_order():
@@ -456,3 +474,8 @@ class Service(Generic[W]):
             if self._state in ("rebuilding", "failed"):
                 self._state = "ready"
         return engine
+
+
+def _in_short(reason: str) -> str:
+    """The line of a failure's reason that callers may see. What follows it is a worker's own log."""
+    return reason.partition("\n")[0].removesuffix("; it printed:")

@@ -1,0 +1,67 @@
+"""`fullpipe serve` up to the point where it would listen: what it makes of its options."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fullpipe.cli.main import app
+from fullpipe.server.guard import ServerOptions
+
+
+class NoService:
+    """A test double of `Service`, which builds nothing."""
+
+    def __init__(self, start: Any, **options: Any) -> None:
+        self.built = SimpleNamespace(words=None, max_model_len=9)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the server would have been run with: its options, and the configuration of uvicorn."""
+    seen: dict[str, Any] = {}
+
+    def create_app(service: Any, model: Any, options: ServerOptions, *rest: Any, **more: Any) -> None:
+        seen["options"] = options
+
+    monkeypatch.delenv("FULLPIPE_API_KEY", raising=False)
+    monkeypatch.setattr("fullpipe.server.service.Service", NoService)
+    monkeypatch.setattr("fullpipe.server.app.create_app", create_app)
+    monkeypatch.setattr("fullpipe.cli.serve._run", lambda config, live, door: seen.update(config=config))
+    return seen
+
+
+def serve(*arguments: str, variable: str | None = None) -> Result:
+    return CliRunner(env={"FULLPIPE_API_KEY": variable}).invoke(app, ["serve", "--port", "0", *arguments])
+
+
+@pytest.mark.parametrize(("arguments", "variable", "keys"), [
+    ([], None, []), ([], "own", ["own"]), (["--api-key", "a", "--api-key", "b"], "own", ["a", "b"]),
+])  # fmt: skip
+def test_keys(begun: dict[str, Any], arguments: list[str], variable: str | None, keys: list[str]) -> None:
+    assert serve(*arguments, variable=variable).exit_code == 0
+    assert begun["options"].api_keys == keys
+
+
+@pytest.mark.parametrize(("arguments", "variable"), [
+    (["--api-key", ""], None), (["--api-key", "a", "--api-key", "b c"], None), ([], "a b"), ([], ""),
+])  # fmt: skip
+def test_a_door_that_only_looks_locked_is_refused(begun: dict[str, Any], arguments: list[str],
+                                                  variable: str | None) -> None:
+    result = serve(*arguments, variable=variable)
+    assert result.exit_code == 2 and "API key" in result.stderr and "unset the variable" in result.stderr
+    assert not begun
+
+
+def test_the_end_of_the_server_has_a_bound(begun: dict[str, Any]) -> None:
+    assert serve().exit_code == 0
+    assert begun["config"].timeout_graceful_shutdown == 600
+    assert serve("--shutdown-timeout", "7").exit_code == 0
+    assert begun["config"].timeout_graceful_shutdown == 7
+    assert serve("--shutdown-timeout", "-1").exit_code == 2

@@ -45,6 +45,7 @@ from serving.processes import (
     Ask,
     Readiness,
     Reply,
+    add_common,
     ask,
     readiness,
     restarts_by_station,
@@ -516,17 +517,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--model", default="smollm2-135m", help="catalogue name, GGUF file, or transformers folder")
-    parser.add_argument("--draft", default="ngram", help="as `fullpipe serve` takes it")
-    parser.add_argument("--stages", type=int, default=2)
+    add_common(parser)
     parser.add_argument("--clients", type=int, default=6, help="each has one request under way at any time")
     parser.add_argument("--requests", type=int, default=20, help="different ones")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--hangs", type=float, default=0.1, help="share of strikes that stop a process")
     parser.add_argument("--while-rebuilding", type=float, default=0.15, help="share of strikes that do not wait")
     parser.add_argument("--timeout", type=float, help="for `fullpipe serve`: seconds after which a station hangs")
-    parser.add_argument("--out", type=Path, help="JSON receipt")
-    parser.add_argument("--log", type=Path, help="where the server's log goes")
     return parser
 
 

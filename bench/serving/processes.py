@@ -5,6 +5,7 @@ No torch. What is asked is an `Ask`, what came of it a `Reply`; nothing is raise
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import time
@@ -214,3 +215,13 @@ async def restarts_by_station(client: httpx.AsyncClient, url: str) -> dict[str, 
     prefix = RESTARTS + "{station="
     return {key.removeprefix(prefix).removesuffix("}"): int(value)
             for key, value in counters.items() if key.startswith(prefix)}
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The options that all trials of a server take."""
+    parser.add_argument("--model", default="smollm2-135m", help="catalogue name, GGUF file, or transformers folder")
+    parser.add_argument("--draft", default="ngram", help="as `fullpipe serve` takes it")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="JSON receipt")
+    parser.add_argument("--log", type=Path, help="where the server's log goes")

@@ -44,7 +44,7 @@ from _receipt import receipt
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
-from serving.processes import Ask, Footprint, ask, readiness, server_of, setup_of, station_names, workers
+from serving.processes import Ask, Footprint, add_common, ask, readiness, server_of, setup_of, station_names, workers
 from serving.servers import MODEL_NAME, Running, running
 
 from fullpipe.bench.datasets import bundled
@@ -536,13 +536,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--model", default="smollm2-135m", help="catalogue name, GGUF file, or transformers folder")
-    parser.add_argument("--draft", default="ngram", help="as `fullpipe serve` takes it")
-    parser.add_argument("--stages", type=int, default=2)
+    add_common(parser)
     parser.add_argument("--callers", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON receipt")
-    parser.add_argument("--log", type=Path, help="where the server's log goes")
     return parser
 
 

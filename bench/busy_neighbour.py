@@ -21,8 +21,8 @@ _CHILD = """
 import json, os, sys, time, torch
 from fullpipe.hub import resolve
 
-from fullpipe.model.decoder import DecoderSlice, Segment
-from fullpipe.model.weights import open_model
+from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.models.weights import open_model
 files = open_model(resolve("smollm2-135m"))
 whole = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=torch.bfloat16)
 torch.set_num_threads(os.cpu_count())

@@ -14,14 +14,14 @@ from typing import Any
 
 from _receipt import finish, receipt
 
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.messages import Event, Flight
+from fullpipe.methods import make_policy
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.pipeline.scripted import ScriptedStage
-from fullpipe.policies import make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.scripted import ScriptedStage
 
 TRUTH = {"kind": "hash", "vocab": 1000, "seed": 3}
 

@@ -21,10 +21,10 @@ import torch
 from _receipt import finish, receipt
 
 from fullpipe.hub import resolve
-from fullpipe.model.decoder import DecoderSlice
-from fullpipe.model.files import ModelFiles
-from fullpipe.model.linear import can_pack
-from fullpipe.model.weights import open_model
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.linear import can_pack
+from fullpipe.models.weights import open_model
 
 LIMIT = 1.3
 

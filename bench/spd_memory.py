@@ -24,10 +24,10 @@ from _receipt import finish, receipt
 
 from fullpipe.assembly import stage_ends
 from fullpipe.hub import resolve
-from fullpipe.model.config import ModelConfig
-from fullpipe.model.spd_checkpoint import ModuleConfig, VerifierIdentity
-from fullpipe.model.spd_module import PipelineDraftModule
-from fullpipe.model.weights import open_model
+from fullpipe.models.config import ModelConfig
+from fullpipe.models.spd_checkpoint import ModuleConfig, VerifierIdentity
+from fullpipe.models.spd_module import PipelineDraftModule
+from fullpipe.models.weights import open_model
 from fullpipe.training.features import Outer
 from fullpipe.training.objective import Fillings, inverse
 from fullpipe.training.plan import default_bounds

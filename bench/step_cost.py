@@ -22,9 +22,9 @@ from _receipt import finish, receipt
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from fullpipe.hub import resolve
-from fullpipe.kvcache.arena import KVArena
-from fullpipe.model.decoder import DecoderSlice, Segment
-from fullpipe.model.weights import ModelFiles, open_model
+from fullpipe.models.arena import KVArena
+from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.models.weights import ModelFiles, open_model
 
 Step = Callable[[], None]
 

@@ -35,19 +35,19 @@ from typing import Any
 from _receipt import ROOT, finish, receipt
 
 from fullpipe.assembly import Target, stage_ends, stage_specs
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.hub import resolve
 from fullpipe.messages import Emitted, Flight, Opening, Part
+from fullpipe.methods import make_policy
 from fullpipe.pipeline.base import Pipeline
-from fullpipe.pipeline.distributed import DistributedPipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.pace import Pace
-from fullpipe.pipeline.scripted import ScriptedStage
-from fullpipe.pipeline.spec import StationSpec
-from fullpipe.policies import make_policy
+from fullpipe.pipeline.workers import DistributedPipeline
 from fullpipe.prompts import read_prompts
 from fullpipe.request import Request, SamplingParams
+from fullpipe.stations.scripted import ScriptedStage
+from fullpipe.stations.spec import StationSpec
 from fullpipe.threads import share_the_machine
 
 MODEL, DTYPE = "smollm2-135m", "float32"
@@ -118,8 +118,8 @@ class Bench:
     """The model, the recorded texts, and the stage times once they are measured."""
 
     def __init__(self, prompts: int, tokens: int) -> None:
-        from fullpipe.model.tokenizer import Tokenizer
-        from fullpipe.model.weights import open_model
+        from fullpipe.models.tokenizer import Tokenizer
+        from fullpipe.models.weights import open_model
 
         self.path = resolve(MODEL)
         self.config = open_model(self.path).config
@@ -172,10 +172,10 @@ class Bench:
 
     def source(self, draft: str) -> StationSpec:
         if draft == "ngram":
-            return StationSpec("fullpipe.sources.ngram:build_ngram")
+            return StationSpec("fullpipe.stations.drafts.ngram:build_ngram")
         truth = {"kind": "texts", "texts": [text.tokens for text in self.texts]}
         accuracy = float(draft)
-        return StationSpec("fullpipe.sources.scripted:ScriptedSource",
+        return StationSpec("fullpipe.stations.drafts.scripted:ScriptedSource",
                            {"truth": truth, "accuracy": accuracy, "coverage": accuracy})
 
     def _runner(self, pipeline: Pipeline, draft: str) -> Callable[[str, int, int], Run]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.messages import Event
+from fullpipe.methods import make_policy
 from fullpipe.pipeline.inprocess import Costs, InProcessPipeline, unit_costs
-from fullpipe.pipeline.scripted import ScriptedStage
-from fullpipe.policies import make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.scripted import ScriptedStage
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 PROMPTS = ((4, 8, 15), (16, 23, 42))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fullpipe.assembly import stage_ends
-from fullpipe.model.config import ModelConfig, Rope
-from fullpipe.model.spd_checkpoint import ModuleConfig, VerifierIdentity, identity_of, save_checkpoint
-from fullpipe.model.spd_module import PipelineDraftModule
-from fullpipe.model.tokenizer import Tokenizer
-from fullpipe.model.weights import open_model
+from fullpipe.models.config import ModelConfig, Rope
+from fullpipe.models.spd_checkpoint import ModuleConfig, VerifierIdentity, identity_of, save_checkpoint
+from fullpipe.models.spd_module import PipelineDraftModule
+from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.weights import open_model
 from fullpipe.training.data import Sample
 from fullpipe.training.trainer import Material
 

@@ -12,9 +12,9 @@ import fullpipe
 from fullpipe.batching import Balanced, Batching, CostCurve, Dynamic, Equal, Separate
 from fullpipe.bench.crowd import MakeEngine, Schedule, closed, poisson
 from fullpipe.bench.run import code_digest
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
+from fullpipe.methods import make_policy
 from fullpipe.planning.cluster import Cluster
-from fullpipe.policies import make_policy
 
 MOST_ROWS, MOST_DRAFT_ROWS = 96, 64  # of a flight and a draft job under dynamic batching
 DYNAMIC, PLAIN, ALONE = "dynamic", "pp", "one-after-another"

@@ -161,9 +161,9 @@ def row_of(run: CrowdRun) -> dict[str, Any]:
 def _model(path: str, dtype: str) -> Any:
     import torch
 
-    from fullpipe.model.decoder import DecoderSlice
-    from fullpipe.model.stage import DTYPES
-    from fullpipe.model.weights import open_model
+    from fullpipe.models.decoder import DecoderSlice
+    from fullpipe.models.weights import open_model
+    from fullpipe.stations.target import DTYPES
 
     torch.set_num_threads(1)
     files = open_model(Path(path))

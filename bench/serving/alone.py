@@ -42,9 +42,9 @@ from fullpipe.cli.console import print_table
 from fullpipe.cli.verify import NEAR_TIE
 from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.hub import resolve
-from fullpipe.model.noise import gumbel
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.prompts import FilePrompt
+from fullpipe.stations.noise import gumbel
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _TOLD = 20  # top_logprobs: OpenAI's most

@@ -25,7 +25,7 @@ from fullpipe.bench.peers.known import PEERS
 from fullpipe.bench.peers.weights import as_folder
 from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.hub import resolve
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.threads import cores
 
 MODEL_NAME = "measured"  # what every server calls the model

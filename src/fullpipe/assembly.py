@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fullpipe.cluster.partition import cut
 from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.hub import CATALOGUE, resolve
-from fullpipe.model.config import ModelConfig
-from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
+from fullpipe.models.config import ModelConfig
+from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.spec import StationSpec
 from fullpipe.planning.cluster import Cluster, DraftCosts
-from fullpipe.planning.draft_module import module_folder
-from fullpipe.planning.partition import cut
+from fullpipe.stations.drafts.names import module_folder
+from fullpipe.stations.spec import StationSpec
 
 Say = Callable[[str], None]
-_NGRAM = "fullpipe.sources.ngram:build_ngram"
+_NGRAM = "fullpipe.stations.drafts.ngram:build_ngram"
 # Beside a model, a match of a single token only displaces better guesses (docs/log.md).
 MIXED_MIN_N = 2
 
@@ -69,7 +69,7 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
         if not ok:
             raise UsageError(what)
     links = cluster.links if cluster is not None else Links.even(stages, Link.of(link_ms, link_mbit))
-    from fullpipe.model.weights import open_model
+    from fullpipe.models.weights import open_model
 
     path = resolve(model)
     files = open_model(path)
@@ -92,7 +92,7 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
         pace = cluster.pace(names)
     progress(f"loading {path.name} as {stages} stages in {dtype}")
     if pipeline == "distributed":
-        from fullpipe.pipeline.distributed import DistributedPipeline
+        from fullpipe.pipeline.workers import DistributedPipeline
 
         processes = DistributedPipeline(specs, source, links=links, pace=pace, threads=threads or 1, timeout=timeout,
                                         heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, timeout),
@@ -148,7 +148,7 @@ def stage_specs(target: Target, *, margins: bool, taps: Sequence[int] = ()) -> l
                 "is_last": k == len(target.ends) - 1, "dtype": target.dtype, "vocab": target.vocab, "margins": margins}
         if mine := [tap for tap in taps if first < tap <= last]:
             args["taps"] = mine
-        specs.append(StationSpec("fullpipe.model.stage:build_stage", args))
+        specs.append(StationSpec("fullpipe.stations.target:build_stage", args))
         first = last
     return specs
 
@@ -187,7 +187,7 @@ def draft_spec(names: list[str], target: Target, say: Say) -> StationSpec | None
         return specs[0]
     if specs[-1].builder == _NGRAM:
         specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N})
-    return StationSpec("fullpipe.sources.mix:build_mix", {"sources": [spec.to_dict() for spec in specs]})
+    return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"sources": [spec.to_dict() for spec in specs]})
 
 
 def _one_draft(name: str, target: Target, say: Say) -> StationSpec:
@@ -197,14 +197,14 @@ def _one_draft(name: str, target: Target, say: Say) -> StationSpec:
         return _module_spec(name, folder, target, say)
     path = resolve(name)
     check_same_vocabulary(target.tokenizer, Tokenizer.load(path))
-    return StationSpec("fullpipe.sources.draft_model:build_draft_model",
+    return StationSpec("fullpipe.stations.drafts.model:build_draft_model",
                        {"model": str(path), "dtype": target.dtype, "vocab": target.vocab})
 
 
 def _module_spec(name: str, folder: Path, target: Target, say: Say) -> StationSpec:
     """Of a draft module that reads hidden states. What may cost acceptance is said; what cannot work raises
     DraftMismatch or UnsupportedModel."""
-    from fullpipe.model.spd_checkpoint import check_fits, identity_of, load_config
+    from fullpipe.models.spd_checkpoint import check_fits, identity_of, load_config
 
     config, kind = load_config(folder), name.partition(":")[0]
     if config.kind != kind:
@@ -214,13 +214,13 @@ def _module_spec(name: str, folder: Path, target: Target, say: Say) -> StationSp
     for warning in check_fits(config, target.config, identity, target.ends, target.dtype):
         say(f"warning: {warning}")
     same = config.verifier.quantisation == identity.quantisation
-    return StationSpec("fullpipe.sources.spd:build_spd", {
+    return StationSpec("fullpipe.stations.drafts.module:build_spd", {
         "module": str(folder), "model": str(target.path), "dtype": target.dtype, "vocab": target.vocab, "parity": same})
 
 
 def taps_of(names: list[str]) -> list[int]:
     """After how many layers the stages are tapped for these sources, rising."""
-    from fullpipe.model.spd_checkpoint import load_config
+    from fullpipe.models.spd_checkpoint import load_config
 
     folders = [folder for name in names if (folder := module_folder(name))]
     return sorted({bound for folder in folders for bound in load_config(folder).bounds if bound})

@@ -18,14 +18,14 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from fullpipe.assembly import Assembly, assemble, deepens
-from fullpipe.engine import Engine, Listener
+from fullpipe.engine.loop import Engine, Listener
 from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.messages import Emitted, Finished
+from fullpipe.methods import WITH_DEPTH, WITH_REFRESH, make_policy
 from fullpipe.planning.cluster import Cluster
-from fullpipe.policies import WITH_DEPTH, WITH_REFRESH, make_policy
 from fullpipe.request import Request, SamplingParams, fitted
+from fullpipe.sequences.sequence import Track
 from fullpipe.text import Reply
-from fullpipe.track import Track
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Plain text (continued as it stands), token ids, or chat messages with "role" and "content"."""
@@ -88,7 +88,7 @@ class LLM:
     draft: "auto" (n-gram, and the catalogue's partner of the model if it has one), "none", "ngram", a model as
     above, "spd:DIR" or "exit:DIR" (a draft module, docs/train-a-draft-module.md), or several of them with commas
     between, whose guesses are merged.
-    stages: how many. method, width, depth, floor, refresh: see `fullpipe.policies`; None is the method's own,
+    stages: how many. method, width, depth, floor, refresh: see `fullpipe.methods`; None is the method's own,
     and for refresh: whether the draft has a pipeline draft module (spd:DIR), which answers better when asked again.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 where the processor computes in it).
     pipeline: "inprocess" (all stages here) or "distributed" (a process per stage).

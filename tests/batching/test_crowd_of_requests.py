@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fullpipe.batching import Balanced, Batching, CostCurve, Dynamic, Equal, Separate
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.errors import PromptError, UsageError
 from fullpipe.messages import Emitted, Event, Finished, Launched
+from fullpipe.methods import make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.pipeline.scripted import ScriptedStage, hash_token
-from fullpipe.policies import make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.scripted import ScriptedSource
-from fullpipe.track import Track
+from fullpipe.sequences.sequence import Track
+from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 VOCAB, SEED = 50, 3
 TRUTH = {"kind": "hash", "vocab": VOCAB, "seed": SEED}

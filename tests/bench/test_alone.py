@@ -12,8 +12,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 from serving.alone import Question, Run, Said, first_difference
 
-from fullpipe.model.sampling import RowContext, pick
 from fullpipe.request import SamplingParams
+from fullpipe.stations.sampling import RowContext, pick
 
 ASKED = Question("q", "text")
 REFERENCE = Said([1, 2, 3], [{1: -0.1}, {2: -0.5, 9: -0.7}, {3: -0.1}], "abc", "length", 5, 0)

@@ -13,13 +13,13 @@ import pytest
 from fullpipe.bench.crowd import CrowdRun, CrowdSource, CrowdStage, MakeEngine, Spread, closed, play, poisson
 from fullpipe.bench.recording import Answer
 from fullpipe.bench.replay import replay
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.errors import UsageError
 from fullpipe.messages import Emitted, Expansion, Flight, Launched, Opening, Part
-from fullpipe.pipeline.station import Verdict
+from fullpipe.methods import make_policy
 from fullpipe.planning.cluster import Cluster, unit_cluster
-from fullpipe.policies import make_policy
 from fullpipe.request import SamplingParams
+from fullpipe.stations.base import Verdict
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 

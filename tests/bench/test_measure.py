@@ -7,11 +7,11 @@ import torch
 
 import tiny
 from fullpipe.bench import hops
-from fullpipe.bench.measure import _Cells, _ends, _layers, _Standing
+from fullpipe.cluster.measure import _Cells, _ends, _layers, _Standing
 from fullpipe.errors import PipelineError
-from fullpipe.model.decoder import DecoderSlice
-from fullpipe.model.files import ModelFiles
-from fullpipe.model.weights import open_model
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.weights import open_model
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from fullpipe.bench.peers.weights import as_folder
 from fullpipe.bench.receipt import load_receipt
 from fullpipe.cli import beside
 from fullpipe.errors import FetchError, UsageError
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 
 HERE = Path(__file__).parent

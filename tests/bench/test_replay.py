@@ -16,23 +16,23 @@ import tiny
 from fullpipe.bench.memo import TOP_K, Memo, MemoSource
 from fullpipe.bench.recording import Answer
 from fullpipe.bench.replay import RecordedStage, replay
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Flight, Landed, Launched, Ready
-from fullpipe.model.decoder import DecoderSlice
-from fullpipe.model.stage import DTYPES, ModelStage, build_stage
-from fullpipe.model.tokenizer import Tokenizer
-from fullpipe.model.weights import open_model
+from fullpipe.methods import POLICIES, make_policy
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.pipeline.station import Verdict
 from fullpipe.planning.cluster import Cluster, unit_cluster
-from fullpipe.policies import POLICIES, make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.draft_model import DraftModel
-from fullpipe.sources.mix import Mix
-from fullpipe.sources.ngram import NgramSource
-from fullpipe.stats import RequestStats
+from fullpipe.sequences.stats import RequestStats
+from fullpipe.stations.base import Verdict
+from fullpipe.stations.drafts.mix import Mix
+from fullpipe.stations.drafts.model import DraftModel
+from fullpipe.stations.drafts.ngram import NgramSource
+from fullpipe.stations.target import DTYPES, ModelStage, build_stage
 
 STAGES, TOKENS, WIDTH = 4, 18, 3
 PROMPT = (3, 17, 42, 8, 17, 42, 9, 60, 71, 5, 17, 42)

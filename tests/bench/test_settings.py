@@ -6,7 +6,7 @@ import pytest
 
 from fullpipe.bench.settings import CHAIN_DEPTHS, Setting, candidates
 from fullpipe.errors import UsageError
-from fullpipe.policies import POLICIES
+from fullpipe.methods import POLICIES
 
 BOTH = ("model", "model,ngram")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command import run
 
-from fullpipe.model.spd_checkpoint import load_checkpoint
+from fullpipe.models.spd_checkpoint import load_checkpoint
 from spd_reference import DRAFT_IDS, write, write_base
 
 

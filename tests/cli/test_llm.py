@@ -10,7 +10,7 @@ from command import Models
 
 from fullpipe.errors import StationFailed, UsageError
 from fullpipe.llm import LLM
-from fullpipe.policies import WITH_DEPTH
+from fullpipe.methods import WITH_DEPTH
 from fullpipe.request import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=12)

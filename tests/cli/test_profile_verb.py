@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command import CONTEXT, Models, run
 
-from fullpipe.planning.profile import Profile
+from fullpipe.cluster.profile import Profile
 
 
 @pytest.mark.processes

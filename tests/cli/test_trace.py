@@ -17,7 +17,7 @@ from command import Models, asking, run, running
 from fullpipe.cli.trace import Traces, token_text
 from fullpipe.errors import UsageError
 from fullpipe.messages import Emitted, Event
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.trace.recorder import JsonlRecorder, read_events
 from recorded import recorded
 

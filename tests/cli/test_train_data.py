@@ -13,7 +13,7 @@ from typer.testing import Result
 
 from fullpipe.errors import CacheError
 from fullpipe.llm import LLM
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.training.data import Report, read_samples
 from fullpipe.training.distill import Distiller, Settings, read_conversations
 from fullpipe.training.vocab import load_vocab

@@ -22,7 +22,7 @@ from command import Models, asking, run
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from fullpipe.model.spd_checkpoint import WEIGHTS, load_config
+from fullpipe.models.spd_checkpoint import WEIGHTS, load_config
 
 SETTINGS = ("--stages", "3", "--precision", "fp32", "--vocab-size", "96", "--max-length", "80", "--batch-tokens", "160",
             "--warmup", "5", "--threads", "1", "--validation", "0.1")

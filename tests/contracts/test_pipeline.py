@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 import pytest
 
 from fullpipe.errors import PipelineError
-from fullpipe.kvcache.slots import SlotAllocator
 from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Leg, Opening, Part, Ready
 from fullpipe.pipeline.base import Pipeline
-from fullpipe.pipeline.distributed import DistributedPipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.scripted import EchoSource, ScriptedStage, hash_token
-from fullpipe.pipeline.spec import StationSpec
+from fullpipe.pipeline.workers import DistributedPipeline
 from fullpipe.request import SamplingParams
-from fullpipe.sources.scripted import TapChecker
+from fullpipe.sequences.blocks import SlotAllocator
+from fullpipe.stations.drafts.scripted import TapChecker
+from fullpipe.stations.scripted import EchoSource, ScriptedStage, hash_token
+from fullpipe.stations.spec import StationSpec
 
 VOCAB, SEED, STAGES, CAPACITY = 50, 3, 3, 600
 ROOM = 8  # slots that an arena is enlarged by at most, beyond what is needed at once
@@ -43,15 +43,16 @@ NEEDS = 1  # taps of a node before it may be asked about
 
 
 def _specs(taps: bool = False) -> list[StationSpec]:
-    return [StationSpec("fullpipe.pipeline.scripted:ScriptedStage",
+    return [StationSpec("fullpipe.stations.scripted:ScriptedStage",
                         {"index": index, "num_stages": STAGES, "delay_s": delay, "truth": TRUTH,
                          "taps": TAPS[index] if taps else []})
             for index, delay in enumerate(DELAYS)]
 
 
 def _distributed(links: Links | None = None, taps: bool = False) -> Pipeline:
-    source = StationSpec("fullpipe.pipeline.scripted:EchoSource", {"delay_s": DRAFT_DELAY})
-    checker = StationSpec("fullpipe.sources.scripted:TapChecker", {"truth": TRUTH, "needs": NEEDS, "tell": True})
+    source = StationSpec("fullpipe.stations.scripted:EchoSource", {"delay_s": DRAFT_DELAY})
+    checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker",
+                          {"truth": TRUTH, "needs": NEEDS, "tell": True})
     return DistributedPipeline(_specs(taps), checker if taps else source, links=links)
 
 

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.messages import Emitted, Flight
+from fullpipe.methods import POLICIES, make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.pipeline.scripted import ScriptedStage, hash_token
-from fullpipe.pipeline.station import Verdict
-from fullpipe.policies import POLICIES, make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.scripted import ScriptedSource
-from fullpipe.stats import RequestStats
+from fullpipe.sequences.stats import RequestStats
+from fullpipe.stations.base import Verdict
+from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 VOCAB, SEED, STAGES = 12, 3, 5
 TRUTH = {"kind": "hash", "vocab": VOCAB, "seed": SEED}

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.messages import Emitted, Expansion, Flight
+from fullpipe.methods import WITH_REFRESH, make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.scripted import ScriptedStage, hash_token
-from fullpipe.policies import WITH_REFRESH, make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.scripted import ScriptedSource
-from fullpipe.stats import RequestStats
+from fullpipe.sequences.stats import RequestStats
+from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 VOCAB, SEED = 50, 3
 TRUTH = {"kind": "hash", "vocab": VOCAB, "seed": SEED}

@@ -15,14 +15,14 @@ import torch
 
 import tiny
 from fullpipe.batching import Balanced, Batching, CostCurve, Dynamic
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.messages import Emitted, Event, Launched
-from fullpipe.model.sampling import RowContext, pick
-from fullpipe.pipeline.distributed import DistributedPipeline
+from fullpipe.methods import make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.pipeline.spec import StationSpec
-from fullpipe.policies import make_policy
+from fullpipe.pipeline.workers import DistributedPipeline
 from fullpipe.request import Request, SamplingParams
+from fullpipe.stations.sampling import RowContext, pick
+from fullpipe.stations.spec import StationSpec
 
 COUNT, TOKENS = 17, 10
 CURVE = CostCurve.of(lambda rows: 1 + 0.01 * rows)
@@ -68,8 +68,8 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> StationSpec:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     folder = tiny.save(model, tmp_path_factory.mktemp("among") / "draft")
     parts = [("ngram:build_ngram", {}), ("draft_model:build_draft_model", {"model": str(folder), "dtype": "float32"})]
-    sources = [StationSpec(f"fullpipe.sources.{builder}", args).to_dict() for builder, args in parts]
-    return StationSpec("fullpipe.sources.mix:build_mix", {"sources": sources})
+    sources = [StationSpec(f"fullpipe.stations.drafts.{builder}", args).to_dict() for builder, args in parts]
+    return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"sources": sources})
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def truth(target: Path) -> list[list[int]]:
 
 def specs(target: Path, ends: tuple[int, ...]) -> list[StationSpec]:
     """ends: layers finished after each stage."""
-    return [StationSpec("fullpipe.model.stage:build_stage", {
+    return [StationSpec("fullpipe.stations.target:build_stage", {
         "model": str(target), "first": first, "last": last, "is_first": first == 0, "is_last": last == tiny.LAYERS,
         "dtype": "float32"}) for first, last in pairwise((0, *ends))]
 

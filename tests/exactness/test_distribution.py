@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from fullpipe.model.sampling import RowContext, pick
 from fullpipe.request import SamplingParams
+from fullpipe.stations.sampling import RowContext, pick
 
 SEEDS = 20_000
 BATCH = 1000

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 import tiny
-from fullpipe.engine import Engine
+from fullpipe.cluster.partition import cut
+from fullpipe.engine.loop import Engine
 from fullpipe.messages import Emitted
-from fullpipe.model.decoder import DecoderSlice
-from fullpipe.model.sampling import RowContext, pick
-from fullpipe.model.stage import ModelStage
-from fullpipe.model.weights import open_model
+from fullpipe.methods import POLICIES, WITH_REFRESH, make_policy
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.planning.partition import cut
-from fullpipe.policies import POLICIES, WITH_REFRESH, make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.draft_model import DraftModel
-from fullpipe.sources.mix import Mix
-from fullpipe.sources.ngram import NgramSource
+from fullpipe.stations.drafts.mix import Mix
+from fullpipe.stations.drafts.model import DraftModel
+from fullpipe.stations.drafts.ngram import NgramSource
+from fullpipe.stations.sampling import RowContext, pick
+from fullpipe.stations.target import ModelStage
 
 PROMPT = (1, 17, 9, 33, 17, 9)
 PARAMS = {

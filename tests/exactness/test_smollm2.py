@@ -67,7 +67,7 @@ def transformers_model(path: Path) -> torch.nn.Module:
     """transformers' Llama filled with the file's weights by our loader (whose parity has a test of its own)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fullpipe.model.weights import open_model
+    from fullpipe.models.weights import open_model
 
     files = open_model(path)
     config = files.config

@@ -13,11 +13,11 @@ import torch
 
 import tiny
 from fullpipe.messages import Flight, Landed, Opening, Part
-from fullpipe.model.decoder import DecoderSlice
-from fullpipe.model.stage import ModelStage
-from fullpipe.model.weights import open_model
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import SamplingParams
+from fullpipe.stations.target import ModelStage
 
 PROMPT = [(7 * at * at + 3 * at) % tiny.VOCAB for at in range(45)]
 SHARED = 37  # tokens that both prompts begin with: more than one run of slots

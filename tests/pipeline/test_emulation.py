@@ -16,22 +16,22 @@ import pytest
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Opening, Part, Ready
-from fullpipe.pipeline.distributed import DistributedPipeline
 from fullpipe.pipeline.emulation import Inbound, Outbox
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.scripted import hash_token
-from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.wire import Arrival, Frame, frame_size
 from fullpipe.pipeline.worker import Cancelled
+from fullpipe.pipeline.workers import DistributedPipeline
 from fullpipe.request import SamplingParams
+from fullpipe.stations.scripted import hash_token
+from fullpipe.stations.spec import StationSpec
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
-ECHO = StationSpec("fullpipe.pipeline.scripted:EchoSource")
+ECHO = StationSpec("fullpipe.stations.scripted:EchoSource")
 
 
 def _stages(*delays: float) -> list[StationSpec]:
     """A scripted stage per delay, in seconds of each flight."""
-    return [StationSpec("fullpipe.pipeline.scripted:ScriptedStage",
+    return [StationSpec("fullpipe.stations.scripted:ScriptedStage",
                         {"index": index, "num_stages": len(delays), "truth": TRUTH, "delay_s": delay})
             for index, delay in enumerate(delays)]
 
@@ -96,7 +96,7 @@ def test_taps_take_the_time_of_their_own_links(needs: int) -> None:
     links = Links([Link()], taps=[Link(0.05), Link(0.5, bandwidth=4e4)])
     stages = [StationSpec(spec.builder, spec.args | {"taps": [index + 1]})
               for index, spec in enumerate(_stages(0.0, 0.0))]
-    checker = StationSpec("fullpipe.sources.scripted:TapChecker", {"truth": TRUTH, "needs": needs})
+    checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker", {"truth": TRUTH, "needs": needs})
     with DistributedPipeline(stages, checker, links=links) as pipeline:
         pipeline.draft(Flight(0, [Part(0, [0], [0], [7], [99], [99], [[]], [True])],
                               [Opening(0, 164, 100, SamplingParams())], top_k=2))

@@ -7,16 +7,16 @@ from itertools import pairwise
 
 import pytest
 
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Opening, Part, Ready, Tap
+from fullpipe.methods import make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.scripted import EchoSource, ScriptedStage
-from fullpipe.pipeline.station import TapCount
-from fullpipe.policies import make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.scripted import ScriptedSource
+from fullpipe.stations.base import TapCount
+from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.scripted import EchoSource, ScriptedStage
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 Costs = Callable[[str, int, float, int], float]

@@ -19,15 +19,15 @@ import pytest
 from fullpipe.errors import PipelineError, StationFailed
 from fullpipe.messages import Drafted, Event, Expansion, Failed, Flight, Landed, Leg, Opening, Part, Ready
 from fullpipe.pipeline import launch
-from fullpipe.pipeline.distributed import DistributedPipeline
 from fullpipe.pipeline.launch import Fleet, Worker
-from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.wire import Channel, NonsenseError, dump_flight, load_flight, pack, packed_size, unpack
 from fullpipe.pipeline.worker import Neighbours
+from fullpipe.pipeline.workers import DistributedPipeline
 from fullpipe.request import SamplingParams
+from fullpipe.stations.spec import StationSpec
 
-STAGE = StationSpec("fullpipe.pipeline.scripted:ScriptedStage", {"index": 0, "num_stages": 1, "truth": {}})
-DRAFT = StationSpec("fullpipe.pipeline.scripted:EchoSource")
+STAGE = StationSpec("fullpipe.stations.scripted:ScriptedStage", {"index": 0, "num_stages": 1, "truth": {}})
+DRAFT = StationSpec("fullpipe.stations.scripted:EchoSource")
 Frame = dict[str, Any]
 
 LANDED: Frame = {"kind": "landed", "flight": 0, "nodes": [1], "tokens": [5], "margins": [1.5], "others": [[7]],

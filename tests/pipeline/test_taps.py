@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
+from fullpipe.methods import make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link
-from fullpipe.pipeline.scripted import EchoSource, ScriptedStage, tap_features
-from fullpipe.pipeline.station import TapCount, Tapped, tap_reader, untapped
 from fullpipe.pipeline.wire import Arrival
 from fullpipe.pipeline.worker import Desk, Forgotten, TapArrival
 from fullpipe.planning.cluster import Cluster
-from fullpipe.policies import make_policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sources.mix import Mix
-from fullpipe.sources.scripted import TapChecker
+from fullpipe.stations.base import TapCount, Tapped, tap_reader, untapped
+from fullpipe.stations.drafts.mix import Mix
+from fullpipe.stations.drafts.scripted import TapChecker
+from fullpipe.stations.scripted import EchoSource, ScriptedStage, tap_features
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 OPENING = Opening(0, 64, 1, SamplingParams())

@@ -15,8 +15,6 @@ import torch
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion, Flight, Leg, Opening, Part
-from fullpipe.pipeline.scripted import ScriptedStage
-from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.wire import (
     Channel,
     dump_expansion,
@@ -29,6 +27,8 @@ from fullpipe.pipeline.wire import (
 )
 from fullpipe.pipeline.worker import Cancelled
 from fullpipe.request import SamplingParams
+from fullpipe.stations.scripted import ScriptedStage
+from fullpipe.stations.spec import StationSpec
 
 
 def _flight() -> Flight:
@@ -154,7 +154,7 @@ def test_channel_does_not_wait_for_ever_for_a_reader(ends: tuple[Channel, Channe
 
 def test_spec_builds_and_travels() -> None:
     args = {"index": 0, "num_stages": 2, "truth": {"kind": "text", "tokens": [4]}}
-    spec = StationSpec("fullpipe.pipeline.scripted:ScriptedStage", args)
+    spec = StationSpec("fullpipe.stations.scripted:ScriptedStage", args)
     assert StationSpec.from_dict(spec.to_dict()) == spec
     assert isinstance(spec.build(), ScriptedStage)
 
@@ -169,10 +169,10 @@ def test_spec_names_only_functions_of_this_package(builder: str) -> None:
 @pytest.mark.parametrize("args", [{"x": (1, 2)}, {"x": {1: 2}}, {"x": object()}, {"x": float("nan")}])
 def test_spec_takes_plain_values_only(args: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="plain JSON"):
-        StationSpec("fullpipe.pipeline.scripted:ScriptedStage", args)
+        StationSpec("fullpipe.stations.scripted:ScriptedStage", args)
 
 
-@pytest.mark.parametrize("builder", ["fullpipe.nowhere:f", "fullpipe.pipeline.scripted:nobody"])
+@pytest.mark.parametrize("builder", ["fullpipe.nowhere:f", "fullpipe.stations.scripted:nobody"])
 def test_spec_of_nothing(builder: str) -> None:
     with pytest.raises(UsageError, match="no builder"):
         StationSpec(builder).build()
@@ -189,6 +189,6 @@ def test_cancelled_ids_are_taken_once_and_bounded() -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = ("import sys, fullpipe.pipeline.distributed, fullpipe.pipeline.worker, fullpipe.pipeline.scripted;"
+    code = ("import sys, fullpipe.pipeline.workers, fullpipe.pipeline.worker, fullpipe.stations.scripted;"
             "sys.exit('torch' in sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -10,9 +10,9 @@ from openai_server import byte_tokenizer
 
 from fullpipe.errors import PromptError
 from fullpipe.request import SamplingParams
+from fullpipe.sequences.stats import RequestStats
 from fullpipe.server.app import ServedModel, ServerOptions, create_app
-from fullpipe.server.service import Deliver, Status, Ticket, Update
-from fullpipe.stats import RequestStats
+from fullpipe.service import Deliver, Status, Ticket, Update
 
 MAX_BODY = 20_000
 MAX_LEN = 128

@@ -27,7 +27,7 @@ from fullpipe.server.answer import Answer, Mailbox
 from fullpipe.server.app import ServerOptions
 from fullpipe.server.guard import EventStream, Guard
 from fullpipe.server.protocol import REFUSED
-from fullpipe.server.service import Status
+from fullpipe.service import Status
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "Hello"}

@@ -13,11 +13,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
+from fullpipe.sequences.stats import RequestStats
 from fullpipe.server import live as module
 from fullpipe.server.app import ServedModel, ServerOptions, create_app
 from fullpipe.server.live import Live
-from fullpipe.server.service import Status
-from fullpipe.stats import RequestStats
+from fullpipe.service import Status
 from recorded import recorded
 
 

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fullpipe.messages import Emitted, Landed, Launched, Ready
 from fullpipe.server.guard import Keyring
 from fullpipe.server.live import Live
-from fullpipe.server.service import State, Status
+from fullpipe.service import State, Status
 
 EVIL = "<img src=x onerror=document.title='owned'> <b>bold</b> & \u00fc"
 

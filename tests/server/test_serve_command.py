@@ -31,7 +31,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["options"] = options
 
     monkeypatch.delenv("FULLPIPE_API_KEY", raising=False)
-    monkeypatch.setattr("fullpipe.server.service.Service", NoService)
+    monkeypatch.setattr("fullpipe.service.Service", NoService)
     monkeypatch.setattr("fullpipe.server.app.create_app", create_app)
     monkeypatch.setattr("fullpipe.cli.serve._run", lambda config, live, door: seen.update(config=config))
     return seen

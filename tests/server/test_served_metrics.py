@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg
+from fullpipe.methods import make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.pipeline.scripted import ScriptedStage
-from fullpipe.policies import make_policy
 from fullpipe.request import Request, SamplingParams
+from fullpipe.sequences.stats import RequestStats
 from fullpipe.server.metrics import Metrics
-from fullpipe.server.service import Status
-from fullpipe.sources.scripted import ScriptedSource
-from fullpipe.stats import RequestStats
+from fullpipe.service import Status
+from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.scripted import ScriptedStage
 from recorded import PROMPTS, TRUTH, uneven
 
 MODEL = "a \"b\"\\c"  # labels are escaped

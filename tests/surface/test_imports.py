@@ -37,9 +37,9 @@ LAYERS = (
 )
 LEVELS = {entry: level for level, line in enumerate(LAYERS) for entry in line}
 
-TORCH_FREE = ("fullpipe", "fullpipe.tree.token_tree", "fullpipe.policies", "fullpipe.batching", "fullpipe.engine",
-              "fullpipe.pipeline.inprocess", "fullpipe.pipeline.scripted", "fullpipe.sources.scripted",
-              "fullpipe.sources.ngram", "fullpipe.sources.mix")
+TORCH_FREE = ("fullpipe", "fullpipe.sequences.tree", "fullpipe.methods", "fullpipe.batching", "fullpipe.engine.loop",
+              "fullpipe.pipeline.inprocess", "fullpipe.stations.scripted", "fullpipe.stations.drafts.scripted",
+              "fullpipe.stations.drafts.ngram", "fullpipe.stations.drafts.mix")
 
 
 def module_name(path: Path) -> str:

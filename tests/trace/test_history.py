@@ -9,7 +9,7 @@ import pytest
 import recorded as runs
 from fullpipe.errors import UsageError
 from fullpipe.messages import Died, Emitted, Launched, Ready
-from fullpipe.pipeline.scripted import hash_token
+from fullpipe.stations.scripted import hash_token
 from fullpipe.trace.history import DRAFT, history, tokens_of
 from recorded import recorded, uneven
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fullpipe.errors import FullpipeError, MissingExtra, UsageError
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.training.data import (
     Report,
     Sample,

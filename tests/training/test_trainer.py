@@ -17,10 +17,10 @@ from torch import Tensor
 
 import tiny
 from fullpipe.errors import DamagedModel, UsageError
-from fullpipe.model.spd_checkpoint import CONFIG, WEIGHTS, check_parity, load_config
-from fullpipe.model.spd_module import PipelineDraftModule, fixture_logits
-from fullpipe.model.weights import open_model
-from fullpipe.sources.spd import build_spd
+from fullpipe.models.spd_checkpoint import CONFIG, WEIGHTS, check_parity, load_config
+from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
+from fullpipe.models.weights import open_model
+from fullpipe.stations.drafts.module import build_spd
 from fullpipe.training.features import FeatureStore, Outer, Teacher
 from fullpipe.training.objective import Filling, divergence
 from fullpipe.training.plan import Plan

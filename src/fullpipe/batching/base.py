@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from fullpipe.policies.base import Policy
-from fullpipe.track import Track
-from fullpipe.tree.token_tree import Node
+from fullpipe.methods.base import Policy
+from fullpipe.sequences.sequence import Track
+from fullpipe.sequences.tree import Node
 
 Chosen = list[tuple[Track, list[Node]]]
 """Nodes by request, each request's in order: parents before children. Requests that get nothing are left out."""

@@ -29,11 +29,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from fullpipe.batching.base import Batching, Chosen
-from fullpipe.batching.costs import CostCurve
+from fullpipe.costs import CostCurve
 from fullpipe.errors import UsageError
-from fullpipe.policies.base import Policy
-from fullpipe.track import Track
-from fullpipe.tree.token_tree import Candidates, Node, State
+from fullpipe.methods.base import Policy
+from fullpipe.sequences.sequence import Track
+from fullpipe.sequences.tree import Candidates, Node, State
 
 _FLIGHTS_AHEAD = 2  # the draft looks at nothing whose children come after so many flights' worth of better nodes
 _TOGETHER = 16  # traversals for which roots of one flight stay together

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fullpipe.batching.base import Batching, Chosen, Separate, longest_waiting
 from fullpipe.errors import UsageError
-from fullpipe.policies.base import Policy
-from fullpipe.track import Track
+from fullpipe.methods.base import Policy
+from fullpipe.sequences.sequence import Track
 
 
 class Balanced(Separate):

@@ -19,14 +19,14 @@ import numpy as np
 
 from fullpipe.bench.recording import Answer
 from fullpipe.bench.replay import Clocked, Ending, Hardware, check_known, say
-from fullpipe.engine import Engine, Listener
+from fullpipe.engine.loop import Engine, Listener
 from fullpipe.errors import UsageError
 from fullpipe.messages import Drafted, Emitted, Event, Expansion, Finished, Flight, Landed, Leg, Part
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import _ENDS, Costs
-from fullpipe.pipeline.station import SourceLike, Verdict
 from fullpipe.request import Request, SamplingParams
-from fullpipe.track import Track
+from fullpipe.sequences.sequence import Track
+from fullpipe.stations.base import SourceLike, Verdict
 
 MakeEngine = Callable[[Pipeline, Sequence[Listener]], Engine]
 """An engine over this pipeline that tells these listeners; batching and policy are the maker's."""

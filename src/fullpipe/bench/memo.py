@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from fullpipe.bench.recording import Answer, Head, on_disk
 from fullpipe.messages import Expansion, Flight, Part
-from fullpipe.model.decoder import DecoderSlice, Segment
-from fullpipe.model.sampling import RowContext, rank
+from fullpipe.models.decoder import DecoderSlice, Segment
 from fullpipe.request import SamplingParams
+from fullpipe.stations.sampling import RowContext, rank
 
 TOP_K = 16
 POOL = 768  # slots for branches

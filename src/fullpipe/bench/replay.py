@@ -15,15 +15,15 @@ from itertools import count
 from typing import Any, Protocol
 
 from fullpipe.bench.recording import Answer
-from fullpipe.engine import Engine
+from fullpipe.engine.loop import Engine
 from fullpipe.errors import UsageError
 from fullpipe.messages import Drafted, Emitted, Event, Flight, Landed, Launched, Part
+from fullpipe.methods.base import Policy
 from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
 from fullpipe.pipeline.links import Links
-from fullpipe.pipeline.station import SourceLike, Verdict
-from fullpipe.policies.base import Policy
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stats import RequestStats
+from fullpipe.sequences.stats import RequestStats
+from fullpipe.stations.base import SourceLike, Verdict
 
 _requests = count()
 

@@ -231,9 +231,9 @@ class Worker:
         if self._slice is None:
             import torch
 
-            from fullpipe.model.decoder import DecoderSlice
-            from fullpipe.model.stage import DTYPES
-            from fullpipe.model.weights import open_model
+            from fullpipe.models.decoder import DecoderSlice
+            from fullpipe.models.weights import open_model
+            from fullpipe.stations.target import DTYPES
 
             torch.set_num_threads(1)
             assert self._plan.draft_model is not None
@@ -279,8 +279,8 @@ def _share(value: float) -> float:
 def _source(draft: str, memo: Any) -> Any:
     """The sources of a setting; "model" stands for the real draft, whose answers are kept."""
     from fullpipe.assembly import MIXED_MIN_N
-    from fullpipe.sources.mix import Mix
-    from fullpipe.sources.ngram import NgramSource
+    from fullpipe.stations.drafts.mix import Mix
+    from fullpipe.stations.drafts.ngram import NgramSource
 
     match draft:
         case "none":

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from fullpipe.errors import UsageError
-from fullpipe.policies import POLICIES, make_policy
-from fullpipe.policies.base import Policy
+from fullpipe.methods import POLICIES, make_policy
+from fullpipe.methods.base import Policy
 
 CHAIN_DEPTHS = (2, 3, 4, 6, 8, 12, 16)
 TREE_DEPTHS = (3, 5, 8, 12)

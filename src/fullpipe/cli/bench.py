@@ -255,7 +255,7 @@ def _clusters(names: list[str] | None, stages: str | None) -> dict[str, Cluster]
 def _draft_variants(model: str, draft: str) -> list[str]:
     """What each method's draft may be; which is best is for the tuning to say."""
     from fullpipe.assembly import draft_names
-    from fullpipe.planning.draft_module import module_folder
+    from fullpipe.stations.drafts.names import module_folder
 
     names = draft_names(model, draft)
     if modules := [name for name in names if module_folder(name)]:
@@ -274,7 +274,7 @@ def _draft_path(model: str, draft: str) -> str | None:
     """The draft model's weights, fetched if need be. Raises DraftMismatch for a vocabulary that is not the target's."""
     from fullpipe import hub
     from fullpipe.assembly import draft_names
-    from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
+    from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
 
     models = [name for name in draft_names(model, draft) if name != "ngram"]
     if not models:

@@ -28,7 +28,7 @@ def run_peers(model: str, draft: str, prompts: list[FilePrompt], max_new_tokens:
     from fullpipe.assembly import draft_names, pick_dtype
     from fullpipe.bench.peers import PeerModels, markdown, peer_table
     from fullpipe.bench.peers import run_peers as ask
-    from fullpipe.planning.draft_module import module_folder
+    from fullpipe.stations.drafts.names import module_folder
 
     guesser = next((name for name in draft_names(model, draft) if name != "ngram"), None)
     if guesser and module_folder(guesser):

@@ -13,7 +13,7 @@ from fullpipe.cli.verb import verb
 from fullpipe.errors import UsageError
 
 if TYPE_CHECKING:
-    from fullpipe.model.spd_checkpoint import ModuleConfig
+    from fullpipe.models.spd_checkpoint import ModuleConfig
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -33,7 +33,7 @@ def spd(
     layers = None if stage_layers is None else _counts(stage_layers)
     with console.TransferBar() as bar:
         base = hub.resolve(model, progress=bar)
-    from fullpipe.model.spd_convert import convert_file
+    from fullpipe.models.spd_convert import convert_file
 
     found = convert_file(file, base, out, name=_name_of(model), stage_layers=layers, train_span=train_span)
     for warning in found.warnings:

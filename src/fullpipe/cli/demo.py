@@ -11,7 +11,7 @@ import typer
 from fullpipe.cli import console, options
 from fullpipe.cli.generate import fetch_all
 from fullpipe.cli.watch import PipelineLine
-from fullpipe.policies import make_policy
+from fullpipe.methods import make_policy
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from fullpipe.cli.watch import Watch
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
-    from fullpipe.engine import Listener
+    from fullpipe.engine.loop import Listener
     from fullpipe.llm import LLM, Chunk, Completion, Prompt
 
 
@@ -96,7 +96,7 @@ def generate(
 def fetch_all(model: str, draft: str, method: str) -> None:
     """Fetch what is missing, with a progress bar, before anything is loaded."""
     from fullpipe.assembly import draft_names
-    from fullpipe.planning.draft_module import module_folder
+    from fullpipe.stations.drafts.names import module_folder
 
     names = [model]
     if method != "pp" or draft != "auto":

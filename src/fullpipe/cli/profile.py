@@ -13,7 +13,7 @@ from fullpipe.cli.lists import integers
 from fullpipe.errors import UsageError
 
 if TYPE_CHECKING:
-    from fullpipe.planning.profile import Cost, Curve, Profile, Surface
+    from fullpipe.cluster.profile import Cost, Curve, Profile, Surface
 
 
 def profile(
@@ -39,7 +39,7 @@ def profile(
     with console.TransferBar() as transfer:
         for name in filter(None, (model, guesser)):
             hub.resolve(name, progress=transfer)
-    from fullpipe.bench.measure import measure
+    from fullpipe.cluster.measure import measure
 
     with console.StepBar("measuring") as bar:
         found = measure(model, guesser, rows=row_counts, contexts=context_sizes, repeats=repeats, threads=threads,
@@ -55,7 +55,7 @@ def profile(
 def _draft_model(model: str, draft: str) -> str | None:
     """The one model among the sources that `draft` stands for; n-gram costs nothing worth measuring."""
     from fullpipe.assembly import draft_names
-    from fullpipe.planning.draft_module import module_folder
+    from fullpipe.stations.drafts.names import module_folder
 
     names = [name for name in draft_names(model, draft) if name != "ngram"]
     if modules := [name for name in names if module_folder(name)]:

@@ -88,7 +88,7 @@ def serve(
     except ImportError as error:
         raise MissingExtra(f"the server needs {error.name}, which is not installed", hint=_HINT) from error
     from fullpipe.server.build import Builder
-    from fullpipe.server.service import Service
+    from fullpipe.service import Service
 
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     server_options = ServerOptions(api_keys=_keys(api_key), request_timeout_s=request_timeout)

@@ -10,10 +10,10 @@ import typer
 
 from fullpipe import hub
 from fullpipe.cli import console, options
-from fullpipe.planning.partition import cut
+from fullpipe.cluster.partition import cut
 
 if TYPE_CHECKING:
-    from fullpipe.model.config import ModelConfig
+    from fullpipe.models.config import ModelConfig
 
 _DEFAULT_STAGES = 8
 
@@ -41,8 +41,8 @@ def show(
 
 def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str, Any]:
     from fullpipe.assembly import pick_dtype
-    from fullpipe.model.tokenizer import Tokenizer
-    from fullpipe.model.weights import open_model
+    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.weights import open_model
 
     dtype = pick_dtype(dtype)
     config = open_model(path).config
@@ -112,7 +112,7 @@ def _tensor_types(path: Path) -> dict[str, int]:
     if path.is_dir():
         counts = Counter(kind for file in _weight_files(path) for kind in _safetensors_types(file))
     else:
-        from fullpipe.model.gguf_file import read_tensors
+        from fullpipe.models.gguf_file import read_tensors
 
         counts = Counter(tensor.kind.name for tensor in read_tensors(path)[1].values())
     return dict(counts.most_common())

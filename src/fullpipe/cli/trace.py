@@ -14,7 +14,7 @@ from fullpipe.errors import FullpipeError, MissingExtra, UsageError
 from fullpipe.messages import Event
 
 if TYPE_CHECKING:
-    from fullpipe.model.tokenizer import Tokenizer
+    from fullpipe.models.tokenizer import Tokenizer
     from fullpipe.trace.picture import Clock
     from fullpipe.trace.recorder import JsonlRecorder
 
@@ -127,7 +127,7 @@ def write(events: Sequence[Event], path: Path, *, title: str, clock: Clock, text
 
 def load_tokenizer(model: str) -> Tokenizer:
     from fullpipe import hub
-    from fullpipe.model.tokenizer import Tokenizer
+    from fullpipe.models.tokenizer import Tokenizer
 
     with console.TransferBar() as bar:
         return Tokenizer.load(hub.resolve(model, progress=bar))

@@ -14,7 +14,7 @@ from fullpipe.cli.train_module import exit_head, spd
 from fullpipe.cli.verb import verb
 
 if TYPE_CHECKING:
-    from fullpipe.model.tokenizer import Tokenizer
+    from fullpipe.models.tokenizer import Tokenizer
 
 Data = Annotated[list[Path], typer.Option("--data", metavar="FILE", help="Training text: plain text, JSON lines or "
                                           "parquet with messages, conversations or text, or a folder of such; may be "
@@ -92,7 +92,7 @@ def distill(
 
 def load_tokenizer(model: str) -> Tokenizer:
     """Fetched with a progress bar if it is not here; the weights are not read."""
-    from fullpipe.model.tokenizer import Tokenizer
+    from fullpipe.models.tokenizer import Tokenizer
 
     with console.TransferBar() as bar:
         return Tokenizer.load(hub.resolve(model, progress=bar))

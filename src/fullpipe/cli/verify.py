@@ -12,7 +12,7 @@ import typer
 from fullpipe.cli import console, options
 from fullpipe.cli.generate import fetch_all
 from fullpipe.errors import UsageError
-from fullpipe.policies import WITH_DEPTH
+from fullpipe.methods import WITH_DEPTH
 from fullpipe.prompts import FilePrompt, read_prompts
 from fullpipe.request import SamplingParams
 

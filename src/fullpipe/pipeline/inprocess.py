@@ -21,7 +21,7 @@ from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready, Tap
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import INSTANT, Link, Links, Wire
-from fullpipe.pipeline.station import SourceLike, StageLike, TapCount, Verdict, tap_reader, untapped
+from fullpipe.stations.base import SourceLike, StageLike, TapCount, Verdict, tap_reader, untapped
 
 
 class Costs(Protocol):

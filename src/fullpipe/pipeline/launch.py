@@ -27,8 +27,8 @@ from typing import IO, Any
 
 from fullpipe import errors
 from fullpipe.errors import FullpipeError, StationFailed
-from fullpipe.pipeline.spec import StationSpec
 from fullpipe.pipeline.wire import Channel, Frame, NonsenseError
+from fullpipe.stations.spec import StationSpec
 
 _STOP_SEND_S = 0.01  # a stopped worker with a full socket is not waited for
 _STOP_S = 1.0  # what a worker gets to leave by itself,

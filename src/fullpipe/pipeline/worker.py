@@ -45,8 +45,6 @@ from fullpipe.pipeline.emulation import Around, Inbound, Outbox, sleep_until, wa
 from fullpipe.pipeline.inprocess import drop_rows
 from fullpipe.pipeline.links import Link, Wire
 from fullpipe.pipeline.pace import Pace
-from fullpipe.pipeline.spec import StationSpec
-from fullpipe.pipeline.station import SourceLike, StageLike, TapCount, TapReader, tap_reader, untapped
 from fullpipe.pipeline.wire import (
     Arrival,
     Bytes,
@@ -62,6 +60,8 @@ from fullpipe.pipeline.wire import (
     packed_size,
     unpack,
 )
+from fullpipe.stations.base import SourceLike, StageLike, TapCount, TapReader, tap_reader, untapped
+from fullpipe.stations.spec import StationSpec
 
 _PR_SET_PDEATHSIG = 1
 _SWITCH_S = 0.0005  # longest wait for the interpreter lock, so that the side threads are prompt

@@ -31,11 +31,11 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fullpipe.cluster.partition import cut
+from fullpipe.cluster.profile import Profile
 from fullpipe.errors import UsageError
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.planning.draft_module import ModuleSize, module_folder
-from fullpipe.planning.partition import cut
-from fullpipe.planning.profile import Profile
+from fullpipe.stations.drafts.names import ModuleSize, module_folder
 
 _MESSAGE_BYTES = 128  # of a flight beside its rows
 _ROW_BYTES = 64  # of a row beside its hidden state: token, position, slot, path

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from starlette.types import Receive
 
 from fullpipe.request import SamplingParams
-from fullpipe.server.service import Service, Ticket, Update
+from fullpipe.service import Service, Ticket, Update
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, PromptError, UsageError
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
 from fullpipe.server.guard import EventStream, Guard, Keyring, ServerOptions, log, needs_key, request_id
@@ -44,7 +44,7 @@ from fullpipe.server.protocol import (
     Version,
 )
 from fullpipe.server.replies import VERSION, ChatReplies, Replies, TextReplies, usage_of
-from fullpipe.server.service import Service
+from fullpipe.service import Service
 
 __all__ = ["ServedModel", "ServerOptions", "create_app"]
 

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from fullpipe.assembly import assemble, deepens
 from fullpipe.batching import Balanced, Batching, CostCurve, Dynamic, Equal, Separate
-from fullpipe.calibrate import cost_curves
-from fullpipe.engine import Engine, Listener
+from fullpipe.cluster.calibrate import cost_curves
+from fullpipe.engine.loop import Engine, Listener
 from fullpipe.errors import UsageError
-from fullpipe.model.tokenizer import Tokenizer
-from fullpipe.planning.draft_module import module_folder
-from fullpipe.policies import WITH_REFRESH, Policy, make_policy
-from fullpipe.server.service import Started
+from fullpipe.methods import WITH_REFRESH, Policy, make_policy
+from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.service import Started
+from fullpipe.stations.drafts.names import module_folder
 
 BATCHINGS = ("auto", "dynamic", "balanced", "equal", "separate")
 

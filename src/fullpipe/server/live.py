@@ -21,10 +21,10 @@ from fastapi import APIRouter, Depends, Request, params
 from fastapi.responses import HTMLResponse, Response
 
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
+from fullpipe.sequences.stats import RequestStats
 from fullpipe.server.guard import WRITE_TIMEOUT_S, EventStream, needs_key
 from fullpipe.server.problems import Problem, retry_after
-from fullpipe.server.service import Observer, Status
-from fullpipe.stats import RequestStats
+from fullpipe.service import Observer, Status
 
 WINDOW = 5.0  # seconds that rates are taken over
 TICK = 0.2  # seconds between two looks

@@ -24,8 +24,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from fullpipe.messages import Died, Drafted, Emitted, Event, Landed, Launched, Leg
-from fullpipe.server.service import Observer, State, Status
-from fullpipe.stats import RequestStats
+from fullpipe.sequences.stats import RequestStats
+from fullpipe.service import Observer, State, Status
 
 REASONS = ("stop", "length", "abort", "deadline", "error")
 _LAST = ("stop", "length")  # the reasons with which a request's last token was known to be the last

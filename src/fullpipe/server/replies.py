@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from fullpipe.model.tokenizer import TextStream, Tokenizer
+from fullpipe.models.tokenizer import TextStream, Tokenizer
+from fullpipe.sequences.stats import RequestStats
 from fullpipe.server.answer import Choice, News
 from fullpipe.server.protocol import (
     AnswerMessage,
@@ -28,7 +29,6 @@ from fullpipe.server.protocol import (
     TokenLogprob,
     Usage,
 )
-from fullpipe.stats import RequestStats
 
 VERSION = version("fullpipe")
 FINGERPRINT = f"fullpipe-{VERSION}"

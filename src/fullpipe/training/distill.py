@@ -17,7 +17,7 @@ from typing import Any
 from fullpipe.errors import CacheError, UsageError
 from fullpipe.llm import LLM
 from fullpipe.messages import Emitted, Event, Finished
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.prompts import read_prompts
 from fullpipe.request import SamplingParams
 from fullpipe.training.data import ENTRY_ENDINGS, Message, encode_chat, is_text, read_entries, turns_of

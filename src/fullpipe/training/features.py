@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fullpipe.errors import UsageError
-from fullpipe.kvcache.arena import KVArena
-from fullpipe.model.decoder import DecoderSlice, Segment
-from fullpipe.model.files import ModelFiles
+from fullpipe.models.arena import KVArena
+from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.models.files import ModelFiles
 
 
 class Teacher:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullpipe.model.spd_module import depths_in_flight, types_by_depth
+from fullpipe.models.spd_module import depths_in_flight, types_by_depth
 
 LOSSES = ("forward-kl", "reverse-kl", "total-variation")
 

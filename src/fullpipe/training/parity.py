@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fullpipe.model.config import ModelConfig
-from fullpipe.model.spd_checkpoint import ModuleConfig, ParityFixture, as_stored
-from fullpipe.model.spd_module import PipelineDraftModule, fixture_logits
+from fullpipe.models.config import ModelConfig
+from fullpipe.models.spd_checkpoint import ModuleConfig, ParityFixture, as_stored
+from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.training.features import Outer
 
 _ROWS = 12

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fullpipe.assembly import stage_ends
 from fullpipe.errors import UsageError
-from fullpipe.model.config import ModelConfig
+from fullpipe.models.config import ModelConfig
 from fullpipe.training.objective import LOSSES
 
 Kind = Literal["spd", "exit"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fullpipe.errors import UsageError
-from fullpipe.model.spd_checkpoint import hash_of, identity_of
-from fullpipe.model.tokenizer import Tokenizer
-from fullpipe.model.weights import open_model
+from fullpipe.models.spd_checkpoint import hash_of, identity_of
+from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.weights import open_model
 from fullpipe.training.data import Report, fingerprint, read_samples, split
 from fullpipe.training.plan import Plan
 from fullpipe.training.trainer import Material, Trainer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fullpipe.model.spd_module import Layout, PipelineDraftModule
+from fullpipe.models.spd_module import Layout, PipelineDraftModule
 from fullpipe.training.features import FeatureStore, Outer
 from fullpipe.training.objective import Filling, divergence
 

@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fullpipe.errors import MissingExtra, UsageError
-from fullpipe.model.files import ModelFiles
-from fullpipe.model.spd_checkpoint import ModuleConfig, VerifierIdentity, hash_of, save_checkpoint
-from fullpipe.model.spd_module import PipelineDraftModule
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.spd_checkpoint import ModuleConfig, VerifierIdentity, hash_of, save_checkpoint
+from fullpipe.models.spd_module import PipelineDraftModule
 from fullpipe.training.batches import epoch_batches
 from fullpipe.training.data import Sample
 from fullpipe.training.features import FeatureStore, Outer, Teacher

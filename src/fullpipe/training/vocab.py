@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.errors import DraftMismatch, UsageError
-from fullpipe.model.tokenizer import Tokenizer
+from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.training.data import Sample, end_of_answer
 
 _REBUILD = "Build one for this model with `fullpipe train vocab`."

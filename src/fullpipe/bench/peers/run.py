@@ -18,7 +18,7 @@ from fullpipe.bench.peers.records import PeerResult, PeerSample, first_differenc
 from fullpipe.bench.peers.weights import as_folder
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
-from fullpipe.model.tokenizer import Tokenizer, check_same_vocabulary
+from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
 from fullpipe.threads import cores

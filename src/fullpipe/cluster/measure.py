@@ -1,0 +1,243 @@
+"""Taking the times of a profile: real layers of the real model, on this machine.
+
+All cells (rows by context) are measured in turn, and that several times over: a noisy moment then hits all cells
+alike, and the median passes it by. The first round warms up and does not count.
+
+The layers in use weigh more together than a processor's caches hold, as those of a stage do beside its head, so every
+one of them is read from memory. What a flight costs once per stage is told apart from its layers by timing some layers
+and one layer: with `many = flight + n layer` and `one = flight + layer`, `layer = (many - one) / (n - 1)`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fullpipe.assembly import pick_dtype
+from fullpipe.bench.provenance import commit_of, machine, versions
+from fullpipe.cluster.hops import measure_hops
+from fullpipe.cluster.profile import Cost, Curve, Profile, Shape, Surface
+from fullpipe.errors import UsageError
+from fullpipe.hub import resolve
+from fullpipe.messages import Flight, Opening, Part
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.weights import open_model
+from fullpipe.request import SamplingParams
+from fullpipe.stations.sampling import pick, rank
+from fullpipe.stations.table import SlotTable
+from fullpipe.stations.target import DTYPES, SliceRunner
+
+Progress = Callable[[str, int, int], None]
+"""Told what is measured, how many samples there are of it, and how many there will be."""
+
+Sample = Callable[[], float]
+"""Does a piece of work once; the seconds that it took."""
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (128, 512, 2048)
+MESSAGE_BYTES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+
+_COLD_BYTES = 256 << 20  # of layers: beyond the last cache of most processors (32 MB on the development machine)
+_TOP_K = 16  # candidates that a draft is asked for; the engine's own number
+_HOP_REPEATS = 40  # a hop takes microseconds, and varies more than arithmetic does
+
+
+_Cell = TypeVar("_Cell")
+
+
+def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS, contexts: Sequence[int] = CONTEXTS,
+            repeats: int = 5, threads: int = 1, dtype: str = "auto",
+            progress: Progress = lambda what, done, total: None) -> Profile:
+    """This machine's profile for a target, and for a draft model if one is named.
+
+    model, draft: names as `fullpipe.hub.resolve` takes them. rows: of a flight. contexts: tokens that stand before
+    them. repeats: samples of a cell. threads: of the process that computes, as of a stage's.
+
+    Raises UsageError for sizes that are below 1, do not rise, or are beyond a model's context; and what opening a
+    model and loading it raise.
+    """
+    dtype = pick_dtype(dtype)
+    _check(rows, contexts, repeats, threads)
+    target = open_model(resolve(model))
+    guesser = open_model(resolve(draft)) if draft is not None else None
+    for name, files in ((model, target), (draft, guesser)):
+        if files is not None and files.config.max_positions < contexts[-1] + max(rows):
+            raise UsageError(f"{name} takes {files.config.max_positions} tokens; {max(rows)} rows after "
+                             f"{contexts[-1]} are more", hint="Choose smaller --contexts.")
+    cells = _Cells(rows, contexts, repeats, progress)
+    with _threads(threads), torch.inference_mode():
+        layers, flights = _layers(target, dtype, cells)
+        heads, lookups = _ends(target, dtype, cells)
+        drafts = None if guesser is None else _drafts(guesser, dtype, cells)
+    shapes = [None if files is None else _shape(name or "", files, dtype)
+              for name, files in ((model, target), (draft, guesser))]
+    assert shapes[0] is not None
+    commit, dirty = commit_of(Path(__file__).parents[1])
+    return Profile(target=shapes[0], draft_model=shapes[1], dtype=dtype,  # type: ignore[arg-type]
+                   threads=threads, machine={**machine(), **versions()}, commit=commit, dirty=dirty,
+                   date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), layers=layers, flights=flights,
+                   heads=heads, lookups=lookups, drafts=drafts, messages=_messages(progress))
+
+
+def _check(rows: Sequence[int], contexts: Sequence[int], repeats: int, threads: int) -> None:
+    for name, sizes in (("rows", rows), ("contexts", contexts)):
+        if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
+            raise UsageError(f"{name} must be 1 or more and rise (got {','.join(map(str, sizes)) or 'none'})",
+                             hint=f"For example --{name} {','.join(map(str, ROWS if name == 'rows' else CONTEXTS))}.")
+    for name, number in (("repeats", repeats), ("threads", threads)):
+        if number < 1:
+            raise UsageError(f"{name} must be 1 or more (got {number})")
+
+
+def _shape(name: str, files: ModelFiles, dtype: str) -> Shape:
+    sizes = files.sizes(DTYPES[dtype])
+    return Shape(name=name, num_layers=files.config.num_layers, layer_bytes=sizes.layer_bytes,
+                 head_bytes=sizes.head_bytes, embedding_bytes=sizes.embedding_bytes, kv_bytes=sizes.kv_bytes,
+                 row_bytes=sizes.row_bytes)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- the grid --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The sizes to measure, and how often; works through them in turn."""
+
+    rows: Sequence[int]
+    contexts: Sequence[int]
+    repeats: int
+    progress: Progress
+
+    def surface(self, what: str, sample: Callable[[int, int], tuple[float, ...]]) -> list[Surface]:
+        """sample(rows, context): some times, in seconds; a surface for each."""
+        grid = [(rows, context) for rows in self.rows for context in self.contexts]
+        found = self._rounds(what, grid, lambda cell: sample(*cell))
+        return [Surface(rows=tuple(self.rows), contexts=tuple(self.contexts),
+                        costs=tuple(tuple(Cost.of([times[k] for times in found[rows, context]])
+                                          for context in self.contexts) for rows in self.rows))
+                for k in range(len(found[grid[0]][0]))]
+
+    def curves(self, what: str, sample: Callable[[int], tuple[float, ...]]) -> list[Curve]:
+        """The same by rows alone."""
+        found = self._rounds(what, self.rows, sample)
+        return [Curve(sizes=tuple(self.rows),
+                      costs=tuple(Cost.of([times[k] for times in found[rows]]) for rows in self.rows))
+                for k in range(len(found[self.rows[0]][0]))]
+
+    def _rounds(self, what: str, cells: Sequence[_Cell],
+                sample: Callable[[_Cell], tuple[float, ...]]) -> dict[_Cell, list[tuple[float, ...]]]:
+        found: dict[_Cell, list[tuple[float, ...]]] = {cell: [] for cell in cells}
+        total = (self.repeats + 1) * len(cells)
+        for turn in range(self.repeats + 1):
+            for number, cell in enumerate(cells, 1):
+                times = sample(cell)
+                if turn:
+                    found[cell].append(times)
+                self.progress(what, turn * len(cells) + number, total)
+        return found
+
+
+# ---- what is measured ------------------------------------------------------------------------------------
+
+
+class _Standing(SliceRunner):
+    """A runner whose requests begin with their context in place. Noise stands in the cache: what a step takes
+    does not depend on the numbers there. most: rows of its largest flight."""
+
+    def __init__(self, slice: DecoderSlice, most: int) -> None:
+        super().__init__(slice)
+        self._most = most
+
+    def flight(self, rows: int, context: int) -> Flight:
+        """A flight of a request that begins anew: `rows` guesses of the token that follows the context."""
+        opening = Opening(context, context + self._most, context, SamplingParams())
+        if context not in self._arenas:
+            self.open([opening])
+            self._arenas[context].kv.normal_(generator=torch.Generator().manual_seed(context))
+        table = self._tables[context] = SlotTable(opening)
+        places = list(range(context))
+        table.apply(Part(context, places, [-1] * context, [0] * context, places, places, [[]] * context,
+                         [False] * context))
+        slots = list(range(context, context + rows))
+        return Flight(0, [Part(context, [], list(range(rows)), [0] * rows, [context] * rows, slots,
+                               [[slot] for slot in slots], [True] * rows)], top_k=_TOP_K)
+
+
+def _timed(work: Callable[..., object], *arguments: object) -> float:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+def _layers(files: ModelFiles, dtype: str, cells: _Cells) -> list[Surface]:
+    """One layer, and what a flight costs beside its layers."""
+    kind, config = DTYPES[dtype], files.config
+    number = min(config.num_layers, max(2, -(-_COLD_BYTES // files.layer_bytes(0, kind))))
+    many, one = (_Standing(DecoderSlice(files, 0, count, has_embedding=False, has_head=False, dtype=kind),
+                           max(cells.rows)) for count in (number, 1))
+
+    def sample(rows: int, context: int) -> tuple[float, float]:
+        hidden = torch.randn(rows, config.hidden, generator=torch.Generator().manual_seed(rows)).to(kind)
+        long = _timed(many.forward, many.flight(rows, context), hidden)
+        short = _timed(one.forward, one.flight(rows, context), hidden)
+        if number == 1:
+            return long, 0.0
+        layer = (long - short) / (number - 1)
+        return layer, short - layer
+
+    return cells.surface("layers", sample)
+
+
+def _ends(files: ModelFiles, dtype: str, cells: _Cells) -> list[Curve]:
+    """Head with the pick, and embedding."""
+    ends = DecoderSlice(files, 0, 0, has_embedding=True, has_head=True, dtype=DTYPES[dtype])
+    runner = _Standing(ends, max(cells.rows))
+
+    def head(flight: Flight, hidden: Tensor) -> None:
+        wanted = list(runner.wanted(flight))
+        pick(runner.logits(hidden, wanted), [row.context() for row in wanted])
+
+    def sample(rows: int) -> tuple[float, float]:
+        tokens = torch.randint(files.config.vocab_size, (rows,), generator=torch.Generator().manual_seed(rows))
+        hidden = ends.forward(tokens, tokens, [])
+        return _timed(head, runner.flight(rows, cells.contexts[0]), hidden), _timed(ends.forward, tokens, tokens, [])
+
+    return cells.curves("head", sample)
+
+
+def _drafts(files: ModelFiles, dtype: str, cells: _Cells) -> Surface:
+    """A draft call as `sources/draft_model.py:DraftModel.run` makes it."""
+    whole = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype])
+    runner = _Standing(whole, max(cells.rows))
+
+    def call(job: Flight) -> None:
+        hidden = runner.forward(job, None)
+        wanted = list(runner.wanted(job))
+        rank(runner.logits(hidden, wanted), [row.context() for row in wanted], job.top_k)
+
+    return cells.surface("draft", lambda rows, context: (_timed(call, runner.flight(rows, context)),))[0]
+
+
+def _messages(progress: Progress) -> Curve:
+    total = _HOP_REPEATS * len(MESSAGE_BYTES)
+    found = measure_hops(MESSAGE_BYTES, _HOP_REPEATS, lambda done: progress("messages", done, total))
+    return Curve(sizes=MESSAGE_BYTES, costs=tuple(Cost.of(found[size]) for size in MESSAGE_BYTES))

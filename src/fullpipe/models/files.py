@@ -1,0 +1,114 @@
+"""The promise that every kind of weight file keeps: `ModelFiles`, which reads one tensor at a time.
+
+Files are read with `pread` into buffers of our own, never mapped: a stage that loads three layers of a large
+model touches only their bytes, and no page of the file counts as its memory. Tensors carry the names that
+transformers gives them, whatever the file calls them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fullpipe.errors import DamagedModel
+from fullpipe.models.config import ModelConfig, Sizes
+
+# Numbers converted at a time: they and their float32 copy stay in the processor's cache.
+BLOCK_NUMBERS = 1 << 17
+
+FETCH_AGAIN = "Fetch the model again: `fullpipe pull NAME` checks what it has and replaces what is damaged."
+
+
+class ModelFiles(ABC):
+    """A model on disk. Reading is thread-safe; nothing of the weights is kept."""
+
+    config: ModelConfig
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as transformers would have it. Raises `DamagedModel` when it is not there."""
+
+    @abstractmethod
+    def _read_rows(self, name: str, first: int, rows: int) -> Tensor:
+        """Rows first..first + rows of a tensor ([n] counts as n rows of one number), in any float dtype."""
+
+    @abstractmethod
+    def _file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A whole tensor in a new buffer. See `read_into`."""
+        out = torch.empty(self.shape(name), dtype=dtype)
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor, first: int = 0) -> None:
+        """Fill `out` with rows `first`.. of a tensor, converted to out's dtype block by block.
+
+        out: [rows, ...]; may be a slice of something larger.
+
+        Raises `DamagedModel` (naming file and tensor) when the tensor is missing, of another shape, cut
+        short, or holds numbers that are not finite; `UnsupportedModel` for a type that cannot be read.
+        """
+        shape = self.shape(name)
+        if out.shape[1:] != shape[1:] or first + out.shape[0] > shape[0]:
+            raise self._damaged(name, f"it has shape {list(shape)}, the configuration asks for "
+                                      f"{[first + out.shape[0], *out.shape[1:]]}")
+        step = self._rows_per_block(name, shape)
+        for start in range(0, out.shape[0], step):
+            part = out[start : start + step]
+            block = self._read_rows(name, first + start, part.shape[0])
+            if not math.isfinite(block.sum(dtype=torch.float32)):
+                raise self._damaged(name, "it holds numbers that are not finite")
+            part.copy_(block.view(part.shape))
+
+    def sizes(self, dtype: torch.dtype) -> Sizes:
+        """Bytes and operations of embedding, layer and head, for a planner."""
+        return self.config.sizes(dtype.itemsize)
+
+    def layer_bytes(self, layer: int, dtype: torch.dtype) -> int:
+        """Bytes of one layer's weights (all layers of a supported model are equal)."""
+        assert 0 <= layer < self.config.num_layers
+        return self.sizes(dtype).layer_bytes
+
+    def embedding_bytes(self, dtype: torch.dtype) -> int:
+        return self.sizes(dtype).embedding_bytes
+
+    def head_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of head and final norm; a tied head is a copy of the embedding, in the order a step reads."""
+        return self.sizes(dtype).head_bytes
+
+    def _rows_per_block(self, name: str, shape: tuple[int, ...]) -> int:
+        return max(1, BLOCK_NUMBERS // math.prod(shape[1:]))
+
+    def _check_shapes(self) -> None:
+        """Raise `DamagedModel` unless every tensor that the configuration asks for is there as it should be."""
+        wanted = self.config.outer_shapes()
+        for layer in range(self.config.num_layers):
+            wanted |= self.config.layer_shapes(layer)
+        for name, shape in wanted.items():
+            if self.shape(name) != shape:
+                raise self._damaged(name, f"it has shape {list(self.shape(name))}, the configuration asks "
+                                          f"for {list(shape)}")
+
+    def _damaged(self, name: str, what: str) -> DamagedModel:
+        return DamagedModel(f"tensor {name} of {self._file_of(name)} is damaged: {what}", hint=FETCH_AGAIN)
+
+
+def read_exactly(file: int, buffer: Tensor, offset: int) -> bool:
+    """Fill a contiguous uint8 tensor from a descriptor; False when the file ends first."""
+    view = memoryview(buffer.numpy().data)
+    while len(view):
+        count = os.preadv(file, [view], offset)
+        if count == 0:
+            return False
+        view, offset = view[count:], offset + count
+    return True

@@ -1,0 +1,155 @@
+"""Opening a model: `open_model`, and the reader of safetensors folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
+from fullpipe.models.config import ModelConfig, token_ids
+from fullpipe.models.files import FETCH_AGAIN, ModelFiles, read_exactly
+from fullpipe.models.gguf_file import GGUFFiles
+
+
+def open_model(path: Path) -> ModelFiles:
+    """Open a GGUF file, or a folder with config.json and safetensors, single or sharded.
+
+    Reads headers only, and checks that every tensor is there and whole as far as the sizes tell.
+
+    Raises `ModelNotFound`, `UnsupportedModel`, `DamagedModel`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return SafetensorsFiles(path)
+    if not path.is_file():
+        raise ModelNotFound(f"there is no model at {path}",
+                            hint="Name a GGUF file, or a folder with config.json and safetensors.")
+    return GGUFFiles(path)
+
+
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class SafetensorsFiles(ModelFiles):
+    """A folder as transformers' `save_pretrained` writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.config = _config_of(folder)
+        self._entries: dict[str, tuple[_Shard, _Entry]] = {}
+        for shard in (_Shard(file) for file in _shard_files(folder)):
+            self._entries |= {name: (shard, entry) for name, entry in shard.entries.items()}
+        self._check_shapes()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name)[1].shape
+
+    def _entry(self, name: str) -> tuple[_Shard, _Entry]:
+        if name not in self._entries:
+            raise self._damaged(name, "it is missing")
+        return self._entries[name]
+
+    def _file_of(self, name: str) -> Path:
+        return self._entries[name][0].path if name in self._entries else self.path
+
+    def _read_rows(self, name: str, first: int, rows: int) -> Tensor:
+        shard, entry = self._entry(name)
+        size = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        raw = torch.empty(rows * size, dtype=torch.uint8)
+        if not read_exactly(shard.file, raw, entry.offset + first * size):
+            raise self._damaged(name, "the file ends within it")
+        return raw.view(entry.dtype)
+
+
+class _Entry:
+    """Where a tensor lies in its file."""
+
+    __slots__ = ("dtype", "offset", "shape")
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> None:
+        self.dtype, self.shape, self.offset = dtype, shape, offset
+
+
+class _Shard:
+    """One safetensors file: a JSON header that lists tensors, then their bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.entries = self._read_entries()
+
+    def __del__(self) -> None:
+        os.close(self.file)
+
+    def _read_entries(self) -> dict[str, _Entry]:
+        size = os.fstat(self.file).st_size
+        length = int.from_bytes(os.pread(self.file, 8, 0), "little")
+        try:
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header: dict[str, Any] = json.loads(os.pread(self.file, length, 8))
+            header.pop("__metadata__", None)
+            return {name: self._entry(name, value, 8 + length, size) for name, value in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedModel(f"the header of {self.path} is damaged: {error}", hint=FETCH_AGAIN) from error
+
+    def _entry(self, name: str, value: Mapping[str, Any], base: int, file_size: int) -> _Entry:
+        dtype = _SAFETENSORS_DTYPES.get(value["dtype"])
+        if dtype is None:
+            raise UnsupportedModel(f"tensor {name} of {self.path} has the type {value['dtype']}, which cannot be read",
+                                   hint="Use weights in float32, float16 or bfloat16, or a GGUF file.")
+        begin, end = value["data_offsets"]
+        shape = tuple(int(n) for n in value["shape"])
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name} has {end - begin} bytes, its shape {list(shape)} needs "
+                             f"{math.prod(shape) * dtype.itemsize}")
+        if base + end > file_size:
+            raise DamagedModel(f"{self.path} is cut short: tensor {name} ends at byte {base + end}, the file at "
+                               f"{file_size}", hint=FETCH_AGAIN)
+        return _Entry(dtype, shape, base + begin)
+
+
+def _config_of(folder: Path) -> ModelConfig:
+    values = _read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if generation.is_file():  # the longer list of end tokens is here: an instruct model ends its turn with its own
+        own, more = token_ids(values.get("eos_token_id")), token_ids(_read_json(generation).get("eos_token_id"))
+        values["eos_token_id"] = list(dict.fromkeys(own + more))
+    return ModelConfig.from_hf(values)
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise ModelNotFound(f"{folder} holds no safetensors weights",
+                                hint="Expected model.safetensors, or model.safetensors.index.json and its shards.")
+        return [single]
+    names: dict[str, str] = _read_json(index).get("weight_map", {})
+    holder = {file: tensor for tensor, file in names.items()}
+    for file, tensor in holder.items():
+        if not (folder / file).is_file():
+            raise DamagedModel(f"{folder / file} is missing; it holds tensor {tensor}, among others",
+                               hint=FETCH_AGAIN)
+    return [folder / file for file in sorted(holder)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"there is no {path.name} in {path.parent}",
+                            hint="Name a folder as transformers writes it.") from error
+    except ValueError as error:
+        raise DamagedModel(f"{path} is not JSON: {error}", hint=FETCH_AGAIN) from error
+    if not isinstance(values, dict):
+        raise DamagedModel(f"{path} holds no JSON object", hint=FETCH_AGAIN)
+    return values

@@ -1,0 +1,108 @@
+"""Several sources on one station, their guesses merged into one tree. No torch of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fullpipe.messages import Expansion, Flight, Tap
+from fullpipe.stations.base import SourceLike, tap_reader
+from fullpipe.stations.spec import StationSpec
+
+_LN2 = math.log(2)
+
+
+class Mix:
+    """Asks every source and merges what they say. Put the best judge first: see `merge`.
+
+    second: rows that the sources after the first are asked about. A job names the best nodes first, and what a
+    source takes delays the answer to all of them (docs/log.md).
+    """
+
+    def __init__(self, sources: Sequence[SourceLike], *, second: int = 4) -> None:
+        self._sources = list(sources)
+        self._second = second
+        self._readers = {rank: reader for rank, source in enumerate(sources) if (reader := tap_reader(source))}
+        self._held: dict[int, list[Expansion]] = {}  # said of nodes that the first source has yet to answer for
+
+    @property
+    def reads_taps(self) -> bool:
+        return bool(self._readers)
+
+    def take(self, tap: Tap) -> None:
+        for reader in self._readers.values():
+            reader.take(tap)
+
+    def ready(self, job: Flight) -> bool:
+        """Whether every source that reads taps is ready for what it will be asked."""
+        return all(reader.ready(self._question(rank, job)) for rank, reader in self._readers.items())
+
+    def forget(self, nodes: list[int]) -> None:
+        for reader in self._readers.values():
+            reader.forget(nodes)
+        for node in nodes:
+            self._held.pop(node, None)
+
+    def run(self, job: Flight) -> list[Expansion]:
+        """A source that reads taps may answer for a node later. What the others say of it waits, for a node is
+        answered once."""
+        answers: dict[int, list[Expansion]] = {}
+        for rank, source in enumerate(self._sources):
+            for expansion in source.run(self._question(rank, job)):
+                answers.setdefault(expansion.node, []).append(expansion)
+            if rank == 0 and rank in self._readers:
+                judged = set(answers)
+                for node in judged & self._held.keys():
+                    answers[node] += self._held.pop(node)
+        if 0 in self._readers:
+            self._held |= {node: said for node, said in answers.items() if node not in judged}
+            answers = {node: answers[node] for node in answers if node in judged}
+        return [merge(expansions) for expansions in answers.values()]
+
+    def _question(self, rank: int, job: Flight) -> Flight:
+        return first_rows(job, self._second) if rank else job
+
+
+def first_rows(job: Flight, count: int) -> Flight:
+    """The same job, answers wanted for its first `count` wanted rows only. Rows and commits all stay."""
+    parts = []
+    for part in job.parts:
+        wants = []
+        for wanted in part.wants:
+            wants.append(wanted and count > 0)
+            count -= wanted
+        parts.append(replace(part, wants=wants))
+    return replace(job, parts=parts)
+
+
+def merge(expansions: Sequence[Expansion]) -> Expansion:
+    """One expansion of the same node that holds every guess once, chains included.
+
+    What directly follows the node: the first source has looked at all tokens, the others know of a few. So a
+    token that both name gets the mean of their probabilities, one that only a later source names gets half
+    of what that source gives it (the first one's share is next to nothing), and one that only the first
+    names keeps its own. Further down a chain there is no second opinion.
+    """
+    merged = Expansion(expansions[0].node, [], [], [])
+    places: dict[tuple[int, int], int] = {}  # (parent index in the merged one, token) -> index
+    judged = -1 in expansions[0].parents
+    for rank, expansion in enumerate(expansions):
+        moved: list[int] = []
+        for token, logprob, parent in zip(expansion.tokens, expansion.logprobs, expansion.parents):
+            under = moved[parent] if parent >= 0 else -1
+            index = places.setdefault((under, token), len(merged.tokens))
+            if index == len(merged.tokens):
+                merged.tokens.append(token)
+                merged.logprobs.append(logprob - _LN2 if rank and judged and under < 0 else logprob)
+                merged.parents.append(under)
+            else:
+                merged.logprobs[index] = math.log((math.exp(merged.logprobs[index]) + math.exp(logprob)) / 2)
+            moved.append(index)
+    return merged
+
+
+def build_mix(*, sources: list[dict[str, object]]) -> Mix:
+    """Build every source of a list of station specs (as plain dictionaries)."""
+    built = [StationSpec.from_dict(spec).build() for spec in sources]
+    return Mix(built)  # type: ignore[arg-type]

@@ -1,0 +1,46 @@
+"""A small model that guesses: the whole of it on the draft station, with slots of its own.
+
+It expands any number of nodes per call under the tree mask. Candidates are ranked by its own logits plus
+the very noise that the target will add at that position (DESIGN section 3).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fullpipe.messages import Expansion, Flight
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.weights import open_model
+from fullpipe.stations.sampling import rank
+from fullpipe.stations.target import DTYPES, SliceRunner
+
+
+class DraftModel:
+    """vocab: number of real tokens that target and draft share; nothing beyond it is proposed."""
+
+    def __init__(self, slice: DecoderSlice, *, vocab: int | None = None) -> None:
+        self._runner = SliceRunner(slice)
+        self._vocab = vocab
+
+    @torch.inference_mode()
+    def run(self, job: Flight) -> list[Expansion]:
+        self._runner.open(job.opens)
+        hidden = self._runner.forward(job, None)
+        wanted = list(self._runner.wanted(job))
+        expansions = []
+        if wanted:
+            tokens, logprobs = rank(self._runner.logits(hidden, wanted), [row.context() for row in wanted],
+                                    job.top_k, limit=self._vocab)
+            expansions = [Expansion(row.node, guesses, weights, [-1] * len(guesses))
+                          for row, guesses, weights in zip(wanted, tokens, logprobs)]
+        self._runner.close(job.closes)
+        return expansions
+
+
+def build_draft_model(*, model: str, dtype: str, vocab: int | None = None) -> DraftModel:
+    """Load the whole model at path `model` as a draft."""
+    files = open_model(Path(model))
+    slice = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype])
+    return DraftModel(slice, vocab=vocab)

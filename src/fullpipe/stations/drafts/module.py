@@ -1,0 +1,376 @@
+"""Speculative Pipeline Decoding (arXiv 2605.30852): a module that guesses from hidden states of every depth.
+
+The stages send hidden states here while they compute (`take`). A job is answered with what has arrived: every token as
+deep as it is known by now. So drafting never waits for verification, and nothing waits for drafting.
+
+A job may ask about any number of nodes: they and their ancestors in flight are the rows of one forward under the tree
+mask (the reference copies caches for every branch instead). Only rows of tokens that are committed and have left the
+pipeline are kept; all others deepen and are computed anew each time.
+
+An exit module (PPSD, arXiv 2509.19368) is the same thing with one bound: all its rows are what stage 1 made. It cannot
+answer for a node that stage 1 has not finished, so its jobs wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fullpipe.errors import UsageError
+from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
+from fullpipe.models.spd_checkpoint import ModuleConfig, check_parity, load_checkpoint
+from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
+from fullpipe.models.weights import open_model
+from fullpipe.stations.sampling import RowContext, rank
+from fullpipe.stations.table import SlotTable
+from fullpipe.stations.target import DTYPES
+
+_NOBODY = -2  # no node has this id; -1 is a prompt token
+_PARITY = 0.05  # of the greatest logit: what bfloat16 may differ by from the float32 of the fixture
+_CHUNK = 256  # completed tokens that become permanent rows in one forward
+
+
+@dataclass(slots=True)
+class _Question:
+    """A node whose followers are wanted. path: slots of it and its ancestors that were not committed when it was asked
+    about, its own last."""
+
+    node: int
+    position: int
+    slot: int
+    path: list[int]
+
+
+class _Reader:
+    """One request as the draft station knows it.
+
+    features: [capacity, taps, hidden] by slot, which of them are there in `known`, bool [capacity, taps], and whose
+    they are in `owner` (a node), `flight` (that it came with), `token` and `position`. sent: the node that the engine
+    named last for a slot.
+    keys, values: for each layer [capacity, kv_heads, head_dim] by position, of completed tokens; `kept` of them.
+    """
+
+    def __init__(self, opening: Opening, shape: ModuleConfig, taps: int, dtype: torch.dtype) -> None:
+        capacity = opening.capacity
+        self.table = SlotTable(opening)
+        self.features = torch.zeros(capacity, taps, shape.hidden, dtype=dtype)
+        self.known = np.zeros((capacity, taps), np.bool_)
+        self.flight = np.full(capacity, -1, np.int64)
+        self.owner = np.full(capacity, _NOBODY, np.int64)
+        self.token = np.zeros(capacity, np.int64)
+        self.position = np.zeros(capacity, np.int64)
+        self.sent = np.full(capacity, _NOBODY, np.int64)
+        size = (capacity, shape.kv_heads, shape.head_dim)
+        self.past = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for _ in range(shape.num_layers)]
+        self.kept = 0
+        self.waiting: dict[int, _Question] = {}  # asked about, and not answered yet
+        self.over = False  # nobody wants answers any more
+
+    def enlarge(self, capacity: int) -> None:
+        """Make room for `capacity` slots, if there is less."""
+        more = capacity - len(self.features)
+        if more <= 0:
+            return
+        self.features = F.pad(self.features, (0, 0, 0, 0, 0, more))
+        self.past = [(F.pad(keys, (0, 0, 0, 0, 0, more)), F.pad(values, (0, 0, 0, 0, 0, more)))
+                     for keys, values in self.past]
+        self.known = np.pad(self.known, ((0, more), (0, 0)))
+        self.token, self.position = np.pad(self.token, (0, more)), np.pad(self.position, (0, more))
+        self.flight = np.pad(self.flight, (0, more), constant_values=-1)
+        self.owner = np.pad(self.owner, (0, more), constant_values=_NOBODY)
+        self.sent = np.pad(self.sent, (0, more), constant_values=_NOBODY)
+
+    def take(self, flight: int, part: Part, layers: Sequence[int], features: Tensor) -> None:
+        """layers: which taps these are, as indices. Stages have links of their own, so a later stage's taps may come
+        before an earlier one's, and those of a node that died after those of the slot's next owner. Flights tell
+        which owner is the newer one; ids of nodes do not, for a node may be launched long after it was made."""
+        slots, nodes = np.asarray(part.slots, np.int64), np.asarray(part.nodes, np.int64)
+        self.enlarge(1 + max(part.slots, default=-1))  # the job that says so may be slower than the taps
+        fresh = self.flight[slots] < flight
+        new = slots[fresh]
+        self.flight[new], self.owner[new], self.known[new] = flight, nodes[fresh], False
+        self.token[new], self.position[new] = np.asarray(part.tokens)[fresh], np.asarray(part.positions)[fresh]
+        rows = np.flatnonzero(self.flight[slots] == flight)
+        for column, layer in enumerate(layers):
+            self.features[slots[rows], layer] = features[torch.from_numpy(rows), column].to(self.features.dtype)
+            self.known[slots[rows], layer] = True
+
+    def apply(self, part: Part) -> None:
+        self.table.apply(part)
+        self.sent[part.slots] = part.nodes
+        for row in np.flatnonzero(part.wants).tolist() if not self.over else ():
+            node, slot = part.nodes[row], part.slots[row]
+            self.waiting[node] = _Question(node, part.positions[row], slot, part.paths[row] or [slot])
+
+    def depth(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many taps, from the first on, are known of the tokens that stand in these slots, as the engine says:
+        int64 [slots]. A token that the draft channel never carried as a node (-1) is known by what it is and where it
+        stands."""
+        tokens, positions = self.table.standing(slots)
+        same = (self.token[slots] == tokens) & (self.position[slots] == positions)
+        owned = (self.owner[slots] == self.sent[slots]) | ((self.sent[slots] == -1) & same)
+        depth: NDArray[np.int64] = np.where(owned, np.logical_and.accumulate(self.known[slots], 1).sum(1), 0)
+        return depth
+
+    def completed(self) -> int:
+        """How many committed tokens, from the first on, have all their taps here."""
+        order = self.table.committed_slots()[self.kept :]
+        missing = np.flatnonzero(self.depth(order) < self.features.shape[1])
+        return self.kept + (int(missing[0]) if len(missing) else len(order))
+
+    def context(self, question: _Question) -> RowContext:
+        return RowContext(self.table.params, question.position + 1, lambda: self._history(question))
+
+    def _history(self, question: _Question) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        tokens, positions = self.table.standing(np.asarray(question.path))
+        path = np.concatenate([self.table.committed_tokens()[: positions[0]], tokens])
+        return path[: self.table.prompt_len], path[self.table.prompt_len :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The rows of one forward. slots: int64 [rows], completed tokens that are to be kept first, `fresh` of them.
+    mask: bool [rows, kept + rows]. queries: int64 [questions], where they stand."""
+
+    slots: NDArray[np.int64]
+    fresh: int
+    mask: NDArray[np.bool_]
+    queries: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, reader: _Reader, completed: int, questions: Sequence[_Question], span: int) -> _Window:
+        """Completed tokens up to `completed`, the other committed ones, and the paths of the questions. A row sees no
+        further back than the `span` tokens of a training text: beyond that a module guesses next to nothing right
+        (notes, field.md section A-bis b)."""
+        table, kept = reader.table, reader.kept
+        committed = table.committed_slots()[kept:]
+        open_paths = [[slot for slot in question.path if not table.is_committed(slot)] for question in questions]
+        slots = np.array(list(dict.fromkeys([*committed.tolist(), *(slot for path in open_paths for slot in path)])))
+        row_of = {slot: row for row, slot in enumerate(slots.tolist())}
+        _, positions = table.standing(slots)
+        mask = positions <= positions[:, None]
+        mask[:, len(committed) :] = False
+        for path in open_paths:
+            rows = np.array([row_of[slot] for slot in path], np.int64)
+            mask[rows[:, None], rows] |= np.tri(len(rows), dtype=np.bool_)
+        past = np.arange(kept) > positions[:, None] - span
+        mask &= positions > positions[:, None] - span
+        queries = np.array([row_of[question.slot] for question in questions], np.int64)
+        return cls(slots, completed - kept, np.concatenate([past, mask], 1), queries)
+
+
+class SpdSource:
+    """module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
+    it. draft_ids: int64 [draft vocab], the target's token of each row of the head; None: all.
+    vocab: number of the target's real tokens.
+    """
+
+    def __init__(self, module: PipelineDraftModule, config: ModuleConfig, *, dtype: torch.dtype,
+                 embedding: Tensor | None, draft_ids: Tensor | None, vocab: int) -> None:
+        self._module, self._config = module, config
+        self._embedding, self._draft_ids, self._vocab = embedding, draft_ids, vocab
+        self._taps = [bound for bound in config.bounds if bound]
+        self._has_embedding = config.bounds[0] == 0
+        self._dtype = dtype
+        self._readers: dict[int, _Reader] = {}
+        self._early: dict[int, list[tuple[int, Part, list[int], Tensor]]] = {}  # taps of requests that are not open yet
+        self._over: set[int] = set()  # requests that the stages have closed, and that are not open yet
+        self._newest = -1  # request; ids rise, so one below it that is not open is over
+        self._admitted = -1  # job
+
+    # ---- what the pipeline calls -------------------------------------------------------------------------
+
+    def take(self, tap: Tap) -> None:
+        """Keep the hidden states of a flight's rows."""
+        columns = [column for column, layer in enumerate(tap.layers) if layer in self._taps]
+        layers = [self._taps.index(tap.layers[column]) for column in columns]
+        features, start = torch.as_tensor(tap.features)[:, columns], 0
+        for opening in tap.flight.opens:
+            if opening.request in self._readers:
+                self._readers[opening.request].enlarge(opening.capacity)
+        for part in tap.flight.parts:
+            rows = features[start : start + len(part)]
+            start += len(part)
+            if part.request in self._readers:
+                self._readers[part.request].take(tap.flight.id, part, layers, rows)
+            elif part.request > self._newest:
+                self._early.setdefault(part.request, []).append((tap.flight.id, part, layers, rows))
+        for request in tap.flight.closes:
+            self._end(request)
+
+    def ready(self, job: Flight) -> bool:
+        """Whether anything can be answered now, or need not be: nothing is guessed before the prompt is through, and
+        by an exit module not before stage 1 is. Where other requests are beyond that, the job does not wait for one
+        that is not: its answer comes with theirs."""
+        self._admit(job)
+        waiting = [(reader, question) for reader in self._readers.values() for question in reader.waiting.values()]
+        idle = any(not reader.waiting and not reader.over for reader in self._readers.values())
+        others = self._has_embedding and idle
+        return not waiting or others or any(self._can_answer(reader, question) for reader, question in waiting)
+
+    def forget(self, nodes: list[int]) -> None:
+        """Nobody needs answers about these nodes any more."""
+        for reader in self._readers.values():
+            for node in nodes:
+                reader.waiting.pop(node, None)
+            reader.known[np.isin(reader.owner, nodes)] = False  # its slot may go to one that says the same
+
+    @torch.inference_mode()
+    def run(self, job: Flight) -> list[Expansion]:
+        """Answers what can be answered by now, of this job and of earlier ones."""
+        self._admit(job)
+        expansions = [expansion for reader in self._readers.values() if reader.waiting
+                      for expansion in self._answer(reader, job.top_k)]
+        for request in job.closes:
+            self._readers.pop(request, None)
+            self._early.pop(request, None)
+        return expansions
+
+    # ---- inside ------------------------------------------------------------------------------------------
+
+    def _end(self, request: int) -> None:
+        """The stages have closed it. Its jobs may still be to come; or there are none, for its method asks for no
+        drafts."""
+        if request in self._readers:
+            self._readers[request].over = True
+            self._readers[request].waiting.clear()
+        elif request > self._newest:
+            self._early.pop(request, None)
+            self._over.add(request)
+
+    def _admit(self, job: Flight) -> None:
+        """Take over what a job says, once."""
+        if job.id <= self._admitted:
+            return
+        self._admitted = job.id
+        for opening in job.opens:
+            if opening.request in self._readers:
+                self._readers[opening.request].table.enlarge(opening.capacity)
+                self._readers[opening.request].enlarge(opening.capacity)
+            else:
+                self._open(opening)
+        self._over = {request for request in self._over if request > self._newest}
+        for part in job.parts:
+            self._readers[part.request].apply(part)
+
+    def _open(self, opening: Opening) -> None:
+        if opening.copy_from >= 0:
+            raise UsageError(f"request {opening.request} cannot begin as a copy of request {opening.copy_from}: this "
+                             "draft reads hidden states of every prompt row, and of copied rows the stages send none",
+                             hint="Compute the prompts of all requests in full with this method: no prefix reuse.")
+        self._newest = opening.request
+        reader = _Reader(opening, self._config, len(self._taps), self._dtype)
+        reader.over = opening.request in self._over
+        self._readers[opening.request] = reader
+        for flight, part, layers, rows in self._early.pop(opening.request, []):
+            reader.take(flight, part, layers, rows)
+
+    def _can_answer(self, reader: _Reader, question: _Question) -> bool:
+        completed = reader.completed()
+        if completed < reader.table.prompt_len - 1:
+            return False
+        if not self._has_embedding and completed < min(question.position, reader.table.num_committed):
+            return False
+        return self._has_embedding or bool((reader.depth(np.asarray(question.path)) > 0).all())
+
+    def _answer(self, reader: _Reader, top_k: int) -> list[Expansion]:
+        for node in [node for node, asked in reader.waiting.items() if reader.sent[asked.slot] != node]:
+            del reader.waiting[node]  # its slot has another owner, so it is dead
+        questions = [question for question in reader.waiting.values() if self._can_answer(reader, question)]
+        if not questions:
+            return []
+        for question in questions:
+            del reader.waiting[question.node]
+        # A row that is asked must be in the forward, also if it has been kept.
+        first = min(question.position for question in questions)
+        reader.kept = min(reader.kept, first)
+        completed = min(reader.completed(), first)
+        while completed - reader.kept > _CHUNK:
+            self._keep(reader, reader.kept + _CHUNK)
+        hidden = self._forward(reader, _Window.of(reader, completed, questions, self._config.train_span))
+        tokens, logprobs = rank(self._scores(hidden), [reader.context(question) for question in questions], top_k,
+                                limit=self._vocab)
+        return [Expansion(question.node, guesses, weights, [-1] * len(guesses))
+                for question, guesses, weights in zip(questions, tokens, logprobs)]
+
+    def _keep(self, reader: _Reader, end: int) -> None:
+        """Make permanent rows of the completed tokens up to position `end`."""
+        slots = reader.table.committed_slots()[reader.kept : end]
+        mask = np.tri(len(slots), reader.kept + len(slots), reader.kept, dtype=np.bool_)
+        mask &= ~np.tri(*mask.shape, reader.kept - self._config.train_span, dtype=np.bool_)
+        self._forward(reader, _Window(slots, len(slots), mask, np.array([len(slots) - 1])))
+
+    def _forward(self, reader: _Reader, window: _Window) -> Tensor:
+        """The window through the module; the keys and values of its completed tokens are kept. Hidden states
+        [queries, hidden] before the final norm."""
+        tokens, positions = reader.table.standing(window.slots)
+        x = self._rows(reader, window.slots, tokens)
+        past = [(keys[None, : reader.kept], values[None, : reader.kept]) for keys, values in reader.past]
+        mask, queries = torch.from_numpy(window.mask), torch.from_numpy(window.queries)
+        masks = [mask] * (self._config.num_layers - 1) + [mask[queries]]
+        hidden: Tensor
+        hidden, caches = self._module(x[None], torch.from_numpy(positions), masks, queries, past)
+        end = reader.kept + window.fresh
+        for (keys, values), (new_keys, new_values) in zip(reader.past, caches):
+            keys[reader.kept : end] = new_keys[0, : window.fresh]
+            values[reader.kept : end] = new_values[0, : window.fresh]
+        reader.kept = end
+        return hidden[0]
+
+    def _rows(self, reader: _Reader, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> Tensor:
+        """Each token's row, as deep as it is known: [slots, hidden]."""
+        depth, where = reader.depth(slots), torch.from_numpy(slots)
+        features = reader.features[where]
+        if self._embedding is not None:
+            features = torch.cat((F.embedding(torch.from_numpy(tokens), self._embedding)[:, None], features), 1)
+        else:
+            depth = np.maximum(depth, 1) - 1
+        x = features.new_empty(len(slots), self._config.hidden)
+        for kind in np.unique(depth).tolist():
+            rows = torch.from_numpy(np.flatnonzero(depth == kind))
+            x[rows] = self._module.aggregate(features[rows], kind)
+        return x
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        """float32 [rows, vocab]; tokens outside the draft vocabulary are impossible."""
+        scores = self._module.logits(hidden)
+        if self._draft_ids is None:
+            return scores
+        whole = scores.new_full((len(scores), self._vocab), -math.inf)
+        return whole.index_copy_(1, self._draft_ids, scores)
+
+
+def build_spd(*, module: str, model: str, dtype: str, vocab: int, parity: bool = True) -> SpdSource:
+    """Load the draft module in folder `module` for the target at path `model`. What does not fit was refused before
+    (`spd_checkpoint.check_fits`).
+
+    parity: compute the checkpoint's fixture, and raise `DamagedModel` if the answer is another one. Off where the
+    target's weights are of another quantisation than those that the module was trained with.
+    """
+    config, tensors, draft_ids = load_checkpoint(Path(module))
+    files, kind = open_model(Path(model)), DTYPES[dtype]
+    built = PipelineDraftModule(config, files.config)
+    built.load_state_dict({name: value.to(kind if value.ndim > 1 else torch.float32)
+                           for name, value in tensors.items()}, assign=True)
+    embedding = files.tensor("model.embed_tokens.weight", kind) if config.bounds[0] == 0 or config.shared_head else None
+    head = None
+    if config.shared_head:
+        ids = torch.arange(config.draft_vocab_size) if draft_ids is None else draft_ids
+        table = embedding if files.config.tied else files.tensor("lm_head.weight", kind)
+        assert table is not None
+        head = table[ids]
+    built.adopt(files.tensor("model.norm.weight", torch.float32), head)
+    built.eval().requires_grad_(False)
+    if parity:
+        check_parity(Path(module), lambda fixture: fixture_logits(built, fixture), tolerance=_PARITY)
+    built.pack()
+    return SpdSource(built, config, dtype=kind, embedding=embedding if config.bounds[0] == 0 else None,
+                     draft_ids=draft_ids, vocab=vocab)

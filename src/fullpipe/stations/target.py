@@ -1,0 +1,166 @@
+"""A slice of the model as a station: flights in, hidden states or tokens out.
+
+`SliceRunner` is what target stages and a draft model share: arenas and slot tables per request, and the
+way from a flight's integers to a decoder step. Nothing here outlives a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fullpipe.errors import UsageError
+from fullpipe.messages import Flight, Opening, Part
+from fullpipe.models.arena import KVArena
+from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.models.weights import open_model
+from fullpipe.stations.base import Tapped, Verdict
+from fullpipe.stations.sampling import RowContext, pick, tell_logprobs, typical
+from fullpipe.stations.table import SlotTable, open_table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class Wanted:
+    """A row that somebody waits for: its index in the flight, and where it stands."""
+
+    index: int
+    part: Part
+    row: int
+    table: SlotTable
+
+    @property
+    def node(self) -> int:
+        return self.part.nodes[self.row]
+
+    def context(self) -> RowContext:
+        return RowContext(self.table.params, self.part.positions[self.row] + 1, self._history())
+
+    def _history(self) -> Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        def read() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            path = np.asarray(self.table.path(self.part, self.row), np.int64)
+            return path[: self.table.prompt_len], path[self.table.prompt_len :]
+
+        return read
+
+
+class SliceRunner:
+    """Runs flights through one decoder slice, with an arena per open request."""
+
+    def __init__(self, slice: DecoderSlice) -> None:
+        self.slice = slice
+        self._tables: dict[int, SlotTable] = {}
+        self._arenas: dict[int, KVArena] = {}
+
+    def open(self, openings: list[Opening]) -> None:
+        """Make arenas, or enlarge those that are there (see `Opening`)."""
+        for opening in openings:
+            request, old = opening.request, self._arenas.get(opening.request)
+            table = open_table(self._tables, opening)
+            if old is not None:
+                arena = old.enlarged(table.capacity, table.width)
+            else:
+                arena = self.slice.allocate(opening.capacity)
+                if opening.copy_from >= 0:
+                    arena.begin_with(self._arenas[opening.copy_from], torch.tensor(opening.copied, dtype=torch.int64))
+            self._tables[request], self._arenas[request] = table, arena
+
+    def close(self, requests: list[int]) -> None:
+        for request in requests:
+            self._tables.pop(request, None)
+            self._arenas.pop(request, None)
+
+    def forward(self, flight: Flight, hidden: Tensor | None) -> Tensor:
+        """One step. hidden: [rows, hidden] from the stage before, None at the first. Returns the same shape."""
+        return self.slice.forward(*self._step(flight, hidden))
+
+    def forward_tapped(self, flight: Flight, hidden: Tensor | None, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same, and what the slice makes on the way, [rows, len(taps), hidden] (see `DecoderSlice.forward`)."""
+        return self.slice.forward(*self._step(flight, hidden), taps)
+
+    def _step(self, flight: Flight, hidden: Tensor | None) -> tuple[Tensor, Tensor, list[Segment]]:
+        segments: list[Segment] = []
+        start = 0
+        for part in flight.parts:
+            table = self._tables[part.request]
+            table.apply(part)
+            if len(part):
+                segments.append(Segment(start, start + len(part), self._arenas[part.request],
+                                        torch.tensor(part.slots), torch.from_numpy(table.mask(part))))
+            start += len(part)
+        positions = torch.tensor([position for part in flight.parts for position in part.positions],
+                                 dtype=torch.int64)
+        if hidden is None:
+            hidden = torch.tensor([token for part in flight.parts for token in part.tokens], dtype=torch.int64)
+        return hidden, positions, segments
+
+    def wanted(self, flight: Flight) -> Iterator[Wanted]:
+        start = 0
+        for part in flight.parts:
+            for row in range(len(part)):
+                if part.wants[row]:
+                    yield Wanted(start + row, part, row, self._tables[part.request])
+            start += len(part)
+
+    def logits(self, hidden: Tensor, wanted: list[Wanted]) -> Tensor:
+        """float32 [len(wanted), vocab] of those rows."""
+        return self.slice.logits(hidden[torch.tensor([row.index for row in wanted])])
+
+
+class ModelStage:
+    """A stage of the target. The last one picks the token that follows each wanted row.
+
+    vocab: number of real tokens; logits beyond it (padding of the matrix) are never picked.
+    margins: report how far each pick stands above the second best.
+    taps: hidden states to send to the draft station, of every row, prompt rows too (see `DecoderSlice.forward`).
+    """
+
+    def __init__(self, slice: DecoderSlice, *, is_last: bool, vocab: int | None = None, margins: bool = False,
+                 taps: Sequence[int] = ()) -> None:
+        self._runner = SliceRunner(slice)
+        self._is_last, self._vocab, self._margins, self._taps = is_last, vocab, margins, list(taps)
+
+    @torch.inference_mode()
+    def run(self, flight: Flight, hidden: Tensor | None) -> Tensor | Verdict | Tapped:
+        self._runner.open(flight.opens)
+        features: Tensor | None = None
+        if self._taps:
+            hidden, features = self._runner.forward_tapped(flight, hidden, self._taps)
+        else:
+            hidden = self._runner.forward(flight, hidden)
+        answer = self._pick(flight, hidden) if self._is_last else hidden
+        self._runner.close(flight.closes)
+        return answer if features is None else Tapped(answer, self._taps, features)
+
+    def _pick(self, flight: Flight, hidden: Tensor) -> Verdict:
+        wanted = list(self._runner.wanted(flight))
+        if not wanted:
+            return Verdict([], [], [])
+        logits, rows = self._runner.logits(hidden, wanted), [row.context() for row in wanted]
+        tokens, margins = pick(logits, rows, limit=self._vocab, margins=self._margins)
+        others = typical(logits, rows, tokens, limit=self._vocab)
+        told = tell_logprobs(logits, rows, tokens, limit=self._vocab)
+        return Verdict([row.node for row in wanted], tokens, margins, others, told)
+
+
+def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,
+                vocab: int | None = None, margins: bool = False, taps: list[int] | None = None) -> ModelStage:
+    """Load layers `first` (inclusive) to `last` (exclusive) of the model at path `model` as a stage.
+
+    taps: after how many layers of the model hidden states go to the draft station. Raises `UsageError` unless they
+    rise and lie above `first` and not above `last`: others are not made here.
+    """
+    taps = taps or []
+    if taps != sorted({*taps}) or not all(first < tap <= last for tap in taps):
+        raise UsageError(f"layers {first} to {last} cannot be tapped at {taps}",
+                         hint=f"Give rising numbers of finished layers from {first + 1} to {last}.")
+    slice = DecoderSlice(open_model(Path(model)), first, last, has_embedding=is_first, has_head=is_last,
+                         dtype=DTYPES[dtype])
+    return ModelStage(slice, is_last=is_last, vocab=vocab, margins=margins, taps=taps)

@@ -15,16 +15,25 @@ that must be freed when a node dies, and a batch of masks is two vectorised writ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NewType
+
+from msgspec import Struct, field
 
 from fullpipe.request import SamplingParams
 
+ArenaId = NewType("ArenaId", int)
+"""By this number the stations know the cache of one admission of a request. Each admission gets a new one; numbers say
+nothing about order, and never come again within an engine."""
 
-@dataclass(slots=True)
-class Opening:
-    """Tells every station to make an arena for a request, or to enlarge the one that is open. Filled by the engine.
+Fate = Literal["hit", "miss", "last"]
+"""What became of speculation on an emitted token: it was in flight (hit), it was not (miss), or it ended the text, so
+that nothing was to follow it and it counts as neither (last)."""
 
+
+class Opening(Struct):
+    """Tells every station to make an arena, or to enlarge the one that is open. Filled by the engine.
+
+    request: whose it is. drafts: the draft station is told of this arena too, and will be told of its end.
     capacity: number of KV slots in the arena. Of an open one it may only grow, and what stands in it stays.
     prompt_len: positions below it are prompt (presence and frequency penalties do not count them).
     copy_from, copied: the new arena begins with rows of another that is open on this station: those in its committed
@@ -32,16 +41,17 @@ class Opening:
         (An arena that is closed by the same flight is closed after that.)
     """
 
-    request: int
+    arena: ArenaId
     capacity: int
     prompt_len: int
     params: SamplingParams
     copy_from: int = -1
     copied: list[int] = field(default_factory=list)
+    request: int = -1
+    drafts: bool = True
 
 
-@dataclass(slots=True)
-class Part:
+class Part(Struct):
     """The rows of one request in a flight, parents before children. All lists but `commits` run in parallel.
 
     commits: slots that joined the committed path since the last flight of this channel.
@@ -50,7 +60,7 @@ class Part:
     a row may come again, wanted again, behind the new ones: its parents have been there before it in any case.
     """
 
-    request: int
+    arena: ArenaId
     commits: list[int] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -65,31 +75,29 @@ class Part:
     def keep(self, rows: list[int]) -> Part:
         """The same part with only these rows; `commits` stay, for they must arrive whatever dies."""
         columns = (self.nodes, self.tokens, self.positions, self.slots, self.paths, self.wants)
-        return Part(self.request, self.commits, *([column[i] for i in rows] for column in columns))  # type: ignore
+        return Part(self.arena, self.commits, *([column[i] for i in rows] for column in columns))  # type: ignore
 
 
-@dataclass(slots=True)
-class Flight:
+class Flight(Struct):
     """Rows that enter a station together and travel as one; also the form of a draft job.
 
     id: unique within its channel (stages and draft count separately) and rising.
-    opens, closes: requests that begin before and end after this flight.
-    top_k: (draft jobs) children wanted per row at most.
+    opens, closes: arenas that begin before and end after this flight.
+    fanout: (draft jobs) children wanted per row at most.
     """
 
     id: int
     parts: list[Part] = field(default_factory=list)
     opens: list[Opening] = field(default_factory=list)
-    closes: list[int] = field(default_factory=list)
-    top_k: int = 0
+    closes: list[ArenaId] = field(default_factory=list)
+    fanout: int = 0
 
     @property
     def num_rows(self) -> int:
         return sum(len(part) for part in self.parts)
 
 
-@dataclass(slots=True)
-class Tap:
+class Tap(Struct):
     """Hidden states that a stage has made of a flight, on their way to the draft station.
 
     flight: the rows that were really computed.
@@ -102,8 +110,7 @@ class Tap:
     features: Any
 
 
-@dataclass(slots=True)
-class Leg:
+class Leg(Struct):
     """A flight's stay at one station. Times in seconds of the pipeline's clock."""
 
     station: str
@@ -112,8 +119,7 @@ class Leg:
     nodes: list[int]  # rows really computed, after early cancellation
 
 
-@dataclass(slots=True)
-class Expansion:
+class Expansion(Struct):
     """Guesses of what follows one node.
 
     logprobs: natural logarithm of the probability that the target picks this token, given the parent.
@@ -127,21 +133,21 @@ class Expansion:
     parents: list[int]
 
 
-@dataclass(slots=True)
-class Event:
+class Event(Struct, tag_field="type", tag=True):
     """Something that happened at `time` (seconds of the pipeline's clock)."""
 
     time: float
 
 
-@dataclass(slots=True)
 class Ready(Event):
     """Stage 0 can take another flight: it is free, or about to be and nothing waits there."""
 
 
-@dataclass(slots=True)
 class Landed(Event):
-    """The last stage's word on a flight: for each live row that wanted it, the token that follows.
+    """The last stage's answer to a flight: for each live row that wanted it, the token that follows.
+
+    The stage makes it, with time 0 and no legs; the pipeline fills in both. nodes, tokens and what else is not empty
+    are parallel.
 
     margins: how far the picked token's (noisy) logit stands above the second best; empty unless the
     pipeline was built to report it. others: the other tokens that the row's request lets pass, best first
@@ -151,15 +157,14 @@ class Landed(Event):
     """
 
     flight: int
-    nodes: list[int]
-    tokens: list[int]
-    margins: list[float]
-    legs: list[Leg]
+    nodes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     others: list[list[int]] = field(default_factory=list)
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    legs: list[Leg] = field(default_factory=list)
 
 
-@dataclass(slots=True)
 class Drafted(Event):
     """The draft station's answer to a job. What it leaves unanswered it may answer in the reply to a later one."""
 
@@ -168,7 +173,6 @@ class Drafted(Event):
     leg: Leg
 
 
-@dataclass(slots=True)
 class Failed(Event):
     """A station is gone. The engine raises `StationFailed`; nothing more comes from this pipeline.
 
@@ -180,10 +184,34 @@ class Failed(Event):
     hint: str | None = None
 
 
-# What the engine adds to the stream, for recorders and traces.
+# What the engine adds to the stream.
 
 
-@dataclass(slots=True)
+class Submitted(Event):
+    """A request was taken in."""
+
+    request: int
+    prompt_tokens: int
+
+
+class Admitted(Event):
+    """A request got memory on the stations and runs, for the first time or again. cached_tokens: of its prompt, taken
+    over from another request instead of being computed."""
+
+    request: int
+    cached_tokens: int = 0
+
+
+class Preempted(Event):
+    """A request gave its memory back and waits again."""
+
+    request: int
+
+
+class Attached(Event):
+    """The engine goes on with another pipeline: every request waits again, and ids of nodes and flights go on."""
+
+
 class Launched(Event):
     """A flight set off with these nodes. requests: whose each of them is. prompt_rows: rows of committed tokens that it
     carries besides, by request."""
@@ -197,22 +225,24 @@ class Launched(Event):
     prompt_rows: dict[int, int] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
 class Emitted(Event):
-    """A token became part of the text. `hit` says whether it was already in flight, `altered` whether the target would
-    have said another one there (lossy requests only). logprobs: as in `Landed`."""
+    """A token became part of the text. node: whose landing said so. altered: the target would have said another one
+    there (lossy requests only). margin, logprobs: as in `Landed`."""
 
     request: int
     node: int
     token: int
     position: int
-    hit: bool
+    fate: Fate
     margin: float | None = None
     altered: bool = False
     logprobs: list[tuple[int, float]] = field(default_factory=list)
 
+    @property
+    def hit(self) -> bool:
+        return self.fate == "hit"
 
-@dataclass(slots=True)
+
 class Died(Event):
     """These nodes will never be committed; those in flight are cancelled."""
 
@@ -220,8 +250,14 @@ class Died(Event):
     nodes: list[int]
 
 
-@dataclass(slots=True)
 class Finished(Event):
+    """A request is over: "stop", "length", "abort", "deadline" or "error"."""
+
     request: int
-    reason: str  # "stop", "length", "abort", "deadline", "error"
+    reason: str
     detail: dict[str, Any] = field(default_factory=dict)
+
+
+AnyEvent = (Ready | Landed | Drafted | Failed | Submitted | Admitted | Preempted | Attached | Launched | Emitted | Died
+            | Finished)
+"""Every kind, as a decoder wants to know them: `msgspec.json.decode(line, type=AnyEvent)`."""

@@ -15,11 +15,10 @@ from fullpipe.bench.recording import Answer
 from fullpipe.bench.replay import replay
 from fullpipe.engine.loop import Engine
 from fullpipe.errors import UsageError
-from fullpipe.messages import Emitted, Expansion, Flight, Launched, Opening, Part
+from fullpipe.messages import Emitted, Expansion, Flight, Landed, Launched, Opening, Part
 from fullpipe.methods import make_policy
 from fullpipe.planning.cluster import Cluster, unit_cluster
 from fullpipe.request import SamplingParams
-from fullpipe.stations.base import Verdict
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
@@ -115,7 +114,7 @@ def test_the_same_crowd_twice_is_the_same() -> None:
 def test_another_text_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = CrowdStage.run
 
-    def run(self: CrowdStage, flight: Flight, hidden: None) -> Verdict | None:
+    def run(self: CrowdStage, flight: Flight, hidden: None) -> Landed | None:
         verdict = right(self, flight, hidden)
         if verdict is not None:
             verdict.tokens = [token + 1 for token in verdict.tokens]

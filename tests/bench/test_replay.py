@@ -28,7 +28,6 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.planning.cluster import Cluster, unit_cluster
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.stats import RequestStats
-from fullpipe.stations.base import Verdict
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.model import DraftModel
 from fullpipe.stations.drafts.ngram import NgramSource
@@ -362,9 +361,9 @@ def test_work_on_the_prompt_is_not_decoding() -> None:
 def test_other_tokens_than_recorded_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = Answer("a#0", "a", [1, 2], [3, 4], "length")
 
-    def wrong(self: RecordedStage, flight: Flight, hidden: None) -> Verdict:
+    def wrong(self: RecordedStage, flight: Flight, hidden: None) -> Landed:
         nodes = [node for part in flight.parts for node, wanted in zip(part.nodes, part.wants) if wanted]
-        return Verdict(nodes, [9] * len(nodes), [])
+        return Landed(0.0, flight.id, nodes, [9] * len(nodes))
 
     monkeypatch.setattr(RecordedStage, "run", wrong)
     with pytest.raises(AssertionError, match="a#0: the text differs"):

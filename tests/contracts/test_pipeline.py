@@ -366,7 +366,7 @@ class Traffic:
         for part in flight.parts:
             for node, position in zip(part.nodes, part.positions):
                 if node in leg.nodes:
-                    self.computed.setdefault((part.request, node, position), []).extend(layers)
+                    self.computed.setdefault((part.arena, node, position), []).extend(layers)
 
     def check_drafted(self, drafted: Drafted, job: Flight) -> None:
         assert drafted.job == job.id, "jobs are answered in order"

@@ -9,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fullpipe.engine.loop import Engine
-from fullpipe.messages import Emitted, Flight
+from fullpipe.messages import Emitted, Flight, Landed
 from fullpipe.methods import POLICIES, make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.stats import RequestStats
-from fullpipe.stations.base import Verdict
 from fullpipe.stations.drafts.scripted import ScriptedSource
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
@@ -32,7 +31,7 @@ class Lenient(ScriptedStage):
 
     def run(self, flight: Flight, hidden: Any) -> Any:
         verdict = super().run(flight, hidden)
-        assert isinstance(verdict, Verdict)
+        assert isinstance(verdict, Landed)
         positions = [part.positions[row] for part in flight.parts for row in range(len(part)) if part.wants[row]]
         verdict.others = [passing(token, self.count) if position % self.every == 0 else []
                           for token, position in zip(verdict.tokens, positions)]
@@ -47,7 +46,7 @@ def run(method: str, last: ScriptedStage, *, accuracy: float, tokens: int = 30,
         width: int | None = None, prompt: tuple[int, ...] = PROMPT) -> tuple[list[Emitted], RequestStats]:
     stages = [*(ScriptedStage(k, STAGES, TRUTH) for k in range(STAGES - 1)), last]
     engine = Engine(InProcessPipeline(stages, ScriptedSource(TRUTH, accuracy=accuracy, coverage=accuracy, vocab=VOCAB)),
-                    make_policy(method, width=width), top_k=4)
+                    make_policy(method, width=width), fanout=4)
     track = engine.submit(Request(0, prompt, SamplingParams(max_tokens=tokens, accept_typical=0.3)))
     said = []
     while engine.busy:

@@ -142,7 +142,7 @@ def test_alone_and_among_sixteen_others_it_is_what_transformers_says(
                                  draft.build() if guesses else None,  # type: ignore[arg-type]
                                  costs=lambda station, rows, measured, context: CURVE(rows))
     crowd = Crowd(Engine(pipeline, make_policy(method), batching=dynamic(stages) if guesses else Balanced(stages),
-                         chunk=16, top_k=4, kv_slots=9000, share_prefixes=True))
+                         chunk=16, fanout=4, kv_slots=9000, share_prefixes=True))
     assert [said for request in REQUESTS for said in crowd.say([request])] == truth
     assert crowd.most == crowd.mixed == 1
     alone, crowd.hits = crowd.hits, 0
@@ -156,7 +156,7 @@ def test_so_it_is_through_processes(target: Path, draft: StationSpec, truth: lis
     """Two stage processes and one that guesses, on the wall clock: what shares a flight with what is chance."""
     pipeline = DistributedPipeline(specs(target, (3, 5)), draft)
     try:
-        crowd = Crowd(Engine(pipeline, make_policy("fullpipe"), batching=dynamic(2), chunk=16, top_k=4,
+        crowd = Crowd(Engine(pipeline, make_policy("fullpipe"), batching=dynamic(2), chunk=16, fanout=4,
                              kv_slots=9000, share_prefixes=True))
         assert [crowd.say([REQUESTS[0]]), crowd.say(REQUESTS)] == [truth[:1], truth]
         assert crowd.most == COUNT and crowd.mixed > 1

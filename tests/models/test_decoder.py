@@ -23,7 +23,7 @@ from fullpipe.models.files import ModelFiles
 from fullpipe.models.linear import can_pack
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
-from fullpipe.stations.base import Tapped, Verdict
+from fullpipe.stations.base import Tapped
 from fullpipe.stations.target import build_stage
 from tiny import FAMILIES, LAYERS, VOCAB, save, tiny_model, write_gguf
 
@@ -386,7 +386,7 @@ def test_a_stage_taps_every_row_and_the_last_one_answers_too(pair: Callable[...,
     assert (one.layers, one.features.shape) == ([1], (3, 1, 64))
     assert (two.layers, two.features.shape) == ([4, LAYERS], (3, 2, 64))
     answer = plain.run(flight, None)
-    assert isinstance(answer, Verdict)
+    assert isinstance(answer, Landed)
     assert (two.result.nodes, two.result.tokens) == ([0], answer.tokens)
 
 

@@ -72,7 +72,7 @@ def test_every_link_takes_its_time() -> None:
     with DistributedPipeline(_stages(0.0, 0.0, 0.0), ECHO, links=links) as pipeline:
         begun = time.monotonic()
         pipeline.launch(_prompt(100))
-        pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], top_k=2))
+        pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], fanout=2))
         events = _events_until(pipeline, Landed, 1)
         events += [] if any(isinstance(event, Drafted) for event in events) else pipeline.events()
     ready = [event for event in events if isinstance(event, Ready)][1]
@@ -99,7 +99,7 @@ def test_taps_take_the_time_of_their_own_links(needs: int) -> None:
     checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker", {"truth": TRUTH, "needs": needs})
     with DistributedPipeline(stages, checker, links=links) as pipeline:
         pipeline.draft(Flight(0, [Part(0, [0], [0], [7], [99], [99], [[]], [True])],
-                              [Opening(0, 164, 100, SamplingParams())], top_k=2))
+                              [Opening(0, 164, 100, SamplingParams())], fanout=2))
         pipeline.launch(_prompt(100))
         events = _events_until(pipeline, Drafted, 1)
         taps = pipeline.taps
@@ -168,7 +168,7 @@ def test_cancel_counts_from_its_arrival() -> None:
 def test_paced_stations_take_at_least_their_time() -> None:
     pace = {"stage 1": {1: 0.02, 3: 0.06}, "draft": {1: 0.03}}
     with DistributedPipeline(_stages(0.0, 0.0), ECHO, pace=pace) as pipeline:
-        pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], top_k=2))
+        pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], fanout=2))
         (drafted,) = [event for event in _events_until(pipeline, Drafted, 1) if isinstance(event, Drafted)]
         for flight in (_prompt(1), Flight(1, [Part(0, [], [1, 2], [1, 2], [1, 1], [1, 2], [[1], [2]], [True, True])]),
                        Flight(2)):

@@ -103,7 +103,7 @@ def test_replies_take_bandwidth_by_their_rows() -> None:
 def test_a_draft_elsewhere_takes_the_way_there_and_back() -> None:
     one = pipeline(1, links=Links([], draft=Link(0.75)), costs=given(draft=2.0))
     job = flight(0)
-    job.top_k = 2
+    job.fanout = 2
     one.draft(job)
     events = play(one, 1)
     while not any(isinstance(event, Drafted) for event in events):
@@ -231,7 +231,7 @@ def test_what_has_waited_longest_goes_first() -> None:
     """The job came at 0.5 s. The two flights that came at 1 s go after it, in spite of its being the last station."""
     one = pipeline(2, device_of=lambda station: "only", links=Links([Link()], draft=Link(0.5)))
     job = flight(0)
-    job.top_k = 2
+    job.fanout = 2
     one.draft(job)
     found = legs(play(one, 3))
     assert [leg.station for leg in found] == ["stage 0", "draft", "stage 0", "stage 1", "stage 0", "stage 1", "stage 1"]
@@ -278,7 +278,7 @@ def tapped(taps: list[list[int]], source: EchoSource, **options: object) -> InPr
 def asks(one: InProcessPipeline, *nodes: int, id: int = 0) -> None:
     zeros = [0] * len(nodes)
     part = Part(0, [], list(nodes), zeros, zeros, zeros, [[] for _ in nodes], [True] * len(nodes))
-    one.draft(Flight(id, [part], top_k=1))
+    one.draft(Flight(id, [part], fanout=1))
 
 
 def drafted(one: InProcessPipeline) -> Drafted:

@@ -34,7 +34,7 @@ from fullpipe.stations.spec import StationSpec
 def _flight() -> Flight:
     part = Part(7, [3, 4], [-1, 12], [5, 151_000], [0, 1], [3, 9], [[], [4, 9]], [False, True])
     params = SamplingParams(temperature=0.7, logit_bias={5: -1.5}, stop=("a", "b"), seed=2**63 + 1)
-    return Flight(11, [part, Part(8, [1])], [Opening(7, 512, 2, params)], [6], top_k=4)
+    return Flight(11, [part, Part(8, [1])], [Opening(7, 512, 2, params)], [6], fanout=4)
 
 
 def test_flight_returns_as_it_was() -> None:

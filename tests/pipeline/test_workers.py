@@ -137,7 +137,7 @@ def test_stage_that_is_killed_is_named_at_once() -> None:
 def test_draft_that_dies_is_named() -> None:
     draft = StationSpec("fullpipe.stations.scripted:EchoSource", {"delay_s": 60.0})
     with DistributedPipeline(_stages(1), draft) as pipeline:
-        pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], top_k=2))
+        pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], fanout=2))
         pipeline.launch(_row(0))
         _until(pipeline, Landed)
         _children()[1].send_signal(signal.SIGSEGV)
@@ -158,7 +158,7 @@ def _checker(needs: int) -> StationSpec:
 def _job(number: int) -> Flight:
     """About what flight `number` brings."""
     job = _row(number)
-    job.top_k = 2
+    job.fanout = 2
     return job
 
 

@@ -50,7 +50,7 @@ def test_later_sources_are_asked_about_the_first_rows_and_see_all() -> None:
         return Part(request, [7], nodes, nodes, nodes, nodes, [[node] for node in nodes], wants)
 
     first, second = Eager(), Eager()
-    job = Flight(0, [part(0, [1, 2, 3], [True, False, True]), part(1, [4, 5], [True, True])], top_k=4)
+    job = Flight(0, [part(0, [1, 2, 3], [True, False, True]), part(1, [4, 5], [True, True])], fanout=4)
     answers = Mix([first, second], second=3).run(job)
     assert [answer.node for answer in answers] == [1, 3, 4, 5]
     assert first.jobs == [job]

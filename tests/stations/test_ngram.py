@@ -150,7 +150,7 @@ class Talk:
         self.committed = 0
         self.last = self.commit(prompt, opens=[self.opening])
 
-    def commit(self, tokens: list[int], opens: list[Opening] | None = None, top_k: int = 4) -> Expansion:
+    def commit(self, tokens: list[int], opens: list[Opening] | None = None, fanout: int = 4) -> Expansion:
         """Rows that are committed on arrival; an answer is wanted for the last."""
         count = len(tokens)
         slots = list(range(self.slots, self.slots + count))
@@ -159,7 +159,7 @@ class Talk:
                     [[] for _ in tokens], [False] * (count - 1) + [True])
         self.slots += count
         self.committed += count
-        [self.last] = self.source.run(Flight(0, [part], opens or [], top_k=top_k))
+        [self.last] = self.source.run(Flight(0, [part], opens or [], fanout=fanout))
         return self.last
 
     def guess(self, tokens: list[int]) -> list[Expansion]:
@@ -169,7 +169,7 @@ class Talk:
         positions = [self.committed + depth for depth in range(len(tokens))]
         part = Part(self.request, [], slots, tokens, positions, slots,
                     [slots[: depth + 1] for depth in range(len(tokens))], [True] * len(tokens))
-        return self.source.run(Flight(1, [part], top_k=4))
+        return self.source.run(Flight(1, [part], fanout=4))
 
 
 def chains(expansion: Expansion) -> list[list[int]]:
@@ -207,11 +207,11 @@ class TestSource:
         assert chains(first) == [[4, 5]]
         assert chains(second) == []
 
-    def test_top_k_bounds_the_children_of_every_guess(self) -> None:
+    def test_fanout_bounds_the_children_of_every_guess(self) -> None:
         talk = Talk(NgramSource(max_continuation=1), [1, 2, 1, 3, 1, 4, 1, 5, 1])
         assert talk.last.tokens == [5, 4, 3, 2]
         talk = Talk(NgramSource(max_continuation=1), [1, 2, 1, 3, 1, 4, 1, 5])
-        assert talk.commit([1], top_k=2).tokens == [5, 4]
+        assert talk.commit([1], fanout=2).tokens == [5, 4]
 
     def test_learns_from_its_answers_and_not_from_the_prompt(self) -> None:
         talk = Talk(NgramSource(max_continuation=1, max_n=1), [1, 2] * 20)
@@ -237,7 +237,7 @@ class TestSource:
     def test_a_row_that_left_the_committed_path_gets_nothing(self) -> None:
         talk = Talk(NgramSource(), [1, 2, 1, 2, 1])
         stale = Part(0, [], [77], [1], [2], [2], [[]], [True])
-        assert talk.source.run(Flight(5, [stale], top_k=4)) == [Expansion(77, [], [], [])]
+        assert talk.source.run(Flight(5, [stale], fanout=4)) == [Expansion(77, [], [], [])]
 
     def test_requests_do_not_see_each_other(self) -> None:
         source = NgramSource(max_continuation=1)
@@ -266,7 +266,7 @@ def test_a_copy_guesses_as_if_the_text_were_its_own_prompt() -> None:
     whole = Talk(NgramSource(), [1, 2, 3, 4, 5, 1, 9, 3]).last
     opening = Opening(1, 9, 8, SamplingParams(), copy_from=before.request, copied=list(range(6)))
     part = Part(1, [6, 7], [-1, 7], [9, 3], [6, 7], [6, 7], [[], []], [False, True])
-    assert source.run(Flight(1, [part], [opening], [before.request], top_k=4)) == [whole]
+    assert source.run(Flight(1, [part], [opening], [before.request], fanout=4)) == [whole]
     assert whole.tokens[:2] == [4, 5]
 
 

@@ -26,7 +26,7 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import _ENDS, Costs
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Track
-from fullpipe.stations.base import SourceLike, Verdict
+from fullpipe.stations.base import SourceLike
 
 MakeEngine = Callable[[Pipeline, Sequence[Listener]], Engine]
 """An engine over this pipeline that tells these listeners; batching and policy are the maker's."""
@@ -56,19 +56,19 @@ class CrowdStage:
     def __init__(self, answers: Sequence[Answer], *, is_last: bool) -> None:
         self._answers, self._is_last = answers, is_last
 
-    def run(self, flight: Flight, hidden: None) -> Verdict | None:
+    def run(self, flight: Flight, hidden: None) -> Landed | None:
         if not self._is_last:
             return None
-        verdict = Verdict([], [], [])
+        verdict = Landed(0.0, flight.id)
         for part in flight.parts:
-            say(self._answers[part.request], part, verdict)
+            say(self._answers[part.arena], part, verdict)
         return verdict
 
 
 class Answering(Protocol):
     """What answers one request's parts (`memo.MemoSource`)."""
 
-    def answer(self, part: Part, top_k: int) -> list[Expansion]: ...
+    def answer(self, part: Part, fanout: int) -> list[Expansion]: ...
 
 
 class CrowdSource:
@@ -85,7 +85,7 @@ class CrowdSource:
         for opening in job.opens:
             if opening.request not in self._open:  # else it has grown
                 self._open[opening.request] = self._opening(opening.request)
-        said = [one for part in job.parts for one in self._open[part.request].answer(part, job.top_k)]
+        said = [one for part in job.parts for one in self._open[part.arena].answer(part, job.fanout)]
         for request in job.closes:
             self._open.pop(request, None)
         return said

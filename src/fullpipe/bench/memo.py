@@ -213,15 +213,15 @@ class MemoSource:
         self._ids: dict[int, int] = {}  # slot -> path
 
     def run(self, job: Flight) -> list[Expansion]:
-        return [expansion for part in job.parts for expansion in self.answer(part, job.top_k)]
+        return [expansion for part in job.parts for expansion in self.answer(part, job.fanout)]
 
-    def answer(self, part: Part, top_k: int) -> list[Expansion]:
+    def answer(self, part: Part, fanout: int) -> list[Expansion]:
         """What the draft says of the part's rows that want it."""
         expansions = []
         ids = [self._id(part, row) for row in range(len(part))]
         wanted = [row for row in range(len(part)) if part.wants[row]]
         for row, (tokens, logprobs) in zip(wanted, self._memo.answers([ids[row] for row in wanted])):
-            count = min(top_k, len(tokens))
+            count = min(fanout, len(tokens))
             expansions.append(Expansion(part.nodes[row], tokens[:count], logprobs[:count], [-1] * count))
         return expansions
 

@@ -23,7 +23,7 @@ from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
 from fullpipe.pipeline.links import Links
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.stats import RequestStats
-from fullpipe.stations.base import SourceLike, Verdict
+from fullpipe.stations.base import SourceLike
 
 _requests = count()
 
@@ -47,16 +47,16 @@ class RecordedStage:
     def __init__(self, answer: Answer, *, is_last: bool) -> None:
         self._answer, self._is_last = answer, is_last
 
-    def run(self, flight: Flight, hidden: None) -> Verdict | None:
+    def run(self, flight: Flight, hidden: None) -> Landed | None:
         if not self._is_last:
             return None
-        verdict = Verdict([], [], [])
+        verdict = Landed(0.0, flight.id)
         for part in flight.parts:
             say(self._answer, part, verdict)
         return verdict
 
 
-def say(answer: Answer, part: Part, verdict: Verdict) -> None:
+def say(answer: Answer, part: Part, verdict: Landed) -> None:
     """Add to the verdict what the recording says of the part's rows. A committed row must be the recorded one."""
     tokens, before = answer.tokens, len(answer.prompt) - 1
     for node, token, position, path, wanted in zip(part.nodes, part.tokens, part.positions, part.paths, part.wants):

@@ -27,7 +27,7 @@ from fullpipe.cluster.hops import measure_hops
 from fullpipe.cluster.profile import Cost, Curve, Profile, Shape, Surface
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
-from fullpipe.messages import Flight, Opening, Part
+from fullpipe.messages import ArenaId, Flight, Opening, Part
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.weights import open_model
@@ -169,17 +169,18 @@ class _Standing(SliceRunner):
 
     def flight(self, rows: int, context: int) -> Flight:
         """A flight of a request that begins anew: `rows` guesses of the token that follows the context."""
-        opening = Opening(context, context + self._most, context, SamplingParams())
-        if context not in self._arenas:
+        arena = ArenaId(context)
+        opening = Opening(arena, context + self._most, context, SamplingParams())
+        if arena not in self._arenas:
             self.open([opening])
-            self._arenas[context].kv.normal_(generator=torch.Generator().manual_seed(context))
-        table = self._tables[context] = SlotTable(opening)
+            self._arenas[arena].kv.normal_(generator=torch.Generator().manual_seed(context))
+        table = self._tables[arena] = SlotTable(opening)
         places = list(range(context))
-        table.apply(Part(context, places, [-1] * context, [0] * context, places, places, [[]] * context,
+        table.apply(Part(arena, places, [-1] * context, [0] * context, places, places, [[]] * context,
                          [False] * context))
         slots = list(range(context, context + rows))
-        return Flight(0, [Part(context, [], list(range(rows)), [0] * rows, [context] * rows, slots,
-                               [[slot] for slot in slots], [True] * rows)], top_k=_TOP_K)
+        return Flight(0, [Part(arena, [], list(range(rows)), [0] * rows, [context] * rows, slots,
+                               [[slot] for slot in slots], [True] * rows)], fanout=_TOP_K)
 
 
 def _timed(work: Callable[..., object], *arguments: object) -> float:
@@ -232,7 +233,7 @@ def _drafts(files: ModelFiles, dtype: str, cells: _Cells) -> Surface:
     def call(job: Flight) -> None:
         hidden = runner.forward(job, None)
         wanted = list(runner.wanted(job))
-        rank(runner.logits(hidden, wanted), [row.context() for row in wanted], job.top_k)
+        rank(runner.logits(hidden, wanted), [row.context() for row in wanted], job.fanout)
 
     return cells.surface("draft", lambda rows, context: (_timed(call, runner.flight(rows, context)),))[0]
 

@@ -14,11 +14,13 @@ from itertools import count
 from fullpipe.batching.base import Batching, Separate
 from fullpipe.errors import PipelineError, PromptError, StationFailed, UsageError
 from fullpipe.messages import (
+    ArenaId,
     Died,
     Drafted,
     Emitted,
     Event,
     Failed,
+    Fate,
     Finished,
     Flight,
     Landed,
@@ -57,7 +59,7 @@ class Engine:
     """Drives requests through a pipeline under a policy.
 
     batching: how requests share flights; None: each as if it were alone.
-    chunk: prompt tokens per flight. top_k: children the draft may propose per node.
+    chunk: prompt tokens per flight. fanout: children the draft may propose per node.
     spare: slots per request beyond prompt and answer, for speculation.
     max_num_seqs: requests that run at a time; the others wait in here. None: all.
     kv_slots: cache slots of all requests together, on each station. Then a request's arena begins small and grows; one
@@ -69,7 +71,7 @@ class Engine:
     """
 
     def __init__(self, pipeline: Pipeline, policy: Policy, *, batching: Batching | None = None, chunk: int = 256,
-                 top_k: int = 16, spare: int | None = None, max_num_seqs: int | None = None,
+                 fanout: int = 16, spare: int | None = None, max_num_seqs: int | None = None,
                  kv_slots: int | None = None, share_prefixes: bool = False,
                  listeners: Iterable[Listener] = ()) -> None:
         if share_prefixes and kv_slots is None:
@@ -82,18 +84,18 @@ class Engine:
         self.num_preemptions = 0
         self._max_num_seqs, self._share_prefixes = max_num_seqs, share_prefixes
         self._chunk = chunk
-        self._top_k = top_k
+        self._fanout = fanout
         self._spare = spare
         self._listeners = list(listeners)
         self._tracks: dict[int, Track] = {}  # those that run
         self._waiting: dict[int, Track] = {}
         self._node_ids, self._flight_ids, self._job_ids = count(), count(), count()
-        self._arenas = count(1 << 40)  # of requests that begin anew, far from the ids of requests
+        self._arenas = map(ArenaId, count(1 << 40))  # of requests that begin anew, far from the ids of requests
         self._launched: dict[int, tuple[Track, Node]] = {}  # by node id, until they land or die
         self._asked: dict[int, tuple[Track, Node]] = {}  # by node id, until the draft answers
         self._flights: dict[int, list[tuple[Track, Node | None]]] = {}  # rows of what is under way
         self._logprobs: dict[int, list[tuple[int, float]]] = {}  # by node that has landed, until its turn or its death
-        self._closes: dict[str, list[int]] = {"stages": [], "draft": []}
+        self._closes: dict[str, list[ArenaId]] = {"stages": [], "draft": []}
         self._stage_ready = False
         self._draft_ready = True
         self._broken = False  # for good, once a step ended in the middle
@@ -191,14 +193,14 @@ class Engine:
         while not self._stage_ready:
             self.step()
         self._listeners.append(listen)
-        opening = Opening(part.request, rows, rows, SamplingParams())
-        flight = Flight(next(self._flight_ids), [part], [opening], [part.request])
+        opening = Opening(part.arena, rows, rows, SamplingParams())
+        flight = Flight(next(self._flight_ids), [part], [opening], [part.arena])
         self._flights[flight.id], self._stage_ready = [], False
         self.pipeline.launch(flight)
         if draft and self.policy.needs_draft:
             self._draft_ready = False
-            self.pipeline.draft(Flight(next(self._job_ids), [part.keep(list(range(rows)))], [opening], [part.request],
-                                       top_k=self._top_k))
+            self.pipeline.draft(Flight(next(self._job_ids), [part.keep(list(range(rows)))], [opening], [part.arena],
+                                       fanout=self._fanout))
         self.drain()
         self._listeners.remove(listen)
         return legs, drafted[0] if drafted else None
@@ -433,7 +435,7 @@ class Engine:
         return [part for part, _ in parts.values() if len(part)]
 
     def _next_job(self) -> Flight | None:
-        job = Flight(-1, opens=self._openings("draft"), closes=self._closings("draft"), top_k=self._top_k)
+        job = Flight(-1, opens=self._openings("draft"), closes=self._closings("draft"), fanout=self._fanout)
         if self.policy.needs_draft:
             job.parts = self._job_parts()
         if not (job.parts or job.opens or job.closes):
@@ -491,7 +493,7 @@ class Engine:
                 openings.append(track.opening(state))
         return openings
 
-    def _closings(self, channel: str) -> list[int]:
+    def _closings(self, channel: str) -> list[ArenaId]:
         closes, self._closes[channel] = self._closes[channel], []
         return closes
 
@@ -523,8 +525,9 @@ class Engine:
             self._asked.pop(root.id, None)  # what follows it is known
             self._bury(track, step.dead)
             reason = self._verdict(track, step.token)
+            fate: Fate = "last" if reason is not None else "hit" if step.hit else "miss"
             track.stats.on_emit(self._now, step.hit, last=reason is not None, altered=step.altered)
-            news = Emitted(self._now, track.request.id, root.id, step.token, root.position + 1, step.hit,
+            news = Emitted(self._now, track.request.id, root.id, step.token, root.position + 1, fate,
                            margins.get(root.id), step.altered, self._logprobs.pop(root.id, []))
             self._news.append(news)
             self._tell(news)

@@ -58,7 +58,7 @@ def read_landed(frame: Frame, time: float, expected: Expected | None, stations: 
         legs = [_leg(values, due) for values in _list(frame["legs"])]
         if [leg.station for leg in legs] != stations:
             raise NonsenseError(f"flight {due.id} with other legs than one of each stage")
-        return Landed(time, due.id, nodes, tokens, margins, legs, others, logprobs)
+        return Landed(time, due.id, nodes, tokens, margins, others, logprobs, legs)
 
 
 def read_drafted(frame: Frame, time: float, expected: Expected | None, newest: int) -> Drafted:

@@ -21,7 +21,7 @@ from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready, Tap
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import INSTANT, Link, Links, Wire
-from fullpipe.stations.base import SourceLike, StageLike, TapCount, Verdict, tap_reader, untapped
+from fullpipe.stations.base import SourceLike, StageLike, TapCount, tap_reader, untapped
 
 
 class Costs(Protocol):
@@ -270,19 +270,19 @@ class InProcessPipeline(Pipeline):
                 self._at(self._time, _ENDS, self._ready)
 
     def _land(self, station: _Station, cargo: _Cargo) -> Event | None:
-        assert isinstance(cargo.hidden, Verdict)
+        assert isinstance(cargo.hidden, Landed)
         self._free(station)
-        verdict, flight = cargo.hidden, cargo.flight
+        answer, flight = cargo.hidden, cargo.flight
 
         def landed() -> Event:
             for node in self._under_way.pop(flight.id):
                 self._cancelled.pop(node, None)
-            return Landed(self.now(), flight.id, verdict.nodes, verdict.tokens, verdict.margins, cargo.legs,
-                          verdict.others, verdict.logprobs)
+            answer.time, answer.legs = self.now(), cargo.legs
+            return answer
 
         if self.num_stages == 1:
             self._at(self._time, _ENDS, self._ready)
-        return self._reply("landing", _REPLY_ROW_BYTES * len(verdict.nodes), landed)
+        return self._reply("landing", _REPLY_ROW_BYTES * len(answer.nodes), landed)
 
     def _ready(self) -> Event | None:
         return self._reply("ready", 0, lambda: Ready(self.now()))
@@ -321,5 +321,5 @@ def drop_rows(flight: Flight, hidden: Any, dead: set[int]) -> tuple[Flight, Any]
         parts.append(part.keep(rows))
         kept += [start + i for i in rows]
         start += len(part)
-    return Flight(flight.id, parts, flight.opens, flight.closes, flight.top_k), \
+    return Flight(flight.id, parts, flight.opens, flight.closes, flight.fanout), \
         hidden if hidden is None else hidden[kept]

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fullpipe.messages import Expansion, Flight, Leg, Opening, Part
+from fullpipe.messages import ArenaId, Expansion, Flight, Leg, Opening, Part
 from fullpipe.request import SamplingParams
 
 Frame = dict[str, Any]
@@ -68,29 +68,28 @@ class Arrival:
 def dump_flight(flight: Flight) -> list[Any]:
     """A flight, or draft job, as plain JSON values."""
     return [flight.id, [_dump_part(part) for part in flight.parts],
-            [_dump_opening(opening) for opening in flight.opens], flight.closes, flight.top_k]
+            [_dump_opening(opening) for opening in flight.opens], flight.closes, flight.fanout]
 
 
 def load_flight(values: list[Any]) -> Flight:
     """What `dump_flight` wrote."""
-    number, parts, opens, closes, top_k = values
+    number, parts, opens, closes, fanout = values
     return Flight(number, [Part(*part) for part in parts],
-                  [_load_opening(*opening) for opening in opens], closes, top_k)
+                  [_load_opening(*opening) for opening in opens], closes, fanout)
 
 
 def _dump_part(part: Part) -> list[Any]:
-    return [part.request, part.commits, part.nodes, part.tokens, part.positions, part.slots, part.paths,
+    return [part.arena, part.commits, part.nodes, part.tokens, part.positions, part.slots, part.paths,
             part.wants]
 
 
 def _dump_opening(opening: Opening) -> list[Any]:
-    return [opening.request, opening.capacity, opening.prompt_len, opening.params.to_dict(), opening.copy_from,
-            opening.copied]
+    return [opening.arena, opening.capacity, opening.prompt_len, opening.params.to_dict(), opening.copy_from,
+            opening.copied, opening.request, opening.drafts]
 
 
-def _load_opening(request: int, capacity: int, prompt_len: int, params: dict[str, Any], copy_from: int,
-                  copied: list[int]) -> Opening:
-    return Opening(request, capacity, prompt_len, SamplingParams.from_dict(params), copy_from, copied)
+def _load_opening(arena: ArenaId, capacity: int, prompt_len: int, params: dict[str, Any], *rest: Any) -> Opening:
+    return Opening(arena, capacity, prompt_len, SamplingParams.from_dict(params), *rest)
 
 
 def dump_leg(leg: Leg) -> list[Any]:

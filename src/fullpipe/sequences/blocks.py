@@ -11,6 +11,8 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fullpipe.messages import ArenaId
+
 _LEAST_SHARED = 16  # tokens; fewer are computed as fast as copied
 
 
@@ -62,7 +64,7 @@ class Kept:
     in_draft: the arena exists there.
     """
 
-    arena: int
+    arena: ArenaId
     capacity: int
     tokens: list[int]
     slots: list[int]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from fullpipe.messages import Opening, Part
+from fullpipe.messages import ArenaId, Opening, Part
 from fullpipe.request import Request
 from fullpipe.sequences.blocks import SlotAllocator
 from fullpipe.sequences.stats import RequestStats
@@ -54,14 +54,14 @@ class Track:
     stages: Channel = field(default_factory=Channel)
     draft: Channel = field(default_factory=Channel)
     finished: str | None = None
-    arena: int = -1
+    arena: ArenaId = ArenaId(-1)
     judge: Callable[[int], str | None] | None = None
     cached: int = 0
 
     @classmethod
     def begin(cls, request: Request, capacity: int, ids: Iterator[int], stats: RequestStats) -> Track:
         tree, slots = TokenTree(request.prompt[-1], 0, horizon=0, ids=ids), SlotAllocator(capacity)
-        track = cls(request, tree, slots, list(request.prompt), [], stats, arena=request.id)
+        track = cls(request, tree, slots, list(request.prompt), [], stats, arena=ArenaId(request.id))
         track.rewind(capacity, ids)
         return track
 
@@ -80,9 +80,10 @@ class Track:
         """That makes the arena on a channel as large as it is to be."""
         copy_from, copied = channel.copy_from, channel.copied
         channel.capacity, channel.copy_from, channel.copied = self.slots.capacity, -1, []
-        return Opening(self.arena, self.slots.capacity, self.num_prompt, self.request.params, copy_from, copied)
+        return Opening(self.arena, self.slots.capacity, self.num_prompt, self.request.params, copy_from, copied,
+                       self.request.id)
 
-    def take_over(self, channel: Channel, arena: int, slots: list[int]) -> None:
+    def take_over(self, channel: Channel, arena: ArenaId, slots: list[int]) -> None:
         """Begin this channel's arena with rows of another's, which stand in these slots there, by position."""
         channel.rows = channel.commits = len(slots)
         channel.copy_from, channel.copied = (arena, slots) if slots else (-1, [])

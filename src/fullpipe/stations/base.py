@@ -17,24 +17,11 @@ class StageLike(Protocol):
 
     `run` takes the flight (cancelled rows already dropped) and, except at the first stage, the previous
     stage's output: one hidden-state row per flight row, in order of parts, [rows, hidden]. It returns the
-    same kind of thing, or at the last stage a `Verdict`. It opens arenas for `flight.opens` first, in order (or
+    same kind of thing, or at the last stage a `Landed` with time 0 and no legs. It opens arenas for `flight.opens` first, in order (or
     enlarges those that are open), and frees those of `flight.closes` last.
     """
 
     def run(self, flight: Flight, hidden: Any) -> Any: ...
-
-
-class Verdict:
-    """The last stage's answer: parallel lists over the rows with `wants`, in order. margins, others and logprobs may be
-    empty, see `messages.Landed`."""
-
-    __slots__ = ("logprobs", "margins", "nodes", "others", "tokens")
-
-    def __init__(self, nodes: list[int], tokens: list[int], margins: list[float],
-                 others: list[list[int]] | None = None,
-                 logprobs: list[list[tuple[int, float]]] | None = None) -> None:
-        self.nodes, self.tokens, self.margins = nodes, tokens, margins
-        self.others, self.logprobs = others or [], logprobs or []
 
 
 class SourceLike(Protocol):

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import Expansion, Flight, Part
-from fullpipe.stations.base import Tapped, Verdict
+from fullpipe.messages import ArenaId, Expansion, Flight, Landed, Part
+from fullpipe.stations.base import Tapped
 from fullpipe.stations.table import SlotTable, open_table
 
 Truth = dict[str, Any]
@@ -60,21 +60,21 @@ class ScriptedStage:
         self.index, self.num_stages, self.delay_s, self.fail_at = index, num_stages, delay_s, fail_at
         self.taps = list(taps)
         self._answer = answerer(truth)
-        self._tables: dict[int, SlotTable] = {}
+        self._tables: dict[ArenaId, SlotTable] = {}
 
-    def run(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32] | Verdict | Tapped:
+    def run(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32] | Landed | Tapped:
         for opening in flight.opens:
-            self._tables[opening.request] = open_table(self._tables, opening)
+            self._tables[opening.arena] = open_table(self._tables, opening)
         if self.fail_at == flight.id:
             raise RuntimeError(f"scripted failure at flight {flight.id}")
         if self.delay_s:
             time.sleep(self.delay_s)
         for part in flight.parts:
-            self._tables[part.request].apply(part)
+            self._tables[part.arena].apply(part)
         passed = self._pass_on(flight, hidden)
-        answer = self._verdict(flight) if self.index == self.num_stages - 1 else passed
-        for request in flight.closes:
-            del self._tables[request]
+        answer = self._land(flight) if self.index == self.num_stages - 1 else passed
+        for arena in flight.closes:
+            del self._tables[arena]
         return Tapped(answer, self.taps, tap_features(flight, self.taps)) if self.taps else answer
 
     def _pass_on(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32]:
@@ -87,19 +87,19 @@ class ScriptedStage:
         expected[:, 3] += 1
         return expected
 
-    def _verdict(self, flight: Flight) -> Verdict:
-        verdict = Verdict([], [], [])
+    def _land(self, flight: Flight) -> Landed:
+        landed = Landed(0.0, flight.id)
         for part in flight.parts:
-            table = self._tables[part.request]
+            table = self._tables[part.arena]
             for row in (row for row in range(len(part)) if part.wants[row]):
-                verdict.nodes.append(part.nodes[row])
-                verdict.tokens.append(self._answer(table, part, row))
-        return verdict
+                landed.nodes.append(part.nodes[row])
+                landed.tokens.append(self._answer(table, part, row))
+        return landed
 
 
 def tap_features(flight: Flight, layers: Sequence[int]) -> NDArray[np.float32]:
     """What scripted stages tap: [rows, len(layers), 4], request, node, position and number of layers of each."""
-    said = [[[part.request, node, position, layer] for layer in layers] for part in flight.parts
+    said = [[[part.arena, node, position, layer] for layer in layers] for part in flight.parts
             for node, position in zip(part.nodes, part.positions)]
     return np.array(said, dtype=np.float32).reshape(len(said), len(layers), 4)
 
@@ -121,7 +121,7 @@ class EchoSource:
             raise RuntimeError(f"scripted failure at job {job.id}")
         if self.delay_s:
             time.sleep(self.delay_s * job.num_rows)
-        return [_echo(part.nodes[row], part.tokens[row], job.top_k) for part in job.parts
+        return [_echo(part.nodes[row], part.tokens[row], job.fanout) for part in job.parts
                 for row in range(len(part)) if part.wants[row]]
 
 
@@ -137,7 +137,7 @@ def answerer(truth: Truth) -> Answer:
         case {"kind": "text", "tokens": [_, *_] as tokens}:
             return lambda table, part, row: _recorded(tokens, table, part, row)
         case {"kind": "texts", "texts": [_, *_] as texts} if all(texts):
-            return lambda table, part, row: _recorded(texts[part.request % len(texts)], table, part, row)
+            return lambda table, part, row: _recorded(texts[table.request % len(texts)], table, part, row)
     raise UsageError(f"no such truth: {truth!r}",
                      hint='Known are {"kind": "hash", "vocab": V, "seed": S}, {"kind": "text", "tokens": [...]} and '
                           '{"kind": "texts", "texts": [[...], ...]}, with at least one token in each text.')

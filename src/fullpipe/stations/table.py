@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fullpipe.messages import Opening, Part
+from fullpipe.messages import ArenaId, Opening, Part
 
 
 class SlotTable:
@@ -21,7 +21,7 @@ class SlotTable:
     """
 
     def __init__(self, opening: Opening) -> None:
-        self.params = opening.params
+        self.params, self.request = opening.params, opening.request
         self.prompt_len = opening.prompt_len
         self.capacity = opening.capacity
         self.width = 0  # highest slot in use, plus one
@@ -99,13 +99,13 @@ class SlotTable:
         return tokens + [int(self._token[slot]) for slot in branch]
 
 
-def open_table(tables: Mapping[int, SlotTable], opening: Opening) -> SlotTable:
+def open_table(tables: Mapping[ArenaId, SlotTable], opening: Opening) -> SlotTable:
     """What a station with these tables has of the request from now on: the table that is there, enlarged, or a new
     one, which begins with what the opening says."""
-    if (table := tables.get(opening.request)) is not None:
+    if (table := tables.get(opening.arena)) is not None:
         table.enlarge(opening.capacity)
         return table
     table = SlotTable(opening)
     if opening.copy_from >= 0:
-        table.begin_with(tables[opening.copy_from], opening.copied)
+        table.begin_with(tables[ArenaId(opening.copy_from)], opening.copied)
     return table

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import Flight, Opening, Part
+from fullpipe.messages import ArenaId, Flight, Landed, Opening, Part
 from fullpipe.models.arena import KVArena
 from fullpipe.models.decoder import DecoderSlice, Segment
 from fullpipe.models.weights import open_model
-from fullpipe.stations.base import Tapped, Verdict
+from fullpipe.stations.base import Tapped
 from fullpipe.stations.sampling import RowContext, pick, tell_logprobs, typical
 from fullpipe.stations.table import SlotTable, open_table
 
@@ -56,26 +56,26 @@ class SliceRunner:
 
     def __init__(self, slice: DecoderSlice) -> None:
         self.slice = slice
-        self._tables: dict[int, SlotTable] = {}
-        self._arenas: dict[int, KVArena] = {}
+        self._tables: dict[ArenaId, SlotTable] = {}
+        self._arenas: dict[ArenaId, KVArena] = {}
 
     def open(self, openings: list[Opening]) -> None:
         """Make arenas, or enlarge those that are there (see `Opening`)."""
         for opening in openings:
-            request, old = opening.request, self._arenas.get(opening.request)
+            arena_id, old = opening.arena, self._arenas.get(opening.arena)
             table = open_table(self._tables, opening)
             if old is not None:
                 arena = old.enlarged(table.capacity, table.width)
             else:
                 arena = self.slice.allocate(opening.capacity)
                 if opening.copy_from >= 0:
-                    arena.begin_with(self._arenas[opening.copy_from], torch.tensor(opening.copied, dtype=torch.int64))
-            self._tables[request], self._arenas[request] = table, arena
+                    arena.begin_with(self._arenas[ArenaId(opening.copy_from)], torch.tensor(opening.copied, dtype=torch.int64))
+            self._tables[arena_id], self._arenas[arena_id] = table, arena
 
-    def close(self, requests: list[int]) -> None:
-        for request in requests:
-            self._tables.pop(request, None)
-            self._arenas.pop(request, None)
+    def close(self, arenas: list[ArenaId]) -> None:
+        for arena in arenas:
+            self._tables.pop(arena, None)
+            self._arenas.pop(arena, None)
 
     def forward(self, flight: Flight, hidden: Tensor | None) -> Tensor:
         """One step. hidden: [rows, hidden] from the stage before, None at the first. Returns the same shape."""
@@ -89,10 +89,10 @@ class SliceRunner:
         segments: list[Segment] = []
         start = 0
         for part in flight.parts:
-            table = self._tables[part.request]
+            table = self._tables[part.arena]
             table.apply(part)
             if len(part):
-                segments.append(Segment(start, start + len(part), self._arenas[part.request],
+                segments.append(Segment(start, start + len(part), self._arenas[part.arena],
                                         torch.tensor(part.slots), torch.from_numpy(table.mask(part))))
             start += len(part)
         positions = torch.tensor([position for part in flight.parts for position in part.positions],
@@ -106,7 +106,7 @@ class SliceRunner:
         for part in flight.parts:
             for row in range(len(part)):
                 if part.wants[row]:
-                    yield Wanted(start + row, part, row, self._tables[part.request])
+                    yield Wanted(start + row, part, row, self._tables[part.arena])
             start += len(part)
 
     def logits(self, hidden: Tensor, wanted: list[Wanted]) -> Tensor:
@@ -128,7 +128,7 @@ class ModelStage:
         self._is_last, self._vocab, self._margins, self._taps = is_last, vocab, margins, list(taps)
 
     @torch.inference_mode()
-    def run(self, flight: Flight, hidden: Tensor | None) -> Tensor | Verdict | Tapped:
+    def run(self, flight: Flight, hidden: Tensor | None) -> Tensor | Landed | Tapped:
         self._runner.open(flight.opens)
         features: Tensor | None = None
         if self._taps:
@@ -139,15 +139,15 @@ class ModelStage:
         self._runner.close(flight.closes)
         return answer if features is None else Tapped(answer, self._taps, features)
 
-    def _pick(self, flight: Flight, hidden: Tensor) -> Verdict:
+    def _pick(self, flight: Flight, hidden: Tensor) -> Landed:
         wanted = list(self._runner.wanted(flight))
         if not wanted:
-            return Verdict([], [], [])
+            return Landed(0.0, flight.id)
         logits, rows = self._runner.logits(hidden, wanted), [row.context() for row in wanted]
         tokens, margins = pick(logits, rows, limit=self._vocab, margins=self._margins)
         others = typical(logits, rows, tokens, limit=self._vocab)
         told = tell_logprobs(logits, rows, tokens, limit=self._vocab)
-        return Verdict([row.node for row in wanted], tokens, margins, others, told)
+        return Landed(0.0, flight.id, [row.node for row in wanted], tokens, margins, others, told)
 
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from fullpipe.messages import Expansion, Flight, Tap
 from fullpipe.stations.base import SourceLike, tap_reader

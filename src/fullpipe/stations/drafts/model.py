@@ -32,7 +32,7 @@ class DraftModel:
         expansions = []
         if wanted:
             tokens, logprobs = rank(self._runner.logits(hidden, wanted), [row.context() for row in wanted],
-                                    job.top_k, limit=self._vocab)
+                                    job.fanout, limit=self._vocab)
             expansions = [Expansion(row.node, guesses, weights, [-1] * len(guesses))
                           for row, guesses, weights in zip(wanted, tokens, logprobs)]
         self._runner.close(job.closes)

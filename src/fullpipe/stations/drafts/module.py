@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
+from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part, Tap
 from fullpipe.models.spd_checkpoint import ModuleConfig, check_parity, load_checkpoint
 from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.models.weights import open_model
@@ -180,10 +180,10 @@ class SpdSource:
         self._taps = [bound for bound in config.bounds if bound]
         self._has_embedding = config.bounds[0] == 0
         self._dtype = dtype
-        self._readers: dict[int, _Reader] = {}
-        self._early: dict[int, list[tuple[int, Part, list[int], Tensor]]] = {}  # taps of requests that are not open yet
-        self._over: set[int] = set()  # requests that the stages have closed, and that are not open yet
-        self._newest = -1  # request; ids rise, so one below it that is not open is over
+        self._readers: dict[ArenaId, _Reader] = {}
+        self._early: dict[ArenaId, list[tuple[int, Part, list[int], Tensor]]] = {}  # taps of requests that are not open yet
+        self._over: set[ArenaId] = set()  # requests that the stages have closed, and that are not open yet
+        self._newest = ArenaId(-1)  # request; ids rise, so one below it that is not open is over
         self._admitted = -1  # job
 
     # ---- what the pipeline calls -------------------------------------------------------------------------
@@ -194,15 +194,15 @@ class SpdSource:
         layers = [self._taps.index(tap.layers[column]) for column in columns]
         features, start = torch.as_tensor(tap.features)[:, columns], 0
         for opening in tap.flight.opens:
-            if opening.request in self._readers:
-                self._readers[opening.request].enlarge(opening.capacity)
+            if opening.arena in self._readers:
+                self._readers[opening.arena].enlarge(opening.capacity)
         for part in tap.flight.parts:
             rows = features[start : start + len(part)]
             start += len(part)
-            if part.request in self._readers:
-                self._readers[part.request].take(tap.flight.id, part, layers, rows)
-            elif part.request > self._newest:
-                self._early.setdefault(part.request, []).append((tap.flight.id, part, layers, rows))
+            if part.arena in self._readers:
+                self._readers[part.arena].take(tap.flight.id, part, layers, rows)
+            elif part.arena > self._newest:
+                self._early.setdefault(part.arena, []).append((tap.flight.id, part, layers, rows))
         for request in tap.flight.closes:
             self._end(request)
 
@@ -228,7 +228,7 @@ class SpdSource:
         """Answers what can be answered by now, of this job and of earlier ones."""
         self._admit(job)
         expansions = [expansion for reader in self._readers.values() if reader.waiting
-                      for expansion in self._answer(reader, job.top_k)]
+                      for expansion in self._answer(reader, job.fanout)]
         for request in job.closes:
             self._readers.pop(request, None)
             self._early.pop(request, None)
@@ -236,7 +236,7 @@ class SpdSource:
 
     # ---- inside ------------------------------------------------------------------------------------------
 
-    def _end(self, request: int) -> None:
+    def _end(self, request: ArenaId) -> None:
         """The stages have closed it. Its jobs may still be to come; or there are none, for its method asks for no
         drafts."""
         if request in self._readers:
@@ -252,25 +252,25 @@ class SpdSource:
             return
         self._admitted = job.id
         for opening in job.opens:
-            if opening.request in self._readers:
-                self._readers[opening.request].table.enlarge(opening.capacity)
-                self._readers[opening.request].enlarge(opening.capacity)
+            if opening.arena in self._readers:
+                self._readers[opening.arena].table.enlarge(opening.capacity)
+                self._readers[opening.arena].enlarge(opening.capacity)
             else:
                 self._open(opening)
         self._over = {request for request in self._over if request > self._newest}
         for part in job.parts:
-            self._readers[part.request].apply(part)
+            self._readers[part.arena].apply(part)
 
     def _open(self, opening: Opening) -> None:
         if opening.copy_from >= 0:
-            raise UsageError(f"request {opening.request} cannot begin as a copy of request {opening.copy_from}: this "
+            raise UsageError(f"request {opening.arena} cannot begin as a copy of request {opening.copy_from}: this "
                              "draft reads hidden states of every prompt row, and of copied rows the stages send none",
                              hint="Compute the prompts of all requests in full with this method: no prefix reuse.")
-        self._newest = opening.request
+        self._newest = opening.arena
         reader = _Reader(opening, self._config, len(self._taps), self._dtype)
-        reader.over = opening.request in self._over
-        self._readers[opening.request] = reader
-        for flight, part, layers, rows in self._early.pop(opening.request, []):
+        reader.over = opening.arena in self._over
+        self._readers[opening.arena] = reader
+        for flight, part, layers, rows in self._early.pop(opening.arena, []):
             reader.take(flight, part, layers, rows)
 
     def _can_answer(self, reader: _Reader, question: _Question) -> bool:
@@ -281,7 +281,7 @@ class SpdSource:
             return False
         return self._has_embedding or bool((reader.depth(np.asarray(question.path)) > 0).all())
 
-    def _answer(self, reader: _Reader, top_k: int) -> list[Expansion]:
+    def _answer(self, reader: _Reader, fanout: int) -> list[Expansion]:
         for node in [node for node, asked in reader.waiting.items() if reader.sent[asked.slot] != node]:
             del reader.waiting[node]  # its slot has another owner, so it is dead
         questions = [question for question in reader.waiting.values() if self._can_answer(reader, question)]
@@ -296,7 +296,7 @@ class SpdSource:
         while completed - reader.kept > _CHUNK:
             self._keep(reader, reader.kept + _CHUNK)
         hidden = self._forward(reader, _Window.of(reader, completed, questions, self._config.train_span))
-        tokens, logprobs = rank(self._scores(hidden), [reader.context(question) for question in questions], top_k,
+        tokens, logprobs = rank(self._scores(hidden), [reader.context(question) for question in questions], fanout,
                                 limit=self._vocab)
         return [Expansion(question.node, guesses, weights, [-1] * len(guesses))
                 for question, guesses, weights in zip(questions, tokens, logprobs)]

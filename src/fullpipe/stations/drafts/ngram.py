@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import Expansion, Flight, Opening, Part
+from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part
 from fullpipe.stations.table import SlotTable, open_table
 
 _LOOK_BACK = 16  # occurrences of one n-gram that a lookup looks at; keeps its cost flat on endless repeats
@@ -175,7 +175,7 @@ class NgramSource:
     occurrences went different ways.
 
     min_n, max_n: shortest and longest match. max_continuation: depth of a chain. max_matches: chains per
-    node. `Flight.top_k` bounds the children of every guess.
+    node. `Flight.fanout` bounds the children of every guess.
 
     A guess that follows j guesses of a chain resting on n matching tokens rests on n + j; `Rates` gives
     its probability. Raises `UsageError` for sizes that make no sense.
@@ -189,7 +189,7 @@ class NgramSource:
                              f"(got {max_continuation} and {max_matches})")
         self._min_n, self._max_n = min_n, max_n
         self._max_continuation, self._max_matches = max_continuation, max_matches
-        self._readers: dict[int, _Reader] = {}
+        self._readers: dict[ArenaId, _Reader] = {}
         self._rates = Rates(max_n)  # of all requests
 
     def run(self, job: Flight) -> list[Expansion]:
@@ -197,22 +197,22 @@ class NgramSource:
             self._open(opening)
         expansions = []
         for part in job.parts:
-            reader = self._readers[part.request]
+            reader = self._readers[part.arena]
             reader.take(part)
             wanted = [row for row in range(len(part)) if part.wants[row]]
-            expansions += [self._expand(reader, part, row, job.top_k) for row in wanted]
+            expansions += [self._expand(reader, part, row, job.fanout) for row in wanted]
         for request in job.closes:
             self._readers.pop(request, None)
         return expansions
 
     def _open(self, opening: Opening) -> None:
         """A text that is copied is indexed with the first part of the new request, like a prompt."""
-        table = open_table({request: reader.table for request, reader in self._readers.items()}, opening)
-        if opening.request not in self._readers:
-            self._readers[opening.request] = _Reader(table, NgramIndex(min_n=self._min_n, max_n=self._max_n),
+        table = open_table({arena: reader.table for arena, reader in self._readers.items()}, opening)
+        if opening.arena not in self._readers:
+            self._readers[opening.arena] = _Reader(table, NgramIndex(min_n=self._min_n, max_n=self._max_n),
                                                      self._rates)
 
-    def _expand(self, reader: _Reader, part: Part, row: int, top_k: int) -> Expansion:
+    def _expand(self, reader: _Reader, part: Part, row: int, fanout: int) -> Expansion:
         expansion = Expansion(part.nodes[row], [], [], [])
         ahead = len(part.paths[row])
         if part.positions[row] + 1 - ahead != len(reader.index):
@@ -220,11 +220,11 @@ class NgramSource:
         tail = reader.table.tail(part, row, ahead + self._max_n)
         matches = reader.index.lookup(tail, ahead=ahead, max_continuation=self._max_continuation,
                                       max_matches=self._max_matches)
-        _grow(expansion, matches, reader.rates, top_k)
+        _grow(expansion, matches, reader.rates, fanout)
         return expansion
 
 
-def _grow(expansion: Expansion, matches: Sequence[Match], rates: Rates, top_k: int) -> None:
+def _grow(expansion: Expansion, matches: Sequence[Match], rates: Rates, fanout: int) -> None:
     """Merge the continuations into one tree below the node, better ones first."""
     children: dict[int, dict[int, int]] = {-1: {}}  # guess (-1: the node itself) -> token -> guess
     for match in matches:
@@ -232,7 +232,7 @@ def _grow(expansion: Expansion, matches: Sequence[Match], rates: Rates, top_k: i
         for depth, token in enumerate(match.tokens):
             siblings = children[under]
             if token not in siblings:
-                if len(siblings) == top_k:
+                if len(siblings) == fanout:
                     break
                 expansion.logprobs.append(rates.logprob(match.length + depth, len(siblings)))
                 expansion.tokens.append(token)

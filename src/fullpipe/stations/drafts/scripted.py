@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fullpipe.messages import Expansion, Flight, Part, Tap
+from fullpipe.messages import ArenaId, Expansion, Flight, Part, Tap
 from fullpipe.stations.scripted import Truth, answerer, hash_token, tap_features
 from fullpipe.stations.table import SlotTable, open_table
 
@@ -31,32 +31,32 @@ class ScriptedSource:
                  vocab: int = 50) -> None:
         self.accuracy, self.coverage, self.seed, self.vocab = accuracy, coverage, seed, vocab
         self._answer = answerer(truth)
-        self._tables: dict[int, SlotTable] = {}
+        self._tables: dict[ArenaId, SlotTable] = {}
 
     def run(self, job: Flight) -> list[Expansion]:
         for opening in job.opens:
-            self._tables[opening.request] = open_table(self._tables, opening)
+            self._tables[opening.arena] = open_table(self._tables, opening)
         expansions = []
         for part in job.parts:
-            table = self._tables[part.request]
+            table = self._tables[part.arena]
             table.apply(part)
-            expansions += [self._expand(table, part, row, job.top_k) for row in range(len(part)) if part.wants[row]]
+            expansions += [self._expand(table, part, row, job.fanout) for row in range(len(part)) if part.wants[row]]
         for request in job.closes:
             self._tables.pop(request, None)
         return expansions
 
-    def _expand(self, table: SlotTable, part: Part, row: int, top_k: int) -> Expansion:
+    def _expand(self, table: SlotTable, part: Part, row: int, fanout: int) -> Expansion:
         path = table.tail(part, row, 3)
         truth = self._answer(table, part, row)
         chance = hash_token([*path[-2:], part.positions[row]], _RESOLUTION, self.seed) / _RESOLUTION
-        wrong = [token for token in range(top_k + 1) if token != truth][:top_k]
+        wrong = [token for token in range(fanout + 1) if token != truth][:fanout]
         if chance < self.accuracy:
             rank = 0
-        elif chance < self.coverage and top_k > 1:
-            rank = 1 + hash_token(path, top_k - 1, self.seed + 1)
+        elif chance < self.coverage and fanout > 1:
+            rank = 1 + hash_token(path, fanout - 1, self.seed + 1)
         else:
-            rank = top_k
-        tokens = [*wrong[:rank], truth, *wrong[rank:]][:top_k]
+            rank = fanout
+        tokens = [*wrong[:rank], truth, *wrong[rank:]][:fanout]
         decay = math.log(max(1 - self.accuracy, 1e-9))
         first = math.log(max(self.accuracy, 1e-9))
         return Expansion(part.nodes[row], tokens, [first + r * decay for r in range(len(tokens))], [-1] * len(tokens))
@@ -86,7 +86,7 @@ class TapChecker(ScriptedSource):
         assert np.array_equal(tap.features, tap_features(flight, tap.layers)), f"flight {flight.id}: {tap.features}"
         assert flight.id > self._newest.get(stage, -1), f"flight {flight.id} came again, or late"
         self._newest[stage] = flight.id
-        self._open |= {(opening.request, stage) for opening in flight.opens}
+        self._open |= {(opening.arena, stage) for opening in flight.opens}
         for request, node, position in _rows(flight):
             assert (request, stage) in self._open, f"flight {flight.id}: request {request} is not open"
             layers = self.layers.setdefault(_row(request, node, position), [])
@@ -123,4 +123,4 @@ def _rows(flight: Flight, *, wanted: bool = False) -> Iterator[tuple[int, int, i
     for part in flight.parts:
         for node, position, wants in zip(part.nodes, part.positions, part.wants):
             if wants or not wanted:
-                yield part.request, node, position
+                yield part.arena, node, position

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fullpipe.engine.loop import Engine
+from driving import TellingEngine
 from fullpipe.messages import Event
-from fullpipe.methods import make_policy
+from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import Costs, InProcessPipeline, unit_costs
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.scripted import ScriptedSource
@@ -26,7 +26,7 @@ def recorded(method: str = "fullpipe", stages: int = 4, *, tokens: int = 30, acc
                                  ScriptedSource(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
                                  costs=costs)
     events: list[Event] = []
-    engine = Engine(pipeline, make_policy(method) if method == "pp" else make_policy(method, width=width),
+    engine = TellingEngine(pipeline, make_method(method) if method == "pp" else make_method(method, width=width),
                     listeners=[events.append])
     for id in range(requests):
         engine.submit(Request(id, PROMPTS[id], SamplingParams(max_tokens=tokens)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from fullpipe.errors import UsageError
 
@@ -62,3 +63,18 @@ class CostCurve:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self(middle) <= seconds else (low, middle - 1)
         return low
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a method may know of the stations that it chooses for.
+
+    stage: seconds of the slowest stage by rows of a flight; None: rows cost nothing, as far as anybody knows.
+    draft: seconds of a draft call by rows of a job; None: no matter.
+    link_s: seconds that a traversal of the pipeline spends on links.
+    """
+
+    num_stages: int
+    stage: CostCurve | None = None
+    draft: CostCurve | None = None
+    link_s: float = 0.0

@@ -188,10 +188,11 @@ class Failed(Event):
 
 
 class Submitted(Event):
-    """A request was taken in."""
+    """A request was taken in. arrived: when it came, which may be earlier; seconds of the pipeline's clock."""
 
     request: int
     prompt_tokens: int
+    arrived: float
 
 
 class Admitted(Event):
@@ -223,6 +224,13 @@ class Launched(Event):
     positions: list[int]
     requests: list[int] = field(default_factory=list)
     prompt_rows: dict[int, int] = field(default_factory=dict)
+
+
+class Asked(Event):
+    """A job set off for the draft. rows: by request."""
+
+    job: int
+    rows: dict[int, int]
 
 
 class Emitted(Event):
@@ -258,6 +266,6 @@ class Finished(Event):
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-AnyEvent = (Ready | Landed | Drafted | Failed | Submitted | Admitted | Preempted | Attached | Launched | Emitted | Died
-            | Finished)
+AnyEvent = (Ready | Landed | Drafted | Failed | Submitted | Admitted | Preempted | Attached | Launched | Asked
+            | Emitted | Died | Finished)
 """Every kind, as a decoder wants to know them: `msgspec.json.decode(line, type=AnyEvent)`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fullpipe.sequences.stats import RequestStats
 
 import tiny
 from fullpipe.bench.memo import TOP_K, Memo, MemoSource
@@ -27,7 +28,6 @@ from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.planning.cluster import Cluster, unit_cluster
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.model import DraftModel
 from fullpipe.stations.drafts.ngram import NgramSource

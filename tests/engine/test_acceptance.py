@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullpipe.engine.loop import Engine
+from driving import TellingEngine
+from fullpipe.engine import RequestStats
 from fullpipe.messages import Emitted, Flight, Landed
-from fullpipe.methods import POLICIES, make_policy
+from fullpipe.methods import METHODS, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.stations.drafts.scripted import ScriptedSource
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
@@ -45,14 +45,14 @@ def passing(token: int, count: int) -> list[int]:
 def run(method: str, last: ScriptedStage, *, accuracy: float, tokens: int = 30,
         width: int | None = None, prompt: tuple[int, ...] = PROMPT) -> tuple[list[Emitted], RequestStats]:
     stages = [*(ScriptedStage(k, STAGES, TRUTH) for k in range(STAGES - 1)), last]
-    engine = Engine(InProcessPipeline(stages, ScriptedSource(TRUTH, accuracy=accuracy, coverage=accuracy, vocab=VOCAB)),
-                    make_policy(method, width=width), fanout=4)
+    engine = TellingEngine(InProcessPipeline(stages, ScriptedSource(TRUTH, accuracy=accuracy, coverage=accuracy, vocab=VOCAB)),
+                    make_method(method, width=width), fanout=4)
     track = engine.submit(Request(0, prompt, SamplingParams(max_tokens=tokens, accept_typical=0.3)))
     said = []
     while engine.busy:
         said += [event for event in engine.step() if isinstance(event, Emitted)]
         engine.check()
-    return said, track.stats
+    return said, engine.figures[0]
 
 
 def truths(said: list[Emitted]) -> list[int]:
@@ -61,7 +61,7 @@ def truths(said: list[Emitted]) -> list[int]:
     return [hash_token(path[:end], VOCAB, SEED) for end in range(len(PROMPT), len(path))]
 
 
-@given(method=st.sampled_from(sorted(POLICIES)), accuracy=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+@given(method=st.sampled_from(sorted(METHODS)), accuracy=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
        count=st.integers(0, 8), every=st.integers(1, 7), width=st.integers(1, 6))
 def test_what_was_altered_is_counted_and_everything_else_is_the_targets(
         method: str, accuracy: float, count: int, every: int, width: int) -> None:

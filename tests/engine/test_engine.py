@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullpipe.engine.loop import Engine
+from driving import TellingEngine
+from fullpipe.engine import RequestStats
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.messages import Emitted, Event, Finished
-from fullpipe.methods import POLICIES, make_policy
+from fullpipe.methods import METHODS, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sequences.sequence import Track
 from fullpipe.stations.drafts.scripted import ScriptedSource
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
@@ -37,8 +37,10 @@ def pipeline(stages: int, accuracy: float = 0.8, costs=unit_costs, link_s: float
                              costs=costs, links=Links.even(stages, Link(link_s)))
 
 
-def run(engine: Engine, *requests: Request) -> tuple[dict[int, list[int]], dict[int, Track], list[Event]]:
-    tracks = {request.id: engine.submit(request) for request in requests}
+def run(engine: TellingEngine, *requests: Request) -> tuple[dict[int, list[int]], dict[int, RequestStats], list[Event]]:
+    """Texts, figures and news of requests that come together."""
+    for request in requests:
+        engine.submit(request)
     texts: dict[int, list[int]] = {request.id: [] for request in requests}
     news: list[Event] = []
     while engine.busy:
@@ -47,14 +49,14 @@ def run(engine: Engine, *requests: Request) -> tuple[dict[int, list[int]], dict[
             if isinstance(event, Emitted):
                 texts[event.request].append(event.token)
         engine.check()
-    return texts, tracks, news
+    return texts, engine.figures, news
 
 
 def request(id: int = 0, prompt: tuple[int, ...] = (4, 8, 15), tokens: int = 40, **kwargs: object) -> Request:
     return Request(id, prompt, SamplingParams(max_tokens=tokens), **kwargs)
 
 
-@given(method=st.sampled_from(sorted(POLICIES)), stages=st.integers(1, 9), width=st.integers(1, 9),
+@given(method=st.sampled_from(sorted(METHODS)), stages=st.integers(1, 9), width=st.integers(1, 9),
        accuracy=st.sampled_from([0.0, 0.5, 0.9, 1.0]), chunk=st.integers(1, 8),
        prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), min_size=1, max_size=3),
        durations=st.lists(st.integers(1, 20), min_size=1, max_size=7), link=st.sampled_from([0.0, 0.3, 5.0]),
@@ -64,22 +66,22 @@ def test_every_method_shape_and_timing_emits_the_same_text(
         durations: list[int], link: float, spare: int) -> None:
     cycle = itertools.cycle(durations)
     pipe = pipeline(stages, accuracy, lambda station, rows, measured, context: next(cycle) / 4 if rows else 0.0, link)
-    engine = Engine(pipe, make_policy(method, width=width), chunk=chunk, spare=spare)
+    engine = TellingEngine(pipe, make_method(method, width=width), prefill_chunk=chunk, spare_slots=spare)
     requests = [request(k, tuple(prompt), tokens=5 + 9 * k) for k, prompt in enumerate(prompts)]
-    texts, tracks, news = run(engine, *requests)
+    texts, figures, news = run(engine, *requests)
     for req in requests:
         assert texts[req.id] == plain(req.prompt, req.params.max_tokens)
         positions = [event.position for event in news if isinstance(event, Emitted) and event.request == req.id]
         assert positions == list(range(len(req.prompt), len(req.prompt) + req.params.max_tokens))
-        stats = tracks[req.id].stats
+        stats = figures[req.id]
         assert stats.num_emitted == req.params.max_tokens == stats.hits + stats.misses + 1
         assert 0 <= stats.fill(stages) <= 1
 
 
 @pytest.mark.parametrize("stages", [1, 4, 8])
 def test_plain_pipeline_takes_n_steps_per_token(stages: int) -> None:
-    _, tracks, _ = run(Engine(pipeline(stages), make_policy("pp")), request())
-    stats = tracks[0].stats
+    _, figures, _ = run(TellingEngine(pipeline(stages), make_method("pp")), request())
+    stats = figures[0]
     assert stats.steps_per_token == stages and stats.tbt_s == stages
     assert stats.fill(stages) == pytest.approx(1 / stages)
     assert stats.wasted_rows == stats.hits == 0 and stats.mean_acceptance_length == 1
@@ -87,14 +89,14 @@ def test_plain_pipeline_takes_n_steps_per_token(stages: int) -> None:
 
 @pytest.mark.parametrize("method", ["pipedec", "fullpipe"])
 def test_a_perfect_draft_gives_one_step_per_token_after_the_first(method: str) -> None:
-    _, tracks, _ = run(Engine(pipeline(8, accuracy=1.0), make_policy(method, width=4)), request(tokens=64))
-    assert tracks[0].stats.steps == 8 + 63
-    assert tracks[0].stats.hit_rate == 1
+    _, figures, _ = run(TellingEngine(pipeline(8, accuracy=1.0), make_method(method, width=4)), request(tokens=64))
+    assert figures[0].steps == 8 + 63
+    assert figures[0].hit_rate == 1
 
 
 def test_a_chain_accepts_whole_chains_with_a_perfect_draft() -> None:
-    _, tracks, _ = run(Engine(pipeline(4, accuracy=1.0), make_policy("chain", depth=4)), request(tokens=31))
-    stats = tracks[0].stats
+    _, figures, _ = run(TellingEngine(pipeline(4, accuracy=1.0), make_method("chain", depth=4)), request(tokens=31))
+    stats = figures[0]
     # The first token, then per round 4 draft calls and 4 steps for 5 tokens; 6 rounds.
     assert stats.steps == 4 + 6 * (4 + 4)
     assert stats.launched_rows == 1 + 6 * 5
@@ -105,30 +107,33 @@ def test_fullpipe_saves_late_siblings_that_pipedec_flushes_for() -> None:
     for method in ("pipedec", "fullpipe"):
         pipe = InProcessPipeline([ScriptedStage(k, 8, TRUTH) for k in range(8)],
                                  ScriptedSource(TRUTH, accuracy=0.6, coverage=1.0))
-        _, tracks, _ = run(Engine(pipe, make_policy(method, width=4)), request(tokens=200))
-        steps[method] = tracks[0].stats.steps_per_token
+        _, figures, _ = run(TellingEngine(pipe, make_method(method, width=4)), request(tokens=200))
+        steps[method] = figures[0].steps_per_token
     assert steps["fullpipe"] < steps["pipedec"]
 
 
 def test_end_tokens_stop_strings_and_aborts_end_a_request() -> None:
     text = plain((4, 8, 15), 40)
     for method in ("pp", "fullpipe"):
-        engine = Engine(pipeline(4), make_policy(method))
+        engine = TellingEngine(pipeline(4), make_method(method))
         texts, _, news = run(engine, request(eos=frozenset({text[6]})))
         cut = text.index(text[6]) + 1
         assert texts[0] == text[:cut]
         assert [event.reason for event in news if isinstance(event, Finished)] == ["stop"]
-        # A judge that has seen enough; the same engine and pipeline serve the next request.
-        engine.submit(request(id=1), judge=lambda token: "stop" if token == text[3] else None)
-        tail = []
-        while engine.busy:
-            tail += engine.step()
-            engine.check()
-        assert [event.token for event in tail if isinstance(event, Emitted)] == text[: text.index(text[3]) + 1]
+        # A listener that has seen enough; the same pipeline serves the next request.
+        def enough(event: Event) -> None:
+            if isinstance(event, Emitted) and event.request == 1 and event.token == text[3]:
+                engine.end(1, "stop")
+
+        engine.listen(enough)
+        texts, figures, news = run(engine, request(id=1))
+        assert texts[1] == text[: text.index(text[3]) + 1]
+        assert [event.reason for event in news if isinstance(event, Finished)] == ["stop"]
+        assert figures[1].num_emitted == len(texts[1]) == figures[1].hits + figures[1].misses
         engine.submit(request(id=2))
         engine.step()
-        engine.abort(2)
-        engine.abort(99)
+        engine.end(2)
+        engine.end(99)
         engine.check()
         assert not engine.busy
 
@@ -136,8 +141,8 @@ def test_end_tokens_stop_strings_and_aborts_end_a_request() -> None:
 def test_a_method_that_needs_a_draft_says_so() -> None:
     pipe = InProcessPipeline([ScriptedStage(0, 1, TRUTH)])
     with pytest.raises(UsageError, match="needs a draft"):
-        Engine(pipe, make_policy("fullpipe"))
-    texts, _, _ = run(Engine(pipe, make_policy("pp")), request(tokens=5))
+        TellingEngine(pipe, make_method("fullpipe"))
+    texts, _, _ = run(TellingEngine(pipe, make_method("pp")), request(tokens=5))
     assert texts[0] == plain((4, 8, 15), 5)
 
 
@@ -147,21 +152,22 @@ def test_a_listener_that_raises_is_dropped_and_the_run_goes_on() -> None:
     def broken(event: Event) -> None:
         raise RuntimeError("full disk")
 
-    engine = Engine(pipeline(2), make_policy("fullpipe"), listeners=[broken, heard.append])
+    engine = TellingEngine(pipeline(2), make_method("fullpipe"), listeners=[broken, heard.append])
     texts, _, _ = run(engine, request(tokens=10))
     assert texts[0] == plain((4, 8, 15), 10)
     kinds = {type(event).__name__ for event in heard}
-    assert kinds == {"Ready", "Launched", "Landed", "Drafted", "Emitted", "Died", "Finished"}
+    assert kinds == {"Ready", "Submitted", "Admitted", "Launched", "Asked", "Landed", "Drafted", "Emitted", "Died",
+                     "Finished"}
 
 
 def test_the_policy_changes_between_requests_on_the_same_stations() -> None:
-    engine = Engine(pipeline(4), make_policy("pp"))
+    engine = TellingEngine(pipeline(4), make_method("pp"))
     for id, method in enumerate(("pipedec", "pp", "fullpipe", "chain")):
-        engine.use(make_policy(method))
-        texts, tracks, _ = run(engine, request(id=id))
+        engine.use(make_method(method))
+        texts, figures, _ = run(engine, request(id=id))
         assert texts[id] == plain((4, 8, 15), 40)
         if method == "pp":
-            assert tracks[id].stats.steps_per_token == 4, "what the last request left behind takes no time"
+            assert figures[id].steps_per_token == 4, "what the last request left behind takes no time"
     engine.drain()
 
 
@@ -172,7 +178,7 @@ def test_cancelled_rows_are_not_computed_by_the_stages_ahead_of_them() -> None:
         rows[station] = rows.get(station, 0) + number
         return unit_costs(station, number, measured, context)
 
-    run(Engine(pipeline(8, accuracy=0.5, costs=count), make_policy("fullpipe")), request(tokens=80))
+    run(TellingEngine(pipeline(8, accuracy=0.5, costs=count), make_method("fullpipe")), request(tokens=80))
     computed = [rows[f"stage {k}"] for k in range(8)]
     assert computed == sorted(computed, reverse=True) and computed[-1] < 0.6 * computed[0]
 
@@ -184,24 +190,24 @@ def test_after_an_exception_in_the_middle_of_a_step_the_engine_takes_nothing_mor
                 raise KeyboardInterrupt
             return super().run(flight, hidden)
 
-    engine = Engine(InProcessPipeline([Unlucky(0, 1, TRUTH)]), make_policy("pp"))
+    engine = TellingEngine(InProcessPipeline([Unlucky(0, 1, TRUTH)]), make_method("pp"))
     with pytest.raises(KeyboardInterrupt):
         run(engine, request())
-    engine.abort(0)
-    for use in (engine.drain, lambda: engine.submit(request(id=1)), lambda: engine.use(make_policy("pp"))):
-        with pytest.raises(PipelineError, match=r"cannot go on\nMake a new one"):
+    engine.end(0)
+    for use in (engine.drain, lambda: engine.submit(request(id=1)), lambda: engine.use(make_method("pp"))):
+        with pytest.raises(PipelineError, match=r"cannot go on\nAttach another one"):
             use()
 
 
 def test_draining_under_a_running_request_is_refused() -> None:
-    engine = Engine(pipeline(2), make_policy("pp"))
+    engine = TellingEngine(pipeline(2), make_method("pp"))
     engine.submit(request())
     with pytest.raises(UsageError, match="another request is running"):
         engine.drain()
 
 
 def test_fill_does_not_count_what_came_before_the_first_launch() -> None:
-    _, tracks, _ = run(Engine(pipeline(8), make_policy("pp"), chunk=4), request(prompt=tuple(range(50)), tokens=10))
-    stats = tracks[0].stats
+    _, figures, _ = run(TellingEngine(pipeline(8), make_method("pp"), prefill_chunk=4), request(prompt=tuple(range(50)), tokens=10))
+    stats = figures[0]
     # The last chunks are still in the stages when the root enters: 7 + 6 + ... + 1 stage steps beside its own.
     assert stats.fill(8) == pytest.approx((8 * 10 + 28) / (8 * 80))

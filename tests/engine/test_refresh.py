@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullpipe.engine.loop import Engine
+from driving import TellingEngine
+from fullpipe.engine import RequestStats
 from fullpipe.messages import Emitted, Expansion, Flight
-from fullpipe.methods import WITH_REFRESH, make_policy
+from fullpipe.methods import WITH_REFRESH, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.stations.drafts.scripted import ScriptedSource
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
@@ -71,15 +71,15 @@ def run(source: Changeable, method: str, *, stages: int = 6, tokens: int = 60, w
     pipeline = InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)], source, costs=costs,
                                  links=Links.even(stages, Link(link_s)))
     can = refresh and method in WITH_REFRESH
-    engine = Engine(pipeline, make_policy(method, width=width, refresh=can), chunk=2, spare=spare)
+    engine = TellingEngine(pipeline, make_method(method, width=width, refresh=can), prefill_chunk=2, spare_slots=spare)
     track = engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=tokens)))
     said = []
     while engine.busy:
         said += [event.token for event in engine.step() if isinstance(event, Emitted)]
         engine.check()
     assert said == plain(tokens)
-    assert not engine._asked and not engine._launched, "nothing is remembered of a request that is over"
-    return track.stats
+    assert not engine._flights.asked and not engine._flights.launched, "nothing is remembered of a request that is over"
+    return engine.figures[0]
 
 
 @given(method=st.sampled_from(["pipedec", "spd", "ppsd", "fullpipe"]), stages=st.integers(1, 8),
@@ -146,12 +146,12 @@ def test_what_the_draft_may_be_waiting_for_is_cancelled() -> None:
             super().cancel(nodes)
 
     pipeline = Telling([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedSource(TRUTH, accuracy=0.5))
-    engine = Engine(pipeline, make_policy("fullpipe", width=1))
+    engine = TellingEngine(pipeline, make_method("fullpipe", width=1))
     engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=20)))
-    while not set(engine._asked) - set(engine._launched):
+    while not set(engine._flights.asked) - set(engine._flights.launched):
         engine.step()
-    owed, before = set(engine._asked), set(pipeline.cancelled)
-    engine.abort(0)
+    owed, before = set(engine._flights.asked), set(pipeline.cancelled)
+    engine.end(0)
     assert owed <= set(pipeline.cancelled) - before
-    assert not engine._asked
+    assert not engine._flights.asked
     engine.drain()

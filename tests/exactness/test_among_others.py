@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import tiny
-from fullpipe.batching import Balanced, Batching, CostCurve, Dynamic
-from fullpipe.engine.loop import Engine
+from driving import TellingEngine
+from fullpipe.costs import CostCurve, Machine
 from fullpipe.messages import Emitted, Event, Launched
-from fullpipe.methods import make_policy
+from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.workers import DistributedPipeline
 from fullpipe.request import Request, SamplingParams
@@ -67,7 +67,7 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> StationSpec:
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     folder = tiny.save(model, tmp_path_factory.mktemp("among") / "draft")
-    parts = [("ngram:build_ngram", {}), ("draft_model:build_draft_model", {"model": str(folder), "dtype": "float32"})]
+    parts = [("ngram:build_ngram", {}), ("model:build_draft_model", {"model": str(folder), "dtype": "float32"})]
     sources = [StationSpec(f"fullpipe.stations.drafts.{builder}", args).to_dict() for builder, args in parts]
     return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"sources": sources})
 
@@ -102,12 +102,12 @@ class Crowd:
     """Runs requests through one engine, each time under new ids. most: requests that ran at a time. mixed: the most
     requests of one flight. hits: tokens that had been guessed."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TellingEngine) -> None:
         self.engine = engine
         self.most = self.mixed = self.hits = 0
         self._said: dict[int, list[int]] = {}
         self._next = 0
-        engine.listen([self._hear])
+        engine.listen(self._hear)
 
     def say(self, requests: Sequence[Request]) -> list[list[int]]:
         ids = range(self._next, self._next + len(requests))
@@ -129,8 +129,8 @@ class Crowd:
             self.hits += event.hit
 
 
-def dynamic(stages: int) -> Batching:
-    return Dynamic(CURVE, num_stages=stages, draft_costs=CURVE)
+def machine(stages: int) -> Machine:
+    return Machine(stages, CURVE, CURVE)
 
 
 @pytest.mark.parametrize(("method", "ends"), [("fullpipe", (2, 4, 5)), ("pp", (3, 5))])
@@ -141,8 +141,8 @@ def test_alone_and_among_sixteen_others_it_is_what_transformers_says(
     pipeline = InProcessPipeline([spec.build() for spec in specs(target, ends)],  # type: ignore[misc]
                                  draft.build() if guesses else None,  # type: ignore[arg-type]
                                  costs=lambda station, rows, measured, context: CURVE(rows))
-    crowd = Crowd(Engine(pipeline, make_policy(method), batching=dynamic(stages) if guesses else Balanced(stages),
-                         chunk=16, fanout=4, kv_slots=9000, share_prefixes=True))
+    crowd = Crowd(TellingEngine(pipeline, make_method(method, machine=machine(stages)),
+                                prefill_chunk=16, fanout=4, kv_cache_tokens=9000, enable_prefix_caching=True))
     assert [said for request in REQUESTS for said in crowd.say([request])] == truth
     assert crowd.most == crowd.mixed == 1
     alone, crowd.hits = crowd.hits, 0
@@ -156,8 +156,8 @@ def test_so_it_is_through_processes(target: Path, draft: StationSpec, truth: lis
     """Two stage processes and one that guesses, on the wall clock: what shares a flight with what is chance."""
     pipeline = DistributedPipeline(specs(target, (3, 5)), draft)
     try:
-        crowd = Crowd(Engine(pipeline, make_policy("fullpipe"), batching=dynamic(2), chunk=16, fanout=4,
-                             kv_slots=9000, share_prefixes=True))
+        crowd = Crowd(TellingEngine(pipeline, make_method("fullpipe", machine=machine(2)), prefill_chunk=16, fanout=4,
+                                    kv_cache_tokens=9000, enable_prefix_caching=True))
         assert [crowd.say([REQUESTS[0]]), crowd.say(REQUESTS)] == [truth[:1], truth]
         assert crowd.most == COUNT and crowd.mixed > 1
     finally:

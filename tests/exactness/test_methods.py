@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import tiny
+from driving import TellingEngine
 from fullpipe.cluster.partition import cut
-from fullpipe.engine.loop import Engine
 from fullpipe.messages import Emitted
-from fullpipe.methods import POLICIES, WITH_REFRESH, make_policy
+from fullpipe.methods import METHODS, WITH_REFRESH, make_method
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
@@ -86,23 +86,23 @@ def truth(folders: dict[str, Path]) -> dict[str, list[int]]:
     return said
 
 
-def run(engine: Engine, params: SamplingParams) -> tuple[list[int], float]:
+def run(engine: TellingEngine, params: SamplingParams) -> tuple[list[int], float]:
     track = engine.submit(Request(0, PROMPT, params))
     tokens = []
     while engine.busy:
         tokens += [event.token for event in engine.step() if isinstance(event, Emitted)]
         engine.check()
-    return tokens, track.stats.hit_rate
+    return tokens, engine.figures[0].hit_rate
 
 
 @pytest.mark.parametrize("kind", sorted(PARAMS))
-@pytest.mark.parametrize("method", sorted(POLICIES))
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize(("count", "width"), [(1, 2), (2, 8), (5, 3)])
 def test_the_text_does_not_depend_on_the_method(
         folders: dict[str, Path], stages: Callable[[int], list[ModelStage]], truth: dict[str, list[int]],
         kind: str, method: str, count: int, width: int) -> None:
     pipeline = InProcessPipeline(stages(count), DraftModel(whole(folders["draft"])))
-    tokens, hit_rate = run(Engine(pipeline, make_policy(method, width=width), chunk=4), PARAMS[kind])
+    tokens, hit_rate = run(TellingEngine(pipeline, make_method(method, width=width), prefill_chunk=4), PARAMS[kind])
     assert tokens == truth[kind]
     # One stage lands before any guess can be launched behind its root.
     whole_flights = method in ("chain", "static-tree")
@@ -114,7 +114,7 @@ def test_nor_on_who_guesses(folders: dict[str, Path], stages: Callable[[int], li
                             truth: dict[str, list[int]], sources: str) -> None:
     source = NgramSource() if sources == "ngram" else Mix([NgramSource(), DraftModel(whole(folders["draft"]))])
     for kind, expected in truth.items():
-        tokens, _ = run(Engine(InProcessPipeline(stages(3), source), make_policy("fullpipe")), PARAMS[kind])
+        tokens, _ = run(TellingEngine(InProcessPipeline(stages(3), source), make_method("fullpipe")), PARAMS[kind])
         assert tokens == expected
 
 
@@ -123,7 +123,7 @@ def test_nor_on_asking_again(folders: dict[str, Path], stages: Callable[[int], l
                              truth: dict[str, list[int]], method: str) -> None:
     for kind, expected in truth.items():
         pipeline = InProcessPipeline(stages(4), DraftModel(whole(folders["draft"])))
-        tokens, hit_rate = run(Engine(pipeline, make_policy(method, refresh=True), chunk=4), PARAMS[kind])
+        tokens, hit_rate = run(TellingEngine(pipeline, make_method(method, refresh=True), prefill_chunk=4), PARAMS[kind])
         assert tokens == expected and hit_rate > 0.2
 
 
@@ -133,7 +133,7 @@ def test_a_lossy_request_alters_what_it_says_it_does(folders: dict[str, Path], t
     changed = 0
     for epsilon in (1.0, 0.1, 0.001):
         pipeline = InProcessPipeline(stages(3), DraftModel(whole(folders["draft"])))
-        engine = Engine(pipeline, make_policy("spd"))
+        engine = TellingEngine(pipeline, make_method("spd"))
         engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=24, accept_typical=epsilon)))
         said = []
         while engine.busy:
@@ -148,7 +148,7 @@ def test_a_lossy_request_alters_what_it_says_it_does(folders: dict[str, Path], t
 def test_nor_on_other_requests_in_the_batch(folders: dict[str, Path], truth: dict[str, list[int]],
                                             stages: Callable[[int], list[ModelStage]]) -> None:
     pipeline = InProcessPipeline(stages(3), DraftModel(whole(folders["draft"])))
-    engine = Engine(pipeline, make_policy("fullpipe", width=4), chunk=3)
+    engine = TellingEngine(pipeline, make_method("fullpipe", width=4), prefill_chunk=3)
     said: dict[int, list[int]] = {}
     kinds = list(PARAMS)
     for id, kind in enumerate(kinds):
@@ -166,5 +166,5 @@ def test_a_draft_equal_to_the_target_is_always_right_at_any_temperature(
     """The same noise on both sides: a perfect draft proposes exactly what the target will pick."""
     for params in (PARAMS["greedy"], PARAMS["sampled"], SamplingParams(max_tokens=24, temperature=1.5, seed=3)):
         pipeline = InProcessPipeline(stages(4), DraftModel(whole(folders["target"])))
-        _, hit_rate = run(Engine(pipeline, make_policy("fullpipe", width=2)), params)
+        _, hit_rate = run(TellingEngine(pipeline, make_method("fullpipe", width=2)), params)
         assert hit_rate == 1

@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 
-from fullpipe.engine.loop import Engine
+from driving import TellingEngine
 from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Opening, Part, Ready, Tap
-from fullpipe.methods import make_policy
+from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
@@ -181,7 +181,7 @@ def engine_run(device_of: Callable[[str], str], costs: Costs = unit_costs, links
                             ScriptedSource(TRUTH, accuracy=0.7), costs=costs, links=links, device_of=device_of,
                             message_bytes=lambda rows: 100 + 1000 * rows)
     events: list[Event] = []
-    engine = Engine(one, make_policy("fullpipe", width=4), listeners=[events.append])
+    engine = TellingEngine(one, make_method("fullpipe", width=4), listeners=[events.append])
     engine.submit(Request(0, (4, 8, 15), SamplingParams(max_tokens=40)))
     while engine.busy:
         engine.step()

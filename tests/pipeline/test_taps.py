@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fullpipe.engine.loop import Engine
+from driving import TellingEngine
 from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
-from fullpipe.methods import make_policy
+from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link
 from fullpipe.pipeline.wire import Arrival
@@ -176,7 +176,7 @@ def test_taps_do_not_change_what_is_said(method: str) -> None:
     for taps in ([[], [], []], [[1], [2, 3], [4]]):
         stages = [ScriptedStage(k, 3, TRUTH, taps=layers) for k, layers in enumerate(taps)]
         source = TapChecker(TRUTH, needs=0, accuracy=0.6)
-        engine = Engine(InProcessPipeline(stages, source), make_policy(method))
+        engine = TellingEngine(InProcessPipeline(stages, source), make_method(method))
         track = engine.submit(Request(0, (4, 8, 15), SamplingParams(max_tokens=40)))
         while engine.busy:
             engine.step()

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fullpipe.engine.loop import Engine
+from driving import TellingEngine
+from fullpipe.engine import RequestStats
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg
-from fullpipe.methods import make_policy
+from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.server.metrics import Metrics
 from fullpipe.service import Status
 from fullpipe.stations.drafts.scripted import ScriptedSource
@@ -50,7 +50,7 @@ def run(metrics: Metrics, requests: int = 2, **options: Any) -> list[RequestStat
     """A run of scripted stations, told to `metrics` as the service would."""
     pipeline = InProcessPipeline([ScriptedStage(k, 4, TRUTH) for k in range(4)],
                                  ScriptedSource(TRUTH, accuracy=0.6, coverage=0.75), costs=uneven)
-    engine = Engine(pipeline, make_policy("fullpipe", width=4), listeners=[metrics])
+    engine = TellingEngine(pipeline, make_method("fullpipe", width=4), listeners=[metrics])
     tracks = []
     for id in range(requests):
         metrics.on_submit(id, len(PROMPTS[id]), pipeline.now())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
-from fullpipe.methods.base import PROBABILITY_FLOOR, Policy, RefreshingPolicy
+from fullpipe.methods.base import PROBABILITY_FLOOR, Chosen, Load, Method, PerTree, RefreshingMethod
 from fullpipe.methods.fullpipe import FullPipe
 from fullpipe.methods.pipedec import PipeDec
 from fullpipe.methods.pp import PlainPipeline
@@ -11,44 +14,39 @@ from fullpipe.methods.ppsd import Ppsd
 from fullpipe.methods.spd import Spd
 from fullpipe.methods.static_tree import Chain, StaticTree
 
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (PlainPipeline, Chain, StaticTree, PipeDec, Spd, Ppsd, FullPipe)
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (PlainPipeline, Chain, StaticTree, PipeDec, Spd, Ppsd, FullPipe)
 }
-WITH_DEPTH = tuple(name for name, policy in POLICIES.items() if issubclass(policy, StaticTree))
-WITH_REFRESH = tuple(name for name, policy in POLICIES.items() if issubclass(policy, RefreshingPolicy))
+WITH_DEPTH = tuple(name for name, method in METHODS.items() if issubclass(method, StaticTree))
+WITH_REFRESH = tuple(name for name, method in METHODS.items() if issubclass(method, RefreshingMethod))
+_BEYOND = {"depth": WITH_DEPTH, "refresh": WITH_REFRESH, "prefill_share": (FullPipe.name,)}  # options of some alone
 
 
-def make_policy(method: str, *, width: int | None = None, depth: int | None = None,
-                floor: float | None = None, refresh: bool | None = None) -> Policy:
-    """The policy of that name; None means its default.
+def make_method(name: str, *, width: int | None = None, depth: int | None = None, floor: float | None = None,
+                refresh: bool | None = None, prefill_share: float | None = None,
+                machine: Machine | None = None) -> Method:
+    """Make the method of that name; None means its default.
 
     A width is ignored by pp and chain, a floor by pp: their flights have no shape to choose. A depth is for the
-    methods `WITH_DEPTH` alone, a refresh for `WITH_REFRESH`.
+    methods `WITH_DEPTH` alone, a refresh for `WITH_REFRESH`, a prefill share for fullpipe. machine: what is known of
+    the stations.
 
-    Raises UsageError on an unknown method, on values out of range, and on a depth or a refresh for a method without.
+    Raises UsageError on an unknown method, on values out of range, and on an option that the method does not have.
     """
-    if method not in POLICIES:
-        raise UsageError(f"unknown method {method!r}", hint=f"Methods are: {', '.join(POLICIES)}.")
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}", hint=f"Methods are: {', '.join(METHODS)}.")
     if width is not None and width < 1:
         raise UsageError(f"width must be 1 or more (got {width})",
                          hint="The width is the number of tree nodes in a flight.")
-    if depth is not None and method not in WITH_DEPTH:
-        raise UsageError(f"the method {method} has no depth (got {depth})",
-                         hint=f"Leave the depth out, or use one of: {', '.join(WITH_DEPTH)}.")
-    if refresh and method not in WITH_REFRESH:
-        raise UsageError(f"the method {method} cannot refresh proposals",
-                         hint=f"Leave the refresh out, or use one of: {', '.join(WITH_REFRESH)}.")
-    options: dict[str, int | float] = {}
-    if width is not None:
-        options["width"] = width
-    if floor is not None:
-        options["floor"] = floor
-    if depth is not None:
-        options["depth"] = depth
-    if refresh is not None and method in WITH_REFRESH:
-        options["refresh"] = refresh
-    return POLICIES[method](**options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"width": width, "floor": floor, "depth": depth, "refresh": refresh or None,
+                               "prefill_share": prefill_share}
+    for option, methods in _BEYOND.items():
+        if options[option] is not None and name not in methods:
+            raise UsageError(f"the method {name} has no {option} (got {options[option]})",
+                             hint=f"Leave it out, or use one of: {', '.join(methods)}.")
+    return METHODS[name](machine=machine, **{key: value for key, value in options.items() if value is not None})
 
 
-__all__ = ["POLICIES", "PROBABILITY_FLOOR", "WITH_DEPTH", "WITH_REFRESH", "Chain", "FullPipe", "PipeDec",
-           "PlainPipeline", "Policy", "Ppsd", "RefreshingPolicy", "Spd", "StaticTree", "make_policy"]
+__all__ = ["METHODS", "PROBABILITY_FLOOR", "WITH_DEPTH", "WITH_REFRESH", "Chain", "Chosen", "FullPipe", "Load",
+           "Method", "PerTree", "PipeDec", "PlainPipeline", "Ppsd", "RefreshingMethod", "Spd", "StaticTree",
+           "make_method"]

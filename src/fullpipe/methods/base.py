@@ -1,30 +1,55 @@
-"""The promise of a policy: which nodes enter the pipeline next, and which the draft should look at.
+"""The promise of a method: which nodes of all running sequences enter the pipeline next, and which the draft should
+look at.
 
-A policy sees one request's tree and keeps no state of its own. Asked twice without anything having
-happened it may answer differently only because the tree took notice of the first answer.
+A method keeps no state of a sequence; what it remembers is of the machine. Asked twice without anything having
+happened it may answer differently only because the trees took notice of the first answer.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from typing import ClassVar
 
+from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
+from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node, State, TokenTree
 
 PROBABILITY_FLOOR = 1e-4  # below this path probability a node is worth less than what it costs
 
+Chosen = list[tuple[Sequence, list[Node]]]
+"""Nodes by sequence, each sequence's in order: parents before children. Sequences that get nothing are left out."""
 
-class Policy(ABC):
-    """width: nodes per flight at most. floor: least path probability of a node, given the root. refresh: have the draft
-    look again at nodes in flight (`RefreshingPolicy`)."""
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the stations carry while a method chooses.
+
+    running: all sequences that run, those whose prompt is still on its way included. prompt_rows: rows of prompts that
+    the flight carries already. under_way: flights that have not landed.
+    """
+
+    running: int
+    prompt_rows: int = 0
+    under_way: int = 0
+
+
+class Method(ABC):
+    """width: nodes of a sequence in one flight at most. floor: least path probability of a node, given the root.
+    machine: what is known of the stations; None: nothing, and rows cost nothing. refresh: have the draft look again at
+    nodes in flight (`RefreshingMethod`).
+
+    Raises UsageError for values out of range.
+    """
 
     name: ClassVar[str]
     needs_draft: ClassVar[bool] = True
     refresh: bool = False
 
-    def __init__(self, *, width: int = 8, floor: float = PROBABILITY_FLOOR) -> None:
+    def __init__(self, *, width: int = 8, floor: float = PROBABILITY_FLOOR, machine: Machine | None = None) -> None:
         if width < 1:
             raise UsageError(f"width must be 1 or more (got {width})",
                              hint="The width is the number of tree nodes in a flight.")
@@ -32,39 +57,63 @@ class Policy(ABC):
             raise UsageError(f"the probability floor must be in [0, 1) (got {floor})")
         self.width = width
         self.floor = math.log(floor) if floor else -math.inf
+        self.machine = machine
 
     @property
     def least_slots(self) -> int:
-        """Slots beyond prompt and answer without which the policy could wait for ever."""
+        """Slots beyond prompt and answer without which the method could wait for ever."""
         return 2
 
     @abstractmethod
-    def launch(self, tree: TokenTree, room: int) -> list[Node]:
-        """The nodes that should enter stage 0 now, parents first, at most `room`; empty to wait.
+    def launch(self, sequences: Many[Sequence], load: Load) -> Chosen:
+        """The nodes that should enter stage 0 now; empty to wait. The caller launches all of them.
 
-        Called when stage 0 can take a flight. Never names a node whose parent is neither launched nor
-        earlier in the list. The caller launches all that is named.
+        sequences: those whose root may enter, or has. At most `Sequence.room` nodes of each get a new slot. Never names
+        a node whose parent is neither launched nor earlier in the list. Where a root waits and nothing is under way,
+        something is chosen.
         """
 
     @abstractmethod
-    def expand(self, tree: TokenTree, room: int) -> list[Node]:
-        """The nodes whose children the draft should propose next, at most `room` that it does not know yet; empty for
-        none.
+    def expand(self, sequences: Many[Sequence]) -> Chosen:
+        """The nodes whose children the draft should propose next. The caller asks for all of them. Called when the
+        draft station is idle. Never names a node for which an answer is awaited."""
 
-        Called when the draft station is idle. The caller asks for all that is named. Never names a node for which an
-        answer is awaited.
+    def prompt_rows(self, chunk: int, deciding: int) -> int | None:
+        """Rows of prompts in the next flight at most, at least 1. None: a `chunk` of each prompt.
+
+        deciding: sequences that are past their prompt and would be held up.
         """
+        return None
 
 
-class RefreshingPolicy(Policy):
-    """A policy that can have the draft look again at nodes in flight.
+class PerTree(Method):
+    """A method that looks at each sequence as if it were alone."""
 
-    That is of use with a source that reads hidden states out of the stages: they deepen with every step, so it answers
-    better each time. refresh: do that. draft_width: nodes asked about in one draft job at most, new and again.
+    def launch(self, sequences: Many[Sequence], load: Load) -> Chosen:
+        return [(one, nodes) for one in sequences if (nodes := self.launch_tree(one.tree, one.room))]
+
+    def expand(self, sequences: Many[Sequence]) -> Chosen:
+        return [(one, nodes) for one in sequences if (nodes := self.expand_tree(one.tree, one.room))]
+
+    @abstractmethod
+    def launch_tree(self, tree: TokenTree, room: int) -> list[Node]:
+        """What of one tree enters stage 0 now, parents first, at most `room`; empty to wait."""
+
+    @abstractmethod
+    def expand_tree(self, tree: TokenTree, room: int) -> list[Node]:
+        """What of one tree the draft looks at next, at most `room` that it does not know yet; empty for none."""
+
+
+class RefreshingMethod(Method):
+    """A method that can have the draft look again at nodes in flight.
+
+    That is of use with a draft that reads hidden states out of the stages: they deepen with every step, so it answers
+    better each time. refresh: do that. draft_width: nodes of a sequence in one draft job at most, new and again.
     """
 
-    def __init__(self, *, width: int, floor: float, draft_width: int, refresh: bool = False) -> None:
-        super().__init__(width=width, floor=floor)
+    def __init__(self, *, width: int, floor: float, draft_width: int, refresh: bool = False,
+                 machine: Machine | None = None) -> None:
+        super().__init__(width=width, floor=floor, machine=machine)
         if draft_width < 1:
             raise UsageError(f"draft_width must be 1 or more (got {draft_width})")
         self.draft_width = draft_width

@@ -1,37 +1,144 @@
-"""Ours: whenever stage 0 is about to be free, the most promising nodes that have not been launched.
+"""Ours: whenever stage 0 is about to be free, the most promising nodes of all trees that have not been launched.
 
 PipeDec launches a layer and never looks back. Here a sibling that just missed the cut stays a candidate
 at any depth: as its rivals are launched or die it becomes the best of the rest and enters late instead of
 never, and what then lands on it is a hit that PipeDec would have flushed the pipeline for. The draft runs
 ahead by the same order, so that a late node's children are known when it enters and can enter with it.
+
+With several sequences, and where it is known what rows cost, a node enters that saves more time than it costs
+(`prices`). Where nothing is known rows are free, and each sequence gets its `width` best.
 """
 
 from __future__ import annotations
 
-from fullpipe.methods.base import PROBABILITY_FLOOR, RefreshingPolicy, root_if_new
-from fullpipe.sequences.tree import Node, TokenTree
+import heapq
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 
-# The draft looks at nothing whose children come after so many flights' worth of better nodes.
-_FLIGHTS_AHEAD = 2
+from fullpipe.costs import Machine
+from fullpipe.errors import UsageError
+from fullpipe.methods.base import PROBABILITY_FLOOR, Chosen, Load, RefreshingMethod
+from fullpipe.methods.prices import Prices
+from fullpipe.sequences.sequence import Sequence
+from fullpipe.sequences.tree import Candidates, Node, State
+
+_FLIGHTS_AHEAD = 2  # the draft looks at nothing whose children come after so many flights' worth of better nodes
+_MOST_ROWS = 256  # of a flight, and of a draft job
 
 
-class FullPipe(RefreshingPolicy):
-    """draft_width: nodes per draft call at most. Default: twice the width, but 16 to 32: with 64 instead of 32 the
-    draft computed 1.8 times as many nodes for 0.7% fewer steps (GSM8K question 1, width 64, docs/log.md).
-    refresh: siblings that a refreshed answer brings up enter late like all others."""
+class FullPipe(RefreshingMethod):
+    """width: nodes of a sequence in one flight at most; None: what pays, or 8 where nobody knows what rows cost.
+
+    draft_width: nodes of a sequence in one draft call at most. Default: twice the width, but 16 to 32: with 64 instead
+    of 32 the draft computed 1.8 times as many nodes for 0.7% fewer steps (GSM8K question 1, width 64, docs/log).
+    refresh: siblings that a refreshed answer brings up enter late like all others.
+    prefill_share: see `Prices`.
+    """
 
     name = "fullpipe"
 
-    def __init__(self, *, width: int = 8, floor: float = PROBABILITY_FLOOR, draft_width: int | None = None,
-                 refresh: bool = False) -> None:
-        super().__init__(width=width, floor=floor, draft_width=draft_width or min(max(16, 2 * width), 32),
-                         refresh=refresh)
+    def __init__(self, *, width: int | None = None, floor: float = PROBABILITY_FLOOR, draft_width: int | None = None,
+                 refresh: bool = False, machine: Machine | None = None, prefill_share: float = 1.0) -> None:
+        super().__init__(width=width or 8, floor=floor, draft_width=draft_width or min(max(16, 2 * (width or 8)), 32),
+                         refresh=refresh, machine=machine)
+        if width is not None and width < 1:
+            raise UsageError(f"width must be 1 or more (got {width})")
+        if prefill_share <= 0:
+            raise UsageError(f"the prefill share must be above 0 (got {prefill_share:g})",
+                             hint="1 lets tokens take twice as long while a prompt comes in.")
+        self._most = width if width is not None else None if machine and machine.stage else self.width
+        self._prices = Prices(machine, machine.stage, prefill_share) if machine and machine.stage else None
+        self._rows = 1  # of the newest flight, without prompts'
+        self._least = -math.inf  # log path probability below which no guess was worth its row then
 
-    def launch(self, tree: TokenTree, room: int) -> list[Node]:
-        # The root never lacks a slot; without it nothing could ever be freed.
-        least = len(root_if_new(tree))
-        return tree.take_unlaunched(min(self.width, max(room, least)), self.floor)
+    def launch(self, sequences: Many[Sequence], load: Load) -> Chosen:
+        prices = self._prices
+        if prices and prices.full(load.under_way, _roots(sequences), load.running):
+            return []
+        share, limit = self._shares(load.running)
+        least = (lambda number, is_root: self._least_worth(prices, number, is_root, load)) if prices else _anything
+        taken = _merge(sequences, lambda one: one.tree.unlaunched(self.floor), share, least, limit)
+        self._rows = max(1, sum(len(nodes) for _, nodes in taken))
+        if prices:
+            self._least = prices.least_guess(load.prompt_rows + self._rows, load.running)
+        return taken
 
-    def expand(self, tree: TokenTree, room: int) -> list[Node]:
-        floor = max(self.floor, tree.launch_cutoff(_FLIGHTS_AHEAD * self.width))
-        return self.fill(tree, tree.take_unasked(min(self.draft_width, room), floor))
+    def expand(self, sequences: Many[Sequence]) -> Chosen:
+        """The nodes whose children may be worth a row: those at least as likely as the last that was."""
+        if self._least >= 0:  # even a sure guess is worth less than its row
+            return []
+        many = max(len(sequences), 1)
+        if self._prices:
+            ahead, limit = max(_FLIGHTS_AHEAD * self._rows // many, 2), self._prices.draft_rows(self._rows, _MOST_ROWS)
+            share = max(1, limit // many)
+        else:
+            ahead, share, limit = _FLIGHTS_AHEAD * self.width, self.draft_width, self.draft_width * many
+        least = max(self.floor, self._least)
+        chosen = _merge(sequences, lambda one: one.tree.unasked(max(least, one.tree.launch_cutoff(ahead))), share,
+                        _anything, limit)
+        return [(one, self.fill(one.tree, nodes)) for one, nodes in chosen] if self.refresh else chosen
+
+    def prompt_rows(self, chunk: int, deciding: int) -> int | None:
+        if self._prices is None:
+            return None
+        return self._prices.prompt_rows(chunk, self._rows) if deciding else chunk
+
+    def _shares(self, running: int) -> tuple[int, int]:
+        """Rows of a flight that a sequence has first of all, and rows of all together."""
+        many = max(running, 1)
+        if self._prices is None:
+            return self.width, self.width * many
+        limit = _MOST_ROWS if self._most is None else min(self._most * many, _MOST_ROWS)
+        return max(1, limit // many), limit
+
+    @staticmethod
+    def _least_worth(prices: Prices, number: int, is_root: bool, load: Load) -> float:
+        """Log of the path probability that a node needs to come along with `number` others and a prompt's rows."""
+        if not is_root:
+            return prices.least_guess(load.prompt_rows + number, load.running)
+        return math.inf if prices.root_waits(number, load.prompt_rows, load.running) else -math.inf
+
+
+def _merge(sequences: Many[Sequence], candidates: Callable[[Sequence], Candidates], share: int,
+           least: Callable[[int, bool], float], limit: int) -> Chosen:
+    """Up to `limit` nodes of all trees, best first, while they are at least as likely as `least` of how many there are
+    already and whether it is a root that waits; a root comes along in any case where nothing else does. Of equals that
+    of the sequence that has waited longer, and before all others those that are among the first `share` of their
+    sequence.
+    """
+    heap: list[tuple[bool, float, float, int, Candidates, Sequence]] = []
+    taken: dict[int, tuple[Sequence, list[Node]]] = {}
+    number = 0
+
+    def push(source: Candidates, one: Sequence, has: int, new: int) -> None:
+        if (best := source.best()) is None:
+            return
+        kept = new == 0 and one.tree.root.slot is None  # the root never lacks a slot
+        if one.room > new or kept or source.has_slot():
+            heapq.heappush(heap, (has >= share, -best, one.waiting_since, one.request.id, source, one))
+
+    new_slots = dict.fromkeys((one.request.id for one in sequences), 0)
+    for one in sequences:
+        push(candidates(one), one, 0, 0)
+    while heap and number < limit:
+        _, negative, _, id, source, one = heapq.heappop(heap)
+        is_root = id not in taken and one.tree.root.state is State.PROPOSED
+        if (number or not is_root) and -negative < least(number, is_root):  # a root need not wait in an empty flight
+            continue
+        node = source.take()
+        nodes = taken.setdefault(id, (one, []))[1]
+        nodes.append(node)
+        number += 1
+        new_slots[id] += node.slot is None
+        push(source, one, len(nodes), new_slots[id])
+    return list(taken.values())
+
+
+def _anything(number: int, is_root: bool) -> float:
+    return -math.inf
+
+
+def _roots(sequences: Many[Sequence]) -> int:
+    """How many roots wait."""
+    return sum(one.tree.root.state is State.PROPOSED for one in sequences)

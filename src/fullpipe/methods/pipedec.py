@@ -6,14 +6,14 @@ probability, follow as the next layer. A hit prunes the tree, a miss flushes it;
 
 from __future__ import annotations
 
-from fullpipe.methods.base import Policy, root_if_new
+from fullpipe.methods.base import PerTree, root_if_new
 from fullpipe.sequences.tree import Node, TokenTree
 
 
-class PipeDec(Policy):
+class PipeDec(PerTree):
     name = "pipedec"
 
-    def launch(self, tree: TokenTree, room: int) -> list[Node]:
+    def launch_tree(self, tree: TokenTree, room: int) -> list[Node]:
         if root := root_if_new(tree):
             return root
         layer = tree.newest_layer()
@@ -21,6 +21,6 @@ class PipeDec(Policy):
             return []  # a layer enters whole or not at all
         return tree.best_children(layer, min(self.width, room), self.floor)
 
-    def expand(self, tree: TokenTree, room: int) -> list[Node]:
+    def expand_tree(self, tree: TokenTree, room: int) -> list[Node]:
         layer = tree.newest_layer() or [tree.root]
         return [node for node in layer if not node.asked][:room]

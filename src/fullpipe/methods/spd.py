@@ -13,11 +13,12 @@ back: it may still be right, and is where the chain goes on if the late one dies
 
 from __future__ import annotations
 
-from fullpipe.methods.base import RefreshingPolicy, root_if_new
+from fullpipe.costs import Machine
+from fullpipe.methods.base import PerTree, RefreshingMethod, root_if_new
 from fullpipe.sequences.tree import Node, TokenTree
 
 
-class Spd(RefreshingPolicy):
+class Spd(RefreshingMethod, PerTree):
     """width: nodes of a layer at most; with `refresh` as many late siblings may enter beside it. There is no floor by
     default: a place in the pipeline that the chain does not take stays empty. draft_width: nodes asked about in one
     draft job, while new ones do not need more. Default: twice the width, but at least 8; a chain in 8 stages whole."""
@@ -25,10 +26,11 @@ class Spd(RefreshingPolicy):
     name = "spd"
 
     def __init__(self, *, width: int = 1, floor: float = 0.0, draft_width: int | None = None,
-                 refresh: bool = False) -> None:
-        super().__init__(width=width, floor=floor, draft_width=draft_width or max(8, 2 * width), refresh=refresh)
+                 refresh: bool = False, machine: Machine | None = None) -> None:
+        super().__init__(width=width, floor=floor, draft_width=draft_width or max(8, 2 * width), refresh=refresh,
+                         machine=machine)
 
-    def launch(self, tree: TokenTree, room: int) -> list[Node]:
+    def launch_tree(self, tree: TokenTree, room: int) -> list[Node]:
         if root := root_if_new(tree):
             return root
         newest = tree.newest_flight()
@@ -37,6 +39,6 @@ class Spd(RefreshingPolicy):
         late = tree.overtakers(min(self.width, room), self.floor) if self.refresh else []
         return late + tree.best_children(newest, min(self.width, room - len(late)), self.floor)
 
-    def expand(self, tree: TokenTree, room: int) -> list[Node]:
+    def expand_tree(self, tree: TokenTree, room: int) -> list[Node]:
         newest = tree.newest_flight() or [tree.root]
         return self.fill(tree, [node for node in newest if not node.asked][:room])

@@ -5,18 +5,20 @@ With width 1 the tree is a chain, which is classic speculative decoding on a pip
 
 from __future__ import annotations
 
+from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
-from fullpipe.methods.base import PROBABILITY_FLOOR, Policy, root_if_new
+from fullpipe.methods.base import PROBABILITY_FLOOR, PerTree, root_if_new
 from fullpipe.sequences.tree import Node, TokenTree
 
 
-class StaticTree(Policy):
+class StaticTree(PerTree):
     """width: nodes per layer. depth: layers below the root."""
 
     name = "static-tree"
 
-    def __init__(self, *, width: int = 8, depth: int = 4, floor: float = PROBABILITY_FLOOR) -> None:
-        super().__init__(width=width, floor=floor)
+    def __init__(self, *, width: int = 8, depth: int = 4, floor: float = PROBABILITY_FLOOR,
+                 machine: Machine | None = None) -> None:
+        super().__init__(width=width, floor=floor, machine=machine)
         if depth < 1:
             raise UsageError(f"depth must be 1 or more (got {depth})",
                              hint="The depth is the number of tokens guessed per traversal of the pipeline.")
@@ -26,7 +28,7 @@ class StaticTree(Policy):
     def least_slots(self) -> int:
         return 2 + self.width * self.depth  # the whole tree stands before any of it is launched
 
-    def launch(self, tree: TokenTree, room: int) -> list[Node]:
+    def launch_tree(self, tree: TokenTree, room: int) -> list[Node]:
         if not root_if_new(tree):
             return []
         if tree.num_advances == 0:
@@ -36,7 +38,7 @@ class StaticTree(Policy):
             return []
         return [node for layer in layers for node in layer][:room]
 
-    def expand(self, tree: TokenTree, room: int) -> list[Node]:
+    def expand_tree(self, tree: TokenTree, room: int) -> list[Node]:
         if not root_if_new(tree) or tree.num_advances == 0:
             return []
         layers = self._layers(tree)
@@ -61,5 +63,5 @@ class Chain(StaticTree):
 
     name = "chain"
 
-    def __init__(self, *, width: int = 1, depth: int = 4, floor: float = 0.0) -> None:
-        super().__init__(width=1, depth=depth, floor=floor)
+    def __init__(self, *, width: int = 1, depth: int = 4, floor: float = 0.0, machine: Machine | None = None) -> None:
+        super().__init__(width=1, depth=depth, floor=floor, machine=machine)

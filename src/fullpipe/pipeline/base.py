@@ -25,11 +25,14 @@ class Pipeline(ABC):
       On the virtual clock nothing is ever waited for: there is an event, or there will be none.
     - `cancel` overtakes. Nothing depends on its arriving in time, or at all; it may be called at any time.
     - A station that dies or hangs is reported by one `Failed` event; afterwards only `close` may be called.
+    - One that has been used is handed on empty: what was launched has landed, and the last `Ready` was taken.
     - `close` may be called at any time and more than once; it leaves no process, socket or file behind.
     """
 
     num_stages: int
     has_draft: bool
+    newest_flight = -1  # id of what was launched last; -1: nothing
+    newest_job = -1  # of what was sent to the draft last
 
     @abstractmethod
     def launch(self, flight: Flight) -> None:

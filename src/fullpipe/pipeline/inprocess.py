@@ -120,11 +120,13 @@ class InProcessPipeline(Pipeline):
     # ---- the promise -------------------------------------------------------------------------------------
 
     def launch(self, flight: Flight) -> None:
+        self.newest_flight = flight.id
         self._under_way[flight.id] = [node for part in flight.parts for node in part.nodes]
         self._travel(self._stages[0], _Cargo(flight, None, []), _REPLY_ROW_BYTES * flight.num_rows)
 
     def draft(self, job: Flight) -> None:
         assert self._draft is not None, "this pipeline has no draft station"
+        self.newest_job = job.id
         cargo = _Cargo(job, None, [])
         if self._reader:
             self._jobs[job.id] = cargo

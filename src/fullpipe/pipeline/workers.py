@@ -124,6 +124,7 @@ class DistributedPipeline(Pipeline):
 
     def launch(self, flight: Flight) -> None:
         self._check_open()
+        self.newest_flight = flight.id
         self._enter(self._flights, flight)
         self._ready_owed += 1
         self._send(self._flights.workers[0], _flight_frame(flight))
@@ -131,6 +132,7 @@ class DistributedPipeline(Pipeline):
     def draft(self, job: Flight) -> None:
         assert self.has_draft, "this pipeline has no draft station"
         self._check_open()
+        self.newest_job = job.id
         self._enter(self._jobs, job)
         self._send(self._jobs.workers[0], _flight_frame(job))
 

@@ -1,4 +1,4 @@
-"""One request on its way: its tree, its slots, and what every channel of stations has been sent of it.
+"""One request on its way: its tokens, its tree, its slots, and what every channel of stations has been sent of it.
 
 There are two channels, the stages and the draft station. A channel has been sent the committed tokens up
 to some position, and perhaps some nodes of the tree; `Channel` remembers how far, and a part is made of
@@ -8,13 +8,12 @@ reach a station in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fullpipe.messages import ArenaId, Opening, Part
 from fullpipe.request import Request
-from fullpipe.sequences.blocks import SlotAllocator
-from fullpipe.sequences.stats import RequestStats
+from fullpipe.sequences.blocks import Kept, SlotAllocator
 from fullpipe.sequences.tree import Advance, Node, State, TokenTree
 
 
@@ -34,59 +33,60 @@ class Channel:
     def opened(self) -> bool:
         return self.capacity > 0
 
+    def take_over(self, arena: ArenaId, slots: list[int]) -> None:
+        """Begin with rows of another arena, which stand in these slots there, by position."""
+        self.rows = self.commits = len(slots)
+        self.copy_from, self.copied = (arena, slots) if slots else (-1, [])
+
 
 @dataclass(slots=True)
-class Track:
-    """All the engine knows of one request.
+class Sequence:
+    """All that the engine knows of one request. Tree, slots and arena exist while it runs (`enter`).
 
-    arena: by which number the stations know it. A request that begins anew there gets a new one.
-    judge: looks at each emitted token, see `engine.Judge`. cached: prompt positions taken over from another request.
+    arrived: when it came; waiting_since: when its newest token came, or it did. Seconds of the pipeline's clock.
     tokens, path_slots: the committed path by position, prompt and root included (the root's slot joins
-    when it gets one).
+    when it gets one). cached: prompt positions taken over from another request. finished: why it ended, once it has.
     """
 
     request: Request
-    tree: TokenTree
-    slots: SlotAllocator
-    tokens: list[int]
-    path_slots: list[int]
-    stats: RequestStats
+    arrived: float
+    tokens: list[int] = field(init=False)
+    waiting_since: float = field(init=False)
+    finished: str | None = None
+    cached: int = 0
+    arena: ArenaId = field(init=False)
+    tree: TokenTree = field(init=False)
+    slots: SlotAllocator = field(init=False)
+    path_slots: list[int] = field(init=False)
     stages: Channel = field(default_factory=Channel)
     draft: Channel = field(default_factory=Channel)
-    finished: str | None = None
-    arena: ArenaId = ArenaId(-1)
-    judge: Callable[[int], str | None] | None = None
-    cached: int = 0
 
-    @classmethod
-    def begin(cls, request: Request, capacity: int, ids: Iterator[int], stats: RequestStats) -> Track:
-        tree, slots = TokenTree(request.prompt[-1], 0, horizon=0, ids=ids), SlotAllocator(capacity)
-        track = cls(request, tree, slots, list(request.prompt), [], stats, arena=ArenaId(request.id))
-        track.rewind(capacity, ids)
-        return track
+    def __post_init__(self) -> None:
+        self.tokens, self.waiting_since = list(self.request.prompt), self.arrived
 
-    def rewind(self, capacity: int, ids: Iterator[int]) -> None:
-        """Be as if nothing had been sent, with all that was emitted for a prompt: the text goes on from there, for it
-        is a function of position, seed and what stands before."""
+    def enter(self, arena: ArenaId, capacity: int, ids: Iterator[int]) -> None:
+        """Begin on the stations, as if all that has been emitted were prompt: the text goes on from there, for it is a
+        function of position, seed and what stands before."""
         last = len(self.tokens) - 1
         horizon = self.num_prompt + self.request.params.max_tokens - 2
-        self.tree = TokenTree(self.tokens[-1], last, horizon=horizon, ids=ids)
+        self.arena, self.tree = arena, TokenTree(self.tokens[-1], last, horizon=horizon, ids=ids)
         self.slots = SlotAllocator(capacity)
         self.path_slots = [slot for _ in range(last) if (slot := self.slots.take()) is not None]
         assert len(self.path_slots) == last, "the arena does not hold what there is already"
+        self.leave()
+
+    def leave(self) -> None:
+        """No channel knows the sequence any more."""
         self.stages, self.draft = Channel(), Channel()
 
-    def opening(self, channel: Channel) -> Opening:
-        """That makes the arena on a channel as large as it is to be."""
-        copy_from, copied = channel.copy_from, channel.copied
-        channel.capacity, channel.copy_from, channel.copied = self.slots.capacity, -1, []
-        return Opening(self.arena, self.slots.capacity, self.num_prompt, self.request.params, copy_from, copied,
-                       self.request.id)
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
 
-    def take_over(self, channel: Channel, arena: ArenaId, slots: list[int]) -> None:
-        """Begin this channel's arena with rows of another's, which stand in these slots there, by position."""
-        channel.rows = channel.commits = len(slots)
-        channel.copy_from, channel.copied = (arena, slots) if slots else (-1, [])
+    @property
+    def output(self) -> list[int]:
+        """What has been emitted."""
+        return self.tokens[self.num_prompt :]
 
     @property
     def left(self) -> int:
@@ -94,18 +94,30 @@ class Track:
         return self.num_prompt + self.request.params.max_tokens - len(self.tokens)
 
     @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt)
-
-    @property
     def room(self) -> int:
         """Slots that speculation may take; one stays free for the next root."""
         return self.slots.num_free - (self.tree.root.slot is not None)
 
+    @property
+    def kept(self) -> Kept:
+        """What others may take over: whatever the stations have been told is committed; it is computed before they are
+        asked to copy it."""
+        known = len(self.path_slots)
+        stages, draft = (min(one.commits, known) if one.opened else 0 for one in (self.stages, self.draft))
+        return Kept(self.arena, self.slots.capacity, self.tokens, self.path_slots, stages, draft, self.stages.opened,
+                    self.draft.opened)
+
     # ---- what a channel is still missing ---------------------------------------------------------------
 
+    def opening(self, channel: Channel, drafts: bool) -> Opening:
+        """Make the opening that gives the arena on a channel the size that it is to have."""
+        copy_from, copied = channel.copy_from, channel.copied
+        channel.capacity, channel.copy_from, channel.copied = self.slots.capacity, -1, []
+        return Opening(self.arena, self.slots.capacity, self.num_prompt, self.request.params, copy_from, copied,
+                       self.request.id, drafts)
+
     def committed_rows(self, channel: Channel, limit: int) -> Part:
-        """A part with up to `limit` committed tokens before the root that the channel has not computed."""
+        """Make a part of up to `limit` committed tokens before the root that the channel has not computed."""
         part = Part(self.arena)
         first, end = channel.rows, min(self.tree.root.position, channel.rows + limit)
         if end > first:
@@ -122,7 +134,7 @@ class Track:
         """Append a node's row. Its ancestors were sent before, or stand in the part already."""
         if node.slot is None:
             node.slot = self.slots.take()
-            assert node.slot is not None, "the policy took more nodes than there was room for"
+            assert node.slot is not None, "the method took more nodes than there was room for"
             if node is self.tree.root:
                 self.path_slots.append(node.slot)
         if node is self.tree.root:
@@ -141,7 +153,7 @@ class Track:
         part.wants.append(wants)
 
     def seal(self, part: Part, channel: Channel) -> None:
-        """The part will be sent: let it carry what was committed since the last one."""
+        """Let a part that will be sent carry what was committed since the last one."""
         part.commits = self.path_slots[channel.commits : channel.rows]
         channel.commits = channel.rows
 
@@ -160,13 +172,10 @@ class Track:
             self.stages.rows = root.position + 1
         if root.in_draft:
             self.draft.rows = root.position + 1
-        self.release(step.dead)
-        return step
-
-    def release(self, dead: list[Node]) -> None:
-        for node in dead:
+        for node in step.dead:
             if node.slot is not None:
                 self.slots.give(node.slot)
+        return step
 
     def check(self) -> None:
         """Raise AssertionError unless tree and slots are as they must be."""

@@ -44,7 +44,7 @@ class Node:
     next_token: what truly follows, once landed. others: what may follow instead, best first (lossy requests only).
     """
 
-    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "died_at", "guesses", "id", "in_draft",
+    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "guesses", "id", "in_draft",
                  "launched_at", "next_token", "others", "parent", "path", "position", "slot", "state", "token",
                  "waiting")
 
@@ -63,7 +63,6 @@ class Node:
         self.asked_at = self.launched_at = -1
         self.next_token: int | None = None
         self.others: Sequence[int] = ()
-        self.died_at: float | None = None
 
     def __repr__(self) -> str:
         return f"Node({self.id}, token={self.token}, position={self.position}, {self.state.name.lower()})"

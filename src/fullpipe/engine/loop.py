@@ -58,7 +58,7 @@ class Engine:
         self.pipeline, self.stats = pipeline, Stats()
         self.method = self._checked(method)
         options = self._options = options or EngineOptions()
-        self._listeners: list[Listener] = [self.stats, *listeners]
+        self._listeners: tuple[Listener, ...] = (self.stats, *listeners)
         self._scheduler = Scheduler(options, self._for_guesses(), lambda kept: self._flights.close(
             kept, self.method.needs_draft))
         self._begin()
@@ -200,7 +200,7 @@ class Engine:
 
     def listen(self, listener: Listener) -> None:
         """Call this one too with every event, from now on."""
-        self._listeners.append(listener)
+        self._listeners += (listener,)
 
     def unfinished(self) -> list[Sequence]:
         """All sequences, in the order in which they came; valid after a failure too."""
@@ -275,12 +275,12 @@ class Engine:
         self._tell(Died(self._now, sequence.request.id, [node.id for node in dead]))
 
     def _tell(self, event: Event) -> None:
-        for listener in list(self._listeners):
+        for listener in self._listeners:
             try:
                 listener(event)
             except Exception:
                 log.exception("a listener failed and is dropped")
-                self._listeners.remove(listener)
+                self._listeners = tuple(one for one in self._listeners if one is not listener)
 
     def _for_guesses(self) -> int:
         """Slots of a request beyond prompt and answer."""

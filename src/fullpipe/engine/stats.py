@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fullpipe.messages import (
     Admitted,
@@ -197,39 +199,16 @@ class Stats:
         self._requests.pop(request, None)
 
     def __call__(self, event: Event) -> None:
-        match event:
-            case Launched():
-                self._on_launched(event)
-            case Landed():
-                self._on_landed(event)
-            case Emitted():
-                self._on_emitted(event)
-            case Died():
-                if self._flying:
-                    self._died |= dict.fromkeys(self._flying.intersection(event.nodes), event.time)
-            case Asked():
-                self._on_asked(event)
-            case Submitted():
-                self._requests[event.request] = RequestStats(started=event.arrived)
-            case Admitted():
-                stats = self._requests[event.request]
-                stats.admitted = event.time if stats.admitted is None else stats.admitted
-            case Preempted():
-                self.totals.preemptions += 1
-            case Finished():
-                self.totals.finished += 1
-            case Attached():
-                self._flights.clear()
-                self._flying.clear()
-                self._died.clear()
+        if handle := _HANDLERS.get(type(event)):
+            handle(self, event)
 
     def _on_launched(self, event: Launched) -> None:
         flight = self._flights[event.flight] = _Flight(dict(zip(event.nodes, event.requests)), event.prompt_rows)
         self._flying.update(event.nodes)
         self.totals.launched_rows += len(event.nodes)
         self.totals.prompt_rows += sum(event.prompt_rows.values())
-        for request, rows in Counter(flight.owners.values()).items():
-            self._requests[request].on_launch(event.time, rows)
+        for request in set(event.requests):
+            self._requests[request].on_launch(event.time, event.requests.count(request))
 
     def _on_landed(self, event: Landed) -> None:
         """Count whose rows were alive at each stage. A row that was dropped before a stage is not in its leg."""
@@ -239,7 +218,7 @@ class Stats:
         if not flight.prompt_rows:
             for stats in requests:
                 stats.on_period(event.legs[0])
-        dead = {node: self._died.pop(node) for node in flight.owners if node in self._died}
+        dead = {node: self._died.pop(node) for node in self._died.keys() & flight.owners.keys()}
         for leg in event.legs:
             gone = [node for node in leg.nodes if node in dead and dead[node] < leg.end] if dead else []
             if len(flight.requests) == 1:
@@ -264,6 +243,28 @@ class Stats:
         self.totals.hits += event.fate == "hit"
         self.totals.misses += event.fate == "miss"
 
+    def _on_died(self, event: Died) -> None:
+        if flying := self._flying.intersection(event.nodes):
+            self._died |= dict.fromkeys(flying, event.time)
+
+    def _on_submitted(self, event: Submitted) -> None:
+        self._requests[event.request] = RequestStats(started=event.arrived)
+
+    def _on_admitted(self, event: Admitted) -> None:
+        stats = self._requests[event.request]
+        stats.admitted = event.time if stats.admitted is None else stats.admitted
+
+    def _on_preempted(self, event: Preempted) -> None:
+        self.totals.preemptions += 1
+
+    def _on_finished(self, event: Finished) -> None:
+        self.totals.finished += 1
+
+    def _on_attached(self, event: Attached) -> None:
+        self._flights.clear()
+        self._flying.clear()
+        self._died.clear()
+
     def _on_asked(self, event: Asked) -> None:
         for request, rows in event.rows.items():
             stats = self._requests[request]
@@ -271,3 +272,10 @@ class Stats:
             stats.draft_rows += rows
         self.totals.draft_calls += bool(event.rows)
         self.totals.draft_rows += sum(event.rows.values())
+
+
+_HANDLERS: dict[type[Event], Callable[[Stats, Any], None]] = {
+    Submitted: Stats._on_submitted, Admitted: Stats._on_admitted, Preempted: Stats._on_preempted,
+    Attached: Stats._on_attached, Launched: Stats._on_launched, Asked: Stats._on_asked, Landed: Stats._on_landed,
+    Emitted: Stats._on_emitted, Died: Stats._on_died, Finished: Stats._on_finished,
+}

@@ -107,32 +107,56 @@ def _merge(sequences: Many[Sequence], candidates: Callable[[Sequence], Candidate
     of the sequence that has waited longer, and before all others those that are among the first `share` of their
     sequence.
     """
-    heap: list[tuple[bool, float, float, int, Candidates, Sequence]] = []
-    taken: dict[int, tuple[Sequence, list[Node]]] = {}
+    heap = [entry for one in sequences if (entry := _Ranked(one, candidates(one)).entry(share))]
+    heapq.heapify(heap)
+    taken: list[_Ranked] = []
     number = 0
+    entry = heapq.heappop(heap) if heap else None
+    while entry and number < limit:
+        negative, ranked = entry[1], entry[-1]
+        is_root = not ranked.nodes and ranked.root_waits
+        if (not number and is_root) or -negative >= least(number, is_root):  # a root need not wait in an empty flight
+            if not ranked.nodes:
+                taken.append(ranked)
+            ranked.take()
+            number += 1
+            entry = ranked.entry(share)
+        else:
+            entry = None
+        if entry is None:
+            entry = heapq.heappop(heap) if heap else None
+        elif heap:
+            entry = heapq.heappushpop(heap, entry)
+    return [(ranked.sequence, ranked.nodes) for ranked in taken]
 
-    def push(source: Candidates, one: Sequence, has: int, new: int) -> None:
-        if (best := source.best()) is None:
-            return
-        kept = new == 0 and one.tree.root.slot is None  # the root never lacks a slot
-        if one.room > new or kept or source.has_slot():
-            heapq.heappush(heap, (has >= share, -best, one.waiting_since, one.request.id, source, one))
 
-    new_slots = dict.fromkeys((one.request.id for one in sequences), 0)
-    for one in sequences:
-        push(candidates(one), one, 0, 0)
-    while heap and number < limit:
-        _, negative, _, id, source, one = heapq.heappop(heap)
-        is_root = id not in taken and one.tree.root.state is State.PROPOSED
-        if (number or not is_root) and -negative < least(number, is_root):  # a root need not wait in an empty flight
-            continue
-        node = source.take()
-        nodes = taken.setdefault(id, (one, []))[1]
-        nodes.append(node)
-        number += 1
-        new_slots[id] += node.slot is None
-        push(source, one, len(nodes), new_slots[id])
-    return list(taken.values())
+_Entry = tuple[bool, float, float, int, "_Ranked"]
+
+
+class _Ranked:
+    """A sequence while nodes of it are chosen. nodes: those that have been."""
+
+    __slots__ = ("_kept", "_new", "_room", "_source", "nodes", "root_waits", "sequence")
+
+    def __init__(self, sequence: Sequence, source: Candidates) -> None:
+        self.sequence, self.nodes = sequence, list[Node]()
+        self.root_waits = sequence.tree.root.state is State.PROPOSED
+        self._source, self._room, self._new = source, sequence.room, 0
+        self._kept = sequence.tree.root.slot is None  # the root never lacks a slot
+
+    def entry(self, share: int) -> _Entry | None:
+        """Where its next node stands among those of all sequences; None where it has none, or no slot for it."""
+        if (best := self._source.best()) is None:
+            return None
+        if self._room <= self._new and not (self._kept and not self._new) and not self._source.has_slot():
+            return None
+        one = self.sequence
+        return len(self.nodes) >= share, -best, one.waiting_since, one.request.id, self
+
+    def take(self) -> None:
+        node = self._source.take()
+        self._new += node.slot is None
+        self.nodes.append(node)
 
 
 def _anything(number: int, is_root: bool) -> float:

@@ -45,9 +45,9 @@ def passing(token: int, count: int) -> list[int]:
 def run(method: str, last: ScriptedStage, *, accuracy: float, tokens: int = 30,
         width: int | None = None, prompt: tuple[int, ...] = PROMPT) -> tuple[list[Emitted], RequestStats]:
     stages = [*(ScriptedStage(k, STAGES, TRUTH) for k in range(STAGES - 1)), last]
-    engine = TellingEngine(InProcessPipeline(stages, ScriptedSource(TRUTH, accuracy=accuracy, coverage=accuracy, vocab=VOCAB)),
-                    make_method(method, width=width), fanout=4)
-    track = engine.submit(Request(0, prompt, SamplingParams(max_tokens=tokens, accept_typical=0.3)))
+    draft = ScriptedSource(TRUTH, accuracy=accuracy, coverage=accuracy, vocab=VOCAB)
+    engine = TellingEngine(InProcessPipeline(stages, draft), make_method(method, width=width), fanout=4)
+    engine.submit(Request(0, prompt, SamplingParams(max_tokens=tokens, accept_typical=0.3)))
     said = []
     while engine.busy:
         said += [event for event in engine.step() if isinstance(event, Emitted)]

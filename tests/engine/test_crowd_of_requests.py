@@ -74,11 +74,11 @@ def crowd(count: int, tokens: int = 24) -> list[Request]:
        beginning=st.integers(0, 40), slots=st.sampled_from([None, 700, 1100]), seats=st.sampled_from([None, 1, 3]),
        share=st.booleans(), chunk=st.integers(1, 40))
 def test_every_request_gets_the_text_that_it_would_get_alone(
-        curve: CostCurve | None, stages: int, method: str, width: int | None, prompts: list[list[int]], beginning: int, slots: int | None,
-        seats: int | None, share: bool, chunk: int) -> None:
+        curve: CostCurve | None, stages: int, method: str, width: int | None, prompts: list[list[int]],
+        beginning: int, slots: int | None, seats: int | None, share: bool, chunk: int) -> None:
     requests = [request(k, (*range(beginning), *prompt), 5 + 40 * k) for k, prompt in enumerate(prompts)]
-    engine = TellingEngine(pipeline(stages, curve or FLAT), method_of(method, stages, curve, width), prefill_chunk=chunk,
-                           max_num_seqs=seats, spare_slots=40, kv_cache_tokens=slots,
+    engine = TellingEngine(pipeline(stages, curve or FLAT), method_of(method, stages, curve, width),
+                           prefill_chunk=chunk, max_num_seqs=seats, spare_slots=40, kv_cache_tokens=slots,
                            enable_prefix_caching=share and slots is not None)
     _, texts, _ = run(engine, requests)
     for one in requests:
@@ -90,7 +90,7 @@ def test_every_request_gets_the_text_that_it_would_get_alone(
 def test_memory_that_runs_out_sends_the_youngest_back_and_nothing_is_lost() -> None:
     requests = [request(k, tuple(range(k, k + 100)), 600) for k in range(3)]
     engine = TellingEngine(pipeline(3), make_method("fullpipe"), spare_slots=64, kv_cache_tokens=1300)
-    tracks, texts, _ = run(engine, requests)
+    _tracks, texts, _ = run(engine, requests)
     assert engine.stats.totals.preemptions > 0
     assert all(texts[one.id] == plain(one.prompt, 600) for one in requests)
     ends = [engine.figures[one.id].last_token or 0.0 for one in requests]
@@ -119,8 +119,9 @@ def test_a_next_turn_takes_the_conversations_rows_over() -> None:
 
 
 def test_requests_that_run_share_what_they_begin_with() -> None:
-    engine = TellingEngine(pipeline(3), make_method("fullpipe"), kv_cache_tokens=9000, enable_prefix_caching=True, prefill_chunk=16)
-    first = engine.submit(request(0, tuple(range(48)), 60))
+    engine = TellingEngine(pipeline(3), make_method("fullpipe"), kv_cache_tokens=9000, enable_prefix_caching=True,
+                           prefill_chunk=16)
+    engine.submit(request(0, tuple(range(48)), 60))
     while engine.figures[0].num_emitted < 5:
         engine.step()
     tracks, texts, _ = run(engine, [request(k, (*range(48), k), 20) for k in range(1, 4)])
@@ -130,7 +131,8 @@ def test_requests_that_run_share_what_they_begin_with() -> None:
 
 def test_requests_that_come_together_compute_what_they_begin_with_once() -> None:
     """All but the first wait until its prompt is on its way; one that begins otherwise does not."""
-    engine = TellingEngine(pipeline(3), make_method("fullpipe"), kv_cache_tokens=20000, enable_prefix_caching=True, prefill_chunk=64)
+    engine = TellingEngine(pipeline(3), make_method("fullpipe"), kv_cache_tokens=20000, enable_prefix_caching=True,
+                           prefill_chunk=64)
     long = tuple(k % 40 for k in range(500))
     tracks, texts, _ = run(engine, [request(k, (*long, k), 8) for k in range(4)] + [request(4, (1, 2, 3), 8)])
     assert [tracks[k].cached for k in range(5)] == [0, 448, 448, 448, 0], "but for what is not worth waiting for"
@@ -146,7 +148,7 @@ def test_an_arena_that_the_draft_never_opened_gives_the_draft_nothing(short: boo
                                       station == "draft" else 1.0),
                     make_method("fullpipe"), kv_cache_tokens=9000, enable_prefix_caching=True)
     prompt, longer = tuple(range(48)), (*range(48), *range(10, 40))
-    first = engine.submit(request(0, prompt, 400))
+    engine.submit(request(0, prompt, 400))
     while engine.figures[0].num_emitted < 5:
         engine.step()
     slow = True
@@ -341,9 +343,9 @@ def test_a_prompt_holds_those_that_run_up_by_no_more_than_its_share() -> None:
         if isinstance(event, Emitted) and event.request == 0:
             spans.append(event.time)
 
-    engine = TellingEngine(pipeline(2, curve, accuracy=0.0), make_method("fullpipe", machine=Machine(2, curve), prefill_share=1.0),
-                           listeners=[listen])
-    first = engine.submit(request(0, (1, 2), 400))
+    method = make_method("fullpipe", machine=Machine(2, curve), prefill_share=1.0)
+    engine = TellingEngine(pipeline(2, curve, accuracy=0.0), method, listeners=[listen])
+    engine.submit(request(0, (1, 2), 400))
     while engine.figures[0].num_emitted < 5:
         engine.step()
     before = max(after - start for start, after in itertools.pairwise(spans))

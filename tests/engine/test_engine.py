@@ -121,7 +121,7 @@ def test_end_tokens_stop_strings_and_aborts_end_a_request() -> None:
         assert texts[0] == text[:cut]
         assert [event.reason for event in news if isinstance(event, Finished)] == ["stop"]
         # A listener that has seen enough; the same pipeline serves the next request.
-        def enough(event: Event) -> None:
+        def enough(event: Event, engine: TellingEngine = engine) -> None:
             if isinstance(event, Emitted) and event.request == 1 and event.token == text[3]:
                 engine.end(1, "stop")
 
@@ -207,7 +207,8 @@ def test_draining_under_a_running_request_is_refused() -> None:
 
 
 def test_fill_does_not_count_what_came_before_the_first_launch() -> None:
-    _, figures, _ = run(TellingEngine(pipeline(8), make_method("pp"), prefill_chunk=4), request(prompt=tuple(range(50)), tokens=10))
+    _, figures, _ = run(TellingEngine(pipeline(8), make_method("pp"), prefill_chunk=4),
+                        request(prompt=tuple(range(50)), tokens=10))
     stats = figures[0]
     # The last chunks are still in the stages when the root enters: 7 + 6 + ... + 1 stage steps beside its own.
     assert stats.fill(8) == pytest.approx((8 * 10 + 28) / (8 * 80))

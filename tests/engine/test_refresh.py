@@ -72,7 +72,7 @@ def run(source: Changeable, method: str, *, stages: int = 6, tokens: int = 60, w
                                  links=Links.even(stages, Link(link_s)))
     can = refresh and method in WITH_REFRESH
     engine = TellingEngine(pipeline, make_method(method, width=width, refresh=can), prefill_chunk=2, spare_slots=spare)
-    track = engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=tokens)))
+    engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=tokens)))
     said = []
     while engine.busy:
         said += [event.token for event in engine.step() if isinstance(event, Emitted)]

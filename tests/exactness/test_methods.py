@@ -87,7 +87,7 @@ def truth(folders: dict[str, Path]) -> dict[str, list[int]]:
 
 
 def run(engine: TellingEngine, params: SamplingParams) -> tuple[list[int], float]:
-    track = engine.submit(Request(0, PROMPT, params))
+    engine.submit(Request(0, PROMPT, params))
     tokens = []
     while engine.busy:
         tokens += [event.token for event in engine.step() if isinstance(event, Emitted)]
@@ -123,7 +123,8 @@ def test_nor_on_asking_again(folders: dict[str, Path], stages: Callable[[int], l
                              truth: dict[str, list[int]], method: str) -> None:
     for kind, expected in truth.items():
         pipeline = InProcessPipeline(stages(4), DraftModel(whole(folders["draft"])))
-        tokens, hit_rate = run(TellingEngine(pipeline, make_method(method, refresh=True), prefill_chunk=4), PARAMS[kind])
+        engine = TellingEngine(pipeline, make_method(method, refresh=True), prefill_chunk=4)
+        tokens, hit_rate = run(engine, PARAMS[kind])
         assert tokens == expected and hit_rate > 0.2
 
 

@@ -203,7 +203,7 @@ class Stats:
             handle(self, event)
 
     def _on_launched(self, event: Launched) -> None:
-        flight = self._flights[event.flight] = _Flight(dict(zip(event.nodes, event.requests)), event.prompt_rows)
+        self._flights[event.flight] = _Flight(dict(zip(event.nodes, event.requests)), event.prompt_rows)
         self._flying.update(event.nodes)
         self.totals.launched_rows += len(event.nodes)
         self.totals.prompt_rows += sum(event.prompt_rows.values())

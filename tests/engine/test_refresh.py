@@ -78,7 +78,7 @@ def run(source: Changeable, method: str, *, stages: int = 6, tokens: int = 60, w
         said += [event.token for event in engine.step() if isinstance(event, Emitted)]
         engine.check()
     assert said == plain(tokens)
-    assert not engine._flights.asked and not engine._flights.launched, "nothing is remembered of a request that is over"
+    assert not engine._jobs.asked and not engine._flights.launched, "nothing is remembered of a request that is over"
     return engine.figures[0]
 
 
@@ -148,10 +148,10 @@ def test_what_the_draft_may_be_waiting_for_is_cancelled() -> None:
     pipeline = Telling([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedSource(TRUTH, accuracy=0.5))
     engine = TellingEngine(pipeline, make_method("fullpipe", width=1))
     engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=20)))
-    while not set(engine._flights.asked) - set(engine._flights.launched):
+    while not set(engine._jobs.asked) - set(engine._flights.launched):
         engine.step()
-    owed, before = set(engine._flights.asked), set(pipeline.cancelled)
+    owed, before = set(engine._jobs.asked), set(pipeline.cancelled)
     engine.end(0)
     assert owed <= set(pipeline.cancelled) - before
-    assert not engine._flights.asked
+    assert not engine._jobs.asked
     engine.drain()

@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
-from fullpipe.messages import Flight, Opening, Part
-from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.messages import Flight, Landed, Opening, Part
+from fullpipe.models.attention import Segment
+from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.linear import can_pack
 from fullpipe.models.weights import open_model

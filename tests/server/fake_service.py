@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fullpipe.sequences.stats import RequestStats
+
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.service import Deliver, Status, Ticket, Update
 from fullpipe.text import Reply
 

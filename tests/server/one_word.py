@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from fullpipe.sequences.stats import RequestStats
 from openai_server import byte_tokenizer
 
 from fullpipe.errors import PromptError
 from fullpipe.request import SamplingParams
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.server.app import ServedModel, ServerOptions, create_app
 from fullpipe.service import Deliver, Status, Ticket, Update
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from fullpipe.sequences.stats import RequestStats
 
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.server import live as module
 from fullpipe.server.app import ServedModel, ServerOptions, create_app
 from fullpipe.server.live import Live

@@ -12,8 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
-
 from fullpipe.batching import CostCurve, Dynamic
+from fullpipe.sequences.stats import RequestStats
+
 from fullpipe.cluster.calibrate import cost_curves
 from fullpipe.engine.loop import Engine, Listener
 from fullpipe.errors import FullpipeError, Overloaded, PipelineError, PromptError, Unavailable, UsageError
@@ -22,7 +23,6 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.workers import DistributedPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Track
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.service import Observer, Service, Started, Ticket, Update, _Running
 from fullpipe.stations.drafts.scripted import ScriptedSource
 from fullpipe.stations.scripted import ScriptedStage, hash_token

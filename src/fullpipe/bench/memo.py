@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from fullpipe.bench.recording import Answer, Head, on_disk
 from fullpipe.messages import Expansion, Flight, Part
-from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.models.attention import Segment
+from fullpipe.models.decoder import DecoderSlice
 from fullpipe.request import SamplingParams
 from fullpipe.stations.sampling import RowContext, rank
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from fullpipe.engine.flights import Flights
+from fullpipe.engine.jobs import Jobs
+from fullpipe.engine.memory import Memory
 from fullpipe.engine.scheduler import Scheduler
 from fullpipe.engine.stats import Stats
 from fullpipe.errors import PipelineError, StationFailed, UsageError
@@ -33,6 +35,7 @@ from fullpipe.messages import (
 from fullpipe.methods.base import Method
 from fullpipe.options import EngineOptions
 from fullpipe.request import Request
+from fullpipe.sequences.blocks import Kept
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node
 
@@ -59,12 +62,13 @@ class Engine:
         self.method = self._checked(method)
         options = self._options = options or EngineOptions()
         self._listeners: tuple[Listener, ...] = (self.stats, *listeners)
-        self._scheduler = Scheduler(options, self._for_guesses(), lambda kept: self._flights.close(
-            kept, self.method.needs_draft))
+        self._memory = Memory(options, self._for_guesses(), self._close)
+        self._scheduler = Scheduler(options, self._memory)
         self._begin()
 
     def _begin(self) -> None:
-        self._flights = Flights(self._options, self.pipeline.newest_flight, self.pipeline.newest_job)
+        self._flights = Flights(self._options, self.pipeline.newest_flight)
+        self._jobs = Jobs(self._options, self.pipeline.newest_job)
         self._logprobs: dict[int, list[tuple[int, float]]] = {}  # by node that has landed, until its turn or its death
         self._stage_ready = self.pipeline.newest_flight >= 0  # who used it before has taken its last `Ready`
         self._draft_ready = True
@@ -98,14 +102,14 @@ class Engine:
         self._admit()
         if self._stage_ready:
             self._make_room()
-            if made := self._flights.next_flight(self.method, self._scheduler.running.values()):
+            if made := self._flights.next(self.method, self._scheduler.running.values()):
                 self._stage_ready = False
                 flight, told = made
                 told.time = self._now
                 self._tell(told)
                 self.pipeline.launch(flight)
         if self._draft_ready and self.pipeline.has_draft and (
-                asked := self._flights.next_job(self.method, self._scheduler.running.values())):
+                asked := self._jobs.next(self.method, self._scheduler.running.values())):
             self._draft_ready = False
             job, rows = asked
             self._tell(Asked(self._now, job.id, rows))
@@ -119,7 +123,7 @@ class Engine:
                 self._on_landed(event)
             case Drafted():
                 self._draft_ready = True
-                self._flights.drafted(event)
+                self._jobs.answered(event)
             case Failed():
                 raise StationFailed(event.station, event.reason, hint=event.hint or _AFTER_FAILURE)
 
@@ -138,7 +142,7 @@ class Engine:
             step = sequence.advance()
             if step is None:
                 return
-            self._flights.asked.pop(root.id, None)  # what follows it is known
+            self._jobs.asked.pop(root.id, None)  # what follows it is known
             self._drop(sequence, step.dead)
             reason = _end_of_text(sequence, step.token)
             fate: Fate = "last" if reason else "hit" if step.hit else "miss"
@@ -164,14 +168,13 @@ class Engine:
 
     @property
     def kv_used(self) -> int:
-        """Cache slots of the requests that run; what is kept to be shared can be had at any time."""
-        ledger = self._scheduler.ledger
-        return ledger.used - sum(kept.capacity for kept in ledger.kept)
+        """Cache slots of the requests that run."""
+        return self._memory.used
 
     @property
     def longest(self) -> int | None:
         """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
-        return self._scheduler.longest
+        return self._memory.longest
 
     def now(self) -> float:
         """Seconds of the pipeline's clock."""
@@ -225,15 +228,15 @@ class Engine:
         """Change the method while no request runs; what is left in the pipeline is waited for."""
         self.drain()
         self.method = self._checked(method)
-        self._scheduler.for_guesses = self._for_guesses()
+        self._memory.for_guesses = self._for_guesses()
 
     def drain(self) -> None:
         """Wait until the stations are empty and have closed the arenas of finished requests."""
         self._check_whole()
         if self.busy:
             raise UsageError("another request is running", hint="Wait for it, or close its stream first.")
-        self._scheduler.give_up_kept()
-        while not (self._flights.idle and self._draft_ready):
+        self._memory.give_up_kept()
+        while self._flights.under_way or self._flights.closes or self._jobs.closes or not self._draft_ready:
             self.step()
 
     # ---- inside ------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ class Engine:
         """Let arenas grow; where there is no memory left, the youngest request goes back to waiting."""
         for sequence in list(self._scheduler.running.values()):
             while sequence.request.id in self._scheduler.running and (
-                    youngest := self._scheduler.grow(sequence, self.method.least_slots)):
+                    youngest := self._scheduler.make_room(sequence, self.method.least_slots)):
                 self._drop(youngest, youngest.tree.clear())
                 self._scheduler.send_back(youngest)
                 self._tell(Preempted(self._now, youngest.request.id))
@@ -270,9 +273,20 @@ class Engine:
         if self._logprobs:
             for node in dead:
                 self._logprobs.pop(node.id, None)
-        if (unneeded := self._flights.forget(dead)) and not self._broken:
+        launched, asked = self._flights.launched, self._jobs.asked
+        unneeded = [node.id for node in dead  # in flight, or asked about: the draft may be waiting for them
+                    if (launched.pop(node.id, None) is not None) | (asked.pop(node.id, None) is not None)]
+        if unneeded and not self._broken:
             self.pipeline.cancel(unneeded)
         self._tell(Died(self._now, sequence.request.id, [node.id for node in dead]))
+
+    def _close(self, kept: Kept) -> None:
+        """Have the stations close an arena. The draft has been told that it will be, whether it was opened there or
+        not (`Opening.drafts`)."""
+        if kept.in_stages:
+            self._flights.closes.append(kept.arena)
+        if kept.in_draft or (kept.in_stages and self.method.needs_draft):
+            self._jobs.closes.append(kept.arena)
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:
@@ -303,6 +317,7 @@ class Engine:
         """Raise AssertionError unless every tree, slot and table is as it must be (tests, idle servers)."""
         self._scheduler.check()
         self._flights.check(self._scheduler.running.values())
+        self._jobs.check()
 
 
 def _end_of_text(sequence: Sequence, token: int) -> str | None:

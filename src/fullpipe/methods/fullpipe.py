@@ -107,56 +107,61 @@ def _merge(sequences: Many[Sequence], candidates: Callable[[Sequence], Candidate
     of the sequence that has waited longer, and before all others those that are among the first `share` of their
     sequence.
     """
-    heap = [entry for one in sequences if (entry := _Ranked(one, candidates(one)).entry(share))]
+    heap = [found for one in sequences if (found := _Ranked(one, candidates(one), share)).advance()]
     heapq.heapify(heap)
     taken: list[_Ranked] = []
     number = 0
-    entry = heapq.heappop(heap) if heap else None
-    while entry and number < limit:
-        negative, ranked = entry[1], entry[-1]
-        is_root = not ranked.nodes and ranked.root_waits
-        if (not number and is_root) or -negative >= least(number, is_root):  # a root need not wait in an empty flight
-            if not ranked.nodes:
-                taken.append(ranked)
-            ranked.take()
-            number += 1
-            entry = ranked.entry(share)
-        else:
-            entry = None
-        if entry is None:
-            entry = heapq.heappop(heap) if heap else None
+    ranked: _Ranked | None = heapq.heappop(heap) if heap else None
+    while ranked and number < limit:
+        is_root = ranked.root_waits and not ranked.nodes
+        if (number or not is_root) and ranked.best < least(number, is_root):  # a root need not wait in an empty flight
+            ranked = heapq.heappop(heap) if heap else None
+            continue
+        if not ranked.nodes:
+            taken.append(ranked)
+        ranked.take()
+        number += 1
+        if not ranked.advance():
+            ranked = heapq.heappop(heap) if heap else None
         elif heap:
-            entry = heapq.heappushpop(heap, entry)
-    return [(ranked.sequence, ranked.nodes) for ranked in taken]
-
-
-_Entry = tuple[bool, float, float, int, "_Ranked"]
+            ranked = heapq.heappushpop(heap, ranked)
+    return [(one.sequence, one.nodes) for one in taken]
 
 
 class _Ranked:
-    """A sequence while nodes of it are chosen. nodes: those that have been."""
+    """A sequence while nodes of it are chosen; of several the one whose next node goes first is the least.
 
-    __slots__ = ("_kept", "_new", "_room", "_source", "nodes", "root_waits", "sequence")
+    share: nodes that it has before all others. nodes: those that were chosen. best: log path probability of the next.
+    """
 
-    def __init__(self, sequence: Sequence, source: Candidates) -> None:
-        self.sequence, self.nodes = sequence, list[Node]()
+    __slots__ = ("_kept", "_new", "_room", "_share", "_source", "best", "nodes", "root_waits", "sequence")
+
+    def __init__(self, sequence: Sequence, source: Candidates, share: int) -> None:
+        self.sequence, self.nodes, self.best = sequence, list[Node](), -math.inf
         self.root_waits = sequence.tree.root.state is State.PROPOSED
-        self._source, self._room, self._new = source, sequence.room, 0
+        self._source, self._share, self._room, self._new = source, share, sequence.room, 0
         self._kept = sequence.tree.root.slot is None  # the root never lacks a slot
 
-    def entry(self, share: int) -> _Entry | None:
-        """Where its next node stands among those of all sequences; None where it has none, or no slot for it."""
-        if (best := self._source.best()) is None:
-            return None
-        if self._room <= self._new and not (self._kept and not self._new) and not self._source.has_slot():
-            return None
-        one = self.sequence
-        return len(self.nodes) >= share, -best, one.waiting_since, one.request.id, self
+    def advance(self) -> bool:
+        """Look at the next node. False: there is none, or no slot for it."""
+        best = self._source.best()
+        if best is None or (self._room <= self._new and not (self._kept and not self._new)
+                            and not self._source.has_slot()):
+            return False
+        self.best = best
+        return True
 
     def take(self) -> None:
         node = self._source.take()
         self._new += node.slot is None
         self.nodes.append(node)
+
+    def __lt__(self, other: _Ranked) -> bool:
+        return self._key() < other._key()
+
+    def _key(self) -> tuple[bool, float, float, int]:
+        one = self.sequence
+        return len(self.nodes) >= self._share, -self.best, one.waiting_since, one.request.id
 
 
 def _anything(number: int, is_root: bool) -> float:

@@ -83,10 +83,6 @@ class Ledger:
         self.kept: list[Kept] = []  # the one that was used longest ago first
         self._dropped: list[Kept] = []
 
-    def fits(self, slots: int) -> bool:
-        """Whether so many could ever be had."""
-        return self.total is None or slots <= self.total
-
     def has(self, slots: int) -> bool:
         """Whether so many can be taken now, from kept arenas if need be."""
         return self.total is None or slots <= self.total - self.used + sum(kept.capacity for kept in self.kept)

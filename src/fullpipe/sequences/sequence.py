@@ -152,10 +152,11 @@ class Sequence:
         part.paths.append(node.path)
         part.wants.append(wants)
 
-    def seal(self, part: Part, channel: Channel) -> None:
+    def sealed(self, part: Part, channel: Channel) -> Part:
         """Let a part that will be sent carry what was committed since the last one."""
         part.commits = self.path_slots[channel.commits : channel.rows]
         channel.commits = channel.rows
+        return part
 
     # ---- the commit rule -------------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Flight, Landed, Opening, Part
 from fullpipe.models.arena import KVArena
-from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.models.attention import Segment
+from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.weights import open_model
 from fullpipe.stations.base import Tapped
 from fullpipe.stations.sampling import RowContext, pick, tell_logprobs, typical

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fullpipe.errors import UsageError
 from fullpipe.models.arena import KVArena
-from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.models.attention import Segment
+from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.files import ModelFiles
 
 

@@ -1,13 +1,22 @@
 """The token tree against a slow, obvious reading of the design."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fullpipe.messages import Expansion
-from fullpipe.sequences.tree import Node, State, TokenTree
+from fullpipe.sequences.tree import Candidates, Node, State, TokenTree
+
+
+def first(limit: int, candidates: Callable[[float], Candidates], floor: float) -> list[Node]:
+    """Up to `limit` of a tree's candidates, best first."""
+    found, taken = candidates(floor), []
+    while len(taken) < limit and found.best() is not None:
+        taken.append(found.take())
+    return taken
 
 
 def tree(horizon: int = 50) -> TokenTree:
@@ -28,11 +37,11 @@ def test_a_hit_keeps_the_childs_subtree_and_kills_its_siblings() -> None:
     t = tree()
     t.launch(t.root)
     t.propose(t.root, guesses(t.root, (1, 0.6), (2, 0.3)))
-    one, two = t.take_unlaunched(2, -math.inf)
+    one, two = first(2, t.unlaunched, -math.inf)
     t.launch(one)
     t.launch(two)
     t.propose(one, guesses(one, (5, 0.9)))
-    (five,) = t.take_unlaunched(1, -math.inf)
+    (five,) = first(1, t.unlaunched, -math.inf)
     t.launch(five)
     t.land(t.root, 1)
     step = t.advance()
@@ -46,7 +55,7 @@ def test_a_miss_kills_everything_and_makes_a_new_root() -> None:
     t = tree()
     t.launch(t.root)
     t.propose(t.root, guesses(t.root, (1, 0.6)))
-    (one,) = t.take_unlaunched(1, -math.inf)
+    (one,) = first(1, t.unlaunched, -math.inf)
     t.launch(one)
     t.land(t.root, 9)
     step = t.advance()
@@ -63,50 +72,50 @@ def test_a_guess_that_was_never_launched_is_a_miss_but_its_subtree_survives() ->
     t.land(t.root, 1)
     step = t.advance()
     assert step is not None and not step.hit and step.dead == []
-    assert [node.token for node in t.take_unlaunched(5, -math.inf)] == [1, 4]
+    assert [node.token for node in first(5, t.unlaunched, -math.inf)] == [1, 4]
 
 
 def test_late_siblings_come_after_their_rivals_and_before_worse_depths() -> None:
     t = tree()
     t.launch(t.root)
     t.propose(t.root, guesses(t.root, (1, 0.7), (2, 0.2), (3, 0.05)))
-    taken = t.take_unlaunched(1, -math.inf)
+    taken = first(1, t.unlaunched, -math.inf)
     assert [node.token for node in taken] == [1]
     t.launch(taken[0])
     t.propose(taken[0], guesses(taken[0], (4, 0.9), (5, 0.1)))
-    assert [node.token for node in t.take_unlaunched(4, -math.inf)] == [4, 2, 5, 3]
+    assert [node.token for node in first(4, t.unlaunched, -math.inf)] == [4, 2, 5, 3]
 
 
 def test_the_floor_is_relative_to_the_root() -> None:
     t = tree()
     t.launch(t.root)
     t.propose(t.root, guesses(t.root, (1, 0.01)))
-    assert t.take_unlaunched(4, math.log(0.02)) == []
-    (one,) = t.take_unlaunched(4, math.log(0.005))
+    assert first(4, t.unlaunched, math.log(0.02)) == []
+    (one,) = first(4, t.unlaunched, math.log(0.005))
     t.launch(one)
     t.propose(one, guesses(one, (2, 0.5)))
-    assert t.take_unlaunched(4, math.log(0.02)) == [], "0.005 of the root"
+    assert first(4, t.unlaunched, math.log(0.02)) == [], "0.005 of the root"
     t.land(t.root, 1)
     t.advance()
-    assert [node.token for node in t.take_unlaunched(4, math.log(0.02))] == [2], "0.5 of the new root"
+    assert [node.token for node in first(4, t.unlaunched, math.log(0.02))] == [2], "0.5 of the new root"
 
 
 def test_nothing_grows_beyond_the_horizon_and_nobody_is_asked_there() -> None:
     t = tree(horizon=4)
     t.propose(t.root, guesses(t.root, (1, 0.9)))
-    assert t.take_unasked(5, -math.inf) == [t.root]
+    assert first(5, t.unasked, -math.inf) == [t.root]
     t.launch(t.root)
-    (one,) = t.take_unlaunched(5, -math.inf)
+    (one,) = first(5, t.unlaunched, -math.inf)
     t.propose(one, guesses(one, (2, 0.9)))
     t.launch(one)
-    assert t.take_unlaunched(5, -math.inf) == []
+    assert first(5, t.unlaunched, -math.inf) == []
 
 
 def test_what_came_with_a_chain_is_weighed_against_what_its_parent_guesses_later() -> None:
     t = tree()
     t.launch(t.root)
     t.propose(t.root, Expansion(t.root.id, [1, 4, 5], [math.log(0.8), math.log(0.9), math.log(0.9)], [-1, 0, 1]))
-    one, four = t.take_unlaunched(2, -math.inf)
+    one, four = first(2, t.unlaunched, -math.inf)
     assert [one.token, four.token] == [1, 4]
     t.launch(one)
     t.propose(one, guesses(one, (6, 0.5), (4, 0.3)))
@@ -115,7 +124,7 @@ def test_what_came_with_a_chain_is_weighed_against_what_its_parent_guesses_later
     t.propose(four, guesses(four, (7, 0.2)))
     t.check()
     t.launch(four)
-    assert [(node.token, round(math.exp(node.cum), 3)) for node in t.take_unlaunched(3, -math.inf)] == [
+    assert [(node.token, round(math.exp(node.cum), 3)) for node in first(3, t.unlaunched, -math.inf)] == [
         (5, 0.432), (6, 0.4), (7, 0.096)], "5 was a guess, not yet a node: it keeps its own"
 
 
@@ -135,7 +144,7 @@ def test_the_launch_cutoff_is_that_of_the_best_that_wait() -> None:
     assert t.launch_cutoff(2) == -math.inf, "only the root waits"
     t.launch(t.root)
     t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.3)))
-    (one,) = t.take_unlaunched(1, -math.inf)
+    (one,) = first(1, t.unlaunched, -math.inf)
     t.launch(one)
     t.propose(one, guesses(one, (3, 0.5)))
     assert t.launch_cutoff(1) == pytest.approx(math.log(0.3))
@@ -147,24 +156,24 @@ def test_a_newer_answer_replaces_the_older_one() -> None:
     t = tree()
     t.launch(t.root)
     t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.2), (3, 0.1)))
-    one, _ = t.take_unlaunched(2, -math.inf)
+    one, _ = first(2, t.unlaunched, -math.inf)
     t.launch(one)
     t.propose(one, guesses(one, (5, 0.8), (6, 0.1)))
-    (five,) = t.take_unlaunched(1, -math.inf)
+    (five,) = first(1, t.unlaunched, -math.inf)
     t.launch(five)
     t.propose(t.root, guesses(t.root, (4, 0.6), (1, 0.3), (2, 0.05)))
     worth = {node.token: round(math.exp(node.cum), 4) for node in t.nodes() if node is not t.root}
     assert worth == {1: 0.3, 5: 0.24, 2: 0.05}, "launched or not, with all that is below"
     assert [(round(math.exp(cum), 4), token) for cum, token in t.root.guesses] == [(0.6, 4)], "3 is gone"
     assert [(round(math.exp(cum), 4), token) for cum, token in one.guesses] == [(0.03, 6)]
-    assert [node.token for node in t.take_unlaunched(9, -math.inf)] == [4, 2, 6]
+    assert [node.token for node in first(9, t.unlaunched, -math.inf)] == [4, 2, 6]
     t.check()
 
 
 def test_a_child_that_a_newer_answer_does_not_name_is_no_likelier_than_its_last() -> None:
     t = tree()
     t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.01)))
-    t.take_unlaunched(3, -math.inf)
+    first(3, t.unlaunched, -math.inf)
     t.propose(t.root, guesses(t.root, (3, 0.4), (4, 0.1)))
     assert {token: round(math.exp(child.cum), 4) for token, child in t.root.children.items()} == {1: 0.1, 2: 0.01}
     t.propose(t.root, Expansion(t.root.id, [], [], []))
@@ -186,7 +195,7 @@ def test_nodes_in_flight_are_worth_asking_about_again_once_they_have_moved() -> 
     assert t.deepened(9) == [], "an answer is awaited"
     t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.2)))
     assert t.deepened(9) == [], "it has not moved"
-    one, two = t.take_unlaunched(2, -math.inf)
+    one, two = first(2, t.unlaunched, -math.inf)
     t.ask(one)
     t.propose(one, guesses(one, (5, 0.9)))
     flight(t, one)
@@ -226,7 +235,7 @@ def test_of_what_passes_the_targets_own_token_comes_first_and_only_what_flies_co
         t = tree()
         t.launch(t.root)
         t.propose(t.root, guesses(t.root, (1, 0.5), (2, 0.3), (3, 0.1)))
-        for node in t.take_unlaunched(3, -math.inf)[:2]:
+        for node in first(3, t.unlaunched, -math.inf)[:2]:
             t.launch(node)
         t.land(t.root, next_token, others)
         done = t.advance()
@@ -244,13 +253,13 @@ def test_of_what_passes_the_targets_own_token_comes_first_and_only_what_flies_co
 def test_moving_to_and_fro_leaves_heaps_small_and_orders_right() -> None:
     t = tree()
     t.propose(t.root, guesses(t.root, (1, 1.0), (2, 0.5)))
-    (_, one, *_) = t.take_unlaunched(3, -math.inf)
+    (_, one, *_) = first(3, t.unlaunched, -math.inf)
     t.propose(one, guesses(one, (3, 1.0)))
-    t.take_unlaunched(9, -math.inf)
+    first(9, t.unlaunched, -math.inf)
     for number in range(400):
         t.propose(t.root, guesses(t.root, *([(1, 1.0), (2, 0.5)] if number % 2 else [(2, 0.9), (1, 0.1)])))
         t.check()
-    assert [node.token for node in t.take_unlaunched(9, -math.inf)] == [1, 3, 2]
+    assert [node.token for node in first(9, t.unlaunched, -math.inf)] == [1, 3, 2]
     assert max(len(t._unlaunched), len(t._unasked), len(t._frontier)) <= 65 + 4 * t.num_live
 
 
@@ -259,7 +268,7 @@ def test_dead_and_committed_nodes_take_no_guesses_and_no_landings() -> None:
     old = t.root
     t.launch(old)
     t.propose(old, guesses(old, (1, 0.9)))
-    (one,) = t.take_unlaunched(1, -math.inf)
+    (one,) = first(1, t.unlaunched, -math.inf)
     t.launch(one)
     land_root(t, 5)
     t.advance()
@@ -277,7 +286,7 @@ def test_check_complains_when_state_is_corrupted() -> None:
         t.check()
     t = tree()
     t.propose(t.root, guesses(t.root, (1, 0.9)))
-    (one,) = t.take_unlaunched(2, -math.inf)[1:]
+    (one,) = first(2, t.unlaunched, -math.inf)[1:]
     one.state = State.IN_FLIGHT
     with pytest.raises(AssertionError):
         t.check()
@@ -310,7 +319,7 @@ def test_any_allowed_order_keeps_every_invariant(actions: list[tuple[str, int]])
             t.propose(node, Expansion(node.id, [number % 5, 1, 2], [-0.1, -0.5, 0.0], [-1, 0, 1]))
         elif action == "launch":
             best = offered(t)
-            taken = t.take_unlaunched(1 + number % 4, -9.0)
+            taken = first(1 + number % 4, t.unlaunched, -9.0)
             expected = [cum for cum in best[: 1 + number % 4] if cum >= t.root.cum - 9.0]
             assert [n.cum for n in taken] == expected, "not the best ones"
             flight(t, *taken)
@@ -330,7 +339,7 @@ def test_any_allowed_order_keeps_every_invariant(actions: list[tuple[str, int]])
             for n in children:
                 t.launch(n)
         elif action == "ask":
-            for n in t.take_unasked(2, -9.0):
+            for n in first(2, t.unasked, -9.0):
                 assert not n.asked
                 t.ask(n)
         elif action in ("land", "miss") and t.root.state is State.IN_FLIGHT:

@@ -226,16 +226,6 @@ class TokenTree:
                  and self.num_flights > max(node.asked_at, node.launched_at)]
         return heapq.nsmallest(limit, found, key=lambda node: (-node.cum, node.position))
 
-    def take_unlaunched(self, limit: int, floor: float) -> list[Node]:
-        """Up to `limit` nodes with the highest path probability that have not been launched, best first,
-        each one's ancestors launched or before it in the list. `floor`: log of the least path probability
-        given the root. The caller launches what it gets."""
-        return self._take(self._unlaunched, lambda node: node.state is State.PROPOSED, limit, floor)
-
-    def take_unasked(self, limit: int, floor: float) -> list[Node]:
-        """The same for nodes whose children the draft has not been asked for. The caller asks."""
-        return self._take(self._unasked, self._is_askable, limit, floor)
-
     def _is_askable(self, node: Node) -> bool:
         return node.state in LIVE and not node.asked and node.position < self.horizon
 
@@ -253,7 +243,7 @@ class TokenTree:
         return waiting[count - 1] - self.root.cum
 
     def return_unasked(self, node: Node) -> None:
-        """Give back a node of `take_unasked` that could not be asked for."""
+        """Give back a node of `unasked` that could not be asked for."""
         self._push(self._unasked, node, node.cum)
 
     def best_children(self, nodes: Iterable[Node], limit: int, floor: float) -> list[Node]:
@@ -300,20 +290,14 @@ class TokenTree:
         return self._new(token, node, node.position + 1, cum)
 
     def unlaunched(self, floor: float) -> Candidates:
-        """What `take_unlaunched` would name, one at a time. The caller launches what it takes, before anything else
-        happens to the tree."""
+        """Nodes that have not been launched, highest path probability first, each one's ancestors launched or before
+        it. floor: log of the least path probability given the root. The caller launches what it takes, before anything
+        else happens to the tree."""
         return Candidates(self, self._unlaunched, lambda node: node.state is State.PROPOSED, floor)
 
     def unasked(self, floor: float) -> Candidates:
-        """The same of `take_unasked`."""
+        """The same of nodes whose children the draft has not been asked for. The caller asks."""
         return Candidates(self, self._unasked, self._is_askable, floor)
-
-    def _take(self, heap: list[_Entry], usable: Callable[[Node], bool], limit: int, floor: float) -> list[Node]:
-        taken: list[Node] = []
-        candidates = Candidates(self, heap, usable, floor)
-        while len(taken) < limit and candidates.best() is not None:
-            taken.append(candidates.take())
-        return taken
 
     def _best_frontier(self) -> Node | None:
         """The live node with the best guess left. Entries whose node died, or whose best guess has

@@ -27,13 +27,13 @@ def heard(count: int = 3, **options: object) -> tuple[TellingEngine, list[Event]
     events: list[Event] = []
     engine = TellingEngine(pipeline(), make_method("fullpipe"), listeners=[events.append], **options)
     for id in range(count):
-        engine.submit(Request(id, tuple(range(id, id + 40)), SamplingParams(max_tokens=300 if options else 30)))
+        engine.submit(Request(id, tuple(range(id, id + 40)), SamplingParams(max_tokens=700 if options else 30)))
     while engine.busy:
         engine.step()
     return engine, events
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 800, "spare_slots": 64}])
+@pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 1300, "spare_slots": 64}])
 def test_totals_are_what_the_events_say(options: dict[str, object]) -> None:
     engine, events = heard(**options)
     totals, fates = engine.stats.totals, Counter(one.fate for one in events if isinstance(one, Emitted))

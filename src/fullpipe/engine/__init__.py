@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fullpipe.engine.loop import Engine, Listener
+from fullpipe.engine.engine import Engine
+from fullpipe.engine.loop import Listener
 from fullpipe.engine.stats import RequestStats, Stats, Totals
 
 __all__ = ["Engine", "Listener", "RequestStats", "Stats", "Totals"]

@@ -1,7 +1,7 @@
 """The one loop: send what can be sent, wait, act on what happened.
 
 Knows requests, trees, slots and a method. Knows no torch, no processes and no kind of clock: whether the pipeline is
-this process, eight machines or a simulation cannot be told from here. Read `Engine.step`.
+this process, eight machines or a simulation cannot be told from here. Read `Loop.step`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from fullpipe.engine.jobs import Jobs
 from fullpipe.engine.memory import Memory
 from fullpipe.engine.scheduler import Scheduler
 from fullpipe.engine.stats import Stats
-from fullpipe.errors import PipelineError, StationFailed, UsageError
+from fullpipe.errors import StationFailed, UsageError
 from fullpipe.messages import (
     Admitted,
     Asked,
-    Attached,
     Died,
     Drafted,
     Emitted,
@@ -30,11 +29,9 @@ from fullpipe.messages import (
     Landed,
     Preempted,
     Ready,
-    Submitted,
 )
 from fullpipe.methods.base import Method
 from fullpipe.options import EngineOptions
-from fullpipe.request import Request
 from fullpipe.sequences.blocks import Kept
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node
@@ -49,12 +46,8 @@ Listener = Callable[[Event], None]
 _AFTER_FAILURE = "What was emitted is kept. Start again; if the station was only slow, allow it a longer time-out."
 
 
-class Engine:
-    """Drives requests through a pipeline with a method.
-
-    listeners: called with every event, the engine's own included, as it happens. All news leave this way. One that
-    raises is dropped and logged. `end` may be called from inside one.
-    """
+class Loop:
+    """Holds the data of an engine and goes round; `engine.Engine` adds what its users call."""
 
     def __init__(self, pipeline: Pipeline, method: Method, *, options: EngineOptions | None = None,
                  listeners: Iterable[Listener] = ()) -> None:
@@ -152,95 +145,6 @@ class Engine:
             if reason and sequence.finished is None:
                 self._finish(sequence, reason)
 
-    # ---- requests in and out -----------------------------------------------------------------------------
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.num_running or self.num_waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._scheduler.running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._scheduler.waiting)
-
-    @property
-    def kv_used(self) -> int:
-        """Cache slots of the requests that run."""
-        return self._memory.used
-
-    @property
-    def longest(self) -> int | None:
-        """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
-        return self._memory.longest
-
-    def now(self) -> float:
-        """Seconds of the pipeline's clock."""
-        return self.pipeline.now()
-
-    def check_fits(self, request: Request) -> None:
-        """Raise PromptError for a request that would need more than all of the cache memory. From any thread."""
-        self._scheduler.check_fits(request)
-
-    def submit(self, request: Request, *, arrived: float | None = None) -> Sequence:
-        """Take a request in; it waits until it can run. arrived: when it came, if that was earlier than now.
-
-        Raises PromptError for one that would need more than all of the cache memory.
-        """
-        self._check_whole()
-        assert request.id not in {one.request.id for one in self.unfinished()}, "request ids must be unique"
-        sequence = Sequence(request, self.now() if arrived is None else arrived)
-        self._scheduler.add(sequence)
-        self._tell(Submitted(self.now(), request.id, len(request.prompt), sequence.arrived))
-        return sequence
-
-    def end(self, request: int, reason: str = "abort") -> None:
-        """End a request now; what it had in flight is cancelled. Unknown or finished ids are ignored."""
-        if sequence := self._scheduler.running.get(request) or self._scheduler.waiting.get(request):
-            self._finish(sequence, reason)
-
-    def listen(self, listener: Listener) -> None:
-        """Call this one too with every event, from now on."""
-        self._listeners += (listener,)
-
-    def unfinished(self) -> list[Sequence]:
-        """All sequences, in the order in which they came; valid after a failure too."""
-        return self._scheduler.unfinished()
-
-    def isolate(self, request: int | None) -> None:
-        """Admit this request alone from now on; None: everybody again. Those that run go on."""
-        self._scheduler.only = request
-
-    def attach(self, pipeline: Pipeline) -> None:
-        """Go on with another pipeline. Every request waits to be admitted there, and goes on from its committed tokens:
-        text is a function of what stands before, so nothing is lost. The caller closes the pipeline before."""
-        for sequence in self._scheduler.running.values():
-            sequence.tree.clear()
-        self.pipeline = pipeline
-        self._checked(self.method)
-        self._scheduler.forget_stations()
-        self._begin()
-        self._tell(Attached(self._now))
-
-    def use(self, method: Method) -> None:
-        """Change the method while no request runs; what is left in the pipeline is waited for."""
-        self.drain()
-        self.method = self._checked(method)
-        self._memory.for_guesses = self._for_guesses()
-
-    def drain(self) -> None:
-        """Wait until the stations are empty and have closed the arenas of finished requests."""
-        self._check_whole()
-        if self.busy:
-            raise UsageError("another request is running", hint="Wait for it, or close its stream first.")
-        self._memory.give_up_kept()
-        while self._flights.under_way or self._flights.closes or self._jobs.closes or not self._draft_ready:
-            self.step()
-
-    # ---- inside ------------------------------------------------------------------------------------------
-
     def _admit(self) -> None:
         for sequence in self._scheduler.admit(self._now) if self._scheduler.waiting else ():
             self._tell(Admitted(self._now, sequence.request.id, sequence.cached))
@@ -255,7 +159,7 @@ class Engine:
                 self._tell(Preempted(self._now, youngest.request.id))
 
     def _end_overdue(self) -> None:
-        for sequence in self._scheduler.overdue(self.now()):
+        for sequence in self._scheduler.overdue(self.pipeline.now()):
             self._finish(sequence, "deadline")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
@@ -307,17 +211,6 @@ class Engine:
             raise UsageError(f"the method {method.name} needs a draft",
                              hint="Name one (a model, or ngram), or use the method pp.")
         return method
-
-    def _check_whole(self) -> None:
-        if self._broken:
-            raise PipelineError("the pipeline stopped in the middle of a step and cannot go on",
-                                hint="Attach another one (a new LLM).")
-
-    def check(self) -> None:
-        """Raise AssertionError unless every tree, slot and table is as it must be (tests, idle servers)."""
-        self._scheduler.check()
-        self._flights.check(self._scheduler.running.values())
-        self._jobs.check()
 
 
 def _end_of_text(sequence: Sequence, token: int) -> str | None:

@@ -1,0 +1,119 @@
+"""The engine: requests in, news out, over any pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fullpipe.engine.loop import Listener, Loop
+from fullpipe.errors import PipelineError, UsageError
+from fullpipe.messages import Attached, Submitted
+from fullpipe.methods.base import Method
+from fullpipe.request import Request
+from fullpipe.sequences.sequence import Sequence
+
+if TYPE_CHECKING:
+    from fullpipe.pipeline.base import Pipeline
+
+
+class Engine(Loop):
+    """Drives requests through a pipeline with a method: `submit` them, then `step` while it is `busy`.
+
+    listeners: called with every event, the engine's own included, as it happens. All news leave this way. One that
+    raises is dropped and logged. `end` may be called from inside one.
+    """
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.num_running or self.num_waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def kv_used(self) -> int:
+        """Cache slots of the requests that run."""
+        return self._memory.used
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
+        return self._memory.longest
+
+    def now(self) -> float:
+        """Seconds of the pipeline's clock."""
+        return self.pipeline.now()
+
+    def check_fits(self, request: Request) -> None:
+        """Raise PromptError for a request that would need more than all of the cache memory. From any thread."""
+        self._scheduler.check_fits(request)
+
+    def submit(self, request: Request, *, arrived: float | None = None) -> Sequence:
+        """Take a request in; it waits until it can run. arrived: when it came, if that was earlier than now.
+
+        Raises PromptError for one that would need more than all of the cache memory.
+        """
+        self._check_whole()
+        assert request.id not in {one.request.id for one in self.unfinished()}, "request ids must be unique"
+        sequence = Sequence(request, self.now() if arrived is None else arrived)
+        self._scheduler.add(sequence)
+        self._tell(Submitted(self.now(), request.id, len(request.prompt), sequence.arrived))
+        return sequence
+
+    def end(self, request: int, reason: str = "abort") -> None:
+        """End a request now; what it had in flight is cancelled. Unknown or finished ids are ignored."""
+        if sequence := self._scheduler.running.get(request) or self._scheduler.waiting.get(request):
+            self._finish(sequence, reason)
+
+    def listen(self, listener: Listener) -> None:
+        """Call this one too with every event, from now on."""
+        self._listeners += (listener,)
+
+    def unfinished(self) -> list[Sequence]:
+        """All sequences, in the order in which they came; valid after a failure too."""
+        return self._scheduler.unfinished()
+
+    def isolate(self, request: int | None) -> None:
+        """Admit this request alone from now on; None: everybody again. Those that run go on."""
+        self._scheduler.only = request
+
+    def attach(self, pipeline: Pipeline) -> None:
+        """Go on with another pipeline. Every request waits to be admitted there, and goes on from its committed tokens:
+        text is a function of what stands before, so nothing is lost. The caller closes the pipeline before."""
+        for sequence in self._scheduler.running.values():
+            sequence.tree.clear()
+        self.pipeline = pipeline
+        self._checked(self.method)
+        self._scheduler.forget_stations()
+        self._begin()
+        self._tell(Attached(self._now))
+
+    def use(self, method: Method) -> None:
+        """Change the method while no request runs; what is left in the pipeline is waited for."""
+        self.drain()
+        self.method = self._checked(method)
+        self._memory.for_guesses = self._for_guesses()
+
+    def drain(self) -> None:
+        """Wait until the stations are empty and have closed the arenas of finished requests."""
+        self._check_whole()
+        if self.busy:
+            raise UsageError("another request is running", hint="Wait for it, or close its stream first.")
+        self._memory.give_up_kept()
+        while self._flights.under_way or self._flights.closes or self._jobs.closes or not self._draft_ready:
+            self.step()
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise PipelineError("the pipeline stopped in the middle of a step and cannot go on",
+                                hint="Attach another one (a new LLM).")
+
+    def check(self) -> None:
+        """Raise AssertionError unless every tree, slot and table is as it must be (tests, idle servers)."""
+        self._scheduler.check()
+        self._flights.check(self._scheduler.running.values())
+        self._jobs.check()

@@ -20,7 +20,7 @@ from fullpipe.methods import make_policy
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage
 
 TRUTH = {"kind": "hash", "vocab": 1000, "seed": 3}
@@ -63,7 +63,7 @@ def measure(method: str, *, stages: int, width: int, tokens: int, repeats: int =
     samples, live, steps = [], 0, 0.0
     for _ in range(repeats):
         inner = InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
-                                  ScriptedSource(TRUTH, accuracy=0.7, coverage=0.97, vocab=1000))
+                                  ScriptedDraft(TRUTH, accuracy=0.7, coverage=0.97, vocab=1000))
         pipeline = Stopwatch(inner)
         engine = Engine(pipeline, make_policy(method, width=width))
         track = engine.submit(Request(0, (1, 2, 3), SamplingParams(max_tokens=tokens)))

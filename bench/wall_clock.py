@@ -43,7 +43,7 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.pace import Pace
-from fullpipe.pipeline.workers import DistributedPipeline
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.prompts import read_prompts
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.scripted import ScriptedStage
@@ -155,7 +155,7 @@ class Bench:
         """`pp` against `fullpipe` on one set-up. Times in milliseconds; the speedup is the median over pairs."""
         name, links = f"{stages} stages, {link_ms:g} ms, {draft}", Links.even(stages, Link.of(link_ms))
         source = self.source(draft)
-        with DistributedPipeline(self.specs(stages), source, links=links) as pipeline:
+        with WorkersPipeline(self.specs(stages), source, links=links) as pipeline:
             run = self._runner(pipeline, draft)
             run("pp", 1, 0)  # warm: first touches of weights and caches
             tried = {width: run("fullpipe", width, 0) for width in widths}
@@ -175,7 +175,7 @@ class Bench:
             return StationSpec("fullpipe.stations.drafts.ngram:build_ngram")
         truth = {"kind": "texts", "texts": [text.tokens for text in self.texts]}
         accuracy = float(draft)
-        return StationSpec("fullpipe.stations.drafts.scripted:ScriptedSource",
+        return StationSpec("fullpipe.stations.drafts.scripted:ScriptedDraft",
                            {"truth": truth, "accuracy": accuracy, "coverage": accuracy})
 
     def _runner(self, pipeline: Pipeline, draft: str) -> Callable[[str, int, int], Run]:

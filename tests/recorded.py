@@ -7,7 +7,7 @@ from fullpipe.messages import Event
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import Costs, InProcessPipeline, unit_costs
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
@@ -23,7 +23,7 @@ def recorded(method: str = "fullpipe", stages: int = 4, *, tokens: int = 30, acc
              requests: int = 1, costs: Costs = unit_costs, stop_after: int | None = None) -> list[Event]:
     """What a listener hears of a run. stop_after: it ends in the middle, after so many engine steps."""
     pipeline = InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
-                                 ScriptedSource(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
+                                 ScriptedDraft(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
                                  costs=costs)
     events: list[Event] = []
     engine = TellingEngine(pipeline, make_method(method) if method == "pp" else make_method(method, width=width),

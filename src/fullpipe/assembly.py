@@ -92,9 +92,9 @@ def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: b
         pace = cluster.pace(names)
     progress(f"loading {path.name} as {stages} stages in {dtype}")
     if pipeline == "distributed":
-        from fullpipe.pipeline.workers import DistributedPipeline
+        from fullpipe.pipeline.workers import WorkersPipeline
 
-        processes = DistributedPipeline(specs, source, links=links, pace=pace, threads=threads or 1, timeout=timeout,
+        processes = WorkersPipeline(specs, source, links=links, pace=pace, threads=threads or 1, timeout=timeout,
                                         heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, timeout),
                                         start_timeout=start_timeout)
         return Assembly(processes, tokenizer, "wall", length, vocab)
@@ -187,7 +187,7 @@ def draft_spec(names: list[str], target: Target, say: Say) -> StationSpec | None
         return specs[0]
     if specs[-1].builder == _NGRAM:
         specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N})
-    return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"sources": [spec.to_dict() for spec in specs]})
+    return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": [spec.to_dict() for spec in specs]})
 
 
 def _one_draft(name: str, target: Target, say: Say) -> StationSpec:

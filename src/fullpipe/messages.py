@@ -124,7 +124,7 @@ class Expansion(Struct):
 
     logprobs: natural logarithm of the probability that the target picks this token, given the parent.
     parents: -1 where the guess follows the node itself, else the index of the guess that it follows
-    (sources that see several tokens ahead, such as n-gram, answer with whole chains).
+    (drafts that see several tokens ahead, such as n-gram, answer with whole chains).
     """
 
     node: int

@@ -30,7 +30,7 @@ from fullpipe.planning.cluster import Cluster, unit_cluster
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.model import DraftModel
-from fullpipe.stations.drafts.ngram import NgramSource
+from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe.stations.target import DTYPES, ModelStage, build_stage
 
 STAGES, TOKENS, WIDTH = 4, 18, 3
@@ -215,12 +215,12 @@ def test_a_draft_of_model_and_ngram(models: Models) -> None:
     """Chains from n-gram put nodes into the draft that nobody asked about."""
     params = SamplingParams(max_tokens=TOKENS)
     prompt = PROMPT * 2
-    mixed = Mix([DraftModel(models.draft, vocab=tiny.VOCAB), NgramSource(min_n=1)])
+    mixed = Mix([DraftModel(models.draft, vocab=tiny.VOCAB), NgramDraft(min_n=1)])
     events, stats = really(models, "fullpipe", cluster("links"), params, prompt=prompt, source=mixed)
     answer = answer_of(events, prompt)
     heard: list[Event] = []
     memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
-    run = replay(answer, params, Mix([MemoSource(memo), NgramSource(min_n=1)]), policy("fullpipe"), cluster("links"),
+    run = replay(answer, params, Mix([MemoSource(memo), NgramDraft(min_n=1)]), policy("fullpipe"), cluster("links"),
                  listeners=(heard.append,))
     assert_same(events, heard)
     assert run.stats == stats

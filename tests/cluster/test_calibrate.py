@@ -11,7 +11,7 @@ from fullpipe.messages import Event, Failed
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
@@ -22,7 +22,7 @@ def pipeline(draft: bool = True) -> InProcessPipeline:
     costs = {"stage 0": lambda rows: 0.2 * rows, "stage 1": lambda rows: 1.0 + 0.01 * rows,
              "draft": lambda rows: 0.1 * rows}
     return InProcessPipeline([ScriptedStage(k, 2, TRUTH) for k in range(2)],
-                             ScriptedSource(TRUTH, accuracy=0.7) if draft else None,
+                             ScriptedDraft(TRUTH, accuracy=0.7) if draft else None,
                              costs=lambda station, rows, measured, context: costs[station](rows))
 
 

@@ -18,7 +18,7 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.planning.modelled import METHODS, Setup, _Chances, _Trees, geometric, modelled, moments, sweep
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage
 
 UNIT8 = (1.0,) * 8
@@ -68,7 +68,7 @@ def emitted(setup: Setup, acceptance: float, tokens: int, *, method: str | None 
 
     links = Links([Link(setup.hops)] * (number - 1), Link(setup.to_first), Link(setup.landing), Link(setup.draft_link))
     pipeline = InProcessPipeline([ScriptedStage(k, number, truth) for k in range(number)],
-                                 ScriptedSource(truth, accuracy=acceptance, coverage=acceptance, seed=3), costs=costs,
+                                 ScriptedDraft(truth, accuracy=acceptance, coverage=acceptance, seed=3), costs=costs,
                                  links=links)
     policy = make_policy(method or setup.method, width=setup.width, floor=0.0, **options)
     engine = Engine(pipeline, policy, top_k=1, spare=512)

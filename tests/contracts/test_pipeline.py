@@ -24,11 +24,11 @@ from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Leg, Openi
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.workers import DistributedPipeline
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.sequences.blocks import SlotAllocator
 from fullpipe.stations.drafts.scripted import TapChecker
-from fullpipe.stations.scripted import EchoSource, ScriptedStage, hash_token
+from fullpipe.stations.scripted import EchoDraft, ScriptedStage, hash_token
 from fullpipe.stations.spec import StationSpec
 
 VOCAB, SEED, STAGES, CAPACITY = 50, 3, 3, 600
@@ -50,15 +50,15 @@ def _specs(taps: bool = False) -> list[StationSpec]:
 
 
 def _distributed(links: Links | None = None, taps: bool = False) -> Pipeline:
-    source = StationSpec("fullpipe.stations.scripted:EchoSource", {"delay_s": DRAFT_DELAY})
+    source = StationSpec("fullpipe.stations.scripted:EchoDraft", {"delay_s": DRAFT_DELAY})
     checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker",
                           {"truth": TRUTH, "needs": NEEDS, "tell": True})
-    return DistributedPipeline(_specs(taps), checker if taps else source, links=links)
+    return WorkersPipeline(_specs(taps), checker if taps else source, links=links)
 
 
 def _inprocess(taps: bool = False, **options: object) -> Pipeline:
     stages = [ScriptedStage(**(spec.args | {"delay_s": 0.0})) for spec in _specs(taps)]
-    source = TapChecker(TRUTH, needs=NEEDS, tell=True) if taps else EchoSource()
+    source = TapChecker(TRUTH, needs=NEEDS, tell=True) if taps else EchoDraft()
     return InProcessPipeline(stages, source, **options)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from fullpipe.messages import Emitted, Flight, Landed
 from fullpipe.methods import METHODS, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 VOCAB, SEED, STAGES = 12, 3, 5
@@ -45,7 +45,7 @@ def passing(token: int, count: int) -> list[int]:
 def run(method: str, last: ScriptedStage, *, accuracy: float, tokens: int = 30,
         width: int | None = None, prompt: tuple[int, ...] = PROMPT) -> tuple[list[Emitted], RequestStats]:
     stages = [*(ScriptedStage(k, STAGES, TRUTH) for k in range(STAGES - 1)), last]
-    draft = ScriptedSource(TRUTH, accuracy=accuracy, coverage=accuracy, vocab=VOCAB)
+    draft = ScriptedDraft(TRUTH, accuracy=accuracy, coverage=accuracy, vocab=VOCAB)
     engine = TellingEngine(InProcessPipeline(stages, draft), make_method(method, width=width), fanout=4)
     engine.submit(Request(0, prompt, SamplingParams(max_tokens=tokens, accept_typical=0.3)))
     said = []

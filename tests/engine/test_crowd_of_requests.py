@@ -19,7 +19,7 @@ from fullpipe.methods import Method, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Sequence
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 VOCAB, SEED = 50, 3
@@ -39,7 +39,7 @@ def plain(prompt: tuple[int, ...], count: int) -> list[int]:
 
 def pipeline(stages: int, curve: CostCurve = FLAT, accuracy: float = 0.8) -> InProcessPipeline:
     return InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
-                             ScriptedSource(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
+                             ScriptedDraft(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
                              costs=lambda station, rows, measured, context: curve(rows))
 
 
@@ -144,7 +144,7 @@ def test_an_arena_that_the_draft_never_opened_gives_the_draft_nothing(short: boo
     """A request that shares a prefix ends while a slow job keeps the draft from hearing of it; its arena is kept."""
     slow = False
     stages = [ScriptedStage(k, 2, TRUTH) for k in range(2)]
-    engine = TellingEngine(InProcessPipeline(stages, ScriptedSource(TRUTH), costs=lambda station, *_: 60.0 if slow and
+    engine = TellingEngine(InProcessPipeline(stages, ScriptedDraft(TRUTH), costs=lambda station, *_: 60.0 if slow and
                                       station == "draft" else 1.0),
                     make_method("fullpipe"), kv_cache_tokens=9000, enable_prefix_caching=True)
     prompt, longer = tuple(range(48)), (*range(48), *range(10, 40))
@@ -187,7 +187,7 @@ def test_an_engine_goes_on_with_another_pipeline_whenever_one_fails(
         method: str, falls: list[int], slots: int | None, share: bool, count: int) -> None:
     def another(fall: tuple[int, ...]) -> InProcessPipeline:
         return InProcessPipeline([ScriptedStage(0, 3, TRUTH), ScriptedStage(1, 3, TRUTH), Falling(2, 3, fall)],
-                                 ScriptedSource(TRUTH, accuracy=0.8))
+                                 ScriptedDraft(TRUTH, accuracy=0.8))
 
     requests, left = crowd(count, tokens=40), [(fall,) for fall in falls]
     engine = TellingEngine(another(left.pop() if left else ()), make_method(method), kv_cache_tokens=slots,
@@ -274,7 +274,7 @@ def test_a_root_that_has_its_slot_goes_when_guesses_have_taken_all_others() -> N
     """Where rows cost nothing a quick draft looks at nodes until no slot is left, the next root among them."""
     free = CostCurve({1: 1.0})
     quick = InProcessPipeline([ScriptedStage(k, 2, TRUTH) for k in range(2)],
-                              ScriptedSource(TRUTH, accuracy=0.5, coverage=0.5),
+                              ScriptedDraft(TRUTH, accuracy=0.5, coverage=0.5),
                               costs=lambda station, *_: {"draft": 0.01, "stage 0": 1.5}.get(station, 1.0))
     engine = TellingEngine(quick, make_method("fullpipe", machine=Machine(2, free)))
     _, texts, _ = run(engine, crowd(1, tokens=60))

@@ -17,7 +17,7 @@ from fullpipe.methods import METHODS, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 VOCAB, SEED = 50, 3
@@ -33,7 +33,7 @@ def plain(prompt: tuple[int, ...], count: int) -> list[int]:
 
 def pipeline(stages: int, accuracy: float = 0.8, costs=unit_costs, link_s: float = 0.0) -> InProcessPipeline:
     return InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
-                             ScriptedSource(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
+                             ScriptedDraft(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
                              costs=costs, links=Links.even(stages, Link(link_s)))
 
 
@@ -106,7 +106,7 @@ def test_fullpipe_saves_late_siblings_that_pipedec_flushes_for() -> None:
     steps = {}
     for method in ("pipedec", "fullpipe"):
         pipe = InProcessPipeline([ScriptedStage(k, 8, TRUTH) for k in range(8)],
-                                 ScriptedSource(TRUTH, accuracy=0.6, coverage=1.0))
+                                 ScriptedDraft(TRUTH, accuracy=0.6, coverage=1.0))
         _, figures, _ = run(TellingEngine(pipe, make_method(method, width=4)), request(tokens=200))
         steps[method] = figures[0].steps_per_token
     assert steps["fullpipe"] < steps["pipedec"]

@@ -20,7 +20,7 @@ from fullpipe.methods import WITH_REFRESH, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 VOCAB, SEED = 50, 3
@@ -30,7 +30,7 @@ FIRST = (0.5, 0.3, 0.1)
 AGAIN = (0.9, 0.05, 0.03)
 
 
-class Changeable(ScriptedSource):
+class Changeable(ScriptedDraft):
     """The truth comes second when a node is first asked about, in `wrong` of 10 cases, and first from then on.
 
     keep: of every so many answers one waits for the reply to the next job (0: none), in reverse order.
@@ -145,7 +145,7 @@ def test_what_the_draft_may_be_waiting_for_is_cancelled() -> None:
             self.cancelled += tuple(nodes)
             super().cancel(nodes)
 
-    pipeline = Telling([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedSource(TRUTH, accuracy=0.5))
+    pipeline = Telling([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedDraft(TRUTH, accuracy=0.5))
     engine = TellingEngine(pipeline, make_method("fullpipe", width=1))
     engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=20)))
     while not set(engine._jobs.asked) - set(engine._flights.launched):

@@ -12,7 +12,7 @@ from fullpipe.messages import Asked, Emitted, Event, Finished, Launched, Preempt
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
@@ -20,7 +20,7 @@ TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 
 def pipeline(stages: int = 3) -> InProcessPipeline:
     return InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
-                             ScriptedSource(TRUTH, accuracy=0.7))
+                             ScriptedDraft(TRUTH, accuracy=0.7))
 
 
 def heard(count: int = 3, **options: object) -> tuple[TellingEngine, list[Event]]:

@@ -19,7 +19,7 @@ from fullpipe.costs import CostCurve, Machine
 from fullpipe.messages import Emitted, Event, Launched
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.pipeline.workers import DistributedPipeline
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.sampling import RowContext, pick
 from fullpipe.stations.spec import StationSpec
@@ -69,7 +69,7 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> StationSpec:
     folder = tiny.save(model, tmp_path_factory.mktemp("among") / "draft")
     parts = [("ngram:build_ngram", {}), ("model:build_draft_model", {"model": str(folder), "dtype": "float32"})]
     sources = [StationSpec(f"fullpipe.stations.drafts.{builder}", args).to_dict() for builder, args in parts]
-    return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"sources": sources})
+    return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": sources})
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_alone_and_among_sixteen_others_it_is_what_transformers_says(
 @pytest.mark.processes
 def test_so_it_is_through_processes(target: Path, draft: StationSpec, truth: list[list[int]]) -> None:
     """Two stage processes and one that guesses, on the wall clock: what shares a flight with what is chance."""
-    pipeline = DistributedPipeline(specs(target, (3, 5)), draft)
+    pipeline = WorkersPipeline(specs(target, (3, 5)), draft)
     try:
         crowd = Crowd(TellingEngine(pipeline, make_method("fullpipe", machine=machine(2)), prefill_chunk=16, fanout=4,
                                     kv_cache_tokens=9000, enable_prefix_caching=True))

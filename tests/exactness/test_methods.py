@@ -21,7 +21,7 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.model import DraftModel
-from fullpipe.stations.drafts.ngram import NgramSource
+from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe.stations.sampling import RowContext, pick
 from fullpipe.stations.target import ModelStage
 
@@ -112,7 +112,7 @@ def test_the_text_does_not_depend_on_the_method(
 @pytest.mark.parametrize("sources", ["ngram", "mix"])
 def test_nor_on_who_guesses(folders: dict[str, Path], stages: Callable[[int], list[ModelStage]],
                             truth: dict[str, list[int]], sources: str) -> None:
-    source = NgramSource() if sources == "ngram" else Mix([NgramSource(), DraftModel(whole(folders["draft"]))])
+    source = NgramDraft() if sources == "ngram" else Mix([NgramDraft(), DraftModel(whole(folders["draft"]))])
     for kind, expected in truth.items():
         tokens, _ = run(TellingEngine(InProcessPipeline(stages(3), source), make_method("fullpipe")), PARAMS[kind])
         assert tokens == expected

@@ -20,13 +20,13 @@ from fullpipe.pipeline.emulation import Inbound, Outbox
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.wire import Arrival, Frame, frame_size
 from fullpipe.pipeline.worker import Cancelled
-from fullpipe.pipeline.workers import DistributedPipeline
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.stations.scripted import hash_token
 from fullpipe.stations.spec import StationSpec
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
-ECHO = StationSpec("fullpipe.stations.scripted:EchoSource")
+ECHO = StationSpec("fullpipe.stations.scripted:EchoDraft")
 
 
 def _stages(*delays: float) -> list[StationSpec]:
@@ -48,7 +48,7 @@ def _guess(number: int) -> Flight:
     return Flight(number, [Part(0, [], [number], [number], [1], [number], [[number]], [True])])
 
 
-def _events_until(pipeline: DistributedPipeline, kind: type[Event], count: int) -> list[Event]:
+def _events_until(pipeline: WorkersPipeline, kind: type[Event], count: int) -> list[Event]:
     """All events up to the one that makes it so many of a kind."""
     seen: list[Event] = []
     while sum(isinstance(event, kind) for event in seen) < count:
@@ -56,7 +56,7 @@ def _events_until(pipeline: DistributedPipeline, kind: type[Event], count: int) 
     return seen
 
 
-def _landings(pipeline: DistributedPipeline, count: int) -> list[Landed]:
+def _landings(pipeline: WorkersPipeline, count: int) -> list[Landed]:
     return [event for event in _events_until(pipeline, Landed, count) if isinstance(event, Landed)]
 
 
@@ -69,7 +69,7 @@ def _most_ahead(landed: list[Landed], hop: int) -> int:
 @pytest.mark.processes
 def test_every_link_takes_its_time() -> None:
     links = Links([Link(0.05, bandwidth=4e4), Link(0.03)], to_first=Link(0.02), landing=Link(0.04), draft=Link(0.06))
-    with DistributedPipeline(_stages(0.0, 0.0, 0.0), ECHO, links=links) as pipeline:
+    with WorkersPipeline(_stages(0.0, 0.0, 0.0), ECHO, links=links) as pipeline:
         begun = time.monotonic()
         pipeline.launch(_prompt(100))
         pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], fanout=2))
@@ -97,7 +97,7 @@ def test_taps_take_the_time_of_their_own_links(needs: int) -> None:
     stages = [StationSpec(spec.builder, spec.args | {"taps": [index + 1]})
               for index, spec in enumerate(_stages(0.0, 0.0))]
     checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker", {"truth": TRUTH, "needs": needs})
-    with DistributedPipeline(stages, checker, links=links) as pipeline:
+    with WorkersPipeline(stages, checker, links=links) as pipeline:
         pipeline.draft(Flight(0, [Part(0, [0], [0], [7], [99], [99], [[]], [True])],
                               [Opening(0, 164, 100, SamplingParams())], fanout=2))
         pipeline.launch(_prompt(100))
@@ -116,7 +116,7 @@ def test_taps_take_the_time_of_their_own_links(needs: int) -> None:
 def test_latency_is_hidden_behind_the_flights_on_the_way() -> None:
     """Order and answers are kept, and as many flights are on a link at a time as its latency asks for."""
     flights, service, latency = 24, 0.01, 0.1
-    with DistributedPipeline(_stages(service, service), links=Links.even(2, Link(latency))) as pipeline:
+    with WorkersPipeline(_stages(service, service), links=Links.even(2, Link(latency))) as pipeline:
         for number in range(flights):
             pipeline.launch(_guess(number) if number else _prompt(1))
         landed = _landings(pipeline, flights)
@@ -132,7 +132,7 @@ def test_latency_is_hidden_behind_the_flights_on_the_way() -> None:
 def test_slow_stage_slows_the_one_before_however_long_the_link() -> None:
     """The window, and one that is done and waits for leave to go."""
     service, link, flights = 0.004, Link(0.02), 16
-    with DistributedPipeline(_stages(service, 0.03), links=Links.even(2, link)) as pipeline:
+    with WorkersPipeline(_stages(service, 0.03), links=Links.even(2, link)) as pipeline:
         for number in range(flights):
             pipeline.launch(_guess(number) if number else _prompt(1))
         landed = _landings(pipeline, flights)
@@ -142,7 +142,7 @@ def test_slow_stage_slows_the_one_before_however_long_the_link() -> None:
 @pytest.mark.processes
 def test_cancel_overtakes_what_is_on_the_way() -> None:
     links = Links([Link(0.15), Link(0.15), Link(0.15)])
-    with DistributedPipeline(_stages(0.0, 0.0, 0.0, 0.0), links=links) as pipeline:
+    with WorkersPipeline(_stages(0.0, 0.0, 0.0, 0.0), links=links) as pipeline:
         pipeline.launch(_prompt(1))
         pipeline.launch(_guess(1))
         _events_until(pipeline, Ready, 3)
@@ -167,7 +167,7 @@ def test_cancel_counts_from_its_arrival() -> None:
 @pytest.mark.processes
 def test_paced_stations_take_at_least_their_time() -> None:
     pace = {"stage 1": {1: 0.02, 3: 0.06}, "draft": {1: 0.03}}
-    with DistributedPipeline(_stages(0.0, 0.0), ECHO, pace=pace) as pipeline:
+    with WorkersPipeline(_stages(0.0, 0.0), ECHO, pace=pace) as pipeline:
         pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], fanout=2))
         (drafted,) = [event for event in _events_until(pipeline, Drafted, 1) if isinstance(event, Drafted)]
         for flight in (_prompt(1), Flight(1, [Part(0, [], [1, 2], [1, 2], [1, 1], [1, 2], [[1], [2]], [True, True])]),
@@ -190,7 +190,7 @@ def test_paced_stations_take_at_least_their_time() -> None:
 ], ids=["links", "latency", "stage", "draft", "curve"])
 def test_what_cannot_be_emulated_is_refused_at_the_door(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:
-        DistributedPipeline(_stages(0.0, 0.0, 0.0), **arguments)
+        WorkersPipeline(_stages(0.0, 0.0, 0.0), **arguments)
     assert caught.value.hint
 
 
@@ -260,7 +260,7 @@ def test_inbound_raises_in_order_what_went_wrong() -> None:
     ({"kind": "flight"}, "KeyError: 'sent'", None),
 ])
 def test_frame_that_makes_no_sense_is_reported(frame: Frame, reason: str, hint: str | None) -> None:
-    with DistributedPipeline(_stages(0.0)) as pipeline:
+    with WorkersPipeline(_stages(0.0)) as pipeline:
         pipeline.launch(_prompt(1))
         _landings(pipeline, 1)
         pipeline._fleet.workers[0].channel.send(frame)

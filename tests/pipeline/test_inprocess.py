@@ -15,8 +15,8 @@ from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.base import TapCount
-from fullpipe.stations.drafts.scripted import ScriptedSource
-from fullpipe.stations.scripted import EchoSource, ScriptedStage
+from fullpipe.stations.drafts.scripted import ScriptedDraft
+from fullpipe.stations.scripted import EchoDraft, ScriptedStage
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 Costs = Callable[[str, int, float, int], float]
@@ -28,7 +28,7 @@ def given(**seconds: float) -> Costs:
 
 
 def pipeline(stages: int, **options: object) -> InProcessPipeline:
-    return InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)], EchoSource(),
+    return InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)], EchoDraft(),
                              **options)  # type: ignore[arg-type]
 
 
@@ -178,7 +178,7 @@ def test_equal_stages_hold_nothing() -> None:
 def engine_run(device_of: Callable[[str], str], costs: Costs = unit_costs, links: Links | None = None,
                stages: int = 3) -> list[Event]:
     one = InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
-                            ScriptedSource(TRUTH, accuracy=0.7), costs=costs, links=links, device_of=device_of,
+                            ScriptedDraft(TRUTH, accuracy=0.7), costs=costs, links=links, device_of=device_of,
                             message_bytes=lambda rows: 100 + 1000 * rows)
     events: list[Event] = []
     engine = TellingEngine(one, make_method("fullpipe", width=4), listeners=[events.append])
@@ -241,7 +241,7 @@ def test_what_has_waited_longest_goes_first() -> None:
 # ---- taps ----------------------------------------------------------------------------------------------------
 
 
-class Reader(EchoSource):
+class Reader(EchoDraft):
     """Notes when taps come and when nodes are forgotten, and is ready when it has seen `needs` of each wanted node."""
 
     def __init__(self, needs: int = 0) -> None:
@@ -267,7 +267,7 @@ class Reader(EchoSource):
         self.forgotten.append((self.pipeline.now(), nodes))
 
 
-def tapped(taps: list[list[int]], source: EchoSource, **options: object) -> InProcessPipeline:
+def tapped(taps: list[list[int]], source: EchoDraft, **options: object) -> InProcessPipeline:
     stages = [ScriptedStage(k, len(taps), TRUTH, taps=layers) for k, layers in enumerate(taps)]
     one = InProcessPipeline(stages, source, **options)  # type: ignore[arg-type]
     if isinstance(source, Reader):
@@ -315,7 +315,7 @@ def test_taps_delay_no_stage() -> None:
                "message_bytes": lambda rows: rows}
     reader = Reader()
     with_taps = play(tapped([[1], [2], [3]], reader, **options), 8)
-    assert with_taps == play(tapped([[], [], []], EchoSource(), **options), 8)
+    assert with_taps == play(tapped([[], [], []], EchoDraft(), **options), 8)
     assert not reader.taken
 
 
@@ -392,7 +392,7 @@ def test_a_job_that_begins_when_a_tap_comes_sees_it(latency: float) -> None:
 
 
 def test_a_source_that_reads_no_taps_gets_none() -> None:
-    one = tapped([[1], [2]], EchoSource())
+    one = tapped([[1], [2]], EchoDraft())
     play(one, 3)
     assert one.taps == TapCount()
 

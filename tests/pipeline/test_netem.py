@@ -24,9 +24,9 @@ DELAY_S, STAGES, FLIGHTS = 0.01, 3, 12
 SCRIPT = textwrap.dedent("""
     import json, statistics, sys
     sys.path.insert(0, {folder!r})
-    from test_emulation import DistributedPipeline, _guess, _landings, _prompt, _stages
+    from test_emulation import WorkersPipeline, _guess, _landings, _prompt, _stages
     trips = []
-    with DistributedPipeline(_stages(*[0.0] * {stages})) as pipeline:
+    with WorkersPipeline(_stages(*[0.0] * {stages})) as pipeline:
         for number in range({flights}):
             begun = pipeline.now()
             pipeline.launch(_guess(number) if number else _prompt(1))

@@ -22,12 +22,12 @@ from fullpipe.pipeline import launch
 from fullpipe.pipeline.launch import Fleet, Worker
 from fullpipe.pipeline.wire import Channel, NonsenseError, dump_flight, load_flight, pack, packed_size, unpack
 from fullpipe.pipeline.worker import Neighbours
-from fullpipe.pipeline.workers import DistributedPipeline
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.stations.spec import StationSpec
 
 STAGE = StationSpec("fullpipe.stations.scripted:ScriptedStage", {"index": 0, "num_stages": 1, "truth": {}})
-DRAFT = StationSpec("fullpipe.stations.scripted:EchoSource")
+DRAFT = StationSpec("fullpipe.stations.scripted:EchoDraft")
 Frame = dict[str, Any]
 
 LANDED: Frame = {"kind": "landed", "flight": 0, "nodes": [1], "tokens": [5], "margins": [1.5], "others": [[7]],
@@ -88,7 +88,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
 def _answer(play: Play, frame: Frame | bytes) -> list[Event]:
     """What a pipeline with a flight and a job under way makes of it."""
     stage = play({"kind": "up"})
-    with DistributedPipeline([STAGE], DRAFT) as pipeline:
+    with WorkersPipeline([STAGE], DRAFT) as pipeline:
         assert isinstance(pipeline.events()[0], Ready)
         pipeline.launch(_flight())
         pipeline.draft(_flight())
@@ -171,7 +171,7 @@ def test_what_comes_before_the_nonsense_counts(play: Play) -> None:
 def test_nonsense_at_the_start(play: Play) -> None:
     play({"kind": "hello"})
     with pytest.raises(StationFailed, match="answers nonsense"):
-        DistributedPipeline([STAGE])
+        WorkersPipeline([STAGE])
 
 
 # ---- between workers -------------------------------------------------------------------------------------

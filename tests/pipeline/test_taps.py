@@ -1,4 +1,4 @@
-"""Taps without processes: the desk of a draft that reads them, the sources, and the links of a cluster."""
+"""Taps without processes: the desk of a draft that reads them, the drafts, and the links of a cluster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.base import TapCount, Tapped, tap_reader, untapped
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.scripted import TapChecker
-from fullpipe.stations.scripted import EchoSource, ScriptedStage, tap_features
+from fullpipe.stations.scripted import EchoDraft, ScriptedStage, tap_features
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 OPENING = Opening(0, 64, 1, SamplingParams())
@@ -110,7 +110,7 @@ def test_a_job_begins_when_it_arrives_and_not_before() -> None:
     assert time.monotonic() >= due
 
 
-# ---- sources -----------------------------------------------------------------------------------------------
+# ---- drafts ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("taps", "what"), [
@@ -147,11 +147,11 @@ def test_the_checker_does_not_wait_for_the_forgotten() -> None:
     assert source.ready(Flight(0, [part(4)])) and not source.ready(Flight(0, [part(4, 5)]))
 
 
-def test_a_mix_reads_taps_if_one_of_its_sources_does() -> None:
+def test_a_mix_reads_taps_if_one_of_its_drafts_does() -> None:
     checker = TapChecker(TRUTH)
-    assert tap_reader(Mix([EchoSource(), EchoSource()])) is None
-    assert tap_reader(EchoSource()) is tap_reader(None) is None
-    mix = Mix([EchoSource(), checker], second=1)
+    assert tap_reader(Mix([EchoDraft(), EchoDraft()])) is None
+    assert tap_reader(EchoDraft()) is tap_reader(None) is None
+    mix = Mix([EchoDraft(), checker], second=1)
     assert tap_reader(mix) is mix and tap_reader(checker) is checker
     assert not mix.ready(Flight(0, [part(4, 5)]))
     mix.take(tap(0, [1], 4, opens=True))

@@ -22,7 +22,7 @@ import pytest
 
 from fullpipe.errors import PipelineError, StationFailed, UsageError
 from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Opening, Part, Ready
-from fullpipe.pipeline.workers import DistributedPipeline
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.stations.scripted import hash_token
 from fullpipe.stations.spec import StationSpec
@@ -35,8 +35,8 @@ TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 PARENT = textwrap.dedent("""
     import sys, time, psutil
     sys.path.insert(0, {folder!r})
-    from test_distributed import DistributedPipeline, _stages, _row
-    pipeline = DistributedPipeline(_stages(1, stage_0={{"delay_s": {delay}}}))
+    from test_distributed import WorkersPipeline, _stages, _row
+    pipeline = WorkersPipeline(_stages(1, stage_0={{"delay_s": {delay}}}))
     pipeline.launch(_row(0))
     child, = psutil.Process().children()
     if {stop}:
@@ -62,7 +62,7 @@ def _row(number: int) -> Flight:
     return Flight(number, [Part(0, [], [number], [number], [1], [number], [[number]], [True])])
 
 
-def _until(pipeline: DistributedPipeline, kind: type[Event]) -> Any:
+def _until(pipeline: WorkersPipeline, kind: type[Event]) -> Any:
     """The first event of a kind."""
     while True:
         for event in pipeline.events():
@@ -71,20 +71,20 @@ def _until(pipeline: DistributedPipeline, kind: type[Event]) -> Any:
             assert not isinstance(event, Failed), event
 
 
-def _until_ready(pipeline: DistributedPipeline, count: int) -> None:
+def _until_ready(pipeline: WorkersPipeline, count: int) -> None:
     """Several may come at once."""
     while count > 0:
         count -= sum(isinstance(event, Ready) for event in pipeline.events())
 
 
-def _until_failed(pipeline: DistributedPipeline) -> Failed:
+def _until_failed(pipeline: WorkersPipeline) -> Failed:
     while True:
         *_, last = pipeline.events()
         if isinstance(last, Failed):
             return last
 
 
-def _landings(pipeline: DistributedPipeline, count: int) -> list[Landed]:
+def _landings(pipeline: WorkersPipeline, count: int) -> list[Landed]:
     landed: list[Landed] = []
     while len(landed) < count:
         landed += [event for event in pipeline.events() if isinstance(event, Landed)]
@@ -119,7 +119,7 @@ def _eventually(true: Callable[[], bool], within: float = 2.0) -> None:
 
 
 def test_stage_that_is_killed_is_named_at_once() -> None:
-    with DistributedPipeline(_stages(3, stage_2={"delay_s": 0.2})) as pipeline:
+    with WorkersPipeline(_stages(3, stage_2={"delay_s": 0.2})) as pipeline:
         pipeline.launch(_row(0))
         assert isinstance(pipeline.events()[0], Ready)
         _children()[1].kill()
@@ -135,8 +135,8 @@ def test_stage_that_is_killed_is_named_at_once() -> None:
 
 
 def test_draft_that_dies_is_named() -> None:
-    draft = StationSpec("fullpipe.stations.scripted:EchoSource", {"delay_s": 60.0})
-    with DistributedPipeline(_stages(1), draft) as pipeline:
+    draft = StationSpec("fullpipe.stations.scripted:EchoDraft", {"delay_s": 60.0})
+    with WorkersPipeline(_stages(1), draft) as pipeline:
         pipeline.draft(Flight(0, [Part(0, [], [1], [5], [0], [0], [[]], [True])], fanout=2))
         pipeline.launch(_row(0))
         _until(pipeline, Landed)
@@ -165,7 +165,7 @@ def _job(number: int) -> Flight:
 @pytest.mark.parametrize("victim", [0, 1, 2], ids=["stage 0", "stage 1", "draft"])
 def test_station_that_is_killed_among_taps_is_named_at_once(victim: int) -> None:
     """Stage 1 is at work, the draft has the taps of stage 0 and waits for more; all three roads are lost to someone."""
-    with DistributedPipeline(_tapping(2, stage_1={"delay_s": 2.0}), _checker(needs=2)) as pipeline:
+    with WorkersPipeline(_tapping(2, stage_1={"delay_s": 2.0}), _checker(needs=2)) as pipeline:
         pipeline.draft(_job(0))
         pipeline.launch(_row(0))
         _until_ready(pipeline, 2)
@@ -178,7 +178,7 @@ def test_station_that_is_killed_among_taps_is_named_at_once(victim: int) -> None
 
 
 def test_idle_station_that_is_killed_among_taps_is_named() -> None:
-    with DistributedPipeline(_tapping(2, stage_1={"delay_s": 0.3}), _checker(needs=2)) as pipeline:
+    with WorkersPipeline(_tapping(2, stage_1={"delay_s": 0.3}), _checker(needs=2)) as pipeline:
         pipeline.launch(_row(0))
         _until(pipeline, Landed)
         _children()[2].kill()
@@ -190,7 +190,7 @@ def test_idle_station_that_is_killed_among_taps_is_named() -> None:
 
 def test_draft_that_waits_for_a_hung_stage_is_not_the_culprit() -> None:
     """Its job is older than the flight that makes no progress."""
-    with DistributedPipeline(_tapping(2, stage_1={"delay_s": 60.0}), _checker(needs=2), timeout=0.6) as pipeline:
+    with WorkersPipeline(_tapping(2, stage_1={"delay_s": 60.0}), _checker(needs=2), timeout=0.6) as pipeline:
         pipeline.draft(_job(0))
         pipeline.launch(_row(0))
         failed = _until_failed(pipeline)
@@ -199,7 +199,7 @@ def test_draft_that_waits_for_a_hung_stage_is_not_the_culprit() -> None:
 
 
 def test_job_whose_taps_nobody_sends_is_overdue() -> None:
-    with DistributedPipeline(_tapping(1), _checker(needs=2), timeout=0.5) as pipeline:
+    with WorkersPipeline(_tapping(1), _checker(needs=2), timeout=0.5) as pipeline:
         pipeline.draft(_job(0))
         pipeline.launch(_row(0))
         failed = _until_failed(pipeline)
@@ -210,7 +210,7 @@ def test_job_whose_taps_nobody_sends_is_overdue() -> None:
 def test_tap_that_is_not_what_it_should_be_is_reported() -> None:
     """Stages that tap the same layer."""
     stages = [StationSpec(spec.builder, spec.args | {"taps": [1]}) for spec in _stages(2)]
-    with DistributedPipeline(stages, _checker(needs=2)) as pipeline:
+    with WorkersPipeline(stages, _checker(needs=2)) as pipeline:
         pipeline.draft(_job(0))
         pipeline.launch(_row(0))
         failed = _until_failed(pipeline)
@@ -221,7 +221,7 @@ def test_tap_that_is_not_what_it_should_be_is_reported() -> None:
 def test_draft_at_work_delays_no_stage_that_taps() -> None:
     """Flights land while it works on one job, and their taps have all come by the next."""
     flights = 20
-    with DistributedPipeline(_tapping(2), _checker(needs=1), pace={"draft": {1: 0.5}}) as pipeline:
+    with WorkersPipeline(_tapping(2), _checker(needs=1), pace={"draft": {1: 0.5}}) as pipeline:
         pipeline.draft(_job(0))
         for number in range(flights):
             pipeline.launch(_row(number))
@@ -236,8 +236,8 @@ def test_draft_at_work_delays_no_stage_that_taps() -> None:
 
 
 def test_taps_that_the_source_does_not_read_are_dropped() -> None:
-    draft = StationSpec("fullpipe.stations.scripted:EchoSource")
-    with DistributedPipeline(_tapping(2), draft) as pipeline:
+    draft = StationSpec("fullpipe.stations.scripted:EchoDraft")
+    with WorkersPipeline(_tapping(2), draft) as pipeline:
         for number in range(3):
             pipeline.launch(_row(number))
         _landings(pipeline, 3)
@@ -247,14 +247,14 @@ def test_taps_that_the_source_does_not_read_are_dropped() -> None:
 
 
 def test_stages_may_tap_where_there_is_no_draft() -> None:
-    with DistributedPipeline(_tapping(1)) as pipeline:
+    with WorkersPipeline(_tapping(1)) as pipeline:
         pipeline.launch(_row(0))
         assert _until(pipeline, Landed).nodes == [0]
 
 
 def test_draft_that_raises_is_named() -> None:
-    draft = StationSpec("fullpipe.stations.scripted:EchoSource", {"fail_at": 0})
-    with DistributedPipeline(_stages(1), draft) as pipeline:
+    draft = StationSpec("fullpipe.stations.scripted:EchoDraft", {"fail_at": 0})
+    with WorkersPipeline(_stages(1), draft) as pipeline:
         pipeline.draft(Flight(0))
         failed = _until_failed(pipeline)
         assert failed.station == "draft"
@@ -262,7 +262,7 @@ def test_draft_that_raises_is_named() -> None:
 
 
 def test_stopped_stage_is_named_within_the_heartbeat_timeout() -> None:
-    with DistributedPipeline(_stages(1), heartbeat_timeout=0.4) as pipeline:
+    with WorkersPipeline(_stages(1), heartbeat_timeout=0.4) as pipeline:
         pipeline.launch(_row(0))
         _until(pipeline, Landed)
         _children()[0].suspend()
@@ -277,7 +277,7 @@ def test_stopped_stage_is_named_within_the_heartbeat_timeout() -> None:
 
 def test_station_that_makes_no_progress_is_named() -> None:
     """Its heart beats, so only the flight that never comes tells."""
-    with DistributedPipeline(_stages(2, stage_1={"delay_s": 60.0}), timeout=0.5) as pipeline:
+    with WorkersPipeline(_stages(2, stage_1={"delay_s": 60.0}), timeout=0.5) as pipeline:
         pipeline.launch(_row(0))
         failed = _until_failed(pipeline)
         assert failed.station == "stage 1"
@@ -285,7 +285,7 @@ def test_station_that_makes_no_progress_is_named() -> None:
 
 
 def test_error_in_a_stage_is_told_with_its_log() -> None:
-    with DistributedPipeline(_stages(1, stage_0={"fail_at": 1})) as pipeline:
+    with WorkersPipeline(_stages(1, stage_0={"fail_at": 1})) as pipeline:
         pipeline.launch(_row(0))
         _until(pipeline, Landed)
         pipeline.launch(_row(1))
@@ -296,7 +296,7 @@ def test_error_in_a_stage_is_told_with_its_log() -> None:
 
 
 def test_cancel_overtakes_waiting_flights() -> None:
-    with DistributedPipeline(_stages(2, stage_0={"delay_s": 0.15})) as pipeline:
+    with WorkersPipeline(_stages(2, stage_0={"delay_s": 0.15})) as pipeline:
         for number in range(3):
             pipeline.launch(_row(number))  # without waiting for Ready, so that they queue up
         pipeline.cancel([2])
@@ -308,20 +308,20 @@ def test_cancel_overtakes_waiting_flights() -> None:
 
 def test_error_while_building_has_its_type_and_names_the_station() -> None:
     with pytest.raises(UsageError, match="stage 1: no such truth") as caught:
-        DistributedPipeline(_stages(2, stage_1={"truth": {"kind": "oracle"}}))
+        WorkersPipeline(_stages(2, stage_1={"truth": {"kind": "oracle"}}))
     assert caught.value.hint
     assert type(caught.value) is UsageError
 
 
 def test_foreign_error_while_building_becomes_station_failed() -> None:
     with pytest.raises(StationFailed, match="unexpected keyword") as caught:
-        DistributedPipeline(_stages(1, stage_0={"colour": "red"}))
+        WorkersPipeline(_stages(1, stage_0={"colour": "red"}))
     assert caught.value.station == "stage 0"
 
 
 def test_start_that_takes_too_long_is_given_up() -> None:
     with pytest.raises(StationFailed, match="not ready after") as caught:
-        DistributedPipeline(_stages(2), start_timeout=0.05)
+        WorkersPipeline(_stages(2), start_timeout=0.05)
     assert caught.value.station == "stage 0, stage 1"
 
 
@@ -329,13 +329,13 @@ def test_start_that_takes_too_long_is_given_up() -> None:
                                        {"heartbeat_timeout": -1.0}, {"start_timeout": 0.0}])
 def test_arguments_out_of_range(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        DistributedPipeline(**{"stages": _stages(1)} | arguments)
+        WorkersPipeline(**{"stages": _stages(1)} | arguments)
 
 
 def test_two_at_once_from_threads_that_end() -> None:
     """Neither collides with the other, and no worker dies with the thread in which it was asked for."""
-    made: list[DistributedPipeline] = []
-    threads = [threading.Thread(target=lambda: made.append(DistributedPipeline(_stages(2))))
+    made: list[WorkersPipeline] = []
+    threads = [threading.Thread(target=lambda: made.append(WorkersPipeline(_stages(2))))
                for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -351,7 +351,7 @@ def test_two_at_once_from_threads_that_end() -> None:
 
 
 def test_closed_pipeline_says_so_and_close_may_be_repeated() -> None:
-    pipeline = DistributedPipeline(_stages(1))
+    pipeline = WorkersPipeline(_stages(1))
     pipeline.close()
     pipeline.close()
     pipeline.cancel([1])  # nothing depends on it, now less than ever
@@ -361,7 +361,7 @@ def test_closed_pipeline_says_so_and_close_may_be_repeated() -> None:
 
 
 def test_close_from_another_thread_wakes_the_waiting_one() -> None:
-    pipeline = DistributedPipeline(_stages(1, stage_0={"delay_s": 30.0}))
+    pipeline = WorkersPipeline(_stages(1, stage_0={"delay_s": 30.0}))
     pipeline.launch(_row(0))
     assert isinstance(pipeline.events()[0], Ready)
     closer = threading.Timer(0.1, pipeline.close)
@@ -378,7 +378,7 @@ def test_interrupted_start_leaves_nothing() -> None:
     interrupt = threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT])
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
-        DistributedPipeline(_stages(2))
+        WorkersPipeline(_stages(2))
     interrupt.join()
 
 
@@ -397,7 +397,7 @@ def test_fork_does_not_end_its_parents_pipeline() -> None:
 
 
 def test_forgotten_pipeline_ends_with_its_last_reference() -> None:
-    pipeline = DistributedPipeline(_stages(1))
+    pipeline = WorkersPipeline(_stages(1))
     assert _children()
     del pipeline
     gc.collect()
@@ -405,14 +405,14 @@ def test_forgotten_pipeline_ends_with_its_last_reference() -> None:
 
 
 def test_waiting_for_nothing_is_refused() -> None:
-    with DistributedPipeline(_stages(1)) as pipeline:
+    with WorkersPipeline(_stages(1)) as pipeline:
         assert isinstance(pipeline.events()[0], Ready)
         with pytest.raises(PipelineError, match="nothing is under way"):
             pipeline.events()
 
 
 def test_worker_that_dies_while_nothing_is_under_way_is_named() -> None:
-    with DistributedPipeline(_stages(1)) as pipeline:
+    with WorkersPipeline(_stages(1)) as pipeline:
         assert isinstance(pipeline.events(0.0)[0], Ready)
         assert pipeline.events(0.0) == []
         _children()[0].kill()
@@ -422,7 +422,7 @@ def test_worker_that_dies_while_nothing_is_under_way_is_named() -> None:
 
 
 def test_worker_that_falls_silent_while_nothing_is_under_way_is_named() -> None:
-    with DistributedPipeline(_stages(1), heartbeat_timeout=0.4) as pipeline:
+    with WorkersPipeline(_stages(1), heartbeat_timeout=0.4) as pipeline:
         assert isinstance(pipeline.events(0.0)[0], Ready)
         _children()[0].suspend()
         (failed,) = pipeline.events(10.0)
@@ -453,7 +453,7 @@ def test_no_worker_outlives_an_interpreter_that_ends_without_close() -> None:
 
 
 def test_interrupt_from_the_terminal_reaches_the_parent_alone() -> None:
-    with DistributedPipeline(_stages(1)) as pipeline:
+    with WorkersPipeline(_stages(1)) as pipeline:
         worker = _children()[0]
         assert os.getsid(worker.pid) != os.getsid(0), "not in the terminal's foreground group"
         worker.send_signal(signal.SIGINT)

@@ -16,7 +16,7 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.server.metrics import Metrics
 from fullpipe.service import Status
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage
 from recorded import PROMPTS, TRUTH, uneven
 
@@ -49,7 +49,7 @@ def token(time: float, request: int, node: int, hit: bool) -> Emitted:
 def run(metrics: Metrics, requests: int = 2, **options: Any) -> list[RequestStats]:
     """A run of scripted stations, told to `metrics` as the service would."""
     pipeline = InProcessPipeline([ScriptedStage(k, 4, TRUTH) for k in range(4)],
-                                 ScriptedSource(TRUTH, accuracy=0.6, coverage=0.75), costs=uneven)
+                                 ScriptedDraft(TRUTH, accuracy=0.6, coverage=0.75), costs=uneven)
     engine = TellingEngine(pipeline, make_method("fullpipe", width=4), listeners=[metrics])
     tracks = []
     for id in range(requests):

@@ -20,11 +20,11 @@ from fullpipe.engine.loop import Engine, Listener
 from fullpipe.errors import FullpipeError, Overloaded, PipelineError, PromptError, Unavailable, UsageError
 from fullpipe.methods import make_policy
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.pipeline.workers import DistributedPipeline
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Track
 from fullpipe.service import Observer, Service, Started, Ticket, Update, _Running
-from fullpipe.stations.drafts.scripted import ScriptedSource
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 from fullpipe.stations.spec import StationSpec
 from fullpipe.text import Reply
@@ -80,7 +80,7 @@ class Caller:
 
 def inprocess(listeners: Sequence[Listener], share: bool = False) -> Started[Words]:
     stages = [ScriptedStage(k, 3, TRUTH) for k in range(3)]
-    pipeline = InProcessPipeline(stages, ScriptedSource(TRUTH), clock="wall")
+    pipeline = InProcessPipeline(stages, ScriptedDraft(TRUTH), clock="wall")
     engine = Engine(pipeline, make_policy("fullpipe"), max_num_seqs=4, kv_slots=6000, listeners=listeners,
                     batching=Dynamic(CostCurve({1: 1.0}), num_stages=3), share_prefixes=share)
     return Started(engine, Words(), VOCAB, 4000)
@@ -93,8 +93,8 @@ def sharing(listeners: Sequence[Listener]) -> Started[Words]:
 def processes(listeners: Sequence[Listener]) -> Started[Words]:
     specs = [StationSpec("fullpipe.stations.scripted:ScriptedStage",
                          {"index": k, "num_stages": 2, "truth": TRUTH, "delay_s": 0.002}) for k in range(2)]
-    draft = StationSpec("fullpipe.stations.drafts.scripted:ScriptedSource", {"truth": TRUTH})
-    engine = Engine(DistributedPipeline(specs, draft, heartbeat_timeout=2.0, timeout=5.0), make_policy("fullpipe"),
+    draft = StationSpec("fullpipe.stations.drafts.scripted:ScriptedDraft", {"truth": TRUTH})
+    engine = Engine(WorkersPipeline(specs, draft, heartbeat_timeout=2.0, timeout=5.0), make_policy("fullpipe"),
                     max_num_seqs=4, kv_slots=6000, share_prefixes=True, listeners=listeners)
     return Started(engine, Words(), VOCAB, 4000)
 
@@ -176,7 +176,7 @@ def test_a_process_that_dies_is_replaced_and_the_text_goes_on(victim: int) -> No
             service.submit([k, 3, 4], SamplingParams(max_tokens=150), caller)
         assert callers[0].begun.wait(20)
         engine = service._engine
-        assert engine is not None and isinstance(engine.pipeline, DistributedPipeline)
+        assert engine is not None and isinstance(engine.pipeline, WorkersPipeline)
         psutil.Process(engine.pipeline._fleet.workers[victim].process.pid).kill()
         for k, caller in enumerate(callers):
             tokens, text, reason = caller.result()
@@ -194,7 +194,7 @@ def test_a_process_that_dies_while_nobody_asks_is_noticed() -> None:
     service, caller = Service(processes), Caller()
     try:
         first = service._engine
-        assert first is not None and isinstance(first.pipeline, DistributedPipeline)
+        assert first is not None and isinstance(first.pipeline, WorkersPipeline)
         first.pipeline._fleet.workers[1].process.kill()
         while service.status().restarts == 0 or service.status().state != "ready":
             time.sleep(0.02)
@@ -359,7 +359,7 @@ def test_a_start_that_fails_at_once_is_the_callers_to_handle() -> None:
 
 def test_rows_are_measured_on_the_stations_that_serve() -> None:
     curve = CostCurve.of(lambda rows: 2 + 0.5 * rows)
-    pipeline = InProcessPipeline([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedSource(TRUTH),
+    pipeline = InProcessPipeline([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedDraft(TRUTH),
                                  costs=lambda station, rows, measured, context: curve(rows))
     engine = Engine(pipeline, make_policy("fullpipe"))
     stages, draft = cost_curves(engine)

@@ -13,7 +13,7 @@ import pytest
 from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion, Flight, Opening, Part
 from fullpipe.request import SamplingParams
-from fullpipe.stations.drafts.ngram import Match, NgramIndex, NgramSource, Rates, build_ngram
+from fullpipe.stations.drafts.ngram import Match, NgramDraft, NgramIndex, Rates, build_ngram
 
 
 def index_of(text: list[int], **sizes: int) -> NgramIndex:
@@ -144,7 +144,7 @@ class TestRates:
 class Talk:
     """One request's parts as the engine sends them; slot = order of arrival."""
 
-    def __init__(self, source: NgramSource, prompt: list[int], request: int = 0) -> None:
+    def __init__(self, source: NgramDraft, prompt: list[int], request: int = 0) -> None:
         self.source, self.request, self.slots = source, request, 0
         self.opening = Opening(request, 200, len(prompt), SamplingParams())
         self.committed = 0
@@ -187,7 +187,7 @@ def chains(expansion: Expansion) -> list[list[int]]:
 
 class TestSource:
     def test_answers_with_what_followed_as_one_tree(self) -> None:
-        source = NgramSource(max_continuation=3, max_n=3)
+        source = NgramDraft(max_continuation=3, max_n=3)
         expansion = Talk(source, [1, 2, 5, 6, 8, 1, 2, 5, 7, 8, 3, 1, 2]).last
         assert chains(expansion) == [[5, 7, 8], [5, 6, 8]]
         assert expansion.tokens == [5, 7, 8, 6, 8]
@@ -195,26 +195,26 @@ class TestSource:
         assert expansion.node == 12
 
     def test_log_probabilities_are_those_of_match_length_and_rank(self) -> None:
-        source = NgramSource(max_continuation=2, max_n=3)
+        source = NgramDraft(max_continuation=2, max_n=3)
         expansion = Talk(source, [1, 2, 5, 6, 8, 1, 2, 5, 7, 8, 3, 1, 2]).last
         prior = Rates(3)
         assert expansion.parents == [-1, 0, 0]
         assert expansion.logprobs == [prior.logprob(2, 0), prior.logprob(3, 0), prior.logprob(3, 1)]
 
     def test_uncommitted_rows_are_looked_up_on_their_own_path(self) -> None:
-        talk = Talk(NgramSource(max_continuation=2), [1, 2, 3, 4, 5, 6, 7, 1, 2])
+        talk = Talk(NgramDraft(max_continuation=2), [1, 2, 3, 4, 5, 6, 7, 1, 2])
         first, second = talk.guess([3, 9])
         assert chains(first) == [[4, 5]]
         assert chains(second) == []
 
     def test_fanout_bounds_the_children_of_every_guess(self) -> None:
-        talk = Talk(NgramSource(max_continuation=1), [1, 2, 1, 3, 1, 4, 1, 5, 1])
+        talk = Talk(NgramDraft(max_continuation=1), [1, 2, 1, 3, 1, 4, 1, 5, 1])
         assert talk.last.tokens == [5, 4, 3, 2]
-        talk = Talk(NgramSource(max_continuation=1), [1, 2, 1, 3, 1, 4, 1, 5])
+        talk = Talk(NgramDraft(max_continuation=1), [1, 2, 1, 3, 1, 4, 1, 5])
         assert talk.commit([1], fanout=2).tokens == [5, 4]
 
     def test_learns_from_its_answers_and_not_from_the_prompt(self) -> None:
-        talk = Talk(NgramSource(max_continuation=1, max_n=1), [1, 2] * 20)
+        talk = Talk(NgramDraft(max_continuation=1, max_n=1), [1, 2] * 20)
         prior = Rates(1, Rates(1))
         assert talk.last.logprobs == [prior.logprob(1, 0)]
         for _ in range(10):
@@ -227,7 +227,7 @@ class TestSource:
     def test_what_it_learns_does_not_depend_on_how_commits_arrive(self) -> None:
         dice = random.Random(3)
         answer = [dice.randrange(4) for _ in range(40)]
-        one, many = (Talk(NgramSource(), [0, 1, 2, 3]) for _ in range(2))
+        one, many = (Talk(NgramDraft(), [0, 1, 2, 3]) for _ in range(2))
         for token in answer:
             one.commit([token])
         for start in range(0, 40, 8):
@@ -235,12 +235,12 @@ class TestSource:
         assert one.last == many.last
 
     def test_a_row_that_left_the_committed_path_gets_nothing(self) -> None:
-        talk = Talk(NgramSource(), [1, 2, 1, 2, 1])
+        talk = Talk(NgramDraft(), [1, 2, 1, 2, 1])
         stale = Part(0, [], [77], [1], [2], [2], [[]], [True])
         assert talk.source.run(Flight(5, [stale], fanout=4)) == [Expansion(77, [], [], [])]
 
     def test_requests_do_not_see_each_other(self) -> None:
-        source = NgramSource(max_continuation=1)
+        source = NgramDraft(max_continuation=1)
         one, two = Talk(source, [1, 2, 1], request=0), Talk(source, [1, 3, 1], request=1)
         assert (one.last.tokens, two.last.tokens) == ([2], [3])
         assert source.run(Flight(9, closes=[0])) == []
@@ -261,9 +261,9 @@ def test_needs_no_torch() -> None:
 
 def test_a_copy_guesses_as_if_the_text_were_its_own_prompt() -> None:
     """The one that it is a copy of ends with the job that opens it."""
-    source = NgramSource()
+    source = NgramDraft()
     before = Talk(source, [1, 2, 3, 4, 5, 1, 2])
-    whole = Talk(NgramSource(), [1, 2, 3, 4, 5, 1, 9, 3]).last
+    whole = Talk(NgramDraft(), [1, 2, 3, 4, 5, 1, 9, 3]).last
     opening = Opening(1, 9, 8, SamplingParams(), copy_from=before.request, copied=list(range(6)))
     part = Part(1, [6, 7], [-1, 7], [9, 3], [6, 7], [6, 7], [[], []], [False, True])
     assert source.run(Flight(1, [part], [opening], [before.request], fanout=4)) == [whole]
@@ -271,7 +271,7 @@ def test_a_copy_guesses_as_if_the_text_were_its_own_prompt() -> None:
 
 
 def test_an_arena_that_is_enlarged_keeps_the_text() -> None:
-    small, large = NgramSource(), NgramSource()
+    small, large = NgramDraft(), NgramDraft()
     talks = [Talk(small, [1, 2, 3]), Talk(large, [1, 2, 3])]
     larger = Opening(0, 400, 3, SamplingParams())
     tokens = [1, 2, 3, 4] * 60

@@ -15,7 +15,7 @@ from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
 from fullpipe.models.spd_module import Layout
 from fullpipe.request import SamplingParams
-from fullpipe.stations.drafts.module import SpdSource
+from fullpipe.stations.drafts.module import ModuleDraft
 from fullpipe.stations.sampling import RowContext, rank
 from fullpipe.training.objective import Fillings
 from tiny_module import HIDDEN, VOCAB, Tiny, tiny
@@ -83,11 +83,11 @@ class Hand:
     capacity: int = 64
     params: SamplingParams = GREEDY
     prompt_len: int = len(PROMPT)
-    source: SpdSource = field(init=False)
+    source: ModuleDraft = field(init=False)
 
     def __post_init__(self) -> None:
         one = self.one
-        self.source = SpdSource(one.module, one.config, dtype=torch.float32, draft_ids=None, vocab=VOCAB,
+        self.source = ModuleDraft(one.module, one.config, dtype=torch.float32, draft_ids=None, vocab=VOCAB,
                                 embedding=one.embedding if one.config.bounds[0] == 0 else None)
         self.taps = [bound for bound in one.config.bounds if bound]
         self.flights = self.jobs = 0
@@ -611,7 +611,7 @@ def test_guesses_share_the_requests_sampling() -> None:
 def test_tokens_outside_the_draft_vocabulary_are_impossible() -> None:
     one, ids = tiny(1, shared_head=False, draft_vocab_size=4), [2, 3, 11, 23]
     hand = Hand(one)
-    hand.source = SpdSource(one.module, one.config, dtype=torch.float32, embedding=one.embedding,
+    hand.source = ModuleDraft(one.module, one.config, dtype=torch.float32, embedding=one.embedding,
                             draft_ids=torch.tensor(ids), vocab=VOCAB)
     root = hand.begin()
     (answer,) = hand.ask(root, commits=[0, 1, 2])

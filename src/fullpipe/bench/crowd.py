@@ -26,7 +26,7 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import _ENDS, Costs
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Track
-from fullpipe.stations.base import SourceLike
+from fullpipe.stations.base import DraftLike
 
 MakeEngine = Callable[[Pipeline, Sequence[Listener]], Engine]
 """An engine over this pipeline that tells these listeners; batching and policy are the maker's."""
@@ -189,7 +189,7 @@ class Spread:
         return cls(float(median), float(p90), float(p99))
 
 
-def play(answers: Sequence[Answer], schedule: Schedule, params: SamplingParams, source: SourceLike | None,
+def play(answers: Sequence[Answer], schedule: Schedule, params: SamplingParams, source: DraftLike | None,
          hardware: Hardware, make_engine: MakeEngine, *, costs: Costs | None = None) -> CrowdRun:
     """Answer the requests, one for each of `answers` (which may be the same ones again), as they come.
 

@@ -23,7 +23,7 @@ from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
 from fullpipe.pipeline.links import Links
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.stats import RequestStats
-from fullpipe.stations.base import SourceLike
+from fullpipe.stations.base import DraftLike
 
 _requests = count()
 
@@ -160,7 +160,7 @@ def check_known(hardware: Hardware) -> None:
                          hint="Give the devices a profile (`fullpipe profile`), a cost curve or a bandwidth.")
 
 
-def replay(answer: Answer, params: SamplingParams, source: SourceLike | None, policy: Policy, hardware: Hardware,
+def replay(answer: Answer, params: SamplingParams, source: DraftLike | None, policy: Policy, hardware: Hardware,
            *, costs: Costs | None = None, listeners: tuple[Any, ...] = ()) -> Run:
     """One method on one recorded answer.
 

@@ -280,17 +280,17 @@ def _source(draft: str, memo: Any) -> Any:
     """The sources of a setting; "model" stands for the real draft, whose answers are kept."""
     from fullpipe.assembly import MIXED_MIN_N
     from fullpipe.stations.drafts.mix import Mix
-    from fullpipe.stations.drafts.ngram import NgramSource
+    from fullpipe.stations.drafts.ngram import NgramDraft
 
     match draft:
         case "none":
             return None
         case "ngram":
-            return NgramSource()
+            return NgramDraft()
     from fullpipe.bench.memo import MemoSource
 
     source = MemoSource(memo)
-    return source if draft == "model" else Mix([source, NgramSource(min_n=MIXED_MIN_N)])
+    return source if draft == "model" else Mix([source, NgramDraft(min_n=MIXED_MIN_N)])
 
 
 # ---- choosing ----------------------------------------------------------------------------------------------

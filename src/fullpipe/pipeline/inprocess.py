@@ -21,7 +21,7 @@ from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready, Tap
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import INSTANT, Link, Links, Wire
-from fullpipe.stations.base import SourceLike, StageLike, TapCount, tap_reader, untapped
+from fullpipe.stations.base import DraftLike, StageLike, TapCount, tap_reader, untapped
 
 
 class Costs(Protocol):
@@ -75,7 +75,7 @@ class _Station:
 
 
 class InProcessPipeline(Pipeline):
-    """stages: the slices in order. source: who proposes, or None.
+    """stages: the slices in order. draft: who proposes, or None.
 
     clock: "virtual" or "wall". costs: durations on the virtual clock. links: what the hops take on the virtual
     clock (None: nothing). message_bytes: size of a flight of so many rows with its hidden states. device_of:
@@ -85,15 +85,15 @@ class InProcessPipeline(Pipeline):
     on their way to the next stage or wait there: a slow stage slows those before it.
 
     Taps leave a stage when it has finished, whether or not it must keep the flight, and travel on links of their own
-    (`Links.taps`). A source that reads none gets none. taps: those that have arrived.
+    (`Links.taps`). A draft that reads none gets none. taps: those that have arrived.
     """
 
-    def __init__(self, stages: Sequence[StageLike], source: SourceLike | None = None, *,
+    def __init__(self, stages: Sequence[StageLike], draft: DraftLike | None = None, *,
                  clock: Literal["virtual", "wall"] = "virtual", costs: Costs = unit_costs,
                  links: Links | None = None, message_bytes: Callable[[int], int] = lambda rows: 0,
                  device_of: Callable[[str], str] = lambda station: station) -> None:
         self.num_stages = len(stages)
-        self.has_draft = source is not None
+        self.has_draft = draft is not None
         self._wall = clock == "wall"
         self._costs = unit_costs if self._wall else costs
         if links is None or self._wall:
@@ -101,9 +101,9 @@ class InProcessPipeline(Pipeline):
         links.check(self.num_stages)
         self._stages = [_Station(f"stage {k}", stage.run, device_of(f"stage {k}"), links.inward(k))
                         for k, stage in enumerate(stages)]
-        self._draft = _Station("draft", lambda job, _: source.run(job), device_of("draft"),
-                               links.draft) if source is not None else None
-        self._reader = tap_reader(source)
+        self._draft = _Station("draft", lambda job, _: draft.run(job), device_of("draft"),
+                               links.draft) if draft is not None else None
+        self._reader = tap_reader(draft)
         self._jobs: dict[int, _Cargo] = {}  # by id: sent to a draft that reads taps, and not started
         self._tap_wires = [Wire(links.tap(k)) for k in range(self.num_stages)]
         self.taps = TapCount()
@@ -152,7 +152,7 @@ class InProcessPipeline(Pipeline):
             return happened
         if self._jobs:
             raise PipelineError(f"draft job {next(iter(self._jobs))} waits for hidden states that nobody will send",
-                                hint="A source must be ready for nodes that were never launched, or not be asked.")
+                                hint="A draft must be ready for nodes that were never launched, or not be asked.")
         raise PipelineError("nothing is under way in the pipeline, so nothing can be waited for")
 
     def now(self) -> float:

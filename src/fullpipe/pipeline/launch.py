@@ -80,7 +80,7 @@ class Fleet:
     """The worker processes of one pipeline, started and known to be ready.
 
     stages: one spec per stage, in order. One whose `args` have `taps` sends hidden states to the draft station.
-    source: the draft station's spec, or None for none.
+    draft: the draft station's spec, or None for none.
     arounds, paces: of each stage and then of the draft station, the links around it (`emulation.Around`) and its
         curve (`pace.Pace`) or None, as plain values.
     threads: compute threads of each worker.
@@ -92,7 +92,7 @@ class Fleet:
     beginning with the station's name; `StationFailed` for anything else. Nothing is left behind then.
     """
 
-    def __init__(self, stages: Sequence[StationSpec], source: StationSpec | None, *,
+    def __init__(self, stages: Sequence[StationSpec], draft: StationSpec | None, *,
                  arounds: Sequence[Frame], paces: Sequence[Frame | None], threads: int, beat_s: float,
                  send_timeout: float, start_timeout: float) -> None:
         self.workers: list[Worker] = []
@@ -105,7 +105,7 @@ class Fleet:
         try:
             settings = [{"around": around, "pace": pace, "threads": threads, "beat_s": beat_s,
                          "start_timeout": start_timeout} for around, pace in zip(arounds, paces)]
-            self._spawn(stages, source, settings)
+            self._spawn(stages, draft, settings)
             self._await_ready(start_timeout)
             self._set_send_timeout(send_timeout)
         except BaseException:
@@ -176,10 +176,10 @@ class Fleet:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
 
-    def _spawn(self, stages: Sequence[StationSpec], source: StationSpec | None, settings: Sequence[Frame]) -> None:
-        specs = [*stages, source] if source else list(stages)
+    def _spawn(self, stages: Sequence[StationSpec], draft: StationSpec | None, settings: Sequence[Frame]) -> None:
+        specs = [*stages, draft] if draft else list(stages)
         meeting = socket.create_server(("127.0.0.1", 0), backlog=128)
-        tapping = [rank for rank, spec in enumerate(stages) if source and spec.args.get("taps")]
+        tapping = [rank for rank, spec in enumerate(stages) if draft and spec.args.get("taps")]
         configs = [{"name": "draft" if rank == len(stages) else f"stage {rank}", "rank": rank,
                     "world": len(specs), "stages": len(stages), "tapping": tapping, "spec": spec.to_dict(),
                     "parent": os.getpid(), "port": meeting.getsockname()[1],

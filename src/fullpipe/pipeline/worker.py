@@ -60,7 +60,7 @@ from fullpipe.pipeline.wire import (
     packed_size,
     unpack,
 )
-from fullpipe.stations.base import SourceLike, StageLike, TapCount, TapReader, tap_reader, untapped
+from fullpipe.stations.base import DraftLike, StageLike, TapCount, TapReader, tap_reader, untapped
 from fullpipe.stations.spec import StationSpec
 
 _PR_SET_PDEATHSIG = 1
@@ -458,22 +458,22 @@ def serve_stage(host: Host, stage: StageLike, neighbours: Neighbours, index: int
             taps.send(tap)
 
 
-def serve_draft(host: Host, source: SourceLike) -> None:
-    """Run draft jobs for ever. Raises what the source raises."""
+def serve_draft(host: Host, draft: DraftLike) -> None:
+    """Run draft jobs for ever. Raises what the draft raises."""
     while True:
         arrival = host.next()
         host.drop_cancelled(arrival)
         job = arrival.flight
-        expansions, leg = host.timed(job, partial(source.run, job))
+        expansions, leg = host.timed(job, partial(draft.run, job))
         host.send_answer(_drafted(job, leg, expansions))
 
 
-def serve_reader(host: Host, source: TapReader) -> None:
-    """The same for a source that reads taps. Its answers tell how many have come."""
-    desk = Desk(host, source)
+def serve_reader(host: Host, draft: TapReader) -> None:
+    """The same for a draft that reads taps. Its answers tell how many have come."""
+    desk = Desk(host, draft)
     while True:
         job = desk.next()
-        expansions, leg = host.timed(job, partial(source.run, job))
+        expansions, leg = host.timed(job, partial(draft.run, job))
         host.send_answer(_drafted(job, leg, expansions) | {"taps": [desk.taps.count, desk.taps.bytes]})
 
 
@@ -486,24 +486,24 @@ class Desk:
     """What has come to a draft station that reads taps: jobs that wait, and what they wait for.
 
     All of it comes through the host's inbox, and one thread, that which runs the jobs, takes it out: between two jobs
-    and while it waits for one. So `take` never runs while `run` does, without a lock, and a source need know nothing
+    and while it waits for one. So `take` never runs while `run` does, without a lock, and a draft need know nothing
     of threads; a tap that comes during a job is taken before the next one, and no earlier could it have been of use.
     """
 
-    def __init__(self, host: Host, source: TapReader) -> None:
+    def __init__(self, host: Host, draft: TapReader) -> None:
         self.taps = TapCount()
-        self._host, self._source = host, source
+        self._host, self._draft = host, draft
         self._jobs: deque[Arrival] = deque()
         self._cancels: deque[Forgotten] = deque()  # not due yet
 
     def next(self) -> Flight:
-        """Wait for the next job that has arrived and for which the source is ready."""
+        """Wait for the next job that has arrived and for which the draft is ready."""
         while True:
             self._file_all()
             now = time.monotonic()
             self._forget(now)
             here = bool(self._jobs) and self._jobs[0].due <= now
-            if here and self._source.ready(self._jobs[0].flight):
+            if here and self._draft.ready(self._jobs[0].flight):
                 self._host.waits = False
                 return self._jobs.popleft().flight
             self._host.waits = here
@@ -523,7 +523,7 @@ class Desk:
                 self._cancels.append(news)
             case TapArrival(tap, size):
                 self.taps.add(size)
-                self._source.take(tap)
+                self._draft.take(tap)
 
     def _forget(self, now: float) -> None:
         """Of jobs that are still on their way too: a cancel overtakes them."""
@@ -531,7 +531,7 @@ class Desk:
             nodes = self._cancels.popleft().nodes
             for arrival in self._jobs:
                 arrival.flight, _ = drop_rows(arrival.flight, None, set(nodes))
-            self._source.forget(nodes)
+            self._draft.forget(nodes)
 
     def _patience(self, now: float) -> float | None:
         """Seconds until something is due; None: that nothing is."""
@@ -593,17 +593,17 @@ def _build_and_serve(host: Host, config: Frame) -> None:
         taps = TapSender(host, num_stages) if index in tapping else None
         serve_stage(host, cast(StageLike, station), neighbours, index, num_stages, taps)
     else:
-        _serve_source(host, cast(SourceLike, station), tapping)
+        _serve_station(host, cast(DraftLike, station), tapping)
 
 
-def _serve_source(host: Host, source: SourceLike, tapping: list[int]) -> None:
-    reader = tap_reader(source)
+def _serve_station(host: Host, draft: DraftLike, tapping: list[int]) -> None:
+    reader = tap_reader(draft)
     host.reads_taps = reader is not None  # from before the first cancel
     host.send({"kind": "up"})
     for stage in tapping:  # someone must take them in even where nobody reads them
         deliver = host.inbox.put if reader else _ignore
         host.start_thread(f"taps of stage {stage}", partial(receive_taps, stage, host.around.tap(stage), deliver))
-    serve_reader(host, reader) if reader else serve_draft(host, source)
+    serve_reader(host, reader) if reader else serve_draft(host, draft)
 
 
 def _ignore(arrival: TapArrival) -> None:

@@ -66,12 +66,12 @@ class _Road:
         return next((worker for worker in self.workers if worker.done < self.under_way[0].id), self.workers[-1])
 
 
-class DistributedPipeline(Pipeline):
+class WorkersPipeline(Pipeline):
     """Starts one process per station and returns when all are ready.
 
     stages: one spec per stage, in order, at least one. One with `taps` among its arguments is expected to tap, and
         what it taps goes from its process to the draft station's; without such stages there is no such road.
-    source: the draft station's spec; None for a pipeline without one.
+    draft: the draft station's spec; None for a pipeline without one.
     links: emulated links; None: what connects processes here. Each message is held by the process that gets
         it (for the engine: that sends it) until it would have arrived. See `emulation`.
     pace: paced devices: {station: {rows: seconds}}, stations called "stage 0", ..., "draft". Such a station
@@ -91,7 +91,7 @@ class DistributedPipeline(Pipeline):
     begins with the station's name), and `StationFailed` when a process died or did not start in time.
     """
 
-    def __init__(self, stages: Sequence[StationSpec], source: StationSpec | None = None, *,
+    def __init__(self, stages: Sequence[StationSpec], draft: StationSpec | None = None, *,
                  links: Links | None = None, pace: Mapping[str, Mapping[Any, float]] | None = None,
                  threads: int = 1, heartbeat_timeout: float = 10.0, timeout: float = 60.0,
                  start_timeout: float = 300.0) -> None:
@@ -99,7 +99,7 @@ class DistributedPipeline(Pipeline):
             raise UsageError("a pipeline needs at least one stage")
         if threads < 1 or min(heartbeat_timeout, timeout, start_timeout) <= 0:
             raise UsageError("threads and all time-outs must be above 0")
-        self.num_stages, self.has_draft = len(stages), source is not None
+        self.num_stages, self.has_draft = len(stages), draft is not None
         self.taps = TapCount()
         links = links or Links([Link()] * (self.num_stages - 1))
         links.check(self.num_stages)
@@ -108,7 +108,7 @@ class DistributedPipeline(Pipeline):
                              "count as failure", hint="Give a longer timeout, or a shorter latency.")
         self._heartbeat_timeout, self._timeout = heartbeat_timeout, timeout
         arounds = [Around.of(links, rank, self.num_stages).to_dict() for rank in range(self.num_stages + 1)]
-        self._fleet = Fleet(stages, source, arounds=arounds, paces=_paces(pace or {}, self.num_stages, self.has_draft),
+        self._fleet = Fleet(stages, draft, arounds=arounds, paces=_paces(pace or {}, self.num_stages, self.has_draft),
                             threads=threads, send_timeout=heartbeat_timeout,
                             beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS),
                             start_timeout=start_timeout)

@@ -294,7 +294,7 @@ class Cluster:
         return self.stage_seconds(int(station.removeprefix("stage ")), rows, context, measured)
 
     def pace(self, sources: Sequence[str]) -> dict[str, dict[int, float]]:
-        """Seconds that each station takes at least, by rows, for `DistributedPipeline(pace=...)`; at a context of 512
+        """Seconds that each station takes at least, by rows, for `WorkersPipeline(pace=...)`; at a context of 512
         tokens, for a running stage is not told how long its requests are. Devices to be measured are not paced."""
         costs = DraftCosts(self, sources)
         stations = [f"stage {index}" for index in range(self.num_stages)] + (["draft"] if sources else [])

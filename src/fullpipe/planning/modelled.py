@@ -391,7 +391,7 @@ def sweep(*, methods: Sequence[str] = METHODS[1:], stages: Sequence[int], accept
     """Every combination, with equal stages of `stage` seconds; in the order of the arguments, methods last.
 
     acceptances: chance that the draft's first guess is right; guess r, from 0, is with a (1 - a)^r, as
-    `sources/scripted.py:ScriptedSource` claims. links: latency of every hop between stages, in seconds. drafts: seconds
+    `sources/scripted.py:ScriptedDraft` claims. links: latency of every hop between stages, in seconds. drafts: seconds
     of a draft call. widths: of the methods with trees. depths: of chain and static-tree, which are shown with the best.
 
     Raises UsageError for what no set-up can be.

@@ -24,7 +24,7 @@ class StageLike(Protocol):
     def run(self, flight: Flight, hidden: Any) -> Any: ...
 
 
-class SourceLike(Protocol):
+class DraftLike(Protocol):
     """Who proposes: answers each row of the job that has `wants` with an `Expansion`."""
 
     def run(self, job: Flight) -> list[Expansion]: ...
@@ -41,7 +41,7 @@ class Tapped:
 
 
 class TapReader(Protocol):
-    """A source that reads hidden states out of the stages.
+    """A draft that reads hidden states out of the stages.
 
     The pipeline calls `take` for every tap that arrives, from one stage in the order of its flights, never while
     `run` is at work. Before it starts a job it asks `ready`; while the answer is no the job waits, and is asked for
@@ -51,7 +51,7 @@ class TapReader(Protocol):
     A request's taps may come before the job that opens it and after the one that closes it. From each stage the first
     has a flight that `opens` it, and the last one that `closes` it, even where such a flight has no rows.
 
-    A source that holds others may say by an attribute `reads_taps` whether it reads taps; without one every source that
+    A draft that holds others may say by an attribute `reads_taps` whether it reads taps; without one every draft that
     has a `take` does.
     """
 
@@ -76,9 +76,9 @@ class TapCount:
         self.bytes += size
 
 
-def tap_reader(source: SourceLike | None) -> TapReader | None:
-    """The source, if it reads taps (see `TapReader`)."""
-    return cast(TapReader, source) if getattr(source, "reads_taps", hasattr(source, "take")) else None
+def tap_reader(draft: DraftLike | None) -> TapReader | None:
+    """The draft, if it reads taps (see `TapReader`)."""
+    return cast(TapReader, draft) if getattr(draft, "reads_taps", hasattr(draft, "take")) else None
 
 
 def untapped(flight: Flight, result: Any) -> tuple[Any, Tap | None]:

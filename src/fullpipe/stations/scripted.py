@@ -104,7 +104,7 @@ def tap_features(flight: Flight, layers: Sequence[int]) -> NDArray[np.float32]:
     return np.array(said, dtype=np.float32).reshape(len(said), len(layers), 4)
 
 
-class EchoSource:
+class EchoDraft:
     """A draft station that guesses `token + 1, token + 2, ...` for each wanted row, equally likely.
 
     It has no opinion worth having: it shows that jobs go out and answers come back.

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fullpipe.errors import UsageError
-from fullpipe.stations.base import SourceLike, StageLike
+from fullpipe.stations.base import DraftLike, StageLike
 
 
 @dataclass(frozen=True, slots=True)
 class StationSpec:
     """A station that has not been built yet.
 
-    builder: "fullpipe.module:function"; calling it with `args` gives a `StageLike` or a `SourceLike`.
+    builder: "fullpipe.module:function"; calling it with `args` gives a `StageLike` or a `DraftLike`.
     args: keyword arguments, plain JSON values (no tuples, no paths, string keys).
 
     Raises `UsageError` when the builder lies outside `fullpipe` or an argument is not plain JSON.
@@ -41,7 +41,7 @@ class StationSpec:
             raise UsageError(f"the arguments of {self.builder} are not plain JSON values: {self.args!r}",
                              hint="Use dicts with string keys, lists, strings, numbers, booleans and None.")
 
-    def build(self) -> StageLike | SourceLike:
+    def build(self) -> StageLike | DraftLike:
         """Make the station in this process. Raises `UsageError` for a name that does not exist, and
         whatever the builder itself raises."""
         module, _, function = self.builder.partition(":")
@@ -50,7 +50,7 @@ class StationSpec:
         except (ModuleNotFoundError, AttributeError) as error:
             raise UsageError(f"there is no builder {self.builder}: {error}",
                              hint="Check the spelling, and that workers run the same version.") from error
-        station: StageLike | SourceLike = make(**self.args)
+        station: StageLike | DraftLike = make(**self.args)
         return station
 
     def to_dict(self) -> dict[str, Any]:

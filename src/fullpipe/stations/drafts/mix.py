@@ -1,4 +1,4 @@
-"""Several sources on one station, their guesses merged into one tree. No torch of its own."""
+"""Several drafts on one station, their guesses merged into one tree. No torch of its own."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from fullpipe.messages import Expansion, Flight, Tap
-from fullpipe.stations.base import SourceLike, tap_reader
+from fullpipe.stations.base import DraftLike, tap_reader
 from fullpipe.stations.spec import StationSpec
 
 _LN2 = math.log(2)
 
 
 class Mix:
-    """Asks every source and merges what they say. Put the best judge first: see `merge`.
+    """Asks every draft and merges what they say. Put the best judge first: see `merge`.
 
-    second: rows that the sources after the first are asked about. A job names the best nodes first, and what a
-    source takes delays the answer to all of them (docs/log.md).
+    second: rows that the drafts after the first are asked about. A job names the best nodes first, and what a
+    draft takes delays the answer to all of them (docs/log.md).
     """
 
-    def __init__(self, sources: Sequence[SourceLike], *, second: int = 4) -> None:
-        self._sources = list(sources)
+    def __init__(self, drafts: Sequence[DraftLike], *, second: int = 4) -> None:
+        self._drafts = list(drafts)
         self._second = second
-        self._readers = {rank: reader for rank, source in enumerate(sources) if (reader := tap_reader(source))}
-        self._held: dict[int, list[Expansion]] = {}  # said of nodes that the first source has yet to answer for
+        self._readers = {rank: reader for rank, draft in enumerate(drafts) if (reader := tap_reader(draft))}
+        self._held: dict[int, list[Expansion]] = {}  # said of nodes that the first draft has yet to answer for
 
     @property
     def reads_taps(self) -> bool:
@@ -36,7 +36,7 @@ class Mix:
             reader.take(tap)
 
     def ready(self, job: Flight) -> bool:
-        """Whether every source that reads taps is ready for what it will be asked."""
+        """Whether every draft that reads taps is ready for what it will be asked."""
         return all(reader.ready(self._question(rank, job)) for rank, reader in self._readers.items())
 
     def forget(self, nodes: list[int]) -> None:
@@ -46,11 +46,11 @@ class Mix:
             self._held.pop(node, None)
 
     def run(self, job: Flight) -> list[Expansion]:
-        """A source that reads taps may answer for a node later. What the others say of it waits, for a node is
+        """A draft that reads taps may answer for a node later. What the others say of it waits, for a node is
         answered once."""
         answers: dict[int, list[Expansion]] = {}
-        for rank, source in enumerate(self._sources):
-            for expansion in source.run(self._question(rank, job)):
+        for rank, draft in enumerate(self._drafts):
+            for expansion in draft.run(self._question(rank, job)):
                 answers.setdefault(expansion.node, []).append(expansion)
             if rank == 0 and rank in self._readers:
                 judged = set(answers)
@@ -80,9 +80,9 @@ def first_rows(job: Flight, count: int) -> Flight:
 def merge(expansions: Sequence[Expansion]) -> Expansion:
     """One expansion of the same node that holds every guess once, chains included.
 
-    What directly follows the node: the first source has looked at all tokens, the others know of a few. So a
-    token that both name gets the mean of their probabilities, one that only a later source names gets half
-    of what that source gives it (the first one's share is next to nothing), and one that only the first
+    What directly follows the node: the first draft has looked at all tokens, the others know of a few. So a
+    token that both name gets the mean of their probabilities, one that only a later draft names gets half
+    of what that draft gives it (the first one's share is next to nothing), and one that only the first
     names keeps its own. Further down a chain there is no second opinion.
     """
     merged = Expansion(expansions[0].node, [], [], [])
@@ -103,7 +103,7 @@ def merge(expansions: Sequence[Expansion]) -> Expansion:
     return merged
 
 
-def build_mix(*, sources: list[dict[str, object]]) -> Mix:
-    """Build every source of a list of station specs (as plain dictionaries)."""
-    built = [StationSpec.from_dict(spec).build() for spec in sources]
+def build_mix(*, drafts: list[dict[str, object]]) -> Mix:
+    """Build every draft of a list of station specs (as plain dictionaries)."""
+    built = [StationSpec.from_dict(spec).build() for spec in drafts]
     return Mix(built)  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ class _Window:
         return cls(slots, completed - kept, np.concatenate([past, mask], 1), queries)
 
 
-class SpdSource:
+class ModuleDraft:
     """module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
     it. draft_ids: int64 [draft vocab], the target's token of each row of the head; None: all.
     vocab: number of the target's real tokens.
@@ -348,7 +348,7 @@ class SpdSource:
         return whole.index_copy_(1, self._draft_ids, scores)
 
 
-def build_spd(*, module: str, model: str, dtype: str, vocab: int, parity: bool = True) -> SpdSource:
+def build_spd(*, module: str, model: str, dtype: str, vocab: int, parity: bool = True) -> ModuleDraft:
     """Load the draft module in folder `module` for the target at path `model`. What does not fit was refused before
     (`spd_checkpoint.check_fits`).
 
@@ -372,5 +372,5 @@ def build_spd(*, module: str, model: str, dtype: str, vocab: int, parity: bool =
     if parity:
         check_parity(Path(module), lambda fixture: fixture_logits(built, fixture), tolerance=_PARITY)
     built.pack()
-    return SpdSource(built, config, dtype=kind, embedding=embedding if config.bounds[0] == 0 else None,
+    return ModuleDraft(built, config, dtype=kind, embedding=embedding if config.bounds[0] == 0 else None,
                      draft_ids=draft_ids, vocab=vocab)

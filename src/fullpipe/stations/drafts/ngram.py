@@ -1,7 +1,7 @@
 """Prompt lookup: what followed the last time these words stood here. No model, no torch.
 
 `NgramIndex` finds earlier occurrences of a path's last n tokens, `Rates` learns how far such finds can be
-trusted, `NgramSource` makes expansions of both.
+trusted, `NgramDraft` makes expansions of both.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Rates:
 
 
 class _Reader:
-    """One request as the source sees it: its text so far, indexed, and how well its guesses do."""
+    """One request as the draft sees it: its text so far, indexed, and how well its guesses do."""
 
     def __init__(self, table: SlotTable, index: NgramIndex, common: Rates) -> None:
         self.table, self.index, self.rates = table, index, Rates(index.max_n, common)
@@ -170,8 +170,8 @@ class _Reader:
             self.index.extend([token])
 
 
-class NgramSource:
-    """A source that guesses repeats. Answers with trees: chains of what followed, branching where earlier
+class NgramDraft:
+    """A draft that guesses repeats. Answers with trees: chains of what followed, branching where earlier
     occurrences went different ways.
 
     min_n, max_n: shortest and longest match. max_continuation: depth of a chain. max_matches: chains per
@@ -243,6 +243,6 @@ def _grow(expansion: Expansion, matches: Sequence[Match], rates: Rates, fanout: 
 
 
 def build_ngram(*, min_n: int = 1, max_n: int = 6, max_continuation: int = 8,
-                max_matches: int = 4) -> NgramSource:
-    """The builder that a `StationSpec` names; arguments as of `NgramSource`."""
-    return NgramSource(min_n=min_n, max_n=max_n, max_continuation=max_continuation, max_matches=max_matches)
+                max_matches: int = 4) -> NgramDraft:
+    """The builder that a `StationSpec` names; arguments as of `NgramDraft`."""
+    return NgramDraft(min_n=min_n, max_n=max_n, max_continuation=max_continuation, max_matches=max_matches)

@@ -20,7 +20,7 @@ from fullpipe.stations.table import SlotTable, open_table
 _RESOLUTION = 1 << 20
 
 
-class ScriptedSource:
+class ScriptedDraft:
     """accuracy: how often the first guess is true. coverage: how often any guess is.
 
     Guess r (from 0) is given the probability accuracy * (1 - accuracy)**r: the truth is rarer further
@@ -62,12 +62,12 @@ class ScriptedSource:
         return Expansion(part.nodes[row], tokens, [first + r * decay for r in range(len(tokens))], [-1] * len(tokens))
 
 
-class TapChecker(ScriptedSource):
+class TapChecker(ScriptedDraft):
     """A scripted draft that reads the taps of scripted stages, and checks that each is what it should be.
 
     needs: layers of a node that must have come before a job that wants it may start.
     tell: answer with the layers that have come for the node, as a chain of tokens in order of arrival: no guesses.
-    options: see `ScriptedSource`.
+    options: see `ScriptedDraft`.
 
     Raises AssertionError for features that belong to another row, for a layer that came before, for flights of one
     stage out of order, for rows before their request is opened or after it is closed, and for a job started too early.

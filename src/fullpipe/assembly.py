@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from msgspec import to_builtins
+
 from fullpipe.cluster.partition import cut
 from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.hub import CATALOGUE, resolve
@@ -187,7 +189,7 @@ def draft_spec(names: list[str], target: Target, say: Say) -> StationSpec | None
         return specs[0]
     if specs[-1].builder == _NGRAM:
         specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N})
-    return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": [spec.to_dict() for spec in specs]})
+    return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": to_builtins(specs)})
 
 
 def _one_draft(name: str, target: Target, say: Say) -> StationSpec:

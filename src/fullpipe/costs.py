@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,16 +18,24 @@ class CostCurve:
     points: rows -> seconds. What was measured wavers, and a curve that fell would make rows worth having for their own
     sake: each point counts as at least as slow as those before it.
 
-    Raises UsageError for a curve without points, and for rows or seconds that are not above 0.
+    Raises UsageError for a curve without points, for rows that are not whole and above 0, and for seconds that are
+    negative or not finite.
     """
 
     def __init__(self, points: Mapping[int, float]) -> None:
-        if not points or min(points) < 1 or min(points.values()) <= 0:
-            raise UsageError("a cost curve needs points of at least one row, and seconds above 0")
+        given = points.items() if isinstance(points, Mapping) else ()
+        if not given or not all(_is_point(rows, seconds) for rows, seconds in given):
+            raise UsageError(f"{points!r:.100} is no cost curve: it needs points of at least one row, and seconds of 0 "
+                             "or more", hint="Write {rows: seconds, ...}, such as {1: 0.004, 64: 0.006}.")
         self.rows = sorted(points)
         self.seconds: list[float] = []
         for rows in self.rows:
             self.seconds.append(max(points[rows], self.seconds[-1] if self.seconds else 0.0))
+
+    @property
+    def points(self) -> dict[int, float]:
+        """Its seconds by rows; `CostCurve` makes the same curve of them."""
+        return dict(zip(self.rows, self.seconds))
 
     @classmethod
     def of(cls, seconds: Callable[[int], float], knots: Iterable[int] = KNOTS) -> CostCurve:
@@ -40,21 +49,19 @@ class CostCurve:
         knots = sorted({rows for curve in curves for rows in curve.rows})
         return cls({rows: max(curve(rows) for curve in curves) for rows in knots})
 
-    def __call__(self, rows: int) -> float:
+    def __call__(self, rows: float) -> float:
         """Seconds of a flight of so many rows; 0 without rows."""
         if rows <= 0:
             return 0.0
-        if rows <= self.rows[0]:
+        piece = min(bisect_left(self.rows, rows), len(self.rows) - 1)
+        if not piece:
             return self.seconds[0]
-        piece = min(bisect_right(self.rows, rows - 1), len(self.rows) - 1)
-        return self.seconds[piece] + (rows - self.rows[piece]) * self.marginal(rows - 1)
+        return self.seconds[piece] + (rows - self.rows[piece]) * self._slope(piece)
 
     def marginal(self, rows: int) -> float:
         """Seconds that a row more takes where there are `rows` already."""
         piece = min(bisect_right(self.rows, rows), len(self.rows) - 1)
-        if not piece:
-            return 0.0
-        return (self.seconds[piece] - self.seconds[piece - 1]) / (self.rows[piece] - self.rows[piece - 1])
+        return self._slope(piece) if piece else 0.0
 
     def most_rows(self, seconds: float, limit: int) -> int:
         """The most rows, up to `limit`, that take no longer than `seconds`; 0 when not even one does."""
@@ -63,6 +70,15 @@ class CostCurve:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self(middle) <= seconds else (low, middle - 1)
         return low
+
+    def _slope(self, piece: int) -> float:
+        """Seconds per row between point `piece` and the one before."""
+        return (self.seconds[piece] - self.seconds[piece - 1]) / (self.rows[piece] - self.rows[piece - 1])
+
+
+def _is_point(rows: object, seconds: object) -> bool:
+    return (isinstance(rows, int) and rows >= 1
+            and isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ that must be freed when a node dies, and a batch of masks is two vectorised writ
 
 from __future__ import annotations
 
-from typing import Any, Literal, NewType
+from typing import Annotated, Any, Literal, NewType
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
 from fullpipe.request import SamplingParams
 
@@ -25,12 +25,18 @@ ArenaId = NewType("ArenaId", int)
 """By this number the stations know the cache of one admission of a request. Each admission gets a new one; numbers say
 nothing about order, and never come again within an engine."""
 
+Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
+"""The id of a token. No vocabulary is as large."""
+
+Logprob = Annotated[float, Meta(le=1.0)]
+"""The natural logarithm of a probability. Rounding may lift it a little above 0; it is never NaN."""
+
 Fate = Literal["hit", "miss", "last"]
 """What became of speculation on an emitted token: it was in flight (hit), it was not (miss), or it ended the text, so
 that nothing was to follow it and it counts as neither (last)."""
 
 
-class Opening(Struct):
+class Opening(Struct, array_like=True):
     """Tells every station to make an arena, or to enlarge the one that is open. Filled by the engine.
 
     request: whose it is. drafts: the draft station is told of this arena too, and will be told of its end.
@@ -51,7 +57,7 @@ class Opening(Struct):
     drafts: bool = True
 
 
-class Part(Struct):
+class Part(Struct, array_like=True):
     """The rows of one request in a flight, parents before children. All lists but `commits` run in parallel.
 
     commits: slots that joined the committed path since the last flight of this channel.
@@ -78,7 +84,7 @@ class Part(Struct):
         return Part(self.arena, self.commits, *([column[i] for i in rows] for column in columns))  # type: ignore
 
 
-class Flight(Struct):
+class Flight(Struct, array_like=True):
     """Rows that enter a station together and travel as one; also the form of a draft job.
 
     id: unique within its channel (stages and draft count separately) and rising.
@@ -95,6 +101,11 @@ class Flight(Struct):
     @property
     def num_rows(self) -> int:
         return sum(len(part) for part in self.parts)
+
+    @property
+    def nodes(self) -> list[int]:
+        """Of all rows, in order; -1 for prompt tokens."""
+        return [node for part in self.parts for node in part.nodes]
 
 
 class Tap(Struct):
@@ -128,12 +139,12 @@ class Expansion(Struct):
     """
 
     node: int
-    tokens: list[int]
-    logprobs: list[float]
+    tokens: list[Token]
+    logprobs: list[Logprob]
     parents: list[int]
 
 
-class Event(Struct, tag_field="type", tag=True):
+class Event(Struct, tag_field="type", tag=True, forbid_unknown_fields=True):
     """Something that happened at `time` (seconds of the pipeline's clock)."""
 
     time: float
@@ -149,8 +160,8 @@ class Landed(Event):
     The stage makes it, with time 0 and no legs; the pipeline fills in both. nodes, tokens and what else is not empty
     are parallel.
 
-    margins: how far the picked token's (noisy) logit stands above the second best; empty unless the
-    pipeline was built to report it. others: the other tokens that the row's request lets pass, best first
+    margins: how far the picked token's (noisy) logit stands above the second best, None where it has no rival; empty
+    unless the pipeline was built to report it. others: the other tokens that the row's request lets pass, best first
     (`SamplingParams.accept_typical`); empty when every request of the flight is exact. logprobs: for each row whose
     request asks for them (`SamplingParams.logprobs`), (token, log-probability) of the picked token and behind it of the
     likeliest ones; an empty list for the other rows; empty when no request of the flight asks.
@@ -158,10 +169,10 @@ class Landed(Event):
 
     flight: int
     nodes: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    others: list[list[int]] = field(default_factory=list)
-    logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    margins: list[float | None] = field(default_factory=list)
+    others: list[list[Token]] = field(default_factory=list)
+    logprobs: list[list[tuple[Token, Logprob]]] = field(default_factory=list)
     legs: list[Leg] = field(default_factory=list)
 
 
@@ -182,6 +193,10 @@ class Failed(Event):
     station: str
     reason: str
     hint: str | None = None
+
+
+class Woken(Event):
+    """A moment that was asked for has come (`InProcessPipeline.wake`). Nothing to an engine."""
 
 
 # What the engine adds to the stream.
@@ -266,6 +281,6 @@ class Finished(Event):
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-AnyEvent = (Ready | Landed | Drafted | Failed | Submitted | Admitted | Preempted | Attached | Launched | Asked
+AnyEvent = (Ready | Landed | Drafted | Failed | Woken | Submitted | Admitted | Preempted | Attached | Launched | Asked
             | Emitted | Died | Finished)
 """Every kind, as a decoder wants to know them: `msgspec.json.decode(line, type=AnyEvent)`."""

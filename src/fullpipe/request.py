@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from fullpipe.errors import PromptError, UsageError
 
@@ -97,23 +96,6 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """True when the pick depends on which tokens stand on the path."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; `from_dict` reads them back on another process."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["logit_bias"] = [[k, v] for k, v in self.logit_bias.items()]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UsageError(f"unknown sampling parameters: {', '.join(unknown)}",
-                             hint=f"Known are: {', '.join(sorted(known))}.")
-        values = dict(values)
-        if "logit_bias" in values:
-            values["logit_bias"] = {int(k): float(v) for k, v in values["logit_bias"]}
-        return cls(**values)
 
 
 _MOST = 3.4028234663852886e38  # the largest float32; logits are float32, and a bias beyond it is infinite

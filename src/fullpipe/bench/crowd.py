@@ -18,12 +18,12 @@ from typing import Protocol
 import numpy as np
 
 from fullpipe.bench.recording import Answer
-from fullpipe.bench.replay import Clocked, Ending, Hardware, check_known, say
+from fullpipe.bench.replay import Ending, Hardware, check_known, say
 from fullpipe.engine.loop import Engine, Listener
 from fullpipe.errors import UsageError
 from fullpipe.messages import Drafted, Emitted, Event, Expansion, Finished, Flight, Landed, Leg, Part
 from fullpipe.pipeline.base import Pipeline
-from fullpipe.pipeline.inprocess import _ENDS, Costs
+from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Track
 from fullpipe.stations.base import DraftLike
@@ -89,17 +89,6 @@ class CrowdSource:
         for request in job.closes:
             self._open.pop(request, None)
         return said
-
-
-class Woken(Event):
-    """A moment that was asked for has come. Nothing to an engine."""
-
-
-class AlarmedPipeline(Clocked):
-    """Wakes its engine at given moments, whether or not anything is under way."""
-
-    def wake(self, moment: float) -> None:
-        self._at(moment, _ENDS, lambda: Woken(self.now()))
 
 
 @dataclass(slots=True)
@@ -200,14 +189,14 @@ def play(answers: Sequence[Answer], schedule: Schedule, params: SamplingParams, 
     assert len(answers) == len(schedule)
     check_known(hardware)
     n = hardware.num_stages
-    pipeline = AlarmedPipeline([CrowdStage(answers, is_last=k == n - 1) for k in range(n)], source,
+    pipeline = InProcessPipeline([CrowdStage(answers, is_last=k == n - 1) for k in range(n)], source,
                                costs=costs or hardware, links=hardware.links, message_bytes=hardware.message_bytes,
                                device_of=hardware.device_of)
     stations = Stations()
     crowd = _Crowd(answers, schedule, params, pipeline, make_engine(pipeline, [stations]))
     worked = time.thread_time()
     crowd.run()
-    engine_s = time.thread_time() - worked - pipeline.inside
+    engine_s = time.thread_time() - worked - pipeline.seconds_inside
     requests = crowd.served()
     return CrowdRun(requests, stations, max(one.times[-1] for one in requests) - requests[0].arrived, engine_s)
 
@@ -216,7 +205,7 @@ class _Crowd:
     """The requests of one run: those to come, those that run, and what was said."""
 
     def __init__(self, answers: Sequence[Answer], schedule: Schedule, params: SamplingParams,
-                 pipeline: AlarmedPipeline, engine: Engine) -> None:
+                 pipeline: InProcessPipeline, engine: Engine) -> None:
         self._answers, self._params, self._pipeline, self._engine = answers, params, pipeline, engine
         self._due = deque((moment, index) for index, moment in enumerate(schedule) if moment is not None)
         self._next = deque(index for index, moment in enumerate(schedule) if moment is None)

@@ -129,19 +129,6 @@ class Meter:
         self._since = self._since + 1 if hit else 0
 
 
-class Clocked(InProcessPipeline):
-    """Counts the processor time that is spent inside the pipeline, which is not the engine's."""
-
-    inside = 0.0
-
-    def events(self, wait: float | None = None) -> list[Event]:
-        begun = time.thread_time()
-        try:
-            return super().events(wait)
-        finally:
-            self.inside += time.thread_time() - begun
-
-
 @dataclass(slots=True)
 class Run:
     """What one replay measured. stats: of the request. engine_s: processor time of tree, policy and bookkeeping.
@@ -171,7 +158,7 @@ def replay(answer: Answer, params: SamplingParams, source: DraftLike | None, pol
     check_known(hardware)
     begun, worked = time.perf_counter(), time.thread_time()
     n = hardware.num_stages
-    pipeline = Clocked([RecordedStage(answer, is_last=k == n - 1) for k in range(n)], source,
+    pipeline = InProcessPipeline([RecordedStage(answer, is_last=k == n - 1) for k in range(n)], source,
                        costs=costs or hardware, links=hardware.links, message_bytes=hardware.message_bytes,
                        device_of=hardware.device_of)
     meter = Meter()
@@ -181,7 +168,7 @@ def replay(answer: Answer, params: SamplingParams, source: DraftLike | None, pol
     while engine.busy:
         said += [event.token for event in engine.step() if isinstance(event, Emitted)]
     assert said == answer.tokens, f"{answer.id}: the text differs from the recorded one"
-    engine_s, stats = time.thread_time() - worked - pipeline.inside, replace(track.stats)
+    engine_s, stats = time.thread_time() - worked - pipeline.seconds_inside, replace(track.stats)
     meter.end = stats.last_token or 0.0
     engine.drain()  # what had not landed yet was work too
     return Run(stats, meter, engine_s, time.perf_counter() - begun)

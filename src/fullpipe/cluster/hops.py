@@ -84,7 +84,7 @@ def main() -> None:
 
 
 class _End:
-    """One end of the road for messages of `size` bytes of hidden rows. other: rank of the other end."""
+    """One end of the way for messages of `size` bytes of hidden rows. other: rank of the other end."""
 
     def __init__(self, other: int, size: int) -> None:
         import torch
@@ -113,7 +113,7 @@ class _End:
         import torch.distributed as dist
 
         dist.recv(self._room, src=self._other)
-        rows: Bytes = unpack(self._room.numpy())[1]
+        rows: Bytes = unpack(self._room.numpy(), None)[1]
         return rows
 
 

@@ -128,7 +128,7 @@ class Loop:
         for sequence in self._flights.landed(event):
             self._commit(sequence, margins)
 
-    def _commit(self, sequence: Sequence, margins: dict[int, float]) -> None:
+    def _commit(self, sequence: Sequence, margins: dict[int, float | None]) -> None:
         """Apply the commit rule for as long as the root has landed."""
         while sequence.finished is None:
             root = sequence.tree.root

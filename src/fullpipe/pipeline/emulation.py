@@ -1,11 +1,11 @@
 """Emulated links and paced devices on the wall clock: what a worker does to make time pass. No torch.
 
-Whoever sends a message to a worker stamps it with `time.monotonic`, which all processes of a machine share;
-the worker holds it until `links.Wire` says that it has arrived. What a worker sends to the engine it
-holds itself, so that the engine's process has no thread on the token path. Nothing here runs in a
-pipeline without links: an instant link is no thread, no queue and no waiting.
+A worker holds a message until `links.Wire` says that it has arrived, counted from the moment at which it really came,
+by its own clock. (So an emulated link comes on top of the real one, which takes a fraction of a millisecond.) What a
+worker sends to the engine it holds itself, so that the engine's process has no thread on the token path. Nothing here
+runs in a pipeline without links: an instant link is no thread, no queue and no waiting.
 
-Held are flights, jobs, taps, landings, drafts and `Ready`; `cancel` takes a latency (`links.Links.cancel_s`).
+Held are flights, jobs, taps, landings, drafts and `Free`; `cancel` takes a latency (`links.Links.cancel_s`).
 Signs of life, failures and "stop" are the machinery's own and are not held.
 """
 
@@ -18,54 +18,41 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fullpipe.pipeline.links import Link, Links, Wire
-from fullpipe.pipeline.wire import Arrival, Frame, frame_size
+from fullpipe.messages import Flight
+from fullpipe.pipeline.frames import Answered, Free, Guessed, Stay
+from fullpipe.pipeline.links import Link, Wire
+from fullpipe.pipeline.wire import frame_size
 
 _PR_SET_TIMERSLACK = 29
 _SERVICES = 5  # the newest flights whose median is the sender's service time: one long prompt chunk passes unseen
 
+Reply = Free | Answered | Guessed
 
-@dataclass(frozen=True, slots=True)
-class Around:
-    """The links around one station. inward: by which flights or jobs come. ready: on which stage 0 says that
-    it is free. answer: on which landings or drafts go to the engine. cancel_s: seconds that a `cancel` takes.
-    taps: by which each stage's hidden states come to the draft station; none elsewhere."""
 
-    inward: Link
-    ready: Link
-    answer: Link
-    cancel_s: float
-    taps: Sequence[Link] = ()
+@dataclass(slots=True)
+class Arrival:
+    """What reaches a station: a flight or job, its stays so far, and its hidden rows.
 
-    @property
-    def instant(self) -> bool:
-        links = (self.inward, self.ready, self.answer, *self.taps)
-        return not self.cancel_s and all(link.instant for link in links)
+    size: its bytes on the link. came: when it really came; due: when it counts as arrived. Both by this process's
+    `time.monotonic`.
+    """
 
-    @classmethod
-    def of(cls, links: Links, rank: int, num_stages: int) -> Around:
-        """Around stage `rank`, or around the draft station, whose rank is the number of stages."""
-        if rank == num_stages:
-            return cls(links.draft, Link(), links.draft, links.draft.latency_s, links.taps)
-        return cls(links.inward(rank), links.to_first, links.landing, links.cancel_s(rank))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
-        return {"inward": self.inward.to_dict(), "ready": self.ready.to_dict(), "answer": self.answer.to_dict(),
-                "cancel_s": self.cancel_s, "taps": [link.to_dict() for link in self.taps]}
+    flight: Flight
+    stays: list[Stay]
+    hidden: Any
+    size: int
+    came: float
+    due: float
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Around:
-        inward, ready, answer = (Link.from_dict(values[name]) for name in ("inward", "ready", "answer"))
-        return cls(inward, ready, answer, values["cancel_s"], [Link.from_dict(one) for one in values["taps"]] or ())
-
-    def tap(self, stage: int) -> Link:
-        """By which a stage's hidden states come."""
-        return self.taps[stage] if self.taps else Link()
+    def now(cls, flight: Flight, stays: list[Stay], hidden: Any, size: int) -> Arrival:
+        """One that has just come, on a link that takes no time."""
+        moment = time.monotonic()
+        return cls(flight, stays, hidden, size, moment, moment)
 
 
 def sleep_until(moment: float) -> None:
@@ -87,20 +74,23 @@ class Outbox:
     transmit: really sends a frame; called from a thread of this object's unless the link is instant.
     """
 
-    def __init__(self, transmit: Callable[[Frame], None], link: Link) -> None:
+    def __init__(self, transmit: Callable[[Reply], None], link: Link) -> None:
         self._wire = Wire(link)
-        self._queue: queue.SimpleQueue[tuple[float, Frame]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[float, float, Reply]] = queue.SimpleQueue()
         self.send = transmit if link.instant else self._enqueue
         if not link.instant:
             threading.Thread(target=self._deliver, args=(transmit,), name="outbox", daemon=True).start()
 
-    def _enqueue(self, frame: Frame) -> None:
-        self._queue.put((self._wire.arrival(time.monotonic(), frame_size(frame)), frame))
+    def _enqueue(self, frame: Reply) -> None:
+        now = time.monotonic()
+        self._queue.put((now, self._wire.arrival(now, frame_size(frame)), frame))
 
-    def _deliver(self, transmit: Callable[[Frame], None]) -> None:
+    def _deliver(self, transmit: Callable[[Reply], None]) -> None:
         while True:
-            due, frame = self._queue.get()
+            sent, due, frame = self._queue.get()
             sleep_until(due)
+            if not isinstance(frame, Free):
+                frame.carried = time.monotonic() - sent
             transmit(frame)
 
 
@@ -108,8 +98,8 @@ class Inbound:
     """Flights from the stage before, over an emulated link, taken in by a thread while they are on their way.
 
     Back-pressure: no more is let come than `Link.window` allows to be on the link or to wait here. The sender
-    stamps one more when it hands it to gloo, before a receive waits for it; that one is counted too. Where
-    the link has no latency one flight waits and one is stamped, as on a real hop.
+    has one more in its hands, which sets off when a receive waits for it; that one is counted too. Where
+    the link has no latency one flight waits and one is in the sender's hands, as on a real hop.
 
     receive: lets the next flight come, waits for it, returns it; its error is raised by `next`.
     """
@@ -141,15 +131,14 @@ class Inbound:
                     self._changed.wait_for(lambda: self._unstarted < self._most)
                     self._unstarted += 1
                 arrival = self._receive()
-                arrival.due = self._wire.arrival(arrival.sent, arrival.size)
-                self._note_service(arrival)
+                arrival.due = self._wire.arrival(arrival.came, arrival.size)
+                self._note_service(arrival.stays[-1])
                 self._arrivals.put(arrival)
         except BaseException as error:
             self._arrivals.put(error)
 
-    def _note_service(self, arrival: Arrival) -> None:
-        """Learn from the newest leg how long the sender takes for a flight. Flights that died out tell nothing."""
-        _, start, end, nodes = arrival.legs[-1]
-        if nodes:
-            self._services.append(end - start)
+    def _note_service(self, stay: Stay) -> None:
+        """Learn how long the sender takes for a flight. Flights that died out tell nothing."""
+        if stay.nodes:
+            self._services.append(stay.worked)
             self._most = max(1, self._wire.link.window(statistics.median(self._services)) - 1)

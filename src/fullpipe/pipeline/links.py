@@ -2,7 +2,7 @@
 
 A link is a `Link`; who is connected by which is said by `Links`; `Wire` is one direction of a link in
 use, and tells when what is sent now arrives. The in-process pipeline puts these times on its virtual
-clock, the distributed one really waits for them.
+clock, worker processes really wait for them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fullpipe.errors import UsageError
 
@@ -63,15 +62,6 @@ class Link:
             return 1
         ahead = self.latency_s / service_s if service_s > 0 else math.inf
         return sys.maxsize if math.isinf(ahead) else 1 + math.ceil(ahead)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, which know no infinity: an unlimited bandwidth is None."""
-        return {"latency_s": self.latency_s, "bandwidth": None if math.isinf(self.bandwidth) else self.bandwidth}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Link:
-        bandwidth = values["bandwidth"]
-        return cls(values["latency_s"], math.inf if bandwidth is None else bandwidth)
 
 
 INSTANT = Link()
@@ -138,17 +128,34 @@ class Links:
         return max(link.latency_s for link in (*self.stage_hops, self.to_first, self.landing, self.draft,
                                                    *self.taps))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
-        return {"stage_hops": [link.to_dict() for link in self.stage_hops], "to_first": self.to_first.to_dict(),
-                "landing": self.landing.to_dict(), "draft": self.draft.to_dict(),
-                "taps": [link.to_dict() for link in self.taps]}
+
+@dataclass(frozen=True, slots=True)
+class StationLinks:
+    """The links around one station. inward: by which flights or jobs come. ready: on which stage 0 says that it is
+    free. answer: on which landings or drafts go to the engine. cancel_s: seconds that a `cancel` takes. taps: by which
+    each stage's hidden states come to the draft station; none elsewhere."""
+
+    inward: Link
+    ready: Link
+    answer: Link
+    cancel_s: float
+    taps: Sequence[Link] = ()
+
+    @property
+    def instant(self) -> bool:
+        links = (self.inward, self.ready, self.answer, *self.taps)
+        return not self.cancel_s and all(link.instant for link in links)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Links:
-        return cls([Link.from_dict(one) for one in values["stage_hops"]], Link.from_dict(values["to_first"]),
-                   Link.from_dict(values["landing"]), Link.from_dict(values["draft"]),
-                   [Link.from_dict(one) for one in values.get("taps", ())] or ())
+    def of(cls, links: Links, rank: int, num_stages: int) -> StationLinks:
+        """Those of stage `rank`, or of the draft station, whose rank is the number of stages."""
+        if rank == num_stages:
+            return cls(links.draft, INSTANT, links.draft, links.draft.latency_s, links.taps)
+        return cls(links.inward(rank), links.to_first, links.landing, links.cancel_s(rank))
+
+    def tap(self, stage: int) -> Link:
+        """By which a stage's hidden states come."""
+        return self.taps[stage] if self.taps else INSTANT
 
 
 class Wire:

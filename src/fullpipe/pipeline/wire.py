@@ -1,41 +1,33 @@
-"""How messages travel between processes. Torch is imported only when a torch tensor passes.
+"""How bytes travel between processes. Torch is imported only when a torch tensor passes.
 
-Two kinds of road:
+- **Control**: `Channel`, a stream socket with length-prefixed frames, between the engine's process and each worker.
+- **Data**: one hop from worker to worker. `pack` makes a single byte array of a header and the hidden rows, `unpack`
+  reads it back:
 
-- **Control**: `Channel`, a stream socket with length-prefixed JSON frames, between the engine's process
-  and each worker.
-- **Data**: one hop from stage to stage. `pack` makes a single byte array of a header and the hidden
-  rows, `unpack` reads it back:
-
-      uint64 size of all | uint64 size of the header | header, JSON | zeros up to a multiple of 64 |
+      uint64 size of all | uint64 size of the header | header, msgpack | zeros up to a multiple of 64 |
       raw tensor bytes | zeros up to the size that was asked for
 
-  The raw bytes start at a multiple of 64 so that the receiver views them in place, without a copy,
-  whatever their dtype. A receiver that has only the beginning learns from `packed_size` what is missing.
-
-Flights, legs and expansions are written as JSON lists in field order: half the size of objects, and
-twice as fast to write.
+  The raw bytes start at a multiple of 64 so that the receiver views them in place, without a copy, whatever their
+  dtype. A receiver that has only the beginning learns from `packed_size` what is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import struct
 import sys
 import threading
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Generic, Literal, TypeVar
 
+import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
-from fullpipe.messages import ArenaId, Expansion, Flight, Leg, Opening, Part
-from fullpipe.request import SamplingParams
-
-Frame = dict[str, Any]
 Bytes = NDArray[np.uint8]
+T = TypeVar("T")
 
 _ALIGN = 64
 _LENGTH = struct.Struct("<I")
@@ -49,87 +41,31 @@ class NonsenseError(Exception):
     """What arrived is no message of ours. Its text completes "station X answers nonsense: "."""
 
 
-@dataclass(slots=True)
-class Arrival:
-    """What reaches a station: a flight or job, the legs it has behind it, and its hidden rows.
+def frame_size(frame: Struct) -> int:
+    """How many bytes `Channel.send` writes for a frame."""
+    return _LENGTH.size + len(msgspec.msgpack.encode(frame))
 
-    sent, size: when it was handed to the link, and its bytes there. due: when it arrives at the other end.
-    Both moments in seconds of `time.monotonic`.
+
+@cache
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(kind)
+
+
+def _read(data: Any, kind: Any) -> Any:
+    try:
+        return _decoder(kind).decode(data)
+    except (ValueError, RecursionError) as error:
+        raise NonsenseError(f"{bytes(data[:40])!r}, which cannot be read ({error})") from error
+
+
+class Channel(Generic[T]):
+    """Frames over a connected stream socket. One thread may receive while any number send.
+
+    kind: of what is received, a struct or a union of tagged ones.
     """
 
-    flight: Flight
-    legs: list[list[Any]]
-    hidden: Any
-    sent: float
-    size: int
-    due: float
-
-
-def dump_flight(flight: Flight) -> list[Any]:
-    """A flight, or draft job, as plain JSON values."""
-    return [flight.id, [_dump_part(part) for part in flight.parts],
-            [_dump_opening(opening) for opening in flight.opens], flight.closes, flight.fanout]
-
-
-def load_flight(values: list[Any]) -> Flight:
-    """What `dump_flight` wrote."""
-    number, parts, opens, closes, fanout = values
-    return Flight(number, [Part(*part) for part in parts],
-                  [_load_opening(*opening) for opening in opens], closes, fanout)
-
-
-def _dump_part(part: Part) -> list[Any]:
-    return [part.arena, part.commits, part.nodes, part.tokens, part.positions, part.slots, part.paths,
-            part.wants]
-
-
-def _dump_opening(opening: Opening) -> list[Any]:
-    return [opening.arena, opening.capacity, opening.prompt_len, opening.params.to_dict(), opening.copy_from,
-            opening.copied, opening.request, opening.drafts]
-
-
-def _load_opening(arena: ArenaId, capacity: int, prompt_len: int, params: dict[str, Any], *rest: Any) -> Opening:
-    return Opening(arena, capacity, prompt_len, SamplingParams.from_dict(params), *rest)
-
-
-def dump_leg(leg: Leg) -> list[Any]:
-    """A leg as plain JSON values; `Leg(*values)` reads it back."""
-    return [leg.station, leg.start, leg.end, leg.nodes]
-
-
-def dump_expansion(expansion: Expansion) -> list[Any]:
-    """An expansion as plain JSON values; `Expansion(*values)` reads it back."""
-    return [expansion.node, expansion.tokens, expansion.logprobs, expansion.parents]
-
-
-def frame_size(frame: Frame) -> int:
-    """How many bytes `Channel.send` writes for a frame."""
-    return _LENGTH.size + len(_body(frame))
-
-
-def _body(frame: Frame) -> bytes:
-    return json.dumps(frame, separators=(",", ":")).encode()
-
-
-def _frame(body: bytearray) -> Frame:
-    frame = _read_json(body)
-    if type(frame) is not dict:
-        raise NonsenseError(f"a frame that is no object but {frame!r:.60}")
-    return frame
-
-
-def _read_json(text: bytes | bytearray) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 are a ValueError too
-        raise NonsenseError(f"{bytes(text[:40])!r}, which is not JSON ({error})") from error
-
-
-class Channel:
-    """JSON frames over a connected stream socket. One thread may receive while any number send."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, kind: Any) -> None:
+        self._sock, self._kind = sock, kind
         self._unread = bytearray()
         self._sending = threading.Lock()
 
@@ -140,14 +76,14 @@ class Channel:
         """How long `send` may wait for the other end to read."""
         self._sock.settimeout(seconds)
 
-    def send(self, frame: Frame) -> None:
+    def send(self, frame: Struct) -> None:
         """Write one frame whole. Raises `OSError` when the other end is gone, and `TimeoutError` (an
         `OSError` too) when it does not read for as long as the socket's timeout says."""
-        body = _body(frame)
+        body = msgspec.msgpack.encode(frame)
         with self._sending:
             self._sock.sendall(_LENGTH.pack(len(body)) + body)
 
-    def receive(self) -> list[Frame]:
+    def receive(self) -> list[T]:
         """Wait for bytes and return the frames that are whole by now: maybe none. `EOFError` at the end;
         `NonsenseError` for bytes that are no frame, after which nothing can be read any more."""
         try:
@@ -157,7 +93,7 @@ class Channel:
         if not data:
             raise EOFError("the other end closed the connection")
         self._unread += data
-        frames: list[Frame] = []
+        frames: list[T] = []
         at, end = 0, len(self._unread)
         while end - at >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._unread, at)
@@ -167,7 +103,7 @@ class Channel:
             if end - body < length:
                 break
             at = body + length
-            frames.append(_frame(self._unread[body:at]))
+            frames.append(_read(self._unread[body:at], self._kind))
         del self._unread[:at]
         return frames
 
@@ -178,14 +114,22 @@ class Channel:
         self._sock.close()
 
 
+class Rows(Struct, array_like=True):
+    """What the receiver must know to view raw bytes as hidden rows again."""
+
+    library: Literal["numpy", "torch"]
+    dtype: str
+    shape: list[int]
+
+
 def pack(header: Any, hidden: Any, least: int = 0) -> Bytes:
     """One hop as bytes, uint8 [n] with n >= least.
 
-    header: plain JSON values.
+    header: a struct, or anything else that msgpack knows.
     hidden: a NumPy array or torch tensor of any shape and dtype, zero rows included, or None.
     """
-    described, raw = _describe(hidden)
-    head = json.dumps([header, described], separators=(",", ":")).encode()
+    rows, raw = _describe(hidden)
+    head = msgspec.msgpack.encode((header, rows))
     start = _padded(_SIZES.size + len(head))
     end = start + raw.nbytes
     message = np.zeros(max(end, least), dtype=np.uint8)
@@ -204,40 +148,38 @@ def packed_size(message: Bytes) -> int:
     return int(size)
 
 
-def unpack(message: Bytes) -> tuple[Any, Any]:
-    """The header and the hidden rows that `pack` was given; the rows share the message's memory. Raises
-    `NonsenseError` for what `pack` never made."""
+def unpack(message: Bytes, kind: Any) -> tuple[Any, Any]:
+    """The header, of type `kind`, and the hidden rows that `pack` was given; the rows share the message's memory.
+    Raises `NonsenseError` for what `pack` never made."""
     end, (_, length) = packed_size(message), _SIZES.unpack_from(message.data, 0)
-    head = _read_json(message[_SIZES.size:_SIZES.size + length].tobytes())
+    header, rows = _read(message[_SIZES.size:_SIZES.size + length].data, tuple[kind, Rows | None])
     try:
-        header, described = head
-        return header, _restore(described, message[_padded(_SIZES.size + length):end])
+        return header, _restore(rows, message[_padded(_SIZES.size + length):end])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise NonsenseError(f"a message that cannot be read ({type(error).__name__}: {error})") from error
+        raise NonsenseError(f"rows that cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _padded(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def _describe(hidden: Any) -> tuple[list[Any] | None, Bytes]:
-    """What the receiver must know to view the raw bytes again, and those bytes, flat."""
+def _describe(hidden: Any) -> tuple[Rows | None, Bytes]:
+    """What the receiver must know, and the raw bytes, flat."""
     if hidden is None:
         return None, np.zeros(0, dtype=np.uint8)
+    shape = list(hidden.shape)
     if isinstance(hidden, np.ndarray):
-        flat = np.ascontiguousarray(hidden).reshape(-1).view(np.uint8)
-        return ["numpy", hidden.dtype.str, list(hidden.shape)], flat
+        return Rows("numpy", hidden.dtype.str, shape), np.ascontiguousarray(hidden).reshape(-1).view(np.uint8)
     torch = sys.modules["torch"]  # whoever made the tensor has imported it
     flat = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return ["torch", str(hidden.dtype).removeprefix("torch."), list(hidden.shape)], flat
+    return Rows("torch", str(hidden.dtype).removeprefix("torch."), shape), flat
 
 
-def _restore(described: list[Any] | None, raw: Bytes) -> Any:
-    if described is None:
+def _restore(rows: Rows | None, raw: Bytes) -> Any:
+    if rows is None:
         return None
-    kind, dtype, shape = described
-    if kind == "numpy":
-        return raw.view(np.dtype(dtype)).reshape(shape)
+    if rows.library == "numpy":
+        return raw.view(np.dtype(rows.dtype)).reshape(rows.shape)
     import torch
 
-    return torch.from_numpy(raw).view(getattr(torch, dtype)).reshape(shape)
+    return torch.from_numpy(raw).view(getattr(torch, rows.dtype)).reshape(rows.shape)

@@ -1,13 +1,15 @@
 """What sits inside a station: something that takes a flight and gives back what the next one needs.
 
-The in-process pipeline calls these objects directly; the worker of the distributed pipeline hosts
-exactly one. Both drive the same code. No torch here.
+The in-process pipeline calls these objects directly; a worker process hosts exactly one. Both drive the same code.
+No torch here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
+
+from msgspec.structs import replace
 
 from fullpipe.messages import Expansion, Flight, Tap
 
@@ -17,8 +19,8 @@ class StageLike(Protocol):
 
     `run` takes the flight (cancelled rows already dropped) and, except at the first stage, the previous
     stage's output: one hidden-state row per flight row, in order of parts, [rows, hidden]. It returns the
-    same kind of thing, or at the last stage a `Landed` with time 0 and no legs. It opens arenas for `flight.opens` first, in order (or
-    enlarges those that are open), and frees those of `flight.closes` last.
+    same kind of thing, or at the last stage a `Landed` with time 0 and no legs. It opens arenas for `flight.opens`
+    first, in order (or enlarges those that are open), and frees those of `flight.closes` last.
     """
 
     def run(self, flight: Flight, hidden: Any) -> Any: ...
@@ -88,3 +90,17 @@ def untapped(flight: Flight, result: Any) -> tuple[Any, Tap | None]:
         return result, None
     tells = flight.num_rows or flight.opens or flight.closes
     return result.result, Tap(flight, result.layers, result.features) if tells else None
+
+
+def drop_rows(flight: Flight, hidden: Any, dead: set[int]) -> tuple[Flight, Any]:
+    """The flight without the rows of `dead` nodes, and the hidden rows [rows, hidden] that go with it."""
+    if dead.isdisjoint(flight.nodes):
+        return flight, hidden
+    parts, kept, start = [], [], 0
+    for part in flight.parts:
+        rows = [i for i, node in enumerate(part.nodes) if node not in dead]
+        parts.append(part.keep(rows))
+        kept += [start + i for i in rows]
+        start += len(part)
+    alive = replace(flight, parts=parts)
+    return alive, hidden if hidden is None else hidden[kept]

@@ -75,12 +75,12 @@ def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = N
 
 
 def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None,
-         margins: bool = False) -> tuple[list[int], list[float]]:
+         margins: bool = False) -> tuple[list[int], list[float | None]]:
     """The token that follows each row; of equals the lowest id.
 
     logits, limit: as in `process`.
     margins: also say by how much each picked token's processed, noisy logit stands above the second best
-    (inf when it has no rival); else the second list is empty.
+    (None when it has no rival); else the second list is empty.
 
     Raises `ModelError` where no token can be picked, as with logits that are NaN.
     """
@@ -94,8 +94,8 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
     if not margins:
         return picked, []
     second = scores.scatter(1, tokens, -math.inf).amax(-1)
-    gaps: list[float] = (scores.gather(1, tokens).squeeze(1) - second).tolist()
-    return picked, gaps
+    gaps = (scores.gather(1, tokens).squeeze(1) - second).tolist()
+    return picked, [gap if math.isfinite(gap) else None for gap in gaps]
 
 
 def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,

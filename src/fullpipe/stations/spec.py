@@ -1,6 +1,6 @@
 """How a station is described so that any process can build it: a function's name and plain values.
 
-A spec travels to a worker as JSON. Nothing that executes on arrival (pickle) ever does, and a spec can
+A spec travels to a worker as it is. Nothing that executes on arrival (pickle) ever does, and a spec can
 only name functions of this package: a worker builds what it is told, so it is told little.
 """
 
@@ -52,11 +52,3 @@ class StationSpec:
                              hint="Check the spelling, and that workers run the same version.") from error
         station: StageLike | DraftLike = make(**self.args)
         return station
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; `from_dict` reads them back on another process."""
-        return {"builder": self.builder, "args": self.args}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StationSpec:
-        return cls(values["builder"], values["args"])

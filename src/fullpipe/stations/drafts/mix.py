@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
+from msgspec import convert
 from msgspec.structs import replace
 
 from fullpipe.messages import Expansion, Flight, Tap
@@ -105,5 +107,4 @@ def merge(expansions: Sequence[Expansion]) -> Expansion:
 
 def build_mix(*, drafts: list[dict[str, object]]) -> Mix:
     """Build every draft of a list of station specs (as plain dictionaries)."""
-    built = [StationSpec.from_dict(spec).build() for spec in drafts]
-    return Mix(built)  # type: ignore[arg-type]
+    return Mix([cast(DraftLike, convert(spec, StationSpec).build()) for spec in drafts])

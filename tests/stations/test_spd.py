@@ -91,12 +91,22 @@ class Hand:
                                 embedding=one.embedding if one.config.bounds[0] == 0 else None)
         self.taps = [bound for bound in one.config.bounds if bound]
         self.flights = self.jobs = 0
+        self.opens = [self.opening()]  # by the first flight
 
     def beside(self, request: int, **values: object) -> Hand:
         """Another request at the same station."""
         other = Hand(self.one, request, **values)  # type: ignore[arg-type]
         other.source = self.source
         return other
+
+    def opening(self, drafts: bool = True) -> Opening:
+        return Opening(self.request, self.capacity, self.prompt_len, self.params, drafts=drafts)
+
+    def end(self) -> None:
+        """The stages close the arena."""
+        flight = Flight(self.flights, closes=[self.request])
+        self.flights += 1
+        self.take(*(Tap(flight, [tap, 99], torch.empty(0, 2, HIDDEN)) for tap in self.taps))
 
     def part(self, tokens: Sequence[Token], commits: Sequence[int] = (), asked: Sequence[Token] = ()) -> Part:
         return Part(self.request, list(commits), [token.node for token in tokens],
@@ -106,8 +116,9 @@ class Hand:
 
     def flight(self, *tokens: Token) -> list[Tap]:
         """The taps that come of a flight, one from each stage. More than a module reads, as with two drafts."""
-        flight = Flight(self.flights, [self.part(tokens)])
+        flight = Flight(self.flights, [self.part(tokens)], self.opens)
         self.flights += 1
+        self.opens = []
         hidden = torch.stack([state_of(self.one, token.text) for token in tokens])
         first = 1 if self.one.config.bounds[0] == 0 else 0
         return [Tap(flight, [tap, 99], torch.stack([hidden[:, first + stage], torch.full_like(hidden[:, 0], 7.0)], 1))
@@ -122,8 +133,7 @@ class Hand:
         self.take(*self.flight(*tokens)[:stages])
 
     def job(self, *parts: Part, opens: bool = False, closes: bool = False) -> Flight:
-        opening = Opening(self.request, self.capacity, self.prompt_len, self.params)
-        return Flight(-1, list(parts), [opening] if opens else [], [self.request] if closes else [], VOCAB)
+        return Flight(-1, list(parts), [self.opening()] if opens else [], [self.request] if closes else [], VOCAB)
 
     def send(self, job: Flight) -> list[Expansion]:
         """Hand a job in and have it answered."""
@@ -542,6 +552,59 @@ def test_requests_of_one_job_do_not_see_each_other() -> None:
     check(SPD, two, second.text, [1])
 
 
+ORDERS = [(5, 3), (2**40, 7), (3, 2**40, 5, 4)]
+
+
+def _one_more(hand: Hand, arena: int, *, early: bool, slow: bool = False) -> Hand:
+    """A request in this arena, of whose root stage 0 has told. early: the taps come before the job that opens it.
+    slow: those of the last stage come only at the end."""
+    other = hand.beside(arena)
+    other.jobs, other.flights = hand.jobs, hand.flights
+    before = [Token(-1, PROMPT[: end + 1], end) for end in range(2)]
+    root = Token(arena, PROMPT, 2)
+    opening = other.job(other.part(before), opens=True)
+    taps = other.flight(*before)
+    if not early:
+        assert other.send(opening) == []
+    other.take(*taps[: -1 if slow else None])
+    other.through(root, stages=1)
+    if early:
+        assert other.send(opening) == []
+    other.take(*taps[-1 if slow else len(taps) :])
+    (answer,) = other.ask(root, commits=[0, 1, 2])
+    assert answer.node == arena
+    check(SPD, answer, PROMPT, [1])
+    hand.jobs, hand.flights = other.jobs, other.flights
+    return other
+
+
+@pytest.mark.parametrize("arenas", ORDERS, ids=str)
+@pytest.mark.parametrize(("early", "slow"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("keep", [False, True], ids=["one after another", "at once"])
+def test_the_numbers_of_arenas_say_nothing_about_order(arenas: tuple[int, ...], early: bool, slow: bool,
+                                                       keep: bool) -> None:
+    """Priorities open them out of order, and a preempted request comes back with one that is higher than what comes
+    after it. All are answered, and nothing is left of them."""
+    hand, running = Hand(SPD), []
+    for arena in arenas:
+        running.append(_one_more(hand, arena, early=early, slow=slow))
+        if not keep:
+            _finish(hand, running.pop(), stages_first=early)
+    for number, other in enumerate(running):
+        _finish(hand, other, stages_first=bool(number % 2))
+    assert not hand.source._arenas
+
+
+def _finish(hand: Hand, other: Hand, *, stages_first: bool) -> None:
+    other.jobs, other.flights = hand.jobs, hand.flights
+    if stages_first:
+        other.end()
+    assert other.send(other.job(closes=True)) == []
+    if not stages_first:
+        other.end()
+    hand.jobs, hand.flights = other.jobs, other.flights
+
+
 def test_a_request_that_is_over_leaves_nothing_and_holds_nobody_up() -> None:
     hand = Hand(SPD)
     root = hand.begin()
@@ -549,7 +612,8 @@ def test_a_request_that_is_over_leaves_nothing_and_holds_nobody_up() -> None:
     late = hand.flight(root.after(1, 11, 3))
     assert hand.send(hand.job(closes=True)) == []
     hand.take(*late)
-    assert not hand.source._readers and not hand.source._early
+    hand.end()
+    assert not hand.source._arenas
     other = hand.beside(1)
     other.jobs, other.flights = hand.jobs, hand.flights
     root = other.begin()
@@ -559,11 +623,25 @@ def test_a_request_that_is_over_leaves_nothing_and_holds_nobody_up() -> None:
 
 def test_a_request_whose_method_asks_for_no_drafts_leaves_nothing() -> None:
     hand = Hand(SPD)
-    first, *others = hand.flight(Token(-1, PROMPT[:1], 0))
-    hand.take(first)
-    first.flight.closes = [0]
-    hand.take(*others)
-    assert not hand.source._early
+    hand.opens = [hand.opening(drafts=False)]
+    hand.through(Token(-1, PROMPT[:1], 0))
+    hand.opens = [hand.opening(drafts=False)]  # enlarged
+    hand.through(Token(-1, PROMPT[:2], 1))
+    assert not hand.source._arenas
+    hand.end()
+    assert not hand.source._arenas
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 4])
+def test_a_request_that_ends_before_the_draft_was_asked_leaves_nothing(first: int) -> None:
+    """The draft is told of its end all the same, before or after so many stages have told of its beginning and end."""
+    hand = Hand(SPD)
+    taps = hand.flight(Token(-1, PROMPT[:1], 0))
+    taps[0].flight.closes = [0]
+    hand.take(*taps[:first])
+    assert hand.send(hand.job(closes=True)) == []
+    hand.take(*taps[first:])
+    assert not hand.source._arenas
 
 
 def test_a_request_may_be_over_before_the_job_that_opens_it_comes() -> None:
@@ -576,7 +654,7 @@ def test_a_request_may_be_over_before_the_job_that_opens_it_comes() -> None:
     hand.take(*taps)
     assert hand.send(hand.job(hand.part([Token(-1, PROMPT[:1], 0), root], [0, 1], [root]), opens=True)) == []
     assert hand.send(hand.job(closes=True)) == []
-    assert not hand.source._readers and not hand.source._over
+    assert not hand.source._arenas
 
 
 def test_what_a_job_asks_of_a_request_that_ends_meanwhile_is_not_waited_for() -> None:

@@ -49,6 +49,16 @@ class _Question:
     path: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What a tap brings of one part. layers: which taps these are, as indices; features: [rows, len(layers), hidden]."""
+
+    flight: int
+    part: Part
+    layers: list[int]
+    features: Tensor
+
+
 class _Reader:
     """One request as the draft station knows it.
 
@@ -88,20 +98,21 @@ class _Reader:
         self.owner = np.pad(self.owner, (0, more), constant_values=_NOBODY)
         self.sent = np.pad(self.sent, (0, more), constant_values=_NOBODY)
 
-    def take(self, flight: int, part: Part, layers: Sequence[int], features: Tensor) -> None:
-        """layers: which taps these are, as indices. Stages have links of their own, so a later stage's taps may come
-        before an earlier one's, and those of a node that died after those of the slot's next owner. Flights tell
-        which owner is the newer one; ids of nodes do not, for a node may be launched long after it was made."""
+    def take(self, rows: _Rows) -> None:
+        """Stages have links of their own, so a later stage's taps may come before an earlier one's, and those of a node
+        that died after those of the slot's next owner. Flights tell which owner is the newer one; ids of nodes do not,
+        for a node may be launched long after it was made."""
+        flight, part = rows.flight, rows.part
         slots, nodes = np.asarray(part.slots, np.int64), np.asarray(part.nodes, np.int64)
         self.enlarge(1 + max(part.slots, default=-1))  # the job that says so may be slower than the taps
         fresh = self.flight[slots] < flight
         new = slots[fresh]
         self.flight[new], self.owner[new], self.known[new] = flight, nodes[fresh], False
         self.token[new], self.position[new] = np.asarray(part.tokens)[fresh], np.asarray(part.positions)[fresh]
-        rows = np.flatnonzero(self.flight[slots] == flight)
-        for column, layer in enumerate(layers):
-            self.features[slots[rows], layer] = features[torch.from_numpy(rows), column].to(self.features.dtype)
-            self.known[slots[rows], layer] = True
+        own = np.flatnonzero(self.flight[slots] == flight)
+        for column, layer in enumerate(rows.layers):
+            self.features[slots[own], layer] = rows.features[torch.from_numpy(own), column].to(self.features.dtype)
+            self.known[slots[own], layer] = True
 
     def apply(self, part: Part) -> None:
         self.table.apply(part)
@@ -167,6 +178,56 @@ class _Window:
         return cls(slots, completed - kept, np.concatenate([past, mask], 1), queries)
 
 
+class _Arena:
+    """An arena from the first word of it to the last, in whatever order they come.
+
+    The stages and the draft channel tell of an arena independently, each when it opens and when it closes there, and
+    numbers of arenas say nothing about order. So it is known from whatever comes first until the draft channel has
+    closed it (which it does for every arena of which the draft is told at all, opened there or not) and so has each
+    stage. Nothing comes of it after that.
+
+    reader: from when a job opens it until one closes it. layers: all that are tapped, of each of which some stage
+    tells.
+    """
+
+    def __init__(self, layers: set[int]) -> None:
+        self.reader: _Reader | None = None
+        self._layers = layers  # of which the stage has not closed it
+        self._early: list[_Rows] = []  # rows that came before the reader
+        self._wanted = True  # until a stage closes it: then the request has ended
+        self._draft_closed = False
+
+    @property
+    def over(self) -> bool:
+        return self._draft_closed and not self._layers
+
+    def take(self, rows: _Rows) -> None:
+        if self.reader:
+            self.reader.take(rows)
+        elif self._wanted and not self._draft_closed:
+            self._early.append(rows)
+
+    def open(self, reader: _Reader) -> None:
+        self.reader = reader
+        for rows in self._early:
+            reader.take(rows)
+        self._early.clear()
+        reader.over = not self._wanted  # what jobs may still ask nobody waits for
+
+    def close_layers(self, layers: Sequence[int]) -> None:
+        """A stage has closed it: the one that taps these layers."""
+        self._layers.difference_update(layers)
+        self._wanted = False
+        self._early.clear()
+        if self.reader:
+            self.reader.over = True
+            self.reader.waiting.clear()
+
+    def close_draft(self) -> None:
+        self._draft_closed, self.reader = True, None
+        self._early.clear()
+
+
 class ModuleDraft:
     """module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
     it. draft_ids: int64 [draft vocab], the target's token of each row of the head; None: all.
@@ -180,10 +241,7 @@ class ModuleDraft:
         self._taps = [bound for bound in config.bounds if bound]
         self._has_embedding = config.bounds[0] == 0
         self._dtype = dtype
-        self._readers: dict[ArenaId, _Reader] = {}
-        self._early: dict[ArenaId, list[tuple[int, Part, list[int], Tensor]]] = {}  # taps of requests that are not open yet
-        self._over: set[ArenaId] = set()  # requests that the stages have closed, and that are not open yet
-        self._newest = ArenaId(-1)  # request; ids rise, so one below it that is not open is over
+        self._arenas: dict[ArenaId, _Arena] = {}
         self._admitted = -1  # job
 
     # ---- what the pipeline calls -------------------------------------------------------------------------
@@ -191,34 +249,41 @@ class ModuleDraft:
     def take(self, tap: Tap) -> None:
         """Keep the hidden states of a flight's rows."""
         columns = [column for column, layer in enumerate(tap.layers) if layer in self._taps]
+        if not columns:
+            return
+        for opening in tap.flight.opens:
+            if opening.drafts:
+                self._known(opening.arena)
+            if reader := self._reader(opening.arena):
+                reader.enlarge(opening.capacity)
+        self._keep_rows(tap, columns)
+        for arena_id in tap.flight.closes:
+            if arena := self._arenas.get(arena_id):
+                arena.close_layers(tap.layers)
+                self._drop_if_over(arena_id)
+
+    def _keep_rows(self, tap: Tap, columns: list[int]) -> None:
         layers = [self._taps.index(tap.layers[column]) for column in columns]
         features, start = torch.as_tensor(tap.features)[:, columns], 0
-        for opening in tap.flight.opens:
-            if opening.arena in self._readers:
-                self._readers[opening.arena].enlarge(opening.capacity)
         for part in tap.flight.parts:
-            rows = features[start : start + len(part)]
+            if arena := self._arenas.get(part.arena):
+                arena.take(_Rows(tap.flight.id, part, layers, features[start : start + len(part)]))
             start += len(part)
-            if part.arena in self._readers:
-                self._readers[part.arena].take(tap.flight.id, part, layers, rows)
-            elif part.arena > self._newest:
-                self._early.setdefault(part.arena, []).append((tap.flight.id, part, layers, rows))
-        for request in tap.flight.closes:
-            self._end(request)
 
     def ready(self, job: Flight) -> bool:
         """Whether anything can be answered now, or need not be: nothing is guessed before the prompt is through, and
         by an exit module not before stage 1 is. Where other requests are beyond that, the job does not wait for one
         that is not: its answer comes with theirs."""
         self._admit(job)
-        waiting = [(reader, question) for reader in self._readers.values() for question in reader.waiting.values()]
-        idle = any(not reader.waiting and not reader.over for reader in self._readers.values())
+        readers = self._open_readers()
+        waiting = [(reader, question) for reader in readers for question in reader.waiting.values()]
+        idle = any(not reader.waiting and not reader.over for reader in readers)
         others = self._has_embedding and idle
         return not waiting or others or any(self._can_answer(reader, question) for reader, question in waiting)
 
     def forget(self, nodes: list[int]) -> None:
         """Nobody needs answers about these nodes any more."""
-        for reader in self._readers.values():
+        for reader in self._open_readers():
             for node in nodes:
                 reader.waiting.pop(node, None)
             reader.known[np.isin(reader.owner, nodes)] = False  # its slot may go to one that says the same
@@ -227,24 +292,29 @@ class ModuleDraft:
     def run(self, job: Flight) -> list[Expansion]:
         """Answers what can be answered by now, of this job and of earlier ones."""
         self._admit(job)
-        expansions = [expansion for reader in self._readers.values() if reader.waiting
+        expansions = [expansion for reader in self._open_readers() if reader.waiting
                       for expansion in self._answer(reader, job.fanout)]
-        for request in job.closes:
-            self._readers.pop(request, None)
-            self._early.pop(request, None)
+        for arena_id in job.closes:
+            self._known(arena_id).close_draft()
+            self._drop_if_over(arena_id)
         return expansions
 
     # ---- inside ------------------------------------------------------------------------------------------
 
-    def _end(self, request: ArenaId) -> None:
-        """The stages have closed it. Its jobs may still be to come; or there are none, for its method asks for no
-        drafts."""
-        if request in self._readers:
-            self._readers[request].over = True
-            self._readers[request].waiting.clear()
-        elif request > self._newest:
-            self._early.pop(request, None)
-            self._over.add(request)
+    def _known(self, arena: ArenaId) -> _Arena:
+        """What is known of an arena, which this may be the first to be heard of it."""
+        return self._arenas.setdefault(arena, _Arena({*self._taps}))
+
+    def _reader(self, arena: ArenaId) -> _Reader | None:
+        known = self._arenas.get(arena)
+        return known.reader if known else None
+
+    def _open_readers(self) -> list[_Reader]:
+        return [arena.reader for arena in self._arenas.values() if arena.reader]
+
+    def _drop_if_over(self, arena: ArenaId) -> None:
+        if self._arenas[arena].over:
+            del self._arenas[arena]
 
     def _admit(self, job: Flight) -> None:
         """Take over what a job says, once."""
@@ -252,26 +322,22 @@ class ModuleDraft:
             return
         self._admitted = job.id
         for opening in job.opens:
-            if opening.arena in self._readers:
-                self._readers[opening.arena].table.enlarge(opening.capacity)
-                self._readers[opening.arena].enlarge(opening.capacity)
+            if reader := self._reader(opening.arena):
+                reader.table.enlarge(opening.capacity)
+                reader.enlarge(opening.capacity)
             else:
                 self._open(opening)
-        self._over = {request for request in self._over if request > self._newest}
         for part in job.parts:
-            self._readers[part.arena].apply(part)
+            reader = self._reader(part.arena)
+            assert reader, f"job {job.id}: arena {part.arena} is not open"
+            reader.apply(part)
 
     def _open(self, opening: Opening) -> None:
         if opening.copy_from >= 0:
             raise UsageError(f"request {opening.arena} cannot begin as a copy of request {opening.copy_from}: this "
                              "draft reads hidden states of every prompt row, and of copied rows the stages send none",
                              hint="Compute the prompts of all requests in full with this method: no prefix reuse.")
-        self._newest = opening.arena
-        reader = _Reader(opening, self._config, len(self._taps), self._dtype)
-        reader.over = opening.arena in self._over
-        self._readers[opening.arena] = reader
-        for flight, part, layers, rows in self._early.pop(opening.arena, []):
-            reader.take(flight, part, layers, rows)
+        self._known(opening.arena).open(_Reader(opening, self._config, len(self._taps), self._dtype))
 
     def _can_answer(self, reader: _Reader, question: _Question) -> bool:
         completed = reader.completed()

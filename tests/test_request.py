@@ -1,17 +1,21 @@
 """What users may ask for, and what they are told when they may not."""
 
+import math
+
 import pytest
+from msgspec import msgpack
 
 from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.request import Request, SamplingParams
 
 
-def test_params_travel_as_plain_values() -> None:
-    params = SamplingParams(temperature=0.7, stop="end", logit_bias={3: -1.0}, stop_token_ids=[5])  # type: ignore
-    assert SamplingParams.from_dict(params.to_dict()) == params
+def test_params_travel_as_they_are() -> None:
+    params = SamplingParams(temperature=0.7, stop="end", logit_bias={3: -math.inf}, stop_token_ids=[5],  # type: ignore
+                            seed=2**64 - 1)
+    assert msgpack.decode(msgpack.encode(params), type=SamplingParams) == params
     assert params.stop == ("end",) and params.accept == "exact"
     lossy = SamplingParams(accept_typical=0.3)
-    assert SamplingParams.from_dict(lossy.to_dict()) == lossy and lossy.accept == "typical:0.3"
+    assert msgpack.decode(msgpack.encode(lossy), type=SamplingParams) == lossy and lossy.accept == "typical:0.3"
 
 
 @pytest.mark.parametrize(("values", "message"), [
@@ -33,9 +37,7 @@ def test_values_out_of_range_are_refused(values: dict[str, object], message: str
         SamplingParams(**values)  # type: ignore[arg-type]
 
 
-def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"unknown sampling parameters: temprature\nKnown are: .*temperature"):
-        SamplingParams.from_dict({"temprature": 1.0})
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(TypeError):
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]
 

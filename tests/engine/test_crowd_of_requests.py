@@ -365,17 +365,6 @@ def test_flights_tell_whose_prompt_rows_they_carry() -> None:
     assert told == {0: 11}, "the last token of a prompt is a root"
 
 
-def test_curves() -> None:
-    curve = CostCurve({1: 1.0, 4: 1.0, 8: 2.0})
-    assert [curve(rows) for rows in (0, 1, 3, 4, 6, 8, 12)] == [0.0, 1.0, 1.0, 1.0, 1.5, 2.0, 3.0]
-    assert [curve.marginal(rows) for rows in (1, 4, 7, 8, 99)] == [0.0, 0.25, 0.25, 0.25, 0.25]
-    assert [curve.most_rows(seconds, 10) for seconds in (0.5, 1.0, 1.6, 9.0)] == [0, 4, 6, 10]
-    assert CostCurve({1: 2.0, 2: 1.0})(2) == 2.0, "a curve never falls"
-    slowest = CostCurve.slowest([curve, CostCurve({1: 1.5})])
-    assert [slowest(rows) for rows in (1, 8)] == [1.5, 2.0]
-    for bad in ({}, {0: 1.0}, {1: 0.0}):
-        with pytest.raises(UsageError):
-            CostCurve(bad)
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -35,6 +35,7 @@ History = Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 _FIRST_LOOK = 512  # candidates that top-p sorts first; it takes 16 times as many while they do not suffice
 MOST_TYPICAL = 8  # tokens besides the pick that a lossy request may let pass at one place
+_IMPOSSIBLE = -9999.0  # what OpenAI says in place of minus infinity, for which JSON has no word
 _COLDEST = 1e-30  # below it, dividing by the temperature would overflow; no two logits are so close
 
 
@@ -141,7 +142,7 @@ def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[i
 
 
 def _told(given: Tensor, picked: int, count: int) -> list[tuple[int, float]]:
-    logprobs = given.float().log_softmax(0)
+    logprobs = given.float().log_softmax(0).clamp(min=_IMPOSSIBLE)
     told = [(picked, float(logprobs[picked]))]
     if count := min(count, len(logprobs)):
         least = logprobs.topk(count).values[-1]

@@ -19,7 +19,7 @@ from itertools import count
 from typing import Generic, Literal, Protocol, TypeVar
 
 from fullpipe.engine.loop import Engine, Listener
-from fullpipe.engine.stats import Stats
+from fullpipe.engine import Stats
 from fullpipe.errors import FullpipeError, Overloaded, StationFailed, Unavailable
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.request import Request, SamplingParams, fitted

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from fullpipe.engine.stats import Stats
+from fullpipe.engine import Stats
 from fullpipe.messages import (
     Admitted,
     Attached,

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from fullpipe.engine.stats import Stats
+from fullpipe.engine import Stats
 from fullpipe.messages import Admitted, Emitted, Event, Fate, Landed, Launched, Ready, Submitted
 from fullpipe.server.guard import Keyring
 from fullpipe.server.live import Live

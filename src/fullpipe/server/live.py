@@ -22,7 +22,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, params
 from fastapi.responses import HTMLResponse, Response
 
-from fullpipe.engine.stats import RequestStats, Stats
+from fullpipe.engine import RequestStats, Stats
 from fullpipe.messages import Admitted, Drafted, Emitted, Event, Fate, Finished, Landed, Launched, Leg, Ready
 from fullpipe.server.guard import WRITE_TIMEOUT_S, EventStream, needs_key
 from fullpipe.server.problems import Problem, retry_after

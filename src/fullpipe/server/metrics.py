@@ -26,7 +26,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fullpipe.engine.stats import RequestStats, Stats, Totals
+from fullpipe.engine import RequestStats, Stats, Totals
 from fullpipe.messages import Admitted, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Submitted
 from fullpipe.service import Observer, State, Status
 from fullpipe.trace.flying import Flying

@@ -19,6 +19,7 @@ from itertools import count
 from typing import Generic, Literal, Protocol, TypeVar
 
 from fullpipe.engine.loop import Engine, Listener
+from fullpipe.engine import Stats
 from fullpipe.errors import FullpipeError, Overloaded, StationFailed, Unavailable
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.request import Request, SamplingParams, fitted
@@ -116,6 +117,9 @@ class Observer:
 
     def __call__(self, event: Event) -> None:
         """Every event of the engine."""
+
+    def on_start(self, stats: Stats) -> None:
+        """The engine is there, and counts in `stats` for as long as the service lives."""
 
     def on_submit(self, id: int, prompt_tokens: int, time: float) -> None:
         """A request was taken in. time: seconds of the pipeline's clock."""

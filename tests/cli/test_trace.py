@@ -1,14 +1,10 @@
-"""`fullpipe trace`, and `fullpipe generate` with `--trace`, `--events` and `--watch`."""
+"""`fullpipe trace`, and `fullpipe generate` with `--trace` and `--events`."""
 
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -236,46 +232,3 @@ def test_a_trace_that_fails_at_the_end_does_not_hide_what_ended_the_run(
                 raise error
         assert names(tmp_path) == {"t.json"}, "the others are written all the same"
     assert "cannot write the trace" in capsys.readouterr().err
-
-
-# ---- fullpipe generate --watch -----------------------------------------------------------------------------
-
-
-def test_watching_without_a_terminal_says_so_and_goes_on(models: Models) -> None:
-    result = run(*asking(models.target, "--max-new-tokens", "8", "--watch"))
-    assert result.exit_code == 0 and result.stderr.startswith("--watch needs a terminal")
-    assert result.stdout == run(*asking(models.target, "--max-new-tokens", "8")).stdout
-
-
-def on_a_terminal(arguments: list[str]) -> tuple[int, str, str]:
-    """Exit code, standard output (a pipe), and what a terminal saw on standard error."""
-    leader, follower = pty.openpty()
-    seen: list[bytes] = []
-
-    def read() -> None:
-        try:
-            while chunk := os.read(leader, 1 << 16):
-                seen.append(chunk)
-        except OSError:  # how a terminal says that its last writer has gone
-            pass
-
-    process = subprocess.Popen([sys.executable, "-m", "fullpipe", *arguments], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=follower,
-                               env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"})
-    os.close(follower)
-    reader = threading.Thread(target=read)
-    reader.start()
-    out, _ = process.communicate(timeout=120)
-    reader.join()
-    os.close(leader)
-    return process.returncode, out.decode(), b"".join(seen).decode()
-
-
-def test_watching_draws_on_the_terminal_and_prints_the_same_text(models: Models) -> None:
-    asked = asking(models.target, "--max-new-tokens", "60")
-    code, out, seen = on_a_terminal([*asked, "--watch"])
-    assert code == 0 and out == run(*asked).stdout
-    for part in ("stages: rows alive, dead", "tree: text, landed, in flight", "acceptance", "hit rate", "[60 tokens, "):
-        assert part in seen
-    code, out, _ = on_a_terminal([*asked, "--watch", "--json"])
-    assert code == 0 and len(json.loads(out)["token_ids"]) == 60

@@ -11,13 +11,27 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from fullpipe.sequences.stats import RequestStats
 
-from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
+from fullpipe.engine import Stats
+from fullpipe.messages import (
+    Admitted,
+    Attached,
+    Died,
+    Drafted,
+    Emitted,
+    Event,
+    Finished,
+    Landed,
+    Launched,
+    Leg,
+    Ready,
+    Submitted,
+)
 from fullpipe.server import live as module
 from fullpipe.server.app import ServedModel, ServerOptions, create_app
 from fullpipe.server.live import Live
 from fullpipe.service import Status
+from fullpipe.trace.flying import Flying
 from recorded import recorded
 
 
@@ -29,12 +43,19 @@ class Stand:
         self.status = Status("ready", 1, 2, 10, 40, 0)
         self.live = Live(3, lambda: self.status, lambda token: f"<{token}>", model_name="m", clock=lambda: self.now,
                          **options)
+        self.stats = Stats()
+        self.live.on_start(self.stats)
 
     def tell(self, *events: Event) -> dict[str, Any]:
         for event in events:
+            self.stats(event)
             self.live(event)
             self.now = max(self.now, event.time)
         return self.live.picture()
+
+
+def came(*requests: int) -> list[Event]:
+    return [event for one in requests for event in (Submitted(0, one, 3, 0), Admitted(0, one))]
 
 
 def launch(time: float, flight: int, nodes: list[int], requests: list[int]) -> Launched:
@@ -44,7 +65,7 @@ def launch(time: float, flight: int, nodes: list[int], requests: list[int]) -> L
 def landing(flight: int, nodes: list[int], *ends: float) -> Landed:
     """A flight that entered stage 0 at ends[0] and left stage k at ends[k + 1]."""
     legs = [Leg(f"stage {k}", start, end, nodes) for k, (start, end) in enumerate(pairwise(ends))]
-    return Landed(ends[-1], flight, nodes, nodes, [], legs)
+    return Landed(ends[-1], flight, nodes, nodes, legs=legs)
 
 
 def rows(picture: dict[str, Any]) -> list[list[list[int]]]:
@@ -53,7 +74,7 @@ def rows(picture: dict[str, Any]) -> list[list[list[int]]]:
 
 def test_a_flight_moves_on_as_fast_as_the_last_ones_did() -> None:
     stand = Stand()
-    assert rows(stand.tell(launch(0, 0, [0, 1, 2], [7, 7, 8]))) == [[[7, 2], [8, 1]], [], []]
+    assert rows(stand.tell(*came(7, 8), launch(0, 0, [0, 1, 2], [7, 7, 8]))) == [[[7, 2], [8, 1]], [], []]
     assert rows(stand.tell(Ready(1))) == [[], [[7, 2], [8, 1]], []]  # stage 0 asked for another
     assert rows(stand.tell(landing(0, [0, 1, 2], 0, 1, 2, 3))) == [[], [], []]
     stand.tell(launch(3, 1, [3], [7]), Ready(4), launch(4, 2, [4], [8]))
@@ -68,7 +89,8 @@ def test_rows_of_prompts_travel_with_their_flight() -> None:
     stand = Stand()
     flight = launch(0, 0, [0], [7])
     flight.prompt_rows = {8: 64, 9: 3}
-    picture = stand.tell(flight, Ready(1), Launched(1, 1, [], [], [], [], [], {8: 30}))
+    picture = stand.tell(*came(7, 8, 9), flight, Ready(1),
+                         Launched(1, 1, [], [], [], [], [], {8: 30}))
     assert [stage["prompts"] for stage in picture["stages"]] == [[[8, 30]], [[8, 64], [9, 3]], []]
     assert rows(picture) == [[], [[7, 1]], []] and [stage["flights"] for stage in picture["stages"]] == [1, 1, 0]
     told = {one["id"]: (one["flying"], one["prompt"]) for one in picture["requests"]}
@@ -92,7 +114,7 @@ def test_a_recorded_run_shows_every_row_of_its_prompts() -> None:
 
 def test_dead_rows_are_told_apart_and_requests_know_what_they_have_in_flight() -> None:
     stand = Stand()
-    picture = stand.tell(launch(0, 0, [0, 1, 2, 3], [7, 7, 8, 8]), Died(1, 7, [1, 99]))
+    picture = stand.tell(*came(7, 8), launch(0, 0, [0, 1, 2, 3], [7, 7, 8, 8]), Died(1, 7, [1, 99]))
     assert rows(picture)[0] == [[7, 1], [8, 2]] and picture["stages"][0]["dead"] == 1
     assert {one["id"]: one["flying"] for one in picture["requests"]} == {7: 1, 8: 2}
     picture = stand.tell(Finished(1, 8, "abort"), Died(1, 8, [2, 3]))
@@ -100,12 +122,10 @@ def test_dead_rows_are_told_apart_and_requests_know_what_they_have_in_flight() -
 
 
 def test_tokens_and_rates() -> None:
-    stand = Stand()
-    picture = stand.tell(*(Emitted(float(k), 7, k, 40 + k, 0, hit) for k, hit in enumerate((True, True, False, True))))
-    assert picture["tokens"] == [[7, "<40>", True], [7, "<41>", True], [7, "<42>", False], [7, "<43>", True]]
-    [request] = picture["requests"]
-    assert (request["emitted"], request["hits"], request["misses"]) == (4, 2, 1)  # the last one does not count yet
-    assert (picture["hit_rate"], picture["acceptance"]) == (0.667, 3.0)
+    stand, fates = Stand(), ("hit", "hit", "miss", "last")
+    picture = stand.tell(*came(7), *(Emitted(float(k), 7, k, 40 + k, 0, fate) for k, fate in enumerate(fates)))
+    assert picture["tokens"] == [[7, "<40>", "hit"], [7, "<41>", "hit"], [7, "<42>", "miss"], [7, "<43>", "last"]]
+    assert (picture["hit_rate"], picture["acceptance"]) == (0.667, 3.0)  # the last one counts as neither
     assert picture["tokens_per_s"] == 4 / module.WINDOW
     stand.now = 7.5
     assert stand.live.picture()["tokens_per_s"] == 1 / module.WINDOW
@@ -114,9 +134,18 @@ def test_tokens_and_rates() -> None:
     assert (picture["tokens_per_s"], picture["hit_rate"], picture["acceptance"]) == (0, None, None)
 
 
+def test_what_is_counted_by_request_is_the_engines_count() -> None:
+    stand = Stand()
+    stand.tell(*came(7))
+    stats = stand.stats.of(7)
+    stats.num_emitted, stats.hits, stats.misses = 9, 5, 3
+    [request] = stand.live.picture()["requests"]
+    assert (request["id"], request["emitted"], request["hits"], request["misses"]) == (7, 9, 5, 3)
+
+
 def test_busy_and_fill_share_stage_time_as_the_legs_say() -> None:
     stand = Stand()
-    picture = stand.tell(launch(0, 0, [0, 1], [7, 7]), Drafted(1, 0, [], Leg("draft", 0.5, 1, [0])),
+    picture = stand.tell(*came(7), launch(0, 0, [0, 1], [7, 7]), Drafted(1, 0, [], Leg("draft", 0.5, 1, [0])),
                          Died(1.5, 7, [1]), landing(0, [0, 1], 0, 1, 2, 4))
     assert [stage["busy"] for stage in picture["stages"]] == [0.25, 0.25, 0.5]
     assert picture["draft"] == {"busy": 0.125}
@@ -125,33 +154,23 @@ def test_busy_and_fill_share_stage_time_as_the_legs_say() -> None:
 
 def test_hidden_text_does_not_leave() -> None:
     stand = Stand(show_text=False)
-    assert stand.tell(Emitted(1, 7, 0, 40, 0, True))["tokens"] == [[7, "", True]]
+    assert stand.tell(*came(7), Emitted(1, 7, 0, 40, 0, "hit"))["tokens"] == [[7, "", "hit"]]
 
 
-def test_a_restart_empties_the_stages_and_keeps_the_requests() -> None:
+def test_another_pipeline_begins_empty_and_keeps_the_requests() -> None:
     stand = Stand()
-    stand.tell(launch(0, 0, [0, 1], [7, 7]), Died(1, 7, [1]), Emitted(1, 7, 0, 40, 0, True))
-    stand.live.on_restart("stage 1", "died")
-    picture = stand.tell(launch(3, 0, [0], [7]))
+    stand.tell(*came(7), launch(0, 0, [0, 1], [7, 7]), Died(1, 7, [1]), Attached(2))
+    assert rows(stand.live.picture()) == [[], [], []]
+    picture = stand.tell(launch(3, 1, [2], [7]))
     assert rows(picture) == [[[7, 1]], [], []] and picture["stages"][0]["dead"] == 0
-    assert picture["requests"][0]["emitted"] == 1
-
-
-def test_who_is_ended_by_the_service_itself_goes_too() -> None:
-    """No engine says so: it was broken when the request was charged, or had not heard of it yet."""
-    stand = Stand()
-    stand.tell(Emitted(1, 7, 0, 40, 0, True), Emitted(1, 8, 1, 40, 0, True))
-    stand.live.on_finish(7, "error", 3, 1, RequestStats(0.0), 0)
-    stand.live.on_finish(9, "abort", 3, 0, RequestStats(0.0), 0)
-    assert [one["id"] for one in stand.live.picture()["requests"]] == [8]
+    assert [one["id"] for one in picture["requests"]] == [7]
 
 
 def test_nothing_is_kept_of_what_is_over() -> None:
     stand = Stand()
     picture = stand.tell(*recorded(stages=3, requests=2, tokens=12))
     assert rows(picture) == [[], [], []] and picture["requests"] == []
-    at = stand.live._at
-    assert not (at.flights or at.owner or at.died)
+    assert stand.live._flying == Flying()
     assert len(picture["tokens"]) == 24
 
 
@@ -173,7 +192,7 @@ def test_the_feed_speaks_when_something_changed_and_gives_signs_of_life() -> Non
         [first] = sent((await anext(feed)).decode())
         assert (first["state"], first["waiting"], first["model"]) == ("ready", 2, "m")
         assert (await anext(feed)).startswith(b":")  # nothing new
-        stand.tell(launch(0, 0, [0], [7]))
+        stand.tell(*came(7), launch(0, 0, [0], [7]))
         [second] = sent((await anext(feed)).decode())
         assert second["stages"][0]["rows"] == [[7, 1]]
         stand.live.close()

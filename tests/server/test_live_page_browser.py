@@ -14,7 +14,8 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from fullpipe.messages import Emitted, Landed, Launched, Ready
+from fullpipe.engine import Stats
+from fullpipe.messages import Admitted, Emitted, Event, Fate, Landed, Launched, Ready, Submitted
 from fullpipe.server.guard import Keyring
 from fullpipe.server.live import Live
 from fullpipe.service import State, Status
@@ -35,6 +36,8 @@ class Server:
         self.hold = threading.Event()
         self.hung_up = threading.Event()
         self.live = Live(3, self.status, lambda token: EVIL if token == 13 else f" w{token}", model_name="tiny")
+        self.stats = Stats()
+        self.live.on_start(self.stats)
         app = FastAPI()
         app.include_router(self.live.router([Depends(self.guard)]))
         app.post("/v1/chat/completions", dependencies=[Depends(self.guard)])(self.chat)
@@ -51,6 +54,11 @@ class Server:
 
     def status(self) -> Status:
         return Status(self.state, 1, 4, 10, 40, 2, "stage 1: died")
+
+    def tell(self, *events: Event) -> None:
+        for event in events:
+            self.stats(event)
+            self.live(event)
 
     def guard(self, request: Request) -> None:
         Keyring([self.key] if self.key else []).check(request.headers)
@@ -202,27 +210,30 @@ def test_a_refusal_is_shown_and_the_question_may_be_asked_again(page: Any, serve
 def test_the_pipeline_is_shown_and_moves(page: Any, server: Server) -> None:
     assert all_of(page, "[data-station] b") == ["stage 0", "stage 1", "stage 2"]
     now = server.live._clock()
-    server.live(Launched(now, 0, [0, 1, 2], [-1, 0, 0], [5, 6, 7], [0, 1, 1], [3, 3, 4]))
+    for request in (3, 4):
+        server.tell(Submitted(now, request, 64, now), Admitted(now, request))
+    server.tell(Launched(now, 0, [0, 1, 2], [-1, 0, 0], [5, 6, 7], [0, 1, 1], [3, 3, 4]))
     until(page, lambda: len(all_of(page, "[data-station='stage 0'] .row")) == 3)
     colours = page.execute_script("return [...document.querySelectorAll(\"[data-station='stage 0'] .row\")]"
                                   ".map(e => getComputedStyle(e).backgroundColor)")
     assert colours[0] == colours[1] != colours[2]
-    server.live(Ready(now))
+    server.tell(Ready(now))
     until(page, lambda: len(all_of(page, "[data-station='stage 1'] .row")) == 3)
-    server.live(Launched(now, 1, [], [], [], [], [], {4: 64}))
+    server.tell(Launched(now, 1, [], [], [], [], [], {4: 64}))
     until(page, lambda: all_of(page, "[data-station='stage 0'] .row") == ["64"])
     frame = page.execute_script("return getComputedStyle(document.querySelector('.row.prompt')).borderLeftColor")
     assert frame == colours[2]
     assert "#4 \u00b7 0 tokens \u00b7 1 in flight \u00b7 64 of its prompt" in all_of(page, ".request")
-    server.live(Landed(now, 1, [], [], [], []))
+    server.tell(Landed(now, 1))
     until(page, lambda: all_of(page, ".row.prompt") == [])
     assert all_of(page, "[data-station='stage 0'] .row") == []
-    for token, hit in ((5, True), (13, False), (6, True)):
-        server.live(Emitted(now, 3, token, token, 1, hit))
+    fates: tuple[tuple[int, Fate], ...] = ((5, "hit"), (13, "miss"), (6, "hit"))
+    for token, fate in fates:
+        server.tell(Emitted(now, 3, token, token, 1, fate))
     until(page, lambda: len(all_of(page, ".token")) == 3)
     assert all_of(page, ".token.hit") == ["\u00b7w5", "\u00b7w6"] and all_of(page, ".token.miss") == [EVIL]
     figures = {name: read(page, f"[data-figure='{name}'] b") for name in ("hit rate", "queue", "restarts", "cache")}
-    assert figures == {"hit rate": "50%", "queue": "4", "restarts": "2", "cache": "25%"}
+    assert figures == {"hit rate": "67%", "queue": "4", "restarts": "2", "cache": "25%"}
     assert "#3 \u00b7 3 tokens \u00b7 2 in flight" in all_of(page, ".request")
     assert page.title == "Fullpipe" and page.get_log("browser") == []
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from driving import TellingEngine
-from fullpipe.engine import RequestStats
-from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg
+from fullpipe.engine import Engine, RequestStats
+from fullpipe.messages import (
+    Admitted,
+    Asked,
+    Attached,
+    Died,
+    Drafted,
+    Emitted,
+    Event,
+    Fate,
+    Finished,
+    Landed,
+    Launched,
+    Leg,
+    Preempted,
+    Submitted,
+)
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
@@ -18,6 +31,7 @@ from fullpipe.server.metrics import Metrics
 from fullpipe.service import Status
 from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage
+from fullpipe.trace.flying import Flying
 from recorded import PROMPTS, TRUTH, uneven
 
 MODEL = "a \"b\"\\c"  # labels are escaped
@@ -38,30 +52,34 @@ def read(metrics: Metrics, status: Status = CALM) -> dict[str, float]:
 
 
 def tell(metrics: Metrics, *events: Event) -> None:
+    """What an engine would tell: its own count first."""
     for event in events:
+        metrics._stats(event)
         metrics(event)
 
 
-def token(time: float, request: int, node: int, hit: bool) -> Emitted:
-    return Emitted(time, request, node, 1, 1, hit)
+def submitted(time: float, request: int) -> Submitted:
+    return Submitted(time, request, 3, time)
 
 
-def run(metrics: Metrics, requests: int = 2, **options: Any) -> list[RequestStats]:
-    """A run of scripted stations, told to `metrics` as the service would."""
+def token(time: float, request: int, node: int, fate: Fate = "hit") -> Emitted:
+    return Emitted(time, request, node, 1, 1, fate)
+
+
+def run(metrics: Metrics, requests: int = 2) -> list[RequestStats]:
+    """A run of scripted stations."""
     pipeline = InProcessPipeline([ScriptedStage(k, 4, TRUTH) for k in range(4)],
                                  ScriptedDraft(TRUTH, accuracy=0.6, coverage=0.75), costs=uneven)
-    engine = TellingEngine(pipeline, make_method("fullpipe", width=4), listeners=[metrics])
-    tracks = []
+    engine = Engine(pipeline, make_method("fullpipe", width=4), listeners=[metrics])
+    metrics.on_start(engine.stats)
+    stats = []
     for id in range(requests):
-        metrics.on_submit(id, len(PROMPTS[id]), pipeline.now())
-        tracks.append(engine.submit(Request(id, PROMPTS[id], SamplingParams(max_tokens=20 + id))))
+        engine.submit(Request(id, PROMPTS[id], SamplingParams(max_tokens=20 + id)))
+        stats.append(engine.stats.of(id))
     while engine.busy:
-        for news in engine.step():
-            if isinstance(news, Finished):
-                track = tracks[news.request]
-                metrics.on_finish(news.request, news.reason, 3, track.stats.num_emitted, track.stats, 1)
+        engine.step()
     engine.drain()
-    return [track.stats for track in tracks]
+    return stats
 
 
 def test_totals_are_the_sums_of_the_requests_statistics() -> None:
@@ -79,56 +97,60 @@ def test_totals_are_the_sums_of_the_requests_statistics() -> None:
     assert told["fullpipe_wasted_rows_total"] == sum(one.wasted_rows for one in stats)
     assert told["fullpipe_draft_rows_total"] == sum(one.draft_rows for one in stats)
     assert told["fullpipe_prompt_tokens_total"] == told["fullpipe_prefix_cache_queries_total"] == 6
-    assert told["fullpipe_prefix_cache_hits_total"] == 2
+    assert told["fullpipe_prefix_cache_hits_total"] == 0
     assert told["fullpipe_request_success_total{finished_reason=length}"] == 2
     assert told["fullpipe_request_success_total{finished_reason=error}"] == 0
     assert told["fullpipe_time_to_first_token_seconds_sum"] == pytest.approx(sum(one.ttft_s for one in stats))
     assert told["fullpipe_inter_token_latency_seconds_count"] == 39
     assert told["fullpipe_inter_token_latency_seconds_sum"] == pytest.approx(
         sum(one.tbt_s * (one.num_emitted - 1) for one in stats))
-    assert told["fullpipe_request_decode_time_seconds_sum"] == told["fullpipe_inter_token_latency_seconds_sum"]
+    assert told["fullpipe_request_decode_time_seconds_sum"] == pytest.approx(
+        told["fullpipe_inter_token_latency_seconds_sum"])
 
 
 def test_guesses_are_rows_that_were_not_certain_when_launched() -> None:
     metrics = Metrics(MODEL)
-    metrics.on_submit(7, 3, 0.0)
-    tell(metrics, Launched(0, 0, [0], [-1], [1], [0], [7]),  # the last prompt token
+    tell(metrics, submitted(0, 7), Launched(0, 0, [0], [-1], [1], [0], [7]),  # the last prompt token
          Launched(1, 1, [1, 2], [0, 0], [1, 2], [1, 1], [7, 7]),  # two guesses behind it
-         Died(2, 7, [1, 2]), token(2, 7, 0, False), Launched(2, 2, [3], [-1], [9], [1], [7]))  # what was missed
+         Died(2, 7, [1, 2]), token(2, 7, 0, "miss"), Launched(2, 2, [3], [-1], [9], [1], [7]),  # what was missed
+         token(3, 7, 3, "last"), Finished(3, 7, "length"))
     told = read(metrics)
     assert told["fullpipe_spec_decode_num_draft_tokens_total"] == 2
     assert (told["fullpipe_launched_rows_total"], told["fullpipe_wasted_rows_total"]) == (4, 2)
 
 
+def test_a_request_that_is_admitted_again_looks_up_its_prompt_once() -> None:
+    metrics = Metrics(MODEL)
+    tell(metrics, submitted(0, 7), Admitted(1, 7, 2), Preempted(2, 7), Admitted(3, 7, 1))
+    told = read(metrics)
+    assert (told["fullpipe_prefix_cache_queries_total"], told["fullpipe_prefix_cache_hits_total"]) == (3, 2)
+    assert told["fullpipe_num_preemptions_total"] == 1
+
+
 def test_stage_time_is_busy_or_bubble_and_alive_or_not() -> None:
-    metrics = Metrics(MODEL, clock=lambda: 18.0)
-    metrics.on_submit(0, 3, 10.0)
-    tell(metrics, Launched(10, 0, [0, 1], [-1, 0], [1, 2], [0, 1], [0, 0]), Died(12.5, 0, [1]),
-         Landed(14, 0, [0], [5], [], [Leg("stage 0", 10, 12, [0, 1]), Leg("stage 1", 12, 14, [0, 1])]),
-         token(14, 0, 0, True), Launched(14, 1, [2], [0], [5], [1], [0]),
-         Landed(18, 1, [2], [5], [], [Leg("stage 0", 14, 16, [2]), Leg("stage 1", 16, 18, [2])]),
-         token(18, 0, 2, True), Finished(18, 0, "length"))
-    metrics.on_finish(0, "length", 3, 2, RequestStats(0.0), 0)
-    metrics.on_submit(1, 3, 100.0)  # between requests nothing idles
-    tell(metrics, Launched(100, 2, [3], [-1], [5], [1], [1]),
-         Landed(104, 2, [3], [5], [], [Leg("stage 0", 100, 101, [3]), Leg("stage 1", 101, 104, [3])]))
+    metrics = Metrics(MODEL)
+    tell(metrics, submitted(10, 0), Launched(10, 0, [0, 1], [-1, 0], [1, 2], [0, 1], [0, 0]), Died(12.5, 0, [1]),
+         Landed(14, 0, [0], [5], legs=[Leg("stage 0", 10, 12, [0, 1]), Leg("stage 1", 12, 14, [0, 1])]),
+         token(14, 0, 0), Launched(14, 1, [2], [0], [5], [1], [0]),
+         Landed(18, 1, [2], [5], legs=[Leg("stage 0", 14, 16, [2]), Leg("stage 1", 16, 18, [2])]),
+         token(18, 0, 2, "last"), Finished(18, 0, "length"))
+    tell(metrics, submitted(100, 1), Launched(100, 2, [3], [-1], [5], [1], [1]),  # between requests nothing idles
+         Landed(104, 2, [3], [5], legs=[Leg("stage 0", 100, 101, [3]), Leg("stage 1", 101, 104, [3])]))
     told = read(metrics)
     assert told["fullpipe_stage_busy_seconds_total{station=stage 0}"] == 2 + 2 + 1
     assert told["fullpipe_stage_busy_seconds_total{station=stage 1}"] == 2 + 2 + 3
-    assert told["fullpipe_stage_bubble_seconds_total{station=stage 0}"] == 2 + 2
+    assert told["fullpipe_stage_bubble_seconds_total{station=stage 0}"] == 2
     assert told["fullpipe_stage_bubble_seconds_total{station=stage 1}"] == 2 + 2 + 1
     assert told["fullpipe_stage_alive_seconds_total{station=stage 0}"] == 2 + 2 + 1
     assert told["fullpipe_stage_alive_seconds_total{station=stage 1}"] == 1 + 2 + 3  # half of its first stay
-    assert told["fullpipe_fill_ratio"] == pytest.approx(11 / 21)
+    assert told["fullpipe_fill_ratio"] == pytest.approx(11 / 19)
     assert told["fullpipe_flight_rows_sum"] == 2 + 1 + 1
 
 
 def test_times_of_a_request() -> None:
-    metrics = Metrics(MODEL, clock=lambda: 9.0)
-    metrics.on_submit(0, 3, 1.0)
-    tell(metrics, Launched(2.5, 0, [0], [-1], [1], [0], [0]), token(5.0, 0, 0, False), token(5.02, 0, 1, True),
-         token(9.0, 0, 2, True), Finished(9.0, 0, "stop"))
-    metrics.on_finish(0, "stop", 3, 3, RequestStats(1.0, admitted=2.0), 0)
+    metrics = Metrics(MODEL)
+    tell(metrics, Submitted(1.5, 0, 3, 1.0), Admitted(2.0, 0), Launched(2.5, 0, [0], [-1], [1], [0], [0]),
+         token(5.0, 0, 0, "miss"), token(5.02, 0, 1), token(9.0, 0, 2, "last"), Finished(9.0, 0, "stop"))
     told = read(metrics)
     for name, seconds in (("time_to_first_token_seconds", 4), ("request_queue_time_seconds", 1),
                           ("request_prefill_time_seconds", 3), ("request_decode_time_seconds", 4),
@@ -142,28 +164,26 @@ def test_times_of_a_request() -> None:
     assert (told["fullpipe_hits_total"], told["fullpipe_misses_total"]) == (1, 1)  # nothing was to follow the last
 
 
-def test_a_restart_forgets_what_was_under_way_and_keeps_the_counts() -> None:
+def test_another_pipeline_begins_empty_and_the_counts_go_on() -> None:
     metrics = Metrics(MODEL)
-    metrics.on_submit(0, 3, 0.0)
-    tell(metrics, Launched(0, 0, [0, 1], [-1, 0], [1, 2], [0, 1], [0, 0]), token(1, 0, 0, False))
+    tell(metrics, submitted(0, 0), Launched(0, 0, [0, 1], [-1, 0], [1, 2], [0, 1], [0, 0]), token(1, 0, 0))
     metrics.on_restart("stage 1", "died")
-    tell(metrics, Launched(9, 0, [0], [-1], [2], [1], [0]), Landed(10, 0, [0], [5], [], [Leg("stage 0", 9, 10, [0])]),
-         token(10, 0, 0, False), Finished(10, 0, "length"))
-    metrics.on_finish(0, "length", 3, 2, RequestStats(0.0), 0)
+    tell(metrics, Attached(5), Launched(9, 1, [2], [-1], [2], [1], [0]),
+         Landed(10, 1, [2], [5], legs=[Leg("stage 0", 9, 10, [2])]), token(10, 0, 2), Finished(10, 0, "length"))
     told = read(metrics)
     assert told["fullpipe_restarts_total{station=stage 1}"] == 1
-    assert told["fullpipe_generation_tokens_total"] == 2 and told["fullpipe_wasted_rows_total"] == 1
+    assert told["fullpipe_stage_alive_seconds_total{station=stage 0}"] == 1
     assert told["fullpipe_inter_token_latency_seconds_sum"] == 9  # the user waited
+    assert told["fullpipe_wasted_rows_total"] == 1
 
 
 def test_state_and_service_counters() -> None:
     metrics = Metrics(MODEL)
-    metrics.on_preempt()
     metrics.on_engine_time(0.25)
     metrics.on_engine_time(0.5)
-    tell(metrics, Drafted(3, 0, [], Leg("draft", 1, 3, [1, 2, -1])))
+    tell(metrics, submitted(0, 7), Asked(1, 0, {7: 3}), Drafted(3, 0, [], Leg("draft", 1, 3, [1, 2, -1])))
     told = read(metrics, Status("rebuilding", 2, 3, 25, 100, 1))
-    assert told["fullpipe_num_preemptions_total"] == 1 and told["fullpipe_engine_seconds_total"] == 0.75
+    assert told["fullpipe_engine_seconds_total"] == 0.75
     assert told["fullpipe_kv_cache_usage_perc"] == 0.25
     assert (told["fullpipe_num_requests_running"], told["fullpipe_num_requests_waiting"]) == (2, 3)
     assert told["fullpipe_state{state=rebuilding}"] == 1 and told["fullpipe_state{state=ready}"] == 0
@@ -186,23 +206,20 @@ def test_vllm_names_are_told_on_request_and_say_the_same() -> None:
 def test_nothing_is_kept_of_what_is_over() -> None:
     metrics = Metrics(MODEL)
     run(metrics)
-    kept = ("_lives", "_flights", "_flying", "_died", "_unused")
-    assert {name: len(getattr(metrics, name)) for name in kept} == dict.fromkeys(kept, 0)
-    tell(metrics, Launched(0, 0, [], [], [], [], []), token(1, 99, 5, True), Finished(2, 99, "abort"))
-    metrics.on_finish(99, "abort", 1, 1, RequestStats(0.0), 0)
-    assert not metrics._lives  # an event of a request that nobody announced
+    assert not metrics._lives and metrics._flying == Flying()
+    metrics(token(1, 99, 5))  # a listener may have ended the request on this very event
+    assert not metrics._lives
 
 
 def test_it_may_be_read_while_it_counts() -> None:
     metrics = Metrics(MODEL)
-    metrics.on_submit(0, 1, 0.0)
 
     def count() -> None:
         for k in range(2000):
-            metrics(token(k, 0, k, True))
+            tell(metrics, Launched(k, k, [], [], [], []))
 
     thread = threading.Thread(target=count)
     thread.start()
-    seen = [read(metrics)["fullpipe_generation_tokens_total"] for _ in range(5)]
+    seen = [read(metrics)["fullpipe_flights_total"] for _ in range(5)]
     thread.join()
-    assert seen == sorted(seen) and read(metrics)["fullpipe_generation_tokens_total"] == 2000
+    assert seen == sorted(seen) and read(metrics)["fullpipe_flights_total"] == 2000

@@ -95,7 +95,8 @@ def test_marks_of_hits_misses_and_cancellations(events: list[Event], records: li
     marks = of(records, "i")
     assert {threads(records)[mark["tid"]] for mark in marks} == {"engine"}
     emitted = [event for event in events if isinstance(event, Emitted)]
-    kinds = ["hit" if event.hit else "miss" for event in emitted[:-1]] + ["last"]
+    kinds = [event.fate for event in emitted]
+    assert {*kinds} == {"hit", "miss", "last"}
     told = [mark for mark in marks if mark["name"] in ("hit", "miss", "last")]
     assert [mark["name"] for mark in told] == kinds
     assert [mark["args"]["token"] for mark in told] == [event.token for event in emitted]
@@ -108,7 +109,7 @@ def test_marks_of_hits_misses_and_cancellations(events: list[Event], records: li
 
 
 def test_it_is_strict_json_and_leaves_nothing_else_behind(events: list[Event], tmp_path: Path) -> None:
-    odd = [*events, Emitted(999.0, 0, 1, 2, 3, True, math.inf), Failed(999.0, "stage 1", 'said "no"\n')]
+    odd = [*events, Emitted(999.0, 0, 1, 2, 3, "hit", math.inf), Failed(999.0, "stage 1", 'said "no"\n')]
     write_chrome_trace(odd, tmp_path / "t.json")
 
     def refuse(constant: str) -> None:

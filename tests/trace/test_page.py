@@ -52,8 +52,7 @@ def test_the_committed_nodes_are_the_text(events: list[Event]) -> None:
     assert [nodes["token"][node] for node in emissions["node"]] == [event.token for event in emitted]
     assert [data["times"][step] for step in emissions["step"]] == [event.time for event in emitted]
     assert [nodes["position"][node] for node in emissions["node"]] == [event.position for event in emitted]
-    last = [max(i for i, event in enumerate(emitted) if event.request == id) for id in (0, 1)]
-    assert emissions["kind"] == [2 if i in last else int(event.hit) for i, event in enumerate(emitted)]
+    assert emissions["kind"] == [["miss", "hit", "last"].index(event.fate) for event in emitted]
     for id in (0, 1):  # each token's parent is the one before it
         path = [node for node, request in zip(emissions["node"], emissions["request"]) if request == id]
         assert [nodes["parent"][node] for node in path[1:]] == path[:-1]

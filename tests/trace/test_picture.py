@@ -13,7 +13,7 @@ from fullpipe.errors import MissingExtra, UsageError
 from fullpipe.messages import Event
 from fullpipe.trace import picture
 from fullpipe.trace.history import DRAFT, history
-from fullpipe.trace.picture import compare, draw
+from fullpipe.trace.picture import draw, write_comparison
 from recorded import recorded, uneven
 
 pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
@@ -83,7 +83,7 @@ def test_the_window_is_said(events: list[Event], tmp_path: Path) -> None:
     draw(events, tmp_path / "a.svg", title="part", start=3.0, end=9.0, clock="wall-clock time")
     span = history(events).end - history(events).start
     said = words(tmp_path / "a.svg")
-    assert any(f"part (shown: 3 to 9 s of {span:.4g} s)" in line for line in said)
+    assert any(f"part (shown: 3 to 9 s of {span:.4g})" in line for line in said)
     inside = [event for event in history(events).emissions if 3 <= event.time <= 9]
     assert any(line.startswith(f"{len(inside)} tokens in 6 s") for line in said) and inside
 
@@ -91,18 +91,33 @@ def test_the_window_is_said(events: list[Event], tmp_path: Path) -> None:
 def test_a_long_run_is_cut_where_boxes_become_too_small(tmp_path: Path) -> None:
     events = recorded("pp", tokens=100)
     draw(events, tmp_path / "a.svg")
-    assert any("(shown: 0 to 320 s of 400 s)" in line for line in words(tmp_path / "a.svg"))
+    assert any("(shown: 0 to 320 steps of 400)" in line for line in words(tmp_path / "a.svg"))
 
 
 def test_two_runs_share_one_axis(tmp_path: Path) -> None:
     pp, ours = recorded("pp", tokens=20), recorded("fullpipe", accuracy=1.0, tokens=20)
-    compare([("plain", pp), ("filled", ours)], tmp_path / "c.svg", clock="virtual time")
+    write_comparison(tmp_path / "c.svg", [("plain", pp), ("filled", ours)], clock="virtual time")
     said = words(tmp_path / "c.svg")
     end = history(ours).end
-    assert any(line.startswith(f"plain (shown: 0 to {end:g} s of 80 s)") for line in said)
+    assert any(line.startswith(f"plain (shown: 0 to {end:g} steps of 80)") for line in said)
     assert any(line.strip() == "filled" for line in said)
-    assert said.count("virtual time since the run began, in seconds") == 1
+    assert said.count("steps since the run began") == 1
     assert said.count("stage 0") == 2 and said.count(DRAFT) == 1
+
+
+def test_a_plain_pipeline_has_neither_hits_nor_misses(tmp_path: Path) -> None:
+    draw(recorded("pp", tokens=5, costs=uneven), tmp_path / "pp.svg")
+    said = words(tmp_path / "pp.svg")
+    figures = re.compile(r"5 tokens in [\d.]+ s\.   Of the stages' time: 2\d% live rows, 0% dead rows")
+    assert any(figures.match(line) for line in said)
+    assert "token" in said and not any("hit" in line or "miss" in line for line in said)
+
+
+def test_unit_steps_are_steps_and_not_seconds(tmp_path: Path) -> None:
+    draw(recorded("fullpipe", tokens=12), tmp_path / "a.svg", start=3.0, end=9.0, clock="virtual time")
+    said = words(tmp_path / "a.svg")
+    assert "steps since the run began" in said and any(" tokens in 6 steps, " in line for line in said)
+    assert any("(shown: 3 to 9 steps of " in line for line in said) and not any("second" in line for line in said)
 
 
 def test_the_same_run_gives_the_same_file(events: list[Event], tmp_path: Path) -> None:
@@ -112,7 +127,7 @@ def test_the_same_run_gives_the_same_file(events: list[Event], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("window", "message"), [
-    ({"start": 5.0, "end": 5.0}, "the window from 5 s to 5 s is empty"),
+    ({"start": 5.0, "end": 5.0}, "the window from 5 to 5 s is empty"),
     ({"start": 1e6, "end": 2e6}, "the window begins at 1e"),
 ])
 def test_a_window_with_nothing_in_it(events: list[Event], tmp_path: Path, window: dict[str, float],
@@ -126,7 +141,7 @@ def test_other_kinds_of_file_and_no_runs(events: list[Event], tmp_path: Path) ->
     with pytest.raises(UsageError, match=r"cannot draw a picture of the kind '\.bmp'"):
         draw(events, tmp_path / "a.bmp")
     with pytest.raises(UsageError, match="no run to draw"):
-        compare([], tmp_path / "a.png")
+        write_comparison(tmp_path / "a.png", [])
 
 
 def test_without_matplotlib(events: list[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fullpipe.cli import console, options
 from fullpipe.cli.generate import fetch_all
-from fullpipe.cli.watch import PipelineLine
-from fullpipe.methods import make_policy
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
     from fullpipe.llm import LLM, Completion
 
 PROMPT = "Write a Python function that merges two sorted lists into one sorted list. Then show how to call it."
-_LINE_EVERY_S = 4.0
 
 
 def demo(
@@ -36,48 +32,26 @@ def demo(
     fetch_all(model, draft, "fullpipe")
     from fullpipe.llm import LLM
 
-    line = PipelineLine(stages, make_policy("fullpipe", width=width).width)
     messages = [{"role": "user", "content": options.read_prompt(prompt)}]
     params = SamplingParams(max_tokens=max_new_tokens)
     with LLM(model, draft=draft, stages=stages, width=width, dtype=dtype.value, link_ms=link_ms, threads=threads,
-             listeners=[line], progress=console.print_note) as llm:
+             progress=console.print_note) as llm:
         console.print_note(f"\n{messages[0]['content']}\n")
-        ours = _show(llm, messages, params, line)
+        ours = _show(llm, messages, params)
         console.print_note("\nThe same with plain pipeline parallelism ...")
         llm.use("pp")
         (plain,) = llm.generate([messages], params)
     _table(ours, plain, link_ms)
 
 
-def _show(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, line: PipelineLine) -> Completion:
-    """Stream the text, with the line on what the pipeline holds."""
-    if sys.stderr.isatty() and sys.stdout.isatty():
-        return _show_live(llm, messages, params, line)
-    completion, said = None, time.monotonic()
+def _show(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> Completion:
+    """Stream the text."""
+    completion = None
     for chunk in llm.stream(messages, params):
         sys.stdout.write(chunk.text)
         sys.stdout.flush()
         completion = chunk.completion
-        if time.monotonic() - said > _LINE_EVERY_S:
-            said = time.monotonic()
-            console.print_note(f"\n   {line.line()}")
     sys.stdout.write("\n")
-    assert completion is not None
-    return completion
-
-
-def _show_live(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, line: PipelineLine) -> Completion:
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.text import Text
-
-    text, completion = "", None
-    with Live(console=Console(highlight=False), refresh_per_second=10, transient=False,
-              vertical_overflow="visible") as live:
-        for chunk in llm.stream(messages, params):
-            text += chunk.text
-            completion = chunk.completion
-            live.update(Group(Text(text), Text(line.line(), style="dim")))
     assert completion is not None
     return completion
 

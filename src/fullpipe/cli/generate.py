@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +11,7 @@ import typer
 
 from fullpipe import hub
 from fullpipe.cli import console, options
-from fullpipe.cli.trace import Traces, clock_of, token_text
-from fullpipe.cli.watch import Watch
+from fullpipe.cli.trace import Traces, clock_of
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -56,8 +53,6 @@ def generate(
     trace: Annotated[list[Path] | None, typer.Option("--trace", metavar="FILE", help="Write the run to FILE, by its "
                                                      "ending: .json (Chrome trace), .png or .svg (picture), .html "
                                                      "(page), .jsonl (events). May be repeated.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Draw stages, tree and acceptance live in the terminal.")
-                     ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt; the text streams to standard output as it is committed."""
@@ -72,10 +67,7 @@ def generate(
         stages = Cluster.load(cluster).num_stages
     traces = Traces(trace or (), events, title=f"{method.value} on {stages} stages, {model}",
                     clock=clock_of(pipeline, clock))
-    watcher = _watcher(stages) if watch else None
     listeners: list[Listener] = [traces] if traces.wanted else []
-    if watcher is not None:
-        listeners.append(watcher)
     with contextlib.ExitStack() as stack:
         fetch_all(model, draft, method.value)
         from fullpipe.llm import LLM
@@ -87,10 +79,7 @@ def generate(
             listeners=listeners, progress=console.print_note))
         traces.tokenizer = llm.tokenizer
         stack.enter_context(traces)
-        if watcher is None:
-            _answer(llm, asked, params, as_json)
-        else:
-            _answer_watched(llm, asked, params, as_json, watcher)
+        _answer(llm, asked, params, as_json)
 
 
 def fetch_all(model: str, draft: str, method: str) -> None:
@@ -116,33 +105,6 @@ def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, as_json: bool) -> 
         # The stream knows of it, and has ended, unless it came while we were printing. Then it ends now.
         _print(chunks.throw(interrupt), as_json)
         raise
-
-
-def _watcher(stages: int) -> Watch | None:
-    if sys.stderr.isatty():
-        return Watch(stages)
-    console.print_note("--watch needs a terminal to draw in, and standard error is none; going on without it")
-    return None
-
-
-def _answer_watched(llm: LLM, prompt: Prompt, params: SamplingParams, as_json: bool, watcher: Watch) -> None:
-    """The text grows in the drawing; when that is over it is printed whole, as without it."""
-    watcher.name = lru_cache(maxsize=None)(lambda token: token_text(llm.tokenizer, token))
-    chunks = llm.stream(prompt, params)
-    last: Chunk | None = None
-    try:
-        with watcher.live(console.error_console()):
-            try:
-                for last in chunks:
-                    watcher.text += last.text
-            except KeyboardInterrupt as interrupt:
-                if last is None or last.completion is None:
-                    last = chunks.throw(interrupt)
-                    watcher.text += last.text
-                raise
-    finally:
-        if last is not None and last.completion is not None:
-            _print(replace(last, text=watcher.text), as_json)
 
 
 def _print(chunk: Chunk, as_json: bool) -> None:

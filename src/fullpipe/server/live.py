@@ -1,30 +1,33 @@
 """The pipeline at this moment, for the page: who is where, and how the last seconds went.
 
 `Live` listens to the engine and remembers little: the flights under way, the last tokens, the last stays at stations.
-A picture is drawn of it only while somebody watches, a few times a second. Where a flight is the events tell only when
-it lands, so until then its place is estimated from how long stages took lately: it is a picture, not a measurement.
+What is counted by request it reads from the engine. A picture is drawn only while somebody watches, a few times a
+second. The events tell where a flight is only when it lands, so until then its place is estimated from how long stages
+took lately: it is a picture, not a measurement.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, params
 from fastapi.responses import HTMLResponse, Response
 
-from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Ready
-from fullpipe.sequences.stats import RequestStats
+from fullpipe.engine import RequestStats, Stats
+from fullpipe.messages import Admitted, Drafted, Emitted, Event, Fate, Finished, Landed, Launched, Leg, Ready
 from fullpipe.server.guard import WRITE_TIMEOUT_S, EventStream, needs_key
 from fullpipe.server.problems import Problem, retry_after
 from fullpipe.service import Observer, Status
+from fullpipe.trace.flying import Flying
 
 WINDOW = 5.0  # seconds that rates are taken over
 TICK = 0.2  # seconds between two looks
@@ -41,46 +44,16 @@ async def _stays() -> bool:
 
 
 @dataclass(slots=True)
-class _Flying:
-    launched: float
-    nodes: list[int]
-    prompts: dict[int, int]  # rows of prompts by request
-    inside: bool = True  # at stage 0, which has not asked for another
-
-
-@dataclass(slots=True)
-class _Seen:
-    """A request in the pipeline. hit: of its last token, until the next one says that it counts."""
-
-    emitted: int = 0
-    hits: int = 0
-    misses: int = 0
-    hit: bool | None = None
-
-
-@dataclass(slots=True)
 class _Stay:
-    """A stage's or the draft's time with a flight or job; `alive` is the share of its rows that was not for nothing."""
+    """A station's time with a flight or a job; `alive` is the share of its rows that was not for nothing."""
 
     station: str
     start: float
     end: float
     alive: float
 
-
-@dataclass(slots=True)
-class _Moment:
-    flights: dict[int, _Flying] = field(default_factory=dict)
-    owner: dict[int, int] = field(default_factory=dict)  # request of each node under way that has not died
-    died: dict[int, float] = field(default_factory=dict)  # nodes under way that have died, and when
-    took: dict[str, float] = field(default_factory=dict)  # seconds, a moving mean
-    requests: dict[int, _Seen] = field(default_factory=dict)
-    tokens: deque[tuple[int, int, bool]] = field(default_factory=lambda: deque(maxlen=_TOKENS))
-    times: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
-    outcomes: deque[tuple[float, bool]] = field(default_factory=lambda: deque(maxlen=10_000))
-    stays: deque[_Stay] = field(default_factory=lambda: deque(maxlen=4_000))
-    landed: float = 0.0
-    began: float | None = None
+    def within(self, since: float, until: float) -> float:
+        return max(min(self.end, until) - max(self.start, since), 0.0)
 
 
 class Live(Observer):
@@ -97,93 +70,58 @@ class Live(Observer):
         self._model_name, self._show_text = model_name, show_text
         self._max_watchers, self._clock = max_watchers, clock
         self._lock = threading.Lock()
-        self._at = _Moment()
-        self._version = 0
-        self._watchers = 0
-        self._closed = False
-        self._handlers: dict[type[Event], Callable[..., None]] = {
-            Ready: self._ready, Launched: self._launched, Landed: self._landed, Drafted: self._drafted,
-            Emitted: self._emitted, Died: self._died, Finished: self._finished}
+        self._version, self._watchers, self._closed = 0, 0, False
+        self._stats = Stats()
+        self._requests: dict[int, RequestStats] = {}  # those that have run and not ended
+        self._flying = Flying()
+        self._out = -1  # the newest flight that has left stage 0, or will before another enters
+        self._tokens: deque[Emitted] = deque(maxlen=_TOKENS)
+        self._fates: deque[tuple[float, Fate]] = deque(maxlen=10_000)
+        self._stays: deque[_Stay] = deque(maxlen=4_000)
+        self._took: dict[str, float] = {}  # seconds of a stay, a moving mean
+        self._began: float | None = None
+        self._landed = 0.0
+
+    # ---- what is told ------------------------------------------------------------------------------------
+
+    def on_start(self, stats: Stats) -> None:
+        self._stats = stats
 
     def __call__(self, event: Event) -> None:
-        if handler := self._handlers.get(type(event)):
-            with self._lock:
-                self._version += 1
-                handler(event)
-
-    def on_finish(self, id: int, reason: str, prompt_tokens: int, completion_tokens: int, stats: RequestStats,
-                  cached_tokens: int) -> None:
-        """Of one that the service ended itself no engine says `Finished`."""
         with self._lock:
             self._version += 1
-            self._at.requests.pop(id, None)
+            self._hear(event)
+            self._flying(event)
 
-    def on_restart(self, station: str, reason: str) -> None:
-        with self._lock:
-            self._version += 1
-            self._at.flights.clear()
-            self._at.owner.clear()
-            self._at.died.clear()
+    def _hear(self, event: Event) -> None:
+        match event:
+            case Ready():
+                self._out = max(self._flying.flights, default=self._out)
+            case Admitted():
+                self._requests[event.request] = self._stats.of(event.request)
+            case Launched():
+                self._began = event.time if self._began is None else self._began
+            case Landed():
+                self._landed = event.time
+                for leg in event.legs:
+                    self._note_stay(leg)
+            case Drafted():
+                self._stays.append(_Stay(event.leg.station, event.leg.start, event.leg.end, 1.0))
+            case Emitted():
+                self._fates.append((event.time, event.fate))
+                self._tokens.append(event)
+            case Finished():
+                self._requests.pop(event.request, None)
+
+    def _note_stay(self, leg: Leg) -> None:
+        if leg.nodes:
+            took = leg.end - leg.start
+            self._took[leg.station] = 0.8 * self._took.get(leg.station, took) + 0.2 * took
+            self._stays.append(_Stay(leg.station, leg.start, leg.end, self._flying.alive(leg)))
 
     def close(self) -> None:
         """End every feed, within one tick. A server calls it when it begins to shut down."""
         self._closed = True
-
-    # ---- the engine's events -----------------------------------------------------------------------------
-
-    def _ready(self, event: Ready) -> None:
-        for flight in self._at.flights.values():
-            flight.inside = False
-
-    def _launched(self, event: Launched) -> None:
-        at = self._at
-        at.began = event.time if at.began is None else at.began
-        at.flights[event.flight] = _Flying(event.time, event.nodes, event.prompt_rows)
-        at.owner.update(zip(event.nodes, event.requests))
-        for request in (*event.requests, *event.prompt_rows):
-            if request not in at.requests:
-                at.requests[request] = _Seen()
-
-    def _landed(self, event: Landed) -> None:
-        at = self._at
-        at.landed = event.time
-        for leg in event.legs:
-            if leg.nodes:
-                took = leg.end - leg.start
-                at.took[leg.station] = 0.8 * at.took.get(leg.station, took) + 0.2 * took
-                alive = sum(at.died.get(node, leg.end) >= leg.end for node in leg.nodes)
-                at.stays.append(_stay(leg, alive / len(leg.nodes)))
-        if flight := at.flights.pop(event.flight, None):
-            for node in flight.nodes:
-                at.owner.pop(node, None)
-                at.died.pop(node, None)
-
-    def _drafted(self, event: Drafted) -> None:
-        self._at.stays.append(_stay(event.leg, 1.0))
-
-    def _emitted(self, event: Emitted) -> None:
-        at = self._at
-        seen = at.requests.setdefault(event.request, _Seen())
-        self._settle(seen, event.time)
-        seen.hit = event.hit
-        seen.emitted += 1
-        at.times.append(event.time)
-        at.tokens.append((event.request, event.token, event.hit))
-
-    def _settle(self, seen: _Seen, now: float) -> None:
-        """Another token follows the last one, which counts now."""
-        if seen.hit is not None:
-            seen.hits += seen.hit
-            seen.misses += not seen.hit
-            self._at.outcomes.append((now, seen.hit))
-
-    def _died(self, event: Died) -> None:
-        for node in event.nodes:
-            if self._at.owner.pop(node, None) is not None:
-                self._at.died[node] = event.time
-
-    def _finished(self, event: Finished) -> None:
-        self._at.requests.pop(event.request, None)
 
     # ---- the picture -------------------------------------------------------------------------------------
 
@@ -191,81 +129,75 @@ class Live(Observer):
         """What the page shows, as JSON has it. Shares lie between 0 and 1; null is what is not known yet.
 
         Of a stage: `rows`, guesses that are there, and `prompts`, rows of prompts, both as [request, count]; of a
-        request the same over all stages, `flying` and `prompt`.
+        request the same over all stages, `flying` and `prompt`. Of a token: its request, its text, its fate.
         """
         status = self._status()
         with self._lock:
             now = self._clock()
+            drafts = any(stay.station == "draft" for stay in self._stays)
             return {"model": self._model_name, **_of_status(status), "stages": self._stages(now),
-                    "draft": self._draft(now), "requests": self._requests(), "tokens": self._tokens(),
-                    **self._rates(now)}
+                    "draft": {"busy": self._busy("draft", now)} if drafts else None,
+                    "requests": self._told_requests(), "tokens": self._told_tokens(), **self._rates(now)}
 
     def _stages(self, now: float) -> list[dict[str, Any]]:
         names = [f"stage {k}" for k in range(self._num_stages)]
-        rows: list[Counter[int]] = [Counter() for _ in names]
-        prompts: list[Counter[int]] = [Counter() for _ in names]
-        dead, flights = [0] * len(names), [0] * len(names)
+        there: list[list[Launched]] = [[] for _ in names]
         for place, flight in self._places(names, now):
-            owned = Counter(self._at.owner.get(node, -1) for node in flight.nodes)
-            dead[place] += owned.pop(-1, 0)
-            flights[place] += 1
-            rows[place] += owned
-            prompts[place].update(flight.prompts)
-        return [{"name": name, "busy": self._busy(name, now), "flights": flights[k], "dead": dead[k],
-                 "rows": _listed(rows[k]), "prompts": _listed(prompts[k])} for k, name in enumerate(names)]
+            there[place].append(flight)
+        return [{"name": name, "busy": self._busy(name, now), **self._told_flights(flights)}
+                for name, flights in zip(names, there)]
 
-    def _places(self, names: list[str], now: float) -> list[tuple[int, _Flying]]:
+    def _places(self, names: list[str], now: float) -> Iterator[tuple[int, Launched]]:
         """The stage that each flight has probably come to, oldest flight first: none overtakes another."""
-        limit, found = len(names) - 1, []
-        for flight in self._at.flights.values():
-            place, left = 0, now - flight.launched
-            while place < limit and left >= self._at.took.get(names[place], float("inf")):
-                left -= self._at.took[names[place]]
+        limit = len(names) - 1
+        for flight in self._flying.flights.values():
+            place, left = 0, now - flight.time
+            while place < limit and left >= self._took.get(names[place], math.inf):
+                left -= self._took[names[place]]
                 place += 1
-            limit = min(limit, 0 if flight.inside else max(place, 1))
-            found.append((limit, flight))
-        return found
+            limit = min(limit, 0 if flight.flight > self._out else max(place, 1))
+            yield limit, flight
 
-    def _busy(self, station: str, now: float) -> float | None:
-        since, until = self._span(now)
-        if until <= since:
-            return None
-        spent = sum(max(min(stay.end, until) - max(stay.start, since), 0.0) for stay in self._at.stays
-                    if stay.station == station)
-        return round(min(spent / (until - since), 1.0), 3)
+    def _told_flights(self, flights: list[Launched]) -> dict[str, Any]:
+        rows: Counter[int] = Counter()
+        prompts: Counter[int] = Counter()
+        for flight in flights:
+            rows.update(self._flying.owner.get(node, -1) for node in flight.nodes)
+            prompts.update(flight.prompt_rows)
+        dead = rows.pop(-1, 0)
+        return {"flights": len(flights), "dead": dead, "rows": _listed(rows), "prompts": _listed(prompts)}
+
+    def _told_requests(self) -> list[dict[str, int]]:
+        flying = Counter(self._flying.owner.values())
+        prompts: Counter[int] = Counter()
+        for flight in self._flying.flights.values():
+            prompts.update(flight.prompt_rows)
+        return [{"id": id, "emitted": one.num_emitted, "hits": one.hits, "misses": one.misses, "flying": flying[id],
+                 "prompt": prompts[id]} for id, one in self._requests.items()]
+
+    def _told_tokens(self) -> list[list[Any]]:
+        return [[one.request, self._text_of(one.token) if self._show_text else "", one.fate] for one in self._tokens]
 
     def _span(self, now: float) -> tuple[float, float]:
         """The window: its end is the last landing while flights are under way, for what they do is not known yet."""
-        until = self._at.landed if self._at.flights else now
-        began = until if self._at.began is None else self._at.began
+        until = self._landed if self._flying.flights else now
+        began = until if self._began is None else self._began
         return max(until - WINDOW, began), until
 
-    def _draft(self, now: float) -> dict[str, Any] | None:
-        if not any(stay.station == "draft" for stay in self._at.stays):
-            return None
-        return {"busy": self._busy("draft", now)}
-
-    def _requests(self) -> list[dict[str, int]]:
-        flying = Counter(self._at.owner.values())
-        prompts: Counter[int] = Counter()
-        for flight in self._at.flights.values():
-            prompts.update(flight.prompts)
-        return [{"id": id, "emitted": seen.emitted, "hits": seen.hits, "misses": seen.misses, "flying": flying[id],
-                 "prompt": prompts[id]} for id, seen in self._at.requests.items()]
-
-    def _tokens(self) -> list[list[Any]]:
-        return [[request, self._text_of(token) if self._show_text else "", hit]
-                for request, token, hit in self._at.tokens]
+    def _busy(self, station: str, now: float) -> float | None:
+        since, until = self._span(now)
+        spent = sum(stay.within(since, until) for stay in self._stays if stay.station == station)
+        return _share(spent, until - since)
 
     def _rates(self, now: float) -> dict[str, float | None]:
-        at, (since, until) = self._at, self._span(now)
-        hits = [hit for when, hit in at.outcomes if when > now - WINDOW]
-        spent = sum((min(stay.end, until) - max(stay.start, since)) * stay.alive for stay in at.stays
-                    if stay.station != "draft" and stay.end > since and stay.start < until)
-        return {"tokens_per_s": round(sum(when > now - WINDOW for when in at.times) / WINDOW, 1),
-                "hit_rate": round(sum(hits) / len(hits), 3) if hits else None,
-                "acceptance": round(1 + sum(hits) / max(len(hits) - sum(hits), 1), 2) if hits else None,
-                "fill": round(min(spent / (self._num_stages * (until - since)), 1.0), 3) if until > since else None}
+        since, until = self._span(now)
+        fates = Counter(fate for when, fate in self._fates if when > now - WINDOW)
+        counted = fates["hit"] + fates["miss"]
+        alive = sum(stay.within(since, until) * stay.alive for stay in self._stays if stay.station != "draft")
+        return {"tokens_per_s": round(fates.total() / WINDOW, 1),
+                "hit_rate": _share(fates["hit"], counted),
+                "acceptance": round(1 + fates["hit"] / max(fates["miss"], 1), 2) if counted else None,
+                "fill": _share(alive, self._num_stages * (until - since))}
 
     # ---- HTTP --------------------------------------------------------------------------------------------
 
@@ -317,8 +249,8 @@ class Live(Observer):
             self._watchers -= 1
 
 
-def _stay(leg: Leg, alive: float) -> _Stay:
-    return _Stay(leg.station, leg.start, leg.end, alive)
+def _share(part: float, whole: float) -> float | None:
+    return round(min(part / whole, 1.0), 3) if whole > 0 else None
 
 
 def _listed(counts: Counter[int]) -> list[list[int]]:

@@ -106,9 +106,8 @@ def _flows(told: History, scale: _Scale) -> Iterator[Record]:
 
 def _marks(told: History, scale: _Scale) -> Iterator[Record]:
     """Hits, misses and cancellations; the ends of requests; the failure of a station."""
-    for index, one in enumerate(told.emissions):
-        kind = "last" if index in told.last else "hit" if one.hit else "miss"
-        yield _mark(scale, kind, one.time, {"request": one.request, "token": one.token, "position": one.position})
+    for one in told.emissions:
+        yield _mark(scale, one.fate, one.time, {"request": one.request, "token": one.token, "position": one.position})
     for death in told.deaths:
         cancelled = [node for node in death.nodes if (life := told.lives.get(node)) and life.died_in_flight()]
         if cancelled:

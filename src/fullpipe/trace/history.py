@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import (
@@ -26,6 +27,7 @@ from fullpipe.messages import (
     Leg,
 )
 
+E = TypeVar("E", bound=Event)
 DRAFT = "draft"
 PROMPT = -1  # the node id of prompt rows
 
@@ -75,10 +77,11 @@ class Life:
 
 @dataclass(slots=True)
 class History:
-    """start, end: of all that was seen. stays: per station, the draft first, then stages in order; in order of time.
+    """A run, sorted.
 
-    child: of an emission, by its index, the node that carries its token (absent when it was not launched any more).
-    last: indices of emissions that ended a request: neither hit nor miss, for nothing was to follow.
+    start, end: of all that was seen. stays: per station, the draft first, then the stages; each in order of time.
+    speculated: some node was launched before it was certain; a plain pipeline has neither hits nor misses. child: for
+    an emission, by its index, the node that carries its token, if that was launched at all.
     """
 
     start: float
@@ -89,24 +92,25 @@ class History:
     deaths: list[Died]
     finishes: list[Finished]
     failures: list[Failed]
+    speculated: bool
     child: dict[int, int] = field(default_factory=dict)
-    last: set[int] = field(default_factory=set)
 
     @property
     def stages(self) -> list[str]:
         return [station for station in self.stays if station != DRAFT]
 
     @property
+    def in_steps(self) -> bool:
+        """Every stage takes exactly 1 for a flight: the times of such a run are steps, and not seconds."""
+        return all(stay.end - stay.start == 1 for station in self.stages for stay in self.stays[station])
+
+    @property
     def hits(self) -> int:
-        return sum(one.hit for index, one in enumerate(self.emissions) if index not in self.last)
+        return sum(one.fate == "hit" for one in self.emissions)
 
     @property
     def misses(self) -> int:
-        return len(self.emissions) - len(self.last) - self.hits
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+        return sum(one.fate == "miss" for one in self.emissions)
 
     def all_stays(self) -> Iterator[Stay]:
         for stays in self.stays.values():
@@ -120,14 +124,12 @@ def history(events: Iterable[Event]) -> History:
     if not legs:
         raise UsageError("the trace shows no work: no flight landed and no draft call returned",
                          hint="Record a run that emits at least one token.")
-    lives, emissions = _lives(stream), [event for event in stream if isinstance(event, Emitted)]
-    deaths = [event for event in stream if isinstance(event, Died)]
-    dead = {node: event.time for event in deaths for node in event.nodes}
+    deaths = _all(Died, stream)
     told = History(
-        min(min(leg.start for _, leg in legs), stream[0].time), max(max(leg.end for _, leg in legs), stream[-1].time),
-        _stays(legs, dead), lives, emissions, deaths,
-        [event for event in stream if isinstance(event, Finished)],
-        [event for event in stream if isinstance(event, Failed)])
+        min(stream[0].time, *(leg.start for _, leg in legs)), max(stream[-1].time, *(leg.end for _, leg in legs)),
+        _stays(legs, {node: event.time for event in deaths for node in event.nodes}), _lives(stream),
+        _all(Emitted, stream), deaths, _all(Finished, stream), _all(Failed, stream),
+        speculated=any(parent >= 0 for event in _all(Launched, stream) for parent in event.parents))
     _commit(told)
     return told
 
@@ -141,6 +143,10 @@ def tokens_of(events: Iterable[Event]) -> set[int]:
         elif isinstance(event, Emitted):
             found.add(event.token)
     return found
+
+
+def _all(kind: type[E], stream: Iterable[Event]) -> list[E]:
+    return [event for event in stream if isinstance(event, kind)]
 
 
 def _legs(stream: Iterable[Event]) -> Iterator[tuple[int, Leg]]:
@@ -189,63 +195,52 @@ class _Guess:
 
 
 def _lives(stream: list[Event]) -> dict[int, Life]:
-    owner = _owners(stream)
+    """Every launched node. The guesses of a draft call are followed from node to node as these are launched."""
     lives: dict[int, Life] = {}
     guesses: defaultdict[int, list[_Guess]] = defaultdict(list)
     missed: dict[tuple[int, int], int] = {}  # request and position of a missed token -> the node before it
     for event in stream:
         match event:
             case Launched():
-                for node in zip(event.nodes, event.parents, event.tokens, event.positions):
-                    _launch(event, node, owner, missed, lives, guesses)
+                for life in _launched(event, missed):
+                    _find_guess(life, guesses)
+                    lives[life.id] = life
             case Drafted():
                 for expansion in event.expansions:
                     guesses[expansion.node].append(_Guess(expansion, -1, event.job, event.time))
             case Landed():
                 for id, token in zip(event.nodes, event.tokens):
-                    if life := lives.get(id):
-                        life.landed, life.next_token = event.time, token
+                    if found := lives.get(id):
+                        found.landed, found.next_token = event.time, token
             case Emitted() if not event.hit:
                 missed[event.request, event.position] = event.node
             case Died():
                 for id in event.nodes:
-                    if life := lives.get(id):
-                        life.died = event.time
+                    if found := lives.get(id):
+                        found.died = event.time
     return lives
 
 
-def _launch(event: Launched, node: tuple[int, int, int, int], owner: dict[int, int], missed: dict[tuple[int, int], int],
-            lives: dict[int, Life], guesses: defaultdict[int, list[_Guess]]) -> None:
-    id, parent, token, position = node
-    request = owner.get(id, lives[parent].request if parent in lives else 0)
-    if parent < 0:  # a root: the last prompt token, or one that was missed
-        parent = missed.get((request, position), -1)
-    places = [place for guess in guesses[parent] if (place := guess.followed_by(token))] if parent >= 0 else []
-    guesses[id] += places
-    first = min(places, key=lambda place: place.time, default=None)
-    lives[id] = Life(id, request, token, position, parent, event.flight, event.time,
-                     first.job if first else None, first.time if first else None)
+def _launched(event: Launched, missed: dict[tuple[int, int], int]) -> Iterator[Life]:
+    columns = zip(event.nodes, event.requests, event.tokens, event.positions, event.parents, strict=True)
+    for id, request, token, position, parent in columns:
+        if parent < 0:  # a root: the last prompt token, or one that was missed
+            parent = missed.get((request, position), -1)
+        yield Life(id, request, token, position, parent, event.flight, event.time)
 
 
-def _owners(stream: list[Event]) -> dict[int, int]:
-    """Launches do not name requests; every node's end does."""
-    found: dict[int, int] = {}
-    for event in stream:
-        if isinstance(event, Emitted):
-            found[event.node] = event.request
-        elif isinstance(event, Died):
-            found |= dict.fromkeys(event.nodes, event.request)
-    return found
+def _find_guess(life: Life, guesses: defaultdict[int, list[_Guess]]) -> None:
+    places = [place for guess in guesses.get(life.parent, ()) if (place := guess.followed_by(life.token))]
+    if places:
+        guesses[life.id] += places
+        first = min(places, key=lambda place: place.time)
+        life.job, life.proposed = first.job, first.time
 
 
 def _commit(told: History) -> None:
-    """Find the node of every emitted token, and the emissions that ended a request."""
+    """Find the node of every emitted token."""
     by_place = {(life.parent, life.token): life for life in told.lives.values() if life.parent >= 0}
-    newest: dict[int, int] = {}
     for index, one in enumerate(told.emissions):
-        newest[one.request] = index
         if life := by_place.get((one.node, one.token)):
             life.committed = one.time
             told.child[index] = life.id
-    told.last = {newest[one.request] for one in told.finishes
-                 if one.request in newest and one.reason in ("stop", "length")}

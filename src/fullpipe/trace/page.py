@@ -14,11 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched
+from fullpipe.messages import Died, Drafted, Emitted, Event, Fate, Finished, Landed, Launched
 from fullpipe.trace.files import replacing
 from fullpipe.trace.history import PROMPT, History, Stay, history
 
 _NEVER = -1
+_KINDS: dict[Fate, int] = {"miss": 0, "hit": 1, "last": 2}
 # Inside a script element only these could end it, or begin a comment that hides its end.
 _ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 _TOLD = Launched | Landed | Drafted | Emitted | Died | Finished
@@ -57,7 +58,7 @@ def page_data(events: Iterable[Event], texts: Mapping[int, str]) -> dict[str, An
     return {
         "times": [time - told.start for time in times], "requests": sorted({one.request for one in told.emissions}),
         "stations": list(told.stays), "stays": [_stays(stays, told, index) for stays in told.stays.values()],
-        "nodes": nodes, "emissions": emissions,
+        "nodes": nodes, "emissions": emissions, "unit": "steps" if told.in_steps else "s",
         "finishes": [[steps.of(one.time), one.request, one.reason] for one in told.finishes],
         "texts": {token: texts[token] for token in sorted(used) if token in texts},
     }
@@ -105,8 +106,8 @@ def _emissions(told: History, steps: _Steps, index: dict[int, int],
                     "parent": index.get(one.node, _NEVER), "committed": step}
             for name, column in nodes.items():
                 column.append(bare.get(name, _NEVER))
-        kind = 2 if number in told.last else int(one.hit)
-        for name, value in (("step", step), ("request", one.request), ("node", place), ("kind", kind)):
+        row = {"step": step, "request": one.request, "node": place, "kind": _KINDS[one.fate]}
+        for name, value in row.items():
             columns[name].append(value)
     return columns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,15 +14,16 @@ from typing import Any
 import pytest
 import typer
 
-from fullpipe.cli.main import app
-
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "lab").glob("*.md"),
+                    *(ROOT / "lab" / "docs").rglob("*.md"), *(ROOT / "modules").rglob("*.md")])
+CURRENT = [file for file in DOCUMENTS if file.parent.name != "log"]  # the log says what things were called on the day
+PACKAGES = [ROOT / "src" / "fullpipe", ROOT / "lab" / "src" / "fullpipe_lab"]
 SHELL = ("", "sh", "bash", "console")  # languages of code blocks that hold commands
 
 POINTER = re.compile(r"`([\w./-]+\.py)(?::([\w.]+))?`")
 LINK = re.compile(r"""\]\(([^)\s]+)\)|(?:src|srcset|href)="([^"]+)\"""")
-COMMAND = re.compile(r"(?:^|\||&&|;)\s*(?:\$ )?(?:\w+=\S+ )*(?:\S*/)?fullpipe (.*)")
+COMMAND = re.compile(r"(?:^|\||&&|;)\s*(?:\$ )?(?:\w+=\S+ )*(?:\S*/)?(fullpipe(?:-lab)?) (.*)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def lines_of(document: Path) -> Iterator[tuple[int, str, str | None]]:
 
 
 def pointers() -> list[Found]:
-    return [Found(document, number, match[0].strip("`")) for document in DOCUMENTS
+    return [Found(document, number, match[0].strip("`")) for document in CURRENT
             for number, line, language in lines_of(document) if language is None
             for match in POINTER.finditer(line)]
 
@@ -59,14 +61,15 @@ def links() -> list[Found]:
 
 
 def commands() -> list[Found]:
-    """Calls of `fullpipe` in shell blocks and in inline code, without strings, comments and what they pipe into."""
+    """Calls of our commands in shell blocks and in inline code, without strings, comments and what they pipe into."""
     found = []
-    for document in DOCUMENTS:
+    for document in CURRENT:
         for number, line, language in lines_of(document):
             spans = re.findall(r"`([^`]+)`", line) if language is None else [line] if language in SHELL else []
             for span in spans:
                 plain = re.sub(r"\"[^\"]*\"|'[^']*'", "TEXT", span).split(" #")[0]
-                found += [Found(document, number, match[1].split(" | ")[0]) for match in COMMAND.finditer(plain)]
+                found += [Found(document, number, f"{match[1]} {match[2].split(' | ')[0]}")
+                          for match in COMMAND.finditer(plain)]
     return found
 
 
@@ -98,7 +101,7 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("pointer", pointers(), ids=str)
 def test_a_pointer_points_at_something(pointer: Found) -> None:
     path, _, name = pointer.what.partition(":")
-    files = [file for file in (ROOT / "src" / "fullpipe" / path, ROOT / path) if file.is_file()]
+    files = [file for file in (*(package / path for package in PACKAGES), ROOT / path) if file.is_file()]
     assert files, f"{pointer}: no such file"
     assert not name or name in names_in(files[0]), f"{pointer}: no such name"
 
@@ -119,15 +122,21 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+def app_of(name: str) -> Any:
+    """The command line of `fullpipe` or `fullpipe-lab`."""
+    module = importlib.import_module(f"{name.replace('-', '_')}.cli.main")
+    return typer.main.get_command(module.app)
+
+
 @pytest.mark.parametrize("command", commands(), ids=str)
 def test_a_command_exists_with_its_options(command: Found) -> None:
-    root: Any = typer.main.get_command(app)
-    words = command.what.split()
+    name, *words = command.what.split()
+    root = app_of(name)
     verb = root if words[0].startswith("-") else root.commands.get(words[0])
     assert verb is not None, f"{command}: no verb {words[0]}"
     if hasattr(verb, "commands") and verb is not root:  # a family of verbs, such as `convert spd`
         assert words[1] in verb.commands, f"{command}: no verb {words[1]}"
         verb = verb.commands[words[1]]
-    known = {option for parameter in verb.params for option in parameter.opts} | {"--help", "-h"}
+    known = {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
     used = {word.split("=")[0].rstrip(",.;)]") for word in words if re.match(r"\[?--?[a-z]", word)}
-    assert {word.lstrip("[") for word in used} <= known, f"{command}: known are {sorted(known)}"
+    assert {word.lstrip("[") for word in used} <= known | {"--help", "-h"}, f"{command}: known are {sorted(known)}"

@@ -14,7 +14,7 @@ def share_the_machine() -> None:
 
     GNU OpenMP spins for milliseconds by default. With as many threads as cores and all cores busy, every
     parallel region then waits for the scheduler, and steps take up to ten times as long. Sleeping costs
-    about a tenth on an idle machine (docs/log.md has both figures). Without effect once torch is loaded.
+    about a tenth on an idle machine (docs/log has both figures). Without effect once torch is loaded.
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

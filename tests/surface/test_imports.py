@@ -33,6 +33,7 @@ LAYERS = (
     ("hub",),
     ("trace",),
     ("assembly",),
+    ("supervision",),
     ("service",),
     ("llm",),
     ("training",),

@@ -117,7 +117,7 @@ class Metrics(Observer, Collector):
         self._labels, self._vllm_names = {"model_name": model_name}, vllm_names
         self._lock = threading.Lock()
         self._stats = Stats()
-        self._status = Status("starting", 0, 0, 0, 0, 0)
+        self._status = Status("ready", 0, 0, 0, 0, 0)
         self._lives: dict[int, _Life] = {}
         self._since = 0.0  # when the newest stretch of time with requests began
         self._stages: dict[str, _Stage] = {}

@@ -365,8 +365,6 @@ def test_flights_tell_whose_prompt_rows_they_carry() -> None:
     assert told == {0: 11}, "the last token of a prompt is a root"
 
 
-
-
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(UsageError, match="prefill share must be above 0"):
         make_method("fullpipe", prefill_share=0.0, machine=Machine(2, FLAT))

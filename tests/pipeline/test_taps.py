@@ -1,4 +1,4 @@
-"""Taps without processes: the desk of a draft that reads them, the drafts, and the links of a cluster."""
+"""Taps without processes: the inbox of a draft that reads them, the drafts, and the links of a cluster."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 from driving import TellingEngine
 from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
 from fullpipe.methods import make_method
+from fullpipe.pipeline.emulation import Arrival
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link
-from fullpipe.pipeline.wire import Arrival
-from fullpipe.pipeline.worker import Desk, Forgotten, TapArrival
+from fullpipe.pipeline.taps import CancelArrival, TapArrival, TapInbox
 from fullpipe.planning.cluster import Cluster
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.base import TapCount, Tapped, tap_reader, untapped
@@ -40,74 +40,87 @@ def tap(flight: int, layers: list[int], *nodes: int, opens: bool = False, closes
     return Tap(made, layers, tap_features(made, layers))
 
 
-# ---- the desk ----------------------------------------------------------------------------------------------
+# ---- the inbox ---------------------------------------------------------------------------------------------
 
 
-class _Host:
-    """What a desk needs of one."""
+class _Control:
+    """What an inbox needs of one."""
 
     def __init__(self) -> None:
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self.waits = False
 
     def job(self, number: int, *nodes: int, due: float = 0.0) -> None:
-        self.inbox.put(Arrival(Flight(number, [part(*nodes)]), [], None, 0.0, 0, due))
+        self.inbox.put(Arrival(Flight(number, [part(*nodes)]), [], None, 0, 0.0, due))
 
 
-def desk(needs: int = 1) -> tuple[_Host, TapChecker, Desk]:
-    host, source = _Host(), TapChecker(TRUTH, needs=needs)
-    return host, source, Desk(host, source)  # type: ignore[arg-type]
+def inbox(needs: int = 1) -> tuple[_Control, TapChecker, TapInbox]:
+    control, checker = _Control(), TapChecker(TRUTH, needs=needs)
+    return control, checker, TapInbox(control, checker)  # type: ignore[arg-type]
 
 
 def test_all_that_has_come_is_taken_before_a_job() -> None:
-    host, source, one = desk(needs=0)
-    host.job(0, 4)
-    host.job(1, 5)
-    host.inbox.put(TapArrival(tap(0, [1], 4, opens=True), 100))
-    host.inbox.put(TapArrival(tap(0, [2], 4, opens=True), 20))
-    assert one.next().id == 0
+    control, source, one = inbox(needs=0)
+    control.job(0, 4)
+    control.job(1, 5)
+    control.inbox.put(TapArrival(tap(0, [1], 4, opens=True), 100, 0.0))
+    control.inbox.put(TapArrival(tap(0, [2], 4, opens=True), 20, 0.0))
+    assert one.next().flight.id == 0
     assert [*source.layers.values()] == [[1, 2]] and one.taps == TapCount(2, 120)
-    assert one.next().id == 1
+    assert one.next().flight.id == 1
 
 
 @pytest.mark.parametrize("release", [
-    lambda host: host.inbox.put(TapArrival(tap(0, [1], 4, opens=True), 1)),
-    lambda host: host.inbox.put(Forgotten([4], 0.0)),
-    lambda host: host.inbox.put(Forgotten([4], time.monotonic() + 0.02)),
+    lambda control: control.inbox.put(TapArrival(tap(0, [1], 4, opens=True), 1, 0.0)),
+    lambda control: control.inbox.put(CancelArrival([4], 0.0)),
+    lambda control: control.inbox.put(CancelArrival([4], time.monotonic() + 0.02)),
 ], ids=["tap", "cancel", "cancel under way"])
-def test_a_job_waits_for_a_tap_or_a_cancel(release: Callable[[_Host], None]) -> None:
-    host, source, one = desk()
-    host.job(0, 4)
-    host.job(1)
+def test_a_job_waits_for_a_tap_or_a_cancel(release: Callable[[_Control], None]) -> None:
+    control, source, one = inbox()
+    control.job(0, 4)
+    control.job(1)
     taken: list[int] = []
-    thread = threading.Thread(target=lambda: taken.extend((one.next().id, one.next().id)))
+    thread = threading.Thread(target=lambda: taken.extend((one.next().flight.id, one.next().flight.id)))
     thread.start()
-    host.inbox.put(TapArrival(tap(0, [7], 8, opens=True), 1))  # of another node
+    control.inbox.put(TapArrival(tap(0, [7], 8, opens=True), 1, 0.0))  # of another node
     deadline = time.monotonic() + 5
-    while not (host.waits and source.layers):
+    while not (control.waits and source.layers):
         assert time.monotonic() < deadline
     assert not taken
-    release(host)
+    release(control)
     thread.join(5)
-    assert taken == [0, 1] and not host.waits
+    assert taken == [0, 1] and not control.waits
 
 
 def test_a_cancel_reaches_jobs_that_it_has_overtaken() -> None:
-    host, _, one = desk()
+    control, _, one = inbox()
     now = time.monotonic()
-    host.job(0, 4, 5, due=now + 0.03)
-    host.inbox.put(Forgotten([4, 5], now + 0.01))
-    job = one.next()
+    control.job(0, 4, 5, due=now + 0.03)
+    control.inbox.put(CancelArrival([4, 5], now + 0.01))
+    job = one.next().flight
     assert time.monotonic() >= now + 0.03
     assert job.num_rows == 0
 
 
 def test_a_job_begins_when_it_arrives_and_not_before() -> None:
-    host, _, one = desk(needs=0)
+    control, _, one = inbox(needs=0)
     due = time.monotonic() + 0.02
-    host.job(0, 4, due=due)
-    assert one.next().id == 0
+    control.job(0, 4, due=due)
+    assert one.next().flight.id == 0
     assert time.monotonic() >= due
+
+
+def test_a_tap_counts_once_its_link_has_carried_it() -> None:
+    """One on a slow link delays none on another, though it came first."""
+    control, checker, one = inbox(needs=2)
+    now = time.monotonic()
+    control.inbox.put(TapArrival(tap(0, [1], 4, opens=True), 10, now + 0.05))
+    control.inbox.put(TapArrival(tap(0, [2], 4, opens=True), 20, now + 0.02))
+    control.job(0)
+    control.job(1, 4)
+    assert one.next().flight.id == 0 and not checker.layers
+    assert one.next().flight.id == 1 and one.taps == TapCount(2, 30)
+    assert time.monotonic() >= now + 0.05 and [*checker.layers.values()] == [[2, 1]]
 
 
 # ---- drafts ------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def _specs(taps: bool = False) -> list[StationSpec]:
             for index, delay in enumerate(DELAYS)]
 
 
-def _distributed(links: Links | None = None, taps: bool = False) -> Pipeline:
+def _workers(links: Links | None = None, taps: bool = False) -> Pipeline:
     source = StationSpec("fullpipe.stations.scripted:EchoDraft", {"delay_s": DRAFT_DELAY})
     checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker",
                           {"truth": TRUTH, "needs": NEEDS, "tell": True})
@@ -79,15 +79,15 @@ PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "virtual-one-device": lambda: _inprocess(links=_links(0.1), device_of=lambda station: "only"),
     "virtual-measured": lambda: _inprocess(costs=measured_costs),
     "wall": lambda: _inprocess(clock="wall"),
-    "distributed": _distributed,
-    "distributed-links": lambda: _distributed(_links(0.003, 1e7)),
+    "workers": _workers,
+    "workers-links": lambda: _workers(_links(0.003, 1e7)),
     "virtual-taps": lambda: _inprocess(taps=True),
     "virtual-taps-links": lambda: _inprocess(taps=True, links=_links(0.7), message_bytes=lambda rows: 100 + 30 * rows),
     "virtual-taps-slow-draft": lambda: _inprocess(taps=True, costs=_slow_draft, links=_links(3.0)),
     "virtual-taps-one-device": lambda: _inprocess(taps=True, links=_links(0.1), device_of=lambda station: "only"),
     "wall-taps": lambda: _inprocess(taps=True, clock="wall"),
-    "distributed-taps": lambda: _distributed(taps=True),
-    "distributed-taps-links": lambda: _distributed(_links(0.003, 1e7), taps=True),
+    "workers-taps": lambda: _workers(taps=True),
+    "workers-taps-links": lambda: _workers(_links(0.003, 1e7), taps=True),
 }
 
 
@@ -287,17 +287,17 @@ class Traffic:
     def ask_draft(self) -> None:
         alive = [node for line in self.lines if line.root for node in line.root.subtree()]
         if alive:
-            self.ask(self.rng.sample(alive, min(len(alive), self.rng.randint(1, 8))), top_k=self.rng.randint(1, 4))
+            self.ask(self.rng.sample(alive, min(len(alive), self.rng.randint(1, 8))), fanout=self.rng.randint(1, 4))
 
-    def ask(self, nodes: Sequence[Node], top_k: int = 1) -> None:
+    def ask(self, nodes: Sequence[Node], fanout: int = 1) -> None:
         part = Part(0)
         for node in nodes:
             _add(part, node.id, node.token, node.position, node.slot, [], True)
-        self.draft([part], top_k)
+        self.draft([part], fanout)
 
-    def draft(self, parts: list[Part], top_k: int = 1) -> None:
+    def draft(self, parts: list[Part], fanout: int = 1) -> None:
         self.job_ids += 1
-        job = Flight(self.job_ids, parts, top_k=top_k)
+        job = Flight(self.job_ids, parts, fanout=fanout)
         self.jobs.append(_copy(job))
         self.pipeline.draft(job)
 
@@ -382,13 +382,13 @@ class Traffic:
                 assert len(expansion.tokens) >= NEEDS, "asked before its taps had come"
             else:
                 first = self.nodes[node].token + 1
-                assert expansion.tokens == list(range(first, first + job.top_k))
+                assert expansion.tokens == list(range(first, first + job.fanout))
 
 
 def _copy(flight: Flight) -> Flight:
     """The pipeline owns the flight from launch on."""
     return Flight(flight.id, [part.keep(list(range(len(part)))) for part in flight.parts],
-                  list(flight.opens), list(flight.closes), flight.top_k)
+                  list(flight.opens), list(flight.closes), flight.fanout)
 
 
 def _add(part: Part, node: int, token: int, position: int, slot: int, path: list[int], want: bool) -> None:
@@ -406,7 +406,7 @@ def _taken(slots: SlotAllocator) -> int:
 
 
 @pytest.fixture(scope="module",
-                params=[pytest.param(name, marks=pytest.mark.processes) if name.startswith("distributed")
+                params=[pytest.param(name, marks=pytest.mark.processes) if name.startswith("workers")
                         else name
                         for name in PIPELINES])
 def traffic(request: pytest.FixtureRequest) -> Iterator[Traffic]:

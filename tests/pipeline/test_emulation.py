@@ -1,7 +1,8 @@
 """Emulated links and paced devices between real processes.
 
-Asserted are the stamps that flights carry: a message is never early, whatever else the machine does; and what
-must be under way at one time is. Nothing is asserted about how late a busy machine is.
+Asserted are legs and events: a message is never early, whatever else the machine does; and what must be under way at
+one time is. Nothing is asserted about how late a busy machine is. Legs lie where `legs.Legs` places them: exactly as
+far apart as links hold their messages, and within `NEAR` seconds of where they were.
 """
 
 from __future__ import annotations
@@ -10,22 +11,24 @@ import math
 import threading
 import time
 from itertools import count
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Opening, Part, Ready
-from fullpipe.pipeline.emulation import Inbound, Outbox
-from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.wire import Arrival, Frame, frame_size
-from fullpipe.pipeline.worker import Cancelled
+from fullpipe.pipeline.cancelled import Cancelled
+from fullpipe.pipeline.emulation import Arrival, Inbound, Outbox, Reply
+from fullpipe.pipeline.frames import Answered, Free, Setup, Stay, Up
+from fullpipe.pipeline.links import Link, Links, StationLinks
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.stations.scripted import hash_token
 from fullpipe.stations.spec import StationSpec
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
+NEAR = 0.01
 ECHO = StationSpec("fullpipe.stations.scripted:EchoDraft")
 
 
@@ -81,7 +84,7 @@ def test_every_link_takes_its_time() -> None:
     first, second, third = landed.legs
     size = 100 * 4 * 4  # the hidden rows alone
     assert first.start - begun >= 0.02
-    assert ready.time - first.end >= 0.02
+    assert ready.time - first.end >= 0.02 - NEAR
     assert second.start - first.end >= 0.05 + size / 4e4
     assert third.start - second.end >= 0.03
     assert landed.time - third.end >= 0.04
@@ -107,8 +110,8 @@ def test_taps_take_the_time_of_their_own_links(needs: int) -> None:
     (drafted,) = [event for event in events if isinstance(event, Drafted)]
     size = 100 * 4 * 4  # the features alone
     first, second = drafted.leg.start - landed.legs[0].end, drafted.leg.start - landed.legs[1].end
-    assert first >= 0.05
-    assert needs == 1 or second >= 0.5 + size / 4e4
+    assert first >= 0.05 - NEAR
+    assert needs == 1 or second >= 0.5 + size / 4e4 - NEAR
     assert taps.count == needs and taps.bytes > needs * size
 
 
@@ -150,7 +153,7 @@ def test_cancel_overtakes_what_is_on_the_way() -> None:
         cancelled = time.monotonic()
         legs = _landings(pipeline, 2)[1].legs
     assert legs[0].nodes == [1]
-    assert legs[1].nodes == ([1] if legs[1].start < cancelled + 0.149 else legs[1].nodes), "it came too early"
+    assert legs[1].nodes == ([1] if legs[1].start < cancelled + 0.15 - NEAR else legs[1].nodes), "it came too early"
     assert legs[2].nodes == legs[3].nodes == []
 
 
@@ -198,13 +201,20 @@ def test_what_cannot_be_emulated_is_refused_at_the_door(arguments: dict[str, Any
 
 
 def test_instant_link_sends_at_once_from_the_caller() -> None:
-    sent: list[Frame] = []
-    Outbox(sent.append, Link()).send({"kind": "ready"})
-    assert sent == [{"kind": "ready"}]
+    sent: list[Reply] = []
+    Outbox(sent.append, Link()).send(Free())
+    assert sent == [Free()]
 
 
-def test_frame_size_is_what_goes_over_the_wire() -> None:
-    assert frame_size({"kind": "ready"}) == 4 + len('{"kind":"ready"}')
+def test_outbox_tells_how_long_the_link_held_an_answer() -> None:
+    sent: SimpleQueue[Reply] = SimpleQueue()
+    outbox, begun = Outbox(sent.put, Link(0.02)), time.monotonic()
+    for number in range(2):
+        outbox.send(Answered(Landed(0.0, number), []))
+    for number in range(2):
+        answer = sent.get(timeout=5)
+        assert isinstance(answer, Answered) and answer.landed.flight == number
+        assert 0.02 <= answer.carried <= time.monotonic() - begun
 
 
 class _Sender:
@@ -216,8 +226,8 @@ class _Sender:
 
     def receive(self) -> Arrival:
         self.asked.release()
-        leg = ["stage 0", 0.0, self._service, self._nodes]
-        return Arrival(Flight(next(self._given)), [leg], None, sent=0.0, size=10, due=math.nan)
+        stay = Stay(0.0, 0.0, self._service, 0.0, self._nodes)
+        return Arrival(Flight(next(self._given)), [stay], None, size=10, came=0.0, due=math.nan)
 
 
 @pytest.mark.parametrize(("latency", "service", "nodes", "most"),
@@ -237,7 +247,7 @@ def test_inbound_lets_come_what_the_window_allows(latency: float, service: float
 
 
 def test_inbound_raises_in_order_what_went_wrong() -> None:
-    first = Arrival(Flight(1), [["stage 0", 0.0, 1.0, [1]]], None, sent=0.0, size=1, due=0.0)
+    first = Arrival(Flight(1), [Stay(0.0, 0.0, 1.0, 0.0, [1])], None, size=1, came=0.0, due=0.0)
     coming = iter([first])
 
     def receive() -> Arrival:
@@ -255,11 +265,12 @@ def test_inbound_raises_in_order_what_went_wrong() -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("frame", "reason", "hint"), [
-    ({"kind": "nonsense"}, "PipelineError: no such kind of frame: 'nonsense'", "of one version"),
-    ({"kind": "flight"}, "KeyError: 'sent'", None),
+@pytest.mark.parametrize(("frame", "reason"), [
+    (Up(), "NonsenseError: b'\\x81\\xa4kind\\xa2Up', which cannot be read (Invalid value 'Up'"),
+    (Setup("stage 0", 0, 1, 1, [], ECHO, StationLinks.of(Links([]), 0, 1), None, 1, 1.0, 1.0, 0, 0, None),
+     "PipelineError: a second setup"),
 ])
-def test_frame_that_makes_no_sense_is_reported(frame: Frame, reason: str, hint: str | None) -> None:
+def test_frame_that_makes_no_sense_is_reported(frame: Any, reason: str) -> None:
     with WorkersPipeline(_stages(0.0)) as pipeline:
         pipeline.launch(_prompt(1))
         _landings(pipeline, 1)
@@ -268,4 +279,4 @@ def test_frame_that_makes_no_sense_is_reported(frame: Frame, reason: str, hint: 
         (failed,) = [event for event in _events_until(pipeline, Failed, 1) if isinstance(event, Failed)]
     assert failed.station == "stage 0"
     assert failed.reason.startswith(reason)
-    assert hint is None if failed.hint is None else hint is not None and hint in failed.hint
+    assert (failed.hint is not None) == isinstance(frame, Setup)

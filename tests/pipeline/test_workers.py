@@ -35,7 +35,7 @@ TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 PARENT = textwrap.dedent("""
     import sys, time, psutil
     sys.path.insert(0, {folder!r})
-    from test_distributed import WorkersPipeline, _stages, _row
+    from test_workers import WorkersPipeline, _stages, _row
     pipeline = WorkersPipeline(_stages(1, stage_0={{"delay_s": {delay}}}))
     pipeline.launch(_row(0))
     child, = psutil.Process().children()
@@ -196,6 +196,42 @@ def test_draft_that_waits_for_a_hung_stage_is_not_the_culprit() -> None:
         failed = _until_failed(pipeline)
         assert failed.station == "stage 1"
         assert "no progress for 0.6 s with flight 0" in failed.reason
+
+
+@pytest.mark.parametrize("about", [0, 3], ids=["launched before", "launched after"])
+def test_draft_that_never_answers_is_found_out_among_flights_that_land(about: int) -> None:
+    """It says that it waits, but all it can wait for has come."""
+    with WorkersPipeline(_tapping(2), _checker(needs=3), timeout=0.5) as pipeline:
+        if about:
+            pipeline.draft(_job(about))
+        pipeline.launch(_row(0))
+        if not about:
+            pipeline.draft(_job(0))
+        begun, failed = time.monotonic(), None
+        for number in range(1, 10_000):
+            slot = 1 + number % 60
+            pipeline.launch(Flight(number, [Part(0, [], [number], [7], [1], [slot], [[slot]], [True])]))
+            events = pipeline.events(5.0)
+            if failed := next((event for event in events if isinstance(event, Failed)), None):
+                break
+        assert failed and time.monotonic() - begun < 5
+        assert failed.station == "draft"
+        assert f"no progress for 0.5 s with job {about}" in failed.reason
+
+
+def test_draft_that_waits_for_a_slow_prompt_is_not_to_blame() -> None:
+    """Its last chunk, which is asked about, is launched only when more time has passed than the draft may take."""
+    chunks = 4
+    with WorkersPipeline(_tapping(1, stage_0={"delay_s": 0.3}), _checker(needs=1), timeout=0.6) as pipeline:
+        last = Part(0, [chunks], [7], [7], [chunks], [chunks], [[]], [True])
+        pipeline.draft(Flight(0, [last], [Opening(0, 64, chunks + 1, SamplingParams())], fanout=2))
+        for number in range(chunks):
+            part = Part(0, [number], [-1], [5], [number], [number], [[]], [False])
+            opens = [] if number else [Opening(0, 64, chunks + 1, SamplingParams())]
+            pipeline.launch(Flight(number, [part], opens))
+            _until(pipeline, Landed)
+        pipeline.launch(Flight(chunks, [last]))
+        assert _until(pipeline, Drafted).job == 0
 
 
 def test_job_whose_taps_nobody_sends_is_overdue() -> None:

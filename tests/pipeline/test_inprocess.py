@@ -9,7 +9,7 @@ import pytest
 
 from driving import TellingEngine
 from fullpipe.errors import PipelineError
-from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Opening, Part, Ready, Tap
+from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Opening, Part, Ready, Tap, Woken
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
 from fullpipe.pipeline.links import Link, Links
@@ -413,3 +413,26 @@ def test_a_job_that_can_never_begin_is_an_error() -> None:
 def test_two_runs_are_equal_to_the_last_digit(name: str) -> None:
     links = Links([Link(0.21, 1e5), Link(0.1)], to_first=Link(0.03), landing=Link(0.2), draft=Link(0.07, 1e6))
     assert engine_run(DEVICES[name], by_rows, links) == engine_run(DEVICES[name], by_rows, links)
+
+
+# ---- besides -------------------------------------------------------------------------------------------------
+
+
+def test_it_wakes_when_it_is_asked_to_whether_or_not_anything_is_under_way() -> None:
+    one = pipeline(1)
+    one.wake(0.5)
+    one.wake(7.0)
+    assert [*one.events(), *one.events()] == [Ready(0.0), Woken(0.5)]
+    one.launch(flight(0))
+    assert [(type(event), event.time) for event in [*one.events(), *one.events()]] \
+        == [(Landed, 1.5), (Ready, 1.5), (Woken, 7.0)]
+    assert one.now() == 7.0
+
+
+def test_the_newest_ids_and_the_time_spent_inside_are_told() -> None:
+    one = pipeline(2)
+    assert (one.newest_flight, one.newest_job, one.seconds_inside) == (-1, -1, 0.0)
+    play(one, 3)
+    one.draft(Flight(5))
+    assert (one.newest_flight, one.newest_job) == (2, 5)
+    assert one.seconds_inside > 0

@@ -1,8 +1,8 @@
 """What this machine takes for the parts of a step: a file of measured seconds, and what lies between them. No torch.
 
 `fullpipe profile` writes the file (`bench/measure.py` takes the times). A cost is the median of some samples and
-their median absolute deviation. Between two measured sizes a cost is interpolated, linearly in rows and in context.
-Below the smallest it is that of the smallest; above the largest the last slope goes on, and never falls.
+their median absolute deviation. Between measured sizes, in rows and in context, a cost lies on a `CostCurve`; below the
+smallest it is that of the smallest.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fullpipe.costs import CostCurve
 from fullpipe.errors import UsageError
 
 FORMAT: Literal["fullpipe-profile"] = "fullpipe-profile"
@@ -62,8 +63,12 @@ class Curve(_Part):
         _check_length("costs", len(self.costs), len(self.sizes))
         return self
 
+    @cached_property
+    def _curve(self) -> CostCurve:
+        return _curve(self.sizes, self.costs)
+
     def at(self, size: float) -> float:
-        return _along(self.sizes, [cost.seconds for cost in self.costs], size)
+        return self._curve(max(size, self.sizes[0]))
 
 
 class Surface(_Part):
@@ -82,9 +87,15 @@ class Surface(_Part):
             _check_length("costs of a number of rows", len(line), len(self.contexts))
         return self
 
+    @cached_property
+    def _by_context(self) -> list[CostCurve]:
+        """A curve by context for each number of rows."""
+        return [_curve(self.contexts, line) for line in self.costs]
+
     def at(self, rows: float, context: float) -> float:
-        by_rows = [_along(self.contexts, [cost.seconds for cost in line], context) for line in self.costs]
-        return _along(self.rows, by_rows, rows)
+        context = max(context, self.contexts[0])
+        by_rows = CostCurve({rows: curve(context) for rows, curve in zip(self.rows, self._by_context)})
+        return by_rows(max(rows, self.rows[0]))
 
 
 class Shape(_Part):
@@ -244,13 +255,5 @@ def _check_length(what: str, found: int, wanted: int) -> None:
         raise ValueError(f"{what}: {found} entries for {wanted} sizes")
 
 
-def _along(sizes: Sequence[int], costs: Sequence[float], size: float) -> float:
-    """Piecewise linear; level below the first size; above the last the last slope, or level if that falls."""
-    if size <= sizes[0] or len(sizes) == 1:
-        return costs[0]
-    index = min(bisect_right(sizes, size), len(sizes) - 1)
-    low, high = sizes[index - 1], sizes[index]
-    slope = (costs[index] - costs[index - 1]) / (high - low)
-    if size > high:
-        return costs[index] + max(slope, 0.0) * (size - high)
-    return costs[index - 1] + slope * (size - low)
+def _curve(sizes: Sequence[int], costs: Sequence[Cost]) -> CostCurve:
+    return CostCurve({size: cost.seconds for size, cost in zip(sizes, costs)})

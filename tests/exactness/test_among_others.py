@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from msgspec import to_builtins
 import torch
 
 import tiny
@@ -68,7 +69,7 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> StationSpec:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     folder = tiny.save(model, tmp_path_factory.mktemp("among") / "draft")
     parts = [("ngram:build_ngram", {}), ("model:build_draft_model", {"model": str(folder), "dtype": "float32"})]
-    sources = [StationSpec(f"fullpipe.stations.drafts.{builder}", args).to_dict() for builder, args in parts]
+    sources = [to_builtins(StationSpec(f"fullpipe.stations.drafts.{builder}", args)) for builder, args in parts]
     return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": sources})
 
 

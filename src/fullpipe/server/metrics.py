@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 
 from fullpipe.engine import RequestStats, Stats, Totals
 from fullpipe.messages import Admitted, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Submitted
-from fullpipe.service import Observer, State, Status
+from fullpipe.supervision import Observer, State, Status
 from fullpipe.trace.flying import Flying
 
 REASONS = ("stop", "length", "abort", "deadline", "error")
@@ -117,7 +117,7 @@ class Metrics(Observer, Collector):
         self._labels, self._vllm_names = {"model_name": model_name}, vllm_names
         self._lock = threading.Lock()
         self._stats = Stats()
-        self._status = Status("starting", 0, 0, 0, 0, 0)
+        self._status = Status("ready", 0, 0, 0, 0, 0)
         self._lives: dict[int, _Life] = {}
         self._since = 0.0  # when the newest stretch of time with requests began
         self._stages: dict[str, _Stage] = {}

@@ -260,7 +260,8 @@ def _assemble_what_pays(prepared: Prepared, say: Say, may_do_without: bool) -> A
 def _with_draft(prepared: Prepared, drafts: tuple[str, ...], depth: int) -> Prepared:
     """The same with other drafts, and so many tokens guessed at a time unless the options say how many."""
     own = prepared.options.method
-    method = replace(own, method="chain", depth=own.depth or depth) if drafts else replace(own, method="pp", depth=None)
+    name = "chain" if drafts else "pp"
+    method = replace(own, method=name, depth=(own.depth or depth) if drafts else None)
     return replace(prepared, drafts=drafts, draft=draft_spec(drafts, prepared.target, _silent),
                    options=replace(prepared.options, method=method))
 

@@ -1,5 +1,5 @@
-"""Every option that a user may set, once, with its default and what it does. The command line, `LLM` and `fullpipe serve`
-read them here, so an option has one name everywhere: that of vLLM where vLLM has it.
+"""Every option that a user may set, once, with its default and what it does. The command line, `LLM` and
+`fullpipe serve` read them here, so an option has one name everywhere: that of vLLM where vLLM has it.
 
     options = Options.of(model="smollm2-135m", stages=4)
     options.pipeline.stages
@@ -42,8 +42,8 @@ class ModelOptions:
 
     model: str = option(DEFAULT_MODEL, "Catalogue name, safetensors directory, GGUF file, or Hugging Face id.",
                         "--model", "-m")
-    draft: str = option("auto", "Who guesses: auto (ngram, and the model's partner; on one device where they pay), none, "
-                        "ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas between.",
+    draft: str = option("auto", "Who guesses: auto (ngram, and the model's partner; in one process where they pay), "
+                        "none, ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas between.",
                         "--draft", "-d")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 where the processor computes in it.")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
@@ -62,14 +62,15 @@ class MethodOptions:
 
     method: str = option("auto", "Which nodes enter the pipeline, and when. auto: fullpipe on stages; in one process "
                          "chain, or pp where guessing does not pay.")
-    width: int | None = option(None, "Tree nodes of a request per flight at most. Default: the method's own; pp and chain "
-                               "have none.")
+    width: int | None = option(None, "Tree nodes of a request per flight at most. Default: the method's own; pp and "
+                               "chain have none.")
     depth: int | None = option(None, "Tokens guessed per traversal; for chain and static-tree alone.")
-    floor: float | None = option(None, "Least probability of a guess, given the text so far. Default: the method's own.")
-    refresh: bool | None = option(None, "Ask the draft again about tokens in flight; for spd and fullpipe alone. Default: "
-                                  "with spd:DIR, which answers better each time.")
-    prefill_share: float | None = option(None, "By how much tokens may slow down while a prompt comes in, as a share; for "
-                                         "fullpipe alone. Default: 1.")
+    floor: float | None = option(None, "Least probability of a guess, given the text so far. Default: the method's "
+                                 "own.")
+    refresh: bool | None = option(None, "Ask the draft again about tokens in flight; for spd and fullpipe alone. "
+                                  "Default: with spd:DIR, which answers better each time.")
+    prefill_share: float | None = option(None, "By how much tokens may slow down while a prompt comes in, as a share; "
+                                         "for fullpipe alone. Default: 1.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +150,8 @@ class ServerOptions:
     write_timeout: float = option(60.0, "Time that a reader may take nothing before it counts as gone.",
                                   metavar="SECONDS")
     request_timeout: float | None = option(None, "Time after which a request ends with what it has.", metavar="SECONDS")
-    shutdown_timeout: int = option(600, "Time that requests still have when the server is told to end; then they are cut "
-                                   "off.", metavar="SECONDS")
+    shutdown_timeout: int = option(600, "Time that requests still have when the server is told to end; then they are "
+                                   "cut off.", metavar="SECONDS")
     log_level: str = option("info", "How much is logged.")
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fullpipe.errors import PromptError, UsageError
 
@@ -59,8 +60,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = _option(False, "Go on past the model's end tokens.")
     logprobs: int | None = None
-    accept_typical: float = _option(0.0, "0: the model's own text. Above 0 (1 at most): LOSSY, a guessed token may stand "
-                                    "where the model would have said another; the smaller, the more.")
+    accept_typical: float = _option(0.0, "0: the model's own text. Above 0 (1 at most): LOSSY, a guessed token may "
+                                    "stand where the model would have said another; the smaller, the more.")
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -1,9 +1,9 @@
 """One engine for many callers: requests come in from any thread, the engine runs in one of its own, and stays up.
 
-The engine knows no threads. `Service` owns one with its pipeline: its thread takes what callers have put into the inbox,
-steps the engine, and hands each request's news to that request's `deliver`. Text is made here, so stop strings are found
-here. When a station fails the service has the pipeline started anew and attaches the engine to it: the texts go on as if
-nothing had happened (DESIGN section 3). `LLM` and the server are its clients. Knows no HTTP.
+The engine knows no threads. `Service` owns one with its pipeline: its thread takes what callers have put into the
+inbox, steps the engine, and hands each request's news to that request's `deliver`. Text is made here, so stop strings
+are found here. When a station fails the service has the pipeline started anew and attaches the engine to it: the texts
+go on as if nothing had happened (DESIGN section 3). `LLM` and the server are its clients. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Update:
     """News of one request, in order.
 
     text: what became certain since the last update. token_ids: what was emitted since then. logprobs, margins: parallel
-    to token_ids where they are asked for, else empty (`Emitted`). reason: set on the last update only: "stop", "length",
-    "abort", "deadline" or "error". error: what happened, with the reason "error".
+    to token_ids where they are asked for, else empty (`Emitted`). reason: set on the last update only: "stop",
+    "length", "abort", "deadline" or "error". error: what happened, with the reason "error".
     """
 
     text: str = ""
@@ -364,8 +364,8 @@ class Service(Generic[W]):
     # ---- failures ----------------------------------------------------------------------------------------
 
     def _note_failure(self, error: Exception, *, built: bool) -> None:
-        """What was emitted before is delivered; who is the cause is ended; the rest waits. built: it was a pipeline that
-        failed; else none could be started, which is no request's fault."""
+        """What was emitted before is delivered; who is the cause is ended; the rest waits. built: it was a pipeline
+        that failed; else none could be started, which is no request's fault."""
         self.failure = error
         log.error("%s", error, exc_info=None if isinstance(error, FullpipeError) else error)
         self._tell_news()

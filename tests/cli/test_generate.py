@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from command import METHODS, PIPELINES, PROMPT, Models, asking, run, running
-from simulated import simulated
 
 import fullpipe
 from fullpipe.cli import generate as verb
@@ -18,6 +17,7 @@ from fullpipe.llm import LLM, Chunk
 from fullpipe.messages import Emitted, Finished, Landed, Launched
 from fullpipe.request import SamplingParams
 from fullpipe.trace.recorder import read_events
+from simulated import simulated
 
 SHAPE = {
     "text": str, "token_ids": list, "finish_reason": str,

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from command import Models
-from simulated import simulated
 
 from fullpipe.errors import StationFailed, UsageError
 from fullpipe.llm import LLM
 from fullpipe.methods import WITH_DEPTH
 from fullpipe.request import SamplingParams
+from simulated import simulated
 
 PARAMS = SamplingParams(max_tokens=12)
 VOCAB = 96

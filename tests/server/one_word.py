@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from fullpipe.engine import RequestStats
 from openai_server import byte_tokenizer
 
+from fullpipe.engine import RequestStats
 from fullpipe.errors import PromptError
-from fullpipe.request import SamplingParams
 from fullpipe.options import ServerOptions
+from fullpipe.request import SamplingParams
 from fullpipe.server.app import ServedModel, create_app
 from fullpipe.service import Deliver, Ticket, Update
 from fullpipe.supervision import Status

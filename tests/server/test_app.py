@@ -11,8 +11,8 @@ import pytest
 from openai_server import MAX_MODEL_LEN, Serve, Served
 
 from fullpipe.errors import Overloaded, PromptError, Unavailable, UsageError
-from fullpipe.request import SamplingParams
 from fullpipe.options import ServerOptions
+from fullpipe.request import SamplingParams
 
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 

@@ -21,10 +21,10 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 from fullpipe import __version__
 from fullpipe.errors import UsageError
+from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
 from fullpipe.server import guard
 from fullpipe.server.answer import Answer, Mailbox
-from fullpipe.options import ServerOptions
 from fullpipe.server.guard import EventStream, Guard
 from fullpipe.server.protocol import REFUSED
 from fullpipe.supervision import Status

@@ -23,10 +23,10 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.service import Asked, Service, Update
-from fullpipe.supervision import Observer
 from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 from fullpipe.stations.spec import StationSpec
+from fullpipe.supervision import Observer
 
 VOCAB, SEED = 50, 3
 TRUTH = {"kind": "hash", "vocab": VOCAB, "seed": SEED}

@@ -26,7 +26,8 @@ _PICTURE = Path("fullpipe-demo.png")
 def demo(
     model: Annotated[ModelOptions, Only("model", "draft", "dtype")],
     prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="The prompt.")] = PROMPT,
-    pipeline: Annotated[PipelineOptions, Only("stages", "link_ms", "threads")] = PipelineOptions(stages=4, link_ms=25.0),
+    pipeline: Annotated[PipelineOptions, Only("stages", "link_ms", "threads")]
+    = PipelineOptions(stages=4, link_ms=25.0),
     sampling: Annotated[SamplingParams, Only("max_tokens")] = SamplingParams(max_tokens=64),
     picture: Annotated[Path, typer.Option("--picture", metavar="FILE", help="Where the picture of both pipelines over "
                                           "time goes, .png or .svg.")] = _PICTURE,
@@ -37,8 +38,8 @@ def demo(
     fetch_all(model)
     from fullpipe.llm import LLM
 
-    console.print_note(f"{model.model} on {pipeline.stages} stage processes of this machine; every message between them "
-                       f"is held for {pipeline.link_ms:g} ms, as a link between sites would.")
+    console.print_note(f"{model.model} on {pipeline.stages} stage processes of this machine; every message between "
+                       f"them is held for {pipeline.link_ms:g} ms, as a link between sites would.")
     events: list[Event] = []
     options = Options(model=model, method=MethodOptions(method="fullpipe"), pipeline=pipeline)
     with LLM.of(options, listeners=[events.append], progress=console.print_note) as llm:
@@ -47,8 +48,8 @@ def demo(
         console.print_note(f"\n{asked[0]['content']}")
         plain, its_events = _run(llm, "pp", "plain pipeline parallelism: every token goes through all stages before the "
                                  "next sets off", asked, sampling, events)
-        ours, our_events = _run(llm, "fullpipe", "fullpipe: the stages are filled with guesses of the same text", asked,
-                                sampling, events)
+        ours, our_events = _run(llm, "fullpipe", "fullpipe: the stages are filled with guesses of the same text",
+                                asked, sampling, events)
     _compare(plain, ours, pipeline)
     if drawable:
         _draw(its_events, our_events, picture)
@@ -75,15 +76,16 @@ def _run(llm: LLM, method: str, title: str, asked: list[dict[str, str]], params:
 def _speed(one: Completion) -> str:
     timing, told = one.timing, one.speculation
     return (f"{one.usage['completion_tokens']} tokens, {1e3 * timing['tbt_s']:.0f} ms each after the first "
-            f"({timing['wall_s']:.1f} s in all; of {told['hits'] + told['misses']} tokens {told['hits']} were in flight "
-            "when they were needed)")
+            f"({timing['wall_s']:.1f} s in all; of {told['hits'] + told['misses']} tokens {told['hits']} were in "
+            "flight when they were needed)")
 
 
 def _compare(plain: Completion, ours: Completion, pipeline: PipelineOptions) -> None:
     faster = plain.timing["tbt_s"] / ours.timing["tbt_s"] if ours.timing["tbt_s"] else 0.0
-    typer.echo(f"\ntext identical: {_verdict(ours, plain)}\nspeedup: {faster:.2f}x on the wall clock, time between tokens")
-    console.print_note(f"Lived through here: {pipeline.stages} processes and a draft on this one machine, with emulated "
-                       f"links of {pipeline.link_ms:g} ms one way. No part of it was calculated.")
+    typer.echo(f"\ntext identical: {_verdict(ours, plain)}\n"
+               f"speedup: {faster:.2f}x on the wall clock, time between tokens")
+    console.print_note(f"Lived through here: {pipeline.stages} processes and a draft on this one machine, with "
+                       f"emulated links of {pipeline.link_ms:g} ms one way. No part of it was calculated.")
 
 
 def _verdict(ours: Completion, plain: Completion) -> str:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".svg")
 _SUFFIXES = (".json", *PICTURES, ".html", ".jsonl")
 _CLOCKS: dict[str, Clock] = {"virtual": "virtual time", "wall": "wall-clock time"}
-_ClockName = one_of(*_CLOCKS)
+if TYPE_CHECKING:
+    _ClockName = str
+else:
+    _ClockName = one_of(*_CLOCKS)
 
 
 def trace(

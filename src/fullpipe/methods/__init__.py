@@ -48,6 +48,7 @@ def make_method(name: str, *, width: int | None = None, depth: int | None = None
     return METHODS[name](machine=machine, **{key: value for key, value in options.items() if value is not None})
 
 
-__all__ = ["METHODS", "OF_SOME", "PROBABILITY_FLOOR", "WITH_DEPTH", "WITH_REFRESH", "Chain", "Chosen", "FullPipe", "Load",
+__all__ = ["METHODS", "OF_SOME", "PROBABILITY_FLOOR", "WITH_DEPTH", "WITH_REFRESH", "Chain", "Chosen", "FullPipe",
+           "Load",
            "Method", "PerTree", "PipeDec", "PlainPipeline", "Ppsd", "RefreshingMethod", "Spd", "StaticTree",
            "make_method"]

@@ -33,8 +33,8 @@ class RunOptions:
     vocab_size: int = option(8192, "Without --vocab: the tokens said most.")
     threads: int | None = option(None, "Compute threads.")
     save_minutes: float = option(2.0, "Minutes between saves.")
-    features: Path | None = option(None, "Where the target's hidden states are kept, 2 bytes a number; runs on the same "
-                                   "text can share them. Default: in --out.", metavar="DIR")
+    features: Path | None = option(None, "Where the target's hidden states are kept, 2 bytes a number; runs on the "
+                                   "same text can share them. Default: in --out.", metavar="DIR")
     feature_taps: tuple[int, ...] | None = listed(1, "Further layers to keep there, for other runs.")
 
     def __post_init__(self) -> None:
@@ -66,8 +66,8 @@ class Plan:
     layers: int = option(1, "Decoder layers of the module.")
     bounds: tuple[int, ...] | None = listed(0, "Layers finished where hidden states are read, 0 being the embedding. "
                                             "Default: chosen for the stages.", "--taps")
-    init_layers: tuple[int, ...] | None = listed(0, "Layers of the target that the module's start as. Default: from its "
-                                                 "middle.")
+    init_layers: tuple[int, ...] | None = listed(0, "Layers of the target that the module's start as. Default: from "
+                                                 "its middle.")
     shared_head: bool = option(True, "Use the target's head, frozen, or train one.")
     loss: str = option("forward-kl", "forward-kl, reverse-kl or total-variation.")
     max_length: int = option(512, "Tokens of a text; longer ones are cut into several.")

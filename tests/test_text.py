@@ -24,7 +24,7 @@ class Letters:
 def read(text: str, stop: tuple[str, ...]) -> tuple[str, list[str], bool]:
     reply, pieces, stopped = Reply(Letters(), stop), [], False
     for letter in text:
-        stopped = reply.judge(ord(letter)) == "stop"
+        stopped = reply.push(ord(letter))
         pieces.append(reply.fresh())
         if stopped:
             break

@@ -1,126 +1,54 @@
-"""From names to a pipeline: resolve, check, cut, describe every station, start them."""
+"""From names and options to a running pipeline: resolve, check, cut, describe every station, start them, measure them.
+
+    prepared = prepare(Options.of(model="smollm2-135m", stages=4))   # nothing heavy has been read yet
+    pipeline = start(prepared)
+    method = prepared.method(measured(prepared, pipeline))
+
+`assemble` does all of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from msgspec import to_builtins
 
+from fullpipe.cluster.alone import choose
+from fullpipe.cluster.calibrate import measure_machine
+from fullpipe.cluster.kept import KeptCosts
 from fullpipe.cluster.partition import cut
+from fullpipe.costs import Machine
 from fullpipe.errors import DraftMismatch, UsageError
-from fullpipe.hub import CATALOGUE, resolve
-from fullpipe.models.config import ModelConfig
-from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
+from fullpipe.hub import CATALOGUE, cache, resolve
+from fullpipe.methods import OF_SOME, Method, make_method
+from fullpipe.options import Options
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.planning.cluster import Cluster, DraftCosts
+from fullpipe.stations.base import DraftLike, StageLike
 from fullpipe.stations.drafts.names import module_folder
 from fullpipe.stations.spec import StationSpec
+from fullpipe.threads import cores
+
+if TYPE_CHECKING:
+    from fullpipe.models.config import ModelConfig
+    from fullpipe.models.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 _NGRAM = "fullpipe.stations.drafts.ngram:build_ngram"
-# Beside a model, a match of a single token only displaces better guesses (docs/log.md).
+# Beside a model, a match of a single token only displaces better guesses (docs/log).
 MIXED_MIN_N = 2
 
 _HEARTBEAT_TIMEOUT_S = 10.0
-_LONGEST_S = 86_400.0  # the system's own waits overflow at 24 days
+_ROWS = (1, 2, 4, 8, 16, 32)  # of the flights that are measured
+_WORTH_KEEPING_S = 0.5  # what is measured sooner is measured again
 
 
-@dataclass(frozen=True, slots=True)
-class Assembly:
-    """A running pipeline and what its users must know. clock: "wall" or "virtual"."""
-
-    pipeline: Pipeline
-    tokenizer: Tokenizer
-    clock: str
-    max_model_len: int
-    vocab_size: int
-
-
-def assemble(model: str, *, draft: str, stages: int, method: str, needs_draft: bool, dtype: str,
-             pipeline: Literal["inprocess", "distributed"], clock: Literal["virtual", "wall"],
-             costs: Literal["measured", "unit"], link_ms: float, link_mbit: float | None,
-             pace: Mapping[str, Mapping[Any, float]] | None, threads: int | None, max_model_len: int | None,
-             margins: bool, timeout: float, start_timeout: float, progress: Say,
-             cluster: Cluster | None = None) -> Assembly:
-    """Everything that `LLM` needs, checked before the first weight is read."""
-    for name, value, known in (("pipeline", pipeline, ("inprocess", "distributed")),
-                               ("clock", clock, ("virtual", "wall")), ("costs", costs, ("measured", "unit")),
-                               ("dtype", dtype, ("auto", "float32", "bfloat16"))):
-        if value not in known:
-            raise UsageError(f"unknown {name} {value!r}", hint=f"Known are: {', '.join(known)}.")
-    for ok, what in (
-        (link_ms >= 0, f"the link latency must be 0 or more (got {link_ms} ms)"),
-        (timeout > 0, f"the time-out must be above 0 (got {timeout:g} s)"),
-        (0 < start_timeout <= _LONGEST_S,
-         f"the time to start must be above 0 and at most a day (got {start_timeout:g} s)"),
-        (threads is None or threads >= 1, f"threads must be 1 or more (got {threads})"),
-        (max_model_len is None or max_model_len >= 1, f"max_model_len must be 1 or more (got {max_model_len})"),
-        (link_mbit is None or link_mbit > 0, f"the links' bandwidth must be above 0 (got {link_mbit} Mbit/s)"),
-        ((not link_ms and link_mbit is None) or (pipeline, clock) != ("inprocess", "wall"),
-         "links can be given in virtual time and for stage processes; in one process on the wall clock there are none"),
-        (cluster is None or (clock, costs) == ("virtual", "measured"),
-         "a cluster has its own costs: leave out the clock and the costs"),
-        (cluster is None or not (link_ms or link_mbit or pace),
-         "a cluster has its own links and paces: leave them out"),
-        (pace is None or pipeline == "distributed", "devices can be paced only where they are processes (distributed)"),
-    ):
-        if not ok:
-            raise UsageError(what)
-    links = cluster.links if cluster is not None else Links.even(stages, Link.of(link_ms, link_mbit))
-    from fullpipe.models.weights import open_model
-
-    path = resolve(model)
-    files = open_model(path)
-    tokenizer = Tokenizer.load(path)
-    vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
-    dtype = pick_dtype(dtype)
-    wanted = needs_draft or draft != "auto"
-    names = draft_names(model, draft) if wanted else []
-    ends = stage_ends(files.config, stages)
-    target = Target(path, files.config, tokenizer, dtype, vocab, ends)
-    source = draft_spec(names, target, progress)
-    if cluster is not None:
-        DraftCosts(cluster, names).check()
-    specs = stage_specs(target, margins=margins, taps=taps_of(names))
-    if needs_draft and source is None:
-        raise UsageError(f"the method {method} needs a draft",
-                         hint="Name one (a model, or ngram), or use the method pp.")
-    length = min(max_model_len or files.config.max_positions, files.config.max_positions)
-    if cluster is not None and pipeline == "distributed":
-        pace = cluster.pace(names)
-    progress(f"loading {path.name} as {stages} stages in {dtype}")
-    if pipeline == "distributed":
-        from fullpipe.pipeline.workers import WorkersPipeline
-
-        processes = WorkersPipeline(specs, source, links=links, pace=pace, threads=threads or 1, timeout=timeout,
-                                        heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, timeout),
-                                        start_timeout=start_timeout)
-        return Assembly(processes, tokenizer, "wall", length, vocab)
-    row_bytes = files.config.sizes(2 if dtype == "bfloat16" else 4).row_bytes
-    stations = _inprocess(specs, source, clock, costs, links, cluster, names, threads, row_bytes)
-    return Assembly(stations, tokenizer, clock, length, vocab)
-
-
-def _inprocess(specs: list[StationSpec], source: StationSpec | None, clock: Literal["virtual", "wall"], costs: str,
-               links: Links, cluster: Cluster | None, names: list[str], threads: int | None,
-               row_bytes: int) -> Pipeline:
-    import torch
-
-    from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs, unit_costs
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    stages, draft = [spec.build() for spec in specs], source.build() if source else None
-    if cluster is not None:
-        return InProcessPipeline(stages, draft, costs=DraftCosts(cluster, names), links=cluster.links,  # type: ignore
-                                 message_bytes=cluster.message_bytes, device_of=cluster.device_of)
-    return InProcessPipeline(stages, draft, clock=clock, links=links,  # type: ignore[arg-type]
-                             costs=unit_costs if costs == "unit" else measured_costs,
-                             message_bytes=lambda rows: rows * row_bytes)
+def _silent(line: str) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +61,212 @@ class Target:
     dtype: str
     vocab: int
     ends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known before the first weight is read.
+
+    options: with nothing left to be decided: the method, the draft and the dtype have names. stages, draft: how each
+    station is built. drafts: who guesses, by name. max_model_len: tokens of prompt and answer together.
+    """
+
+    options: Options
+    target: Target
+    stages: tuple[StationSpec, ...]
+    draft: StationSpec | None
+    drafts: tuple[str, ...]
+    max_model_len: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.target.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of real tokens, padding of the matrices not counted."""
+        return self.target.vocab
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row's hidden state on its way from stage to stage."""
+        return self.target.config.sizes(2 if self.target.dtype == "bfloat16" else 4).row_bytes
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the stations are processes of their own."""
+        return self.options.pipeline.stages is not None
+
+    @property
+    def reads_taps(self) -> bool:
+        """Whether the draft reads hidden states of the stages."""
+        return any(module_folder(name) for name in self.drafts)
+
+    def method(self, machine: Machine | None = None, name: str | None = None, **changes: Any) -> Method:
+        """The method of the options; or another one, to which those of its options go that it has. changes: options
+        that differ; None changes nothing. A draft of kind spd answers better when it is asked again about a node, so
+        unless somebody has said otherwise it is. Raises UsageError as `make_method` does."""
+        own, name = self.options.method, name or self.options.method.method
+        values = {one.name: getattr(own, one.name) for one in fields(own) if one.name != "method"}
+        if values["refresh"] is None:
+            values["refresh"] = any(draft.startswith("spd:") for draft in self.drafts) or None
+        values = {key: value for key, value in values.items() if name in OF_SOME.get(key, (name,))}
+        return make_method(name, machine=machine, **values | {k: v for k, v in changes.items() if v is not None})
+
+    def build(self) -> tuple[list[StageLike], DraftLike | None]:
+        """Every station, made in this process."""
+        return [spec.build() for spec in self.stages], self.draft.build() if self.draft else None  # type: ignore
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A pipeline that runs, and nothing is under way in it. method: made for it. rebuild: starts another one like it,
+    where the stations are processes that may die."""
+
+    prepared: Prepared
+    pipeline: Pipeline
+    method: Method
+    rebuild: Callable[[], Pipeline] | None = None
+
+
+def assemble(options: Options, say: Say = _silent) -> Assembly:
+    """Everything that it takes to answer, checked before the first weight is read. say: told what takes time.
+
+    Raises UsageError, ModelError and their kin for what cannot be done; StationFailed when a process dies or does not
+    start in time.
+    """
+    prepared = prepare(options, say)
+    if options.method.method == "auto" and prepared.options.method.method == "chain":
+        return _assemble_what_pays(prepared, say, may_do_without=options.model.draft == "auto")
+    pipeline = start(prepared, say)
+    try:
+        method = prepared.method(measured(prepared, pipeline, say))
+    except BaseException:
+        pipeline.close()
+        raise
+    return Assembly(prepared, pipeline, method, (lambda: start(prepared, say)) if prepared.distributed else None)
+
+
+def prepare(options: Options, say: Say = _silent) -> Prepared:
+    """Find the models, check that they fit together and with the options, and cut the target into stages."""
+    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.weights import open_model
+
+    name, asked = options.model.model, options.method
+    names = draft_names(name, options.model.draft)
+    if asked.method == "auto":
+        asked = replace(asked, method=_what_auto_means(names, options.pipeline.stages))
+    check = make_method(asked.method, width=asked.width, depth=asked.depth, floor=asked.floor, refresh=asked.refresh,
+                        prefill_share=asked.prefill_share)
+    if check.needs_draft and not names:
+        raise UsageError(f"the method {asked.method} needs a draft",
+                         hint="Name one (a model, or ngram), or use the method pp.")
+    if options.model.draft == "auto" and not check.needs_draft:
+        names = []
+    path = resolve(name)
+    files = open_model(path)
+    tokenizer = Tokenizer.load(path)
+    vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
+    ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
+    target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype), vocab, ends)
+    draft = draft_spec(names, target, say)
+    length = min(options.model.max_model_len or files.config.max_positions, files.config.max_positions)
+    stages = stage_specs(target, margins=options.model.margins, taps=taps_of(names))
+    return Prepared(replace(options, method=asked), target, tuple(stages), draft, tuple(names), length)
+
+
+def _what_auto_means(names: Sequence[str], stages: int | None) -> str:
+    """Stages that work at the same time want to be filled. A single process does one thing after another: there a text
+    that was guessed is verified at once, if guessing pays."""
+    if not names:
+        return "pp"
+    return "fullpipe" if stages is not None or any(map(module_folder, names)) else "chain"
+
+
+def start(prepared: Prepared, say: Say = _silent) -> Pipeline:
+    """All stations: processes, or one stage and a draft that take turns in this one."""
+    options = prepared.options.pipeline
+    where = "in this process" if options.stages is None else f"as {len(prepared.stages)} stages"
+    say(f"loading {prepared.target.path.name} {where} in {prepared.target.dtype}")
+    if options.stages is None:
+        return _in_this_process(*prepared.build(), options.threads)
+    from fullpipe.pipeline.workers import WorkersPipeline
+
+    links = Links.even(len(prepared.stages), Link.of(options.link_ms, options.link_mbit))
+    return WorkersPipeline(prepared.stages, prepared.draft, links=links, threads=options.threads or 1,
+                               timeout=options.timeout, heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, options.timeout),
+                               start_timeout=options.start_timeout)
+
+
+def _in_this_process(stages: Sequence[StageLike], draft: DraftLike | None, threads: int | None) -> Pipeline:
+    import torch
+
+    from fullpipe.pipeline.inprocess import InProcessPipeline
+
+    torch.set_num_threads(threads or cores())
+    return InProcessPipeline(stages, draft, clock="wall")
+
+
+# ---- what rows cost here ---------------------------------------------------------------------------------
+
+
+def measured(prepared: Prepared, pipeline: Pipeline, say: Say = _silent) -> Machine | None:
+    """What rows cost on these stations, for the method that weighs it. Measured once: a file keeps what took a while."""
+    if prepared.options.method.method != "fullpipe":
+        return None
+    return _costs(prepared, pipeline, say)
+
+
+def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
+    kept = _kept_costs(prepared)
+    if machine := kept.load():
+        return machine
+    say("measuring what rows cost")
+    options = prepared.options.pipeline
+    link_s = len(prepared.stages) * options.link_ms / 1e3 if options.stages else 0.0
+    began = time.monotonic()
+    machine = measure_machine(pipeline, _ROWS, draft=not prepared.reads_taps, link_s=link_s)
+    if time.monotonic() - began > _WORTH_KEEPING_S and kept.save(machine):
+        say(f"kept in {kept.path}; remove it to have it measured again")
+    return machine
+
+
+def _kept_costs(prepared: Prepared) -> KeptCosts:
+    options, target = prepared.options.pipeline, prepared.target
+    return KeptCosts.of(cache.home() / "profiles", {
+        "model": str(target.path), "draft": ",".join(prepared.drafts), "dtype": target.dtype, "stages": options.stages,
+        "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
+
+
+def _assemble_what_pays(prepared: Prepared, say: Say, may_do_without: bool) -> Assembly:
+    """In one process: guess with the draft, or with n-gram alone, or not at all, whatever is quickest here."""
+    stages: list[StageLike] | None = None
+    machine = _kept_costs(prepared).load()
+    if machine is None:
+        say(f"loading {prepared.target.path.name} in this process in {prepared.target.dtype}")
+        stages, draft = prepared.build()
+        machine = _costs(prepared, _in_this_process(stages, draft, prepared.options.pipeline.threads), say)
+    best = choose(machine, prepared.drafts, may_do_without=may_do_without)
+    say(best.why)
+    chosen = _with_draft(prepared, best.drafts, best.depth)
+    if stages is None:
+        return Assembly(chosen, start(chosen, say), chosen.method())
+    if best.drafts != prepared.drafts:
+        draft = chosen.draft.build() if chosen.draft else None  # type: ignore[assignment]
+    pipeline = _in_this_process(stages, draft, prepared.options.pipeline.threads)
+    return Assembly(chosen, pipeline, chosen.method())
+
+
+def _with_draft(prepared: Prepared, drafts: tuple[str, ...], depth: int) -> Prepared:
+    """The same with other drafts, and so many tokens guessed at a time unless the options say how many."""
+    own = prepared.options.method
+    name = "chain" if drafts else "pp"
+    method = replace(own, method=name, depth=(own.depth or depth) if drafts else None)
+    return replace(prepared, drafts=drafts, draft=draft_spec(drafts, prepared.target, _silent),
+                   options=replace(prepared.options, method=method))
+
+
+# ---- cutting and describing ------------------------------------------------------------------------------
 
 
 def stage_ends(config: ModelConfig, stages: int) -> tuple[int, ...]:
@@ -156,7 +290,7 @@ def stage_specs(target: Target, *, margins: bool, taps: Sequence[int] = ()) -> l
 
 
 def draft_names(model: str, draft: str) -> list[str]:
-    """The sources that `draft` stands for, in order; empty for "none"."""
+    """The drafts that `draft` stands for, in order; empty for "none"."""
     names = [name.strip() for name in default_draft(model, draft).split(",")]
     if names == ["none"]:
         return []
@@ -164,11 +298,6 @@ def draft_names(model: str, draft: str) -> list[str]:
         raise UsageError(f"{draft!r} names no draft",
                          hint="Use none, ngram, a model, spd:DIR, exit:DIR, or several with commas between.")
     return names
-
-
-def deepens(draft: str) -> bool:
-    """Whether a source of this draft answers better when it is asked again about a node in flight."""
-    return any(name.strip().startswith("spd:") for name in draft.split(","))
 
 
 def default_draft(model: str, draft: str) -> str:
@@ -179,7 +308,7 @@ def default_draft(model: str, draft: str) -> str:
     return partner if partner == "ngram" else f"{partner},ngram"
 
 
-def draft_spec(names: list[str], target: Target, say: Say) -> StationSpec | None:
+def draft_spec(names: Sequence[str], target: Target, say: Say) -> StationSpec | None:
     """The draft station's spec, or None without names. Raises DraftMismatch for what does not fit the target."""
     if not names:
         return None
@@ -193,6 +322,8 @@ def draft_spec(names: list[str], target: Target, say: Say) -> StationSpec | None
 
 
 def _one_draft(name: str, target: Target, say: Say) -> StationSpec:
+    from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
+
     if name == "ngram":
         return StationSpec(_NGRAM)
     if folder := module_folder(name):
@@ -220,7 +351,7 @@ def _module_spec(name: str, folder: Path, target: Target, say: Say) -> StationSp
         "module": str(folder), "model": str(target.path), "dtype": target.dtype, "vocab": target.vocab, "parity": same})
 
 
-def taps_of(names: list[str]) -> list[int]:
+def taps_of(names: Sequence[str]) -> list[int]:
     """After how many layers the stages are tapped for these sources, rising."""
     from fullpipe.models.spd_checkpoint import load_config
 

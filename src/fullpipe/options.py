@@ -1,29 +1,232 @@
-"""Every option that a user may set, once, with its default. The command line, `LLM` and `fullpipe serve` read them here."""
+"""Every option that a user may set, once, with its default and what it does. The command line, `LLM` and
+`fullpipe serve` read them here, so an option has one name everywhere: that of vLLM where vLLM has it.
+
+    options = Options.of(model="smollm2-135m", stages=4)
+    options.pipeline.stages
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from fullpipe.errors import UsageError
+
+DEFAULT_MODEL = "qwen2.5-coder-1.5b"
+DTYPES = ("auto", "float32", "bfloat16")
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
+
+_LONGEST_S = 86_400.0  # the system's own waits overflow at 24 days
+
+
+def option(default: Any, help: str, *flags: str, metavar: str | None = None) -> Any:
+    """A field that the command line offers. flags: other spellings than `--its-name`. A field that is made without this
+    is for Python alone."""
+    return field(default=default, metadata={"help": help, "flags": flags, "metavar": metavar})
+
+
+def _refuse_unless(*checks: tuple[bool, str]) -> None:
+    for ok, what in checks:
+        if not ok:
+            raise UsageError(what)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model answers, and which draft guesses. margins: report of every token how far it stood above the second
+    best (`Completion.margins`)."""
+
+    model: str = option(DEFAULT_MODEL, "Catalogue name, safetensors directory, GGUF file, or Hugging Face id.",
+                        "--model", "-m")
+    draft: str = option("auto", "Who guesses: auto (ngram, and the model's partner; in one process where they pay), "
+                        "none, ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas between.",
+                        "--draft", "-d")
+    dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 where the processor computes in it.")
+    max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
+    margins: bool = False
+
+    def __post_init__(self) -> None:
+        length = self.max_model_len
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}", hint=f"Known are: {', '.join(DTYPES)}.")
+        _refuse_unless((length is None or length >= 1, f"max_model_len must be 1 or more (got {length})"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodOptions:
+    """Which nodes enter the pipeline, and when (`fullpipe.methods`, which also checks the values)."""
+
+    method: str = option("auto", "Which nodes enter the pipeline, and when. auto: fullpipe on stages; in one process "
+                         "chain, or pp where guessing does not pay.")
+    width: int | None = option(None, "Tree nodes of a request per flight at most. Default: the method's own; pp and "
+                               "chain have none.")
+    depth: int | None = option(None, "Tokens guessed per traversal; for chain and static-tree alone.")
+    floor: float | None = option(None, "Least probability of a guess, given the text so far. Default: the method's "
+                                 "own.")
+    refresh: bool | None = option(None, "Ask the draft again about tokens in flight; for spd and fullpipe alone. "
+                                  "Default: with spd:DIR, which answers better each time.")
+    prefill_share: float | None = option(None, "By how much tokens may slow down while a prompt comes in, as a share; "
+                                         "for fullpipe alone. Default: 1.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineOptions:
+    """Where the model runs."""
+
+    stages: int | None = option(None, "Processes on this machine to cut the model over, and one more for the draft. "
+                                "Default: one stage, in this process.")
+    threads: int | None = option(None, "Compute threads, of each stage process: 1. Default: all cores in one process.")
+    link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")
+    link_mbit: float | None = option(None, "Emulate links between the stages: bandwidth in Mbit/s. Default: unlimited.")
+    timeout: float = option(60.0, "Time without progress after which a stage process counts as hung.",
+                            metavar="SECONDS")
+    start_timeout: float = option(300.0, "Time that the stage processes may take to start.", metavar="SECONDS")
+
+    def __post_init__(self) -> None:
+        _refuse_unless(
+            (self.threads is None or self.threads >= 1, f"threads must be 1 or more (got {self.threads})"),
+            (0 <= self.link_ms < math.inf, f"the link latency must be 0 or more (got {self.link_ms} ms)"),
+            (self.link_mbit is None or self.link_mbit > 0,
+             f"the links' bandwidth must be above 0 (got {self.link_mbit} Mbit/s)"),
+            (self.timeout > 0, f"the time-out must be above 0 (got {self.timeout:g} s)"),
+            (0 < self.start_timeout <= _LONGEST_S,
+             f"the time to start must be above 0 and at most a day (got {self.start_timeout:g} s)"))
+        if self.stages is None:
+            self._refuse_what_needs_stages()
+
+    def _refuse_what_needs_stages(self) -> None:
+        for one in fields(self):
+            if one.name not in ("stages", "threads") and getattr(self, one.name) != one.default:
+                raise UsageError(f"{one.name} is for stage processes, and there are none",
+                                 hint="Say how many there shall be: --stages 2.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How requests share the stations.
 
-    max_num_seqs: requests that run at a time; the others wait in the engine. None: all.
-    kv_cache_tokens: cache slots of all requests together, on each station. Then a request's cache begins small and
-        grows; one that does not fit waits; and where there is nothing left to grow into, the youngest goes back to
-        waiting, to be computed again from what it has emitted. None: no bound.
-    enable_prefix_caching: keep the caches of finished requests while there is room, and let requests that begin alike
-        take rows over. Needs kv_cache_tokens, and a draft that reads no hidden states: of rows that are not computed
-        they never come.
-    prefill_chunk: prompt tokens of a request in one flight at most.
-    fanout: guesses that the draft is asked for per node.
-    spare_slots: slots of a request beyond prompt and answer, for speculation. None: enough for the method.
+    With a bound of cache memory a request's cache begins small and grows; one that does not fit waits; and where there
+    is nothing left to grow into, the youngest goes back to waiting, to be computed again from what it has emitted.
+    Prefixes can be shared only within such a bound, and not with drafts that read hidden states: of rows that are not
+    computed they never come.
+
+    prefill_chunk: prompt tokens of a request in one flight at most. fanout: guesses that the draft is asked for per
+    node. spare_slots: slots of a request beyond prompt and answer, for speculation; None: enough for the method.
     """
 
-    max_num_seqs: int | None = None
-    kv_cache_tokens: int | None = None
-    enable_prefix_caching: bool = False
+    max_num_seqs: int | None = option(None, "Requests that run at a time; the others wait. None: all.")
+    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage. None: no bound.")
+    enable_prefix_caching: bool = option(False, "Let requests that begin alike share what is computed; off with draft "
+                                         "modules.")
     prefill_chunk: int = 256
     fanout: int = 16
     spare_slots: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "kv_cache_tokens"):
+            value = getattr(self, name)
+            _refuse_unless((value is None or value >= 1, f"{name} must be 1 or more (got {value})"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Doors and limits of `fullpipe serve`."""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all.")
+    port: int = option(8000, "Port to listen on.")
+    api_key: tuple[str, ...] = option((), "Key that opens /v1 and the page's feed; may be repeated. If not given, "
+                                      "FULLPIPE_API_KEY, which is one key. None: open to all who reach it.")
+    served_model_name: tuple[str, ...] = option((), "Name in the API, in place of the model's; may be repeated.")
+    allowed_origins: tuple[str, ...] = option((), "Origin of web pages elsewhere that may ask (CORS); may be repeated.")
+    max_waiting: int = option(256, "Requests that may wait; more are turned away (429).")
+    max_connections: int = option(512, "HTTP requests at once, probes not counted; more are turned away (429).")
+    max_choices: int = option(256, "Texts that one request may ask for, prompts times n.")
+    max_body_bytes: int = option(4 * 2**20, "Size of a request's body at most.")
+    body_timeout: float = option(60.0, "Time that a request's body may take to arrive.", metavar="SECONDS")
+    write_timeout: float = option(60.0, "Time that a reader may take nothing before it counts as gone.",
+                                  metavar="SECONDS")
+    request_timeout: float | None = option(None, "Time after which a request ends with what it has.", metavar="SECONDS")
+    shutdown_timeout: int = option(600, "Time that requests still have when the server is told to end; then they are "
+                                   "cut off.", metavar="SECONDS")
+    log_level: str = option("info", "How much is logged.")
+
+    def __post_init__(self) -> None:
+        for key in self.api_key:
+            if not key or any(map(str.isspace, key)):
+                raise UsageError("an API key is empty" if not key else "an API key has white space in it",
+                                 hint="A key is one word, of FULLPIPE_API_KEY too. Name none at all, and unset the "
+                                      "variable, to let everybody in.")
+        _refuse_unless(
+            (0 <= self.port < 65536, f"the port must be below 65536 (got {self.port})"),
+            (self.max_waiting >= 0, f"max_waiting must be 0 or more (got {self.max_waiting})"),
+            (self.shutdown_timeout >= 0, f"shutdown_timeout must be 0 or more (got {self.shutdown_timeout})"),
+            (self.log_level in LOG_LEVELS, f"unknown log level {self.log_level!r}; known are {', '.join(LOG_LEVELS)}"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How the text of a prompt becomes a prompt."""
+
+    system: str | None = option(None, "System message.")
+    chat_template: bool = option(True, "Ask through the model's chat template, or continue the prompt as plain text.")
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """All that it takes to have a model answer. The defaults are those of `LLM` and `fullpipe generate`."""
+
+    model: ModelOptions = ModelOptions()
+    method: MethodOptions = MethodOptions()
+    pipeline: PipelineOptions = PipelineOptions()
+    engine: EngineOptions = EngineOptions(max_num_seqs=16)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """The defaults with these options set, whichever part they belong to.
+
+        Raises UsageError for names that do not exist, values of a wrong type, and what cannot be.
+        """
+        return cls().having(**values)
+
+    def having(self, **values: Any) -> Self:
+        """The same with these options set."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        owner = {one.name: name for name, part in parts.items() for one in fields(part)}
+        for name in values:
+            if name not in owner:
+                raise _unknown(name, list(owner))
+        return replace(self, **{name: _having(part, {key: values[key] for key in values if owner[key] == name})
+                                for name, part in parts.items()})
+
+
+def _having(part: T, values: dict[str, Any]) -> T:
+    """The options with these values, whose types are checked."""
+    if not values:
+        return part
+    whole = {one.name: getattr(part, one.name) for one in fields(part)} | values  # type: ignore[arg-type]
+    try:
+        return msgspec.convert(whole, type(part))
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        what, _, where = str(error).partition(" - at `$.")
+        raise UsageError(f"{where.removesuffix('`')}: {what[:1].lower()}{what[1:]}") from None
+
+
+def _unknown(name: str, known: list[str]) -> UsageError:
+    near = difflib.get_close_matches(name, known, n=1)
+    return UsageError(f"there is no option {name!r}",
+                      hint=f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(sorted(known))}.")
+
+
+# `fullpipe serve` begins with these: where many ask, two stages with a draft beside them serve best.
+SERVING = Options(
+    pipeline=PipelineOptions(stages=2, timeout=30.0),
+    engine=EngineOptions(max_num_seqs=16, kv_cache_tokens=65536, enable_prefix_caching=True))

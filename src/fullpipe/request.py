@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fullpipe.errors import PromptError, UsageError
+
+
+def _option(default: Any, help: str) -> Any:
+    """A field that the command line offers."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +46,22 @@ class SamplingParams:
         temperature 1.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: float = _option(0.0, "0 is greedy.")
+    top_k: int = _option(0, "Sample from the k likeliest tokens; 0: all.")
+    top_p: float = _option(1.0, "Sample from the likeliest tokens of this total probability.")
+    min_p: float = _option(0.0, "Drop tokens below this share of the likeliest one.")
+    repetition_penalty: float = _option(1.0, "Above 1 avoids repeating; 1: none.")
+    presence_penalty: float = _option(0.0, "Above 0 avoids tokens that the answer has; 0: none.")
+    frequency_penalty: float = _option(0.0, "The same, by how often it has them.")
     logit_bias: dict[int, float] = field(default_factory=dict)
-    seed: int = 0
-    max_tokens: int = 128
-    stop: tuple[str, ...] = ()
+    seed: int = _option(0, "The text is a function of model, prompt, parameters and seed.")
+    max_tokens: int = _option(128, "End after so many new tokens.")
+    stop: tuple[str, ...] = _option((), "End the text at this string; may be repeated.")
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    ignore_eos: bool = _option(False, "Go on past the model's end tokens.")
     logprobs: int | None = None
-    accept_typical: float = 0.0
+    accept_typical: float = _option(0.0, "0: the model's own text. Above 0 (1 at most): LOSSY, a guessed token may "
+                                    "stand where the model would have said another; the smaller, the more.")
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -84,7 +91,7 @@ class SamplingParams:
 
     @property
     def accept(self) -> str:
-        """As `--accept` takes it: "exact" or "typical:EPS"."""
+        """"exact" or "typical:EPS", for people to read."""
         return f"typical:{self.accept_typical:g}" if self.accept_typical else "exact"
 
     @property

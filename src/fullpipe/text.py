@@ -15,7 +15,7 @@ class Detokenizer(Protocol):
 
 
 class Reply:
-    """One request's text as it grows. `judge` is what the engine asks about every token.
+    """One request's text as it grows, token by token.
 
     stop: strings that end the text; neither they nor what follows is part of it. Text that may be the
     beginning of a stop string is held back until it is known not to be.
@@ -29,9 +29,9 @@ class Reply:
         self._fresh: list[str] = []
         self.text = ""
 
-    def judge(self, token: int) -> str | None:
-        """Take a token in; "stop" when a stop string is complete."""
-        return "stop" if self._take(self._detokenizer.push(token)) else None
+    def push(self, token: int) -> bool:
+        """Take a token in; True when a stop string is complete."""
+        return self._take(self._detokenizer.push(token))
 
     def fresh(self) -> str:
         """The text that became certain since this was last asked."""

@@ -14,6 +14,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
+from fullpipe.bench.load import LoadResult, LoadSample
 from serving import against_vllm
 from serving.figures import Agreement, Level, agreement, blame, levels_of, parts_of, steady
 from serving.receipt import make_receipt, read_receipt, write_receipt
@@ -21,7 +22,6 @@ from serving.report import report_of
 from serving.servers import CONTENDERS, Contender, Running, Setup, grown, read_counters, running
 from spd_study.journal import Journal
 
-from fullpipe.bench.load import LoadResult, LoadSample
 from fullpipe.errors import StationFailed, UsageError
 
 SETUP = Setup(Path("weights"), "ngram", "bfloat16", 512, 16)

@@ -21,12 +21,12 @@ import typer
 from fake_openai import KEY, Fake, serving
 from typer.testing import CliRunner, Result
 
-from fullpipe.bench.load import LoadResult, LoadSample, Spread, Traffic, distinct, run_load, take
-from fullpipe.bench.openai_stream import Server, events, served_model
 from fullpipe.cli.load import load
 from fullpipe.cli.verb import verb
 from fullpipe.errors import MissingExtra, UsageError
 from fullpipe.prompts import FilePrompt
+from fullpipe.server.load import LoadResult, LoadSample, Spread, Traffic, distinct, run_load, take
+from fullpipe.server.openai_stream import Server, events, served_model
 
 
 @pytest.fixture(scope="module")

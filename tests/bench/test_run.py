@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fullpipe.bench.provenance import commit_of, label_of
 from synthetic_receipt import sample
 
-from fullpipe.bench.provenance import commit_of, label_of
 from fullpipe.bench.receipt import Sample
 from fullpipe.bench.recording import Answer, Head
 from fullpipe.bench.run import Journal, Plan, Unit, Worker, choose, edges, matching, run_units

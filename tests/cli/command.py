@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from fullpipe.cli.main import app
 
-PIPELINES = ("inprocess", "distributed")
+PIPELINES = (None, 2)  # one process, and stages
 METHODS = ("pp", "chain", "static-tree", "pipedec", "spd", "ppsd", "fullpipe")
 PROMPT = "hello there, hello there"
 CONTEXT = 16384  # tokens that the models below take
@@ -37,9 +37,10 @@ def run(*arguments: str | Path, stdin: str | None = None) -> Result:
 
 
 def asking(model: Path | str, *more: str | Path, prompt: str = PROMPT, draft: Path | str = "ngram",
-           stages: int = 2) -> list[str]:
-    """Arguments of a small exact run on one thread."""
-    return ["generate", prompt, "--model", str(model), "--draft", str(draft), "--stages", str(stages),
+           stages: int | None = None) -> list[str]:
+    """Arguments of a small exact run on one thread, in one process or on so many stages."""
+    cut = [] if stages is None else ["--stages", str(stages)]
+    return ["generate", prompt, "--model", str(model), "--draft", str(draft), *cut,
             "--dtype", "float32", "--threads", "1", *map(str, more)]
 
 

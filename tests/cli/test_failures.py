@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -13,9 +14,12 @@ import pytest
 from command import CONTEXT, PIPELINES, Models, asking, run, running
 
 import tiny
+from fullpipe.errors import StationFailed
 from fullpipe.hub import CATALOGUE
+from fullpipe.messages import Event
+from fullpipe.pipeline.workers import WorkersPipeline
 
-LONG = ("--max-new-tokens", "15000")
+LONG = ("--max-tokens", "15000")
 
 # What is asked for, the exit code, what the error says, and what the hint does ("" for none: the error says it all).
 USAGE = [
@@ -26,21 +30,23 @@ USAGE = [
     ("many stages", {"stages": 6}, (), "cannot cut 5 layers into 6 stages", "stages"),
     ("no stages", {"stages": 0}, (), "cannot cut 5 layers into 0 stages", "stages"),
     ("negative stages", {"stages": -1}, (), "cannot cut 5 layers into -1 stages", "stages"),
-    *((f"accept {text}", {}, ("--accept", text), f"takes exact, or typical:EPS with EPS above 0 and at most 1 (got "
-       f"'{text}')", "typical:0.3") for text in ("typical", "typical:0", "typical:2", "typical:x", "typical:nan", "x")),
-    ("refresh", {}, ("--method", "pipedec", "--refresh"), "the method pipedec cannot refresh", "one of: spd, fullpipe"),
+    *((f"accept {text}", {}, ("--accept-typical", text), f"accept_typical must be in [0, 1] (got {text})", "")
+      for text in ("2.0", "-0.1", "nan")),
+    ("refresh", {}, ("--method", "pipedec", "--refresh"), "the method pipedec has no refresh", "one of: spd, fullpipe"),
     ("width 0", {}, ("--width", "0"), "width must be 1 or more (got 0)", ""),
     ("depth 0", {}, ("--method", "chain", "--depth", "0"), "depth must be 1 or more (got 0)", ""),
-    ("no draft", {"draft": "none"}, (), "the method fullpipe needs a draft", "or use the method pp"),
+    ("no draft", {"draft": "none"}, ("--method", "fullpipe"), "the method fullpipe needs a draft", "or use the method pp"),
     ("half a draft", {"draft": "ngram,"}, (), "'ngram,' names no draft", "Use none, ngram, a model"),
     ("negative temperature", {}, ("--temperature", "-1"), "temperature must be 0 or more (got -1.0)", ""),
-    ("negative link", {}, ("--link-ms", "-1"), "the link latency must be 0 or more (got -1.0 ms)", ""),
-    ("a depth without a layer", {}, ("--depth", "3"), "the method fullpipe has no depth (got 3)",
+    ("negative link", {"stages": 2}, ("--link-ms", "-1"), "the link latency must be 0 or more (got -1.0 ms)", ""),
+    ("a depth without a layer", {"stages": 2}, ("--depth", "3"), "the method fullpipe has no depth (got 3)",
      "use one of: chain, static-tree"),
-    ("no time to start", {}, ("--start-timeout", "0"), "the time to start must be above 0", ""),
-    ("no time", {}, ("--timeout", "0"), "the time-out must be above 0 (got 0 s)", ""),
-    ("no tokens", {}, ("--max-new-tokens", "0"), "max_tokens must be 1 or more (got 0)", ""),
+    ("no time to start", {"stages": 2}, ("--start-timeout", "0"), "the time to start must be above 0", ""),
+    ("no time", {"stages": 2}, ("--timeout", "0"), "the time-out must be above 0 (got 0 s)", ""),
+    ("no tokens", {}, ("--max-tokens", "0"), "max_tokens must be 1 or more (got 0)", ""),
     ("top-p 0", {}, ("--top-p", "0"), "top_p must be in (0, 1] (got 0.0)", ""),
+    ("links without stages", {}, ("--link-ms", "5"), "link_ms is for stage processes, and there are none", "--stages 2"),
+    ("a time-out without stages", {}, ("--timeout", "5"), "timeout is for stage processes", "--stages 2"),
     ("trace nowhere", {}, ("--events", "/nowhere/trace"), "cannot write the trace /nowhere/trace",
      "Name a file in a folder"),
 ]
@@ -77,7 +83,7 @@ def test_what_cannot_be_done_as_asked(models: Models, how: dict[str, object], mo
     assert hint in advice and bool(hint) <= bool(advice)
 
 
-@pytest.mark.parametrize("more", [("--method", "magic"), ("--dtype", "int3"), ("--pipeline", "tube"), ("--wdith", "3"),
+@pytest.mark.parametrize("more", [("--method", "magic"), ("--dtype", "int3"), ("--pipeline", "inprocess"), ("--clock", "wall"), ("--wdith", "3"),
                                   ("--stages", "two"), ("--width", "2.5")])
 def test_what_cannot_be_parsed(models: Models, more: tuple[str, str]) -> None:
     """The parser's own words: the option, and what it may be."""
@@ -91,7 +97,7 @@ def test_what_cannot_be_parsed(models: Models, more: tuple[str, str]) -> None:
 def test_debug_adds_the_traceback(models: Models) -> None:
     result = run(*asking(models.target, "--width", "0", "--debug"))
     assert result.exit_code == 2
-    assert "Traceback" in result.stderr and "make_policy" in result.stderr
+    assert "Traceback" in result.stderr and "make_method" in result.stderr
     assert "error: width must be 1 or more (got 0)" in result.stderr
 
 
@@ -139,10 +145,10 @@ def cut_short(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 100)
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_truncated_safetensors(copy: Path, pipeline: str) -> None:
+@pytest.mark.parametrize("stages", PIPELINES)
+def test_truncated_safetensors(copy: Path, stages: int | None) -> None:
     cut_short(copy / "model.safetensors")
-    said, hint = refused(asking(copy, "--pipeline", pipeline), 3)
+    said, hint = refused(asking(copy, stages=stages), 3)
     assert f"{copy / 'model.safetensors'} is cut short" in said and "again" in hint
 
 
@@ -153,11 +159,11 @@ def test_truncated_gguf(tmp_path: Path) -> None:
     assert str(path) in said and "short" in said and "again" in hint
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_a_draft_that_is_damaged(models: Models, copy: Path, pipeline: str) -> None:
+@pytest.mark.parametrize("stages", PIPELINES)
+def test_a_draft_that_is_damaged(models: Models, copy: Path, stages: int | None) -> None:
     """It is opened on its own station; with processes, in another process than the command."""
     cut_short(copy / "model.safetensors")
-    said, hint = refused(asking(models.target, "--pipeline", pipeline, draft=copy), 3)
+    said, hint = refused(asking(models.target, draft=copy, stages=stages), 3)
     assert f"{copy / 'model.safetensors'} is cut short" in said and "again" in hint
 
 
@@ -185,41 +191,66 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("number", "station"), [(0, "stage 0"), (1, "stage 1"), (2, "draft")])
-def test_a_station_that_dies(models: Models, tmp_path: Path, number: int, station: str) -> None:
-    with running(asking(models.target, *LONG, "--pipeline", "distributed"), tmp_path / "temporary") as command:
+def test_a_station_that_dies_is_replaced_and_the_text_goes_on(models: Models, tmp_path: Path, number: int,
+                                                              station: str) -> None:
+    asked = asking(models.target, "--max-tokens", "150", "--method", "fullpipe", stages=2)
+    with running(asked, tmp_path / "temporary") as command:
         said = command.first_bytes().decode()
         command.workers[number].kill()
         code, rest, err = command.end()
-    assert code == 7 and "Traceback" not in err
-    summary, error, hint = err.splitlines()[-3:]
-    assert error.startswith(f"error: {station} failed: its process was ended by SIGKILL")
-    assert hint.startswith("What was emitted is kept.")
-    said += rest
-    assert said.endswith("\n") and summary.startswith(f"[{len(said) - 1} tokens, error;")
-    assert said == run(*asking(models.target, "--max-new-tokens", len(said) - 1)).stdout
+    assert code == 0 and "Traceback" not in err
+    assert f"{station} failed: its process was ended by SIGKILL" in err
+    assert err.splitlines()[-1].startswith("[150 tokens, length; ")
+    assert said + rest == run(*asking(models.target, "--max-tokens", "150", "--method", "pp")).stdout
 
 
 @pytest.mark.processes
-def test_a_station_that_hangs(models: Models, tmp_path: Path) -> None:
-    asked = asking(models.target, *LONG, "--pipeline", "distributed", "--timeout", "2")
+def test_a_station_that_hangs_is_replaced_too(models: Models, tmp_path: Path) -> None:
+    asked = asking(models.target, "--max-tokens", "150", "--method", "fullpipe", "--timeout", "2", stages=2)
     with running(asked, tmp_path / "temporary") as command:
         said = command.first_bytes().decode()
         command.workers[1].send_signal(signal.SIGSTOP)
         code, rest, err = command.end()
-    assert code == 7 and "Traceback" not in err
-    assert "error: stage 1 failed: no " in err and "for 2 s" in err and "longer time-out" in err
-    assert (said + rest).endswith("\n") and f"[{len(said + rest) - 1} tokens, error;" in err
+    assert code == 0 and "Traceback" not in err
+    assert "stage 1 failed: no " in err and "for 2 s" in err
+    assert len(said + rest) == 151
+
+
+def broken_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stations die after some tokens, and none can be started again."""
+    monkeypatch.setattr("fullpipe.supervision._PAUSES_S", (0.0,))
+    real, looks = WorkersPipeline.events, count()
+
+    def events(self: WorkersPipeline, wait: float | None = None) -> list[Event]:
+        if next(looks) == 200:
+            raise StationFailed("stage 1", "its process was ended by SIGKILL", hint="What was emitted is kept.")
+        return real(self, wait)
+
+    def start(*arguments: object, **more: object) -> None:
+        if next(looks) > 200:
+            raise StationFailed("stage 0", "not ready", hint="Is the machine busy?")
+        build(*arguments, **more)  # type: ignore[arg-type]
+
+    build = WorkersPipeline.__init__
+    monkeypatch.setattr(WorkersPipeline, "events", events)
+    monkeypatch.setattr(WorkersPipeline, "__init__", start)
 
 
 @pytest.mark.processes
-def test_the_object_holds_what_was_said_before_a_station_died(models: Models, tmp_path: Path) -> None:
-    trace = tmp_path / "trace"
-    asked = asking(models.target, *LONG, "--pipeline", "distributed", "--json", "--events", trace)
-    with running(asked, tmp_path / "temporary") as command:
-        command.until_it_speaks(trace)
-        command.workers[0].send_signal(signal.SIGKILL)
-        code, out, err = command.end()
-    told = json.loads(out)
-    assert code == 7 and "error: stage 0 failed: " in err
-    assert told["finish_reason"] == "error" and told["timing"]["wall_s"] > 0
-    assert 0 < len(told["text"]) == len(told["token_ids"]) == told["usage"]["completion_tokens"]
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_said_before_stations_were_gone_for_good_is_kept(models: Models, monkeypatch: pytest.MonkeyPatch,
+                                                                  as_json: bool) -> None:
+    broken_for_good(monkeypatch)
+    result = run(*asking(models.target, *LONG, "--method", "pp", *(["--json"] if as_json else []), stages=2))
+    *_, error, hint = result.stderr.splitlines()
+    assert result.exit_code == 7 and "Traceback" not in result.stderr
+    assert (error, hint) == ("error: stage 0 failed: not ready", "Is the machine busy?")
+    if as_json:
+        told = json.loads(result.stdout)
+        said = told["text"]
+        assert told["finish_reason"] == "error" and told["timing"]["wall_s"] > 0
+        assert 0 < len(said) == len(told["token_ids"]) == told["usage"]["completion_tokens"]
+    else:
+        said = result.stdout.removesuffix("\n")
+        assert f"[{len(said)} tokens, error;" in result.stderr
+    assert said + "\n" == run(*asking(models.target, "--max-tokens", len(said), "--method", "pp")).stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import METHODS, PIPELINES, Models, asking, run, running
+from command import METHODS, PIPELINES, PROMPT, Models, asking, run, running
 
 import fullpipe
 from fullpipe.cli import generate as verb
@@ -17,6 +17,7 @@ from fullpipe.llm import LLM, Chunk
 from fullpipe.messages import Emitted, Finished, Landed, Launched
 from fullpipe.request import SamplingParams
 from fullpipe.trace.recorder import read_events
+from simulated import simulated
 
 SHAPE = {
     "text": str, "token_ids": list, "finish_reason": str,
@@ -43,16 +44,16 @@ def answer(*arguments: str | Path, stdin: str | None = None) -> dict[str, Any]:
 # ---- the object ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_json_is_one_object_with_all_that_is_promised(models: Models, pipeline: str) -> None:
-    told = answer(*asking(models.target, "--max-new-tokens", "24", "--pipeline", pipeline, "--width", "4"))
+@pytest.mark.parametrize("stages", PIPELINES)
+def test_json_is_one_object_with_all_that_is_promised(models: Models, stages: int | None) -> None:
+    told = answer(*asking(models.target, "--max-tokens", "24", "--method", "fullpipe", "--width", "4", stages=stages))
     assert shape_of(told) == SHAPE
     assert len(told["token_ids"]) == len(told["text"]) == told["usage"]["completion_tokens"] == 24
     assert told["finish_reason"] == "length"
-    assert told["timing"]["clock"] == ("wall" if pipeline == "distributed" else "virtual")
+    assert told["timing"]["clock"] == "wall"
     assert all(math.isfinite(value) and value > 0 for value in list(told["timing"].values())[1:])
     figures = told["speculation"]
-    assert (figures["method"], figures["stages"], figures["width"]) == ("fullpipe", 2, 4)
+    assert (figures["method"], figures["stages"], figures["width"]) == ("fullpipe", stages or 1, 4)
     assert figures["hits"] + figures["misses"] == 24 - 1  # nothing was to follow the last
     assert figures["wasted_rows"] == figures["launched_rows"] - 24 and figures["draft_calls"] > 0
     assert 0 < figures["fill"] <= 1 and 0 <= figures["hit_rate"] <= 1 <= figures["mean_acceptance_length"]
@@ -62,14 +63,39 @@ def test_json_is_one_object_with_all_that_is_promised(models: Models, pipeline: 
     ("fullpipe", (), 8), ("spd", (), 1), ("ppsd", (), 1), ("spd", ("--width", "3", "--refresh"), 3)])
 def test_the_width_is_the_methods_own_unless_given(models: Models, method: str, more: tuple[str, ...],
                                                    width: int) -> None:
-    told = answer(*asking(models.target, "--max-new-tokens", "4", "--method", method, *more))
+    told = answer(*asking(models.target, "--max-tokens", "4", "--method", method, *more))
     assert told["speculation"]["width"] == width
 
 
-def test_plain_pp_on_the_unit_clock_takes_as_many_steps_as_there_are_stages(models: Models) -> None:
-    told = answer(*asking(models.target, "--method", "pp", "--costs", "unit", "--max-new-tokens", "16", stages=4))
-    assert told["speculation"]["steps_per_token"] == told["timing"]["tbt_s"] == 4
+def test_plain_pp_asks_no_draft(models: Models) -> None:
+    told = answer(*asking(models.target, "--method", "pp", "--max-tokens", "16"))
     assert told["speculation"]["draft_calls"] == 0 == told["speculation"]["hits"]
+
+
+def test_plain_pp_in_unit_time_takes_as_many_steps_as_there_are_stages(models: Models) -> None:
+    with simulated(models.target, method="pp", stages=4, dtype="float32") as llm:
+        (one,) = llm.generate(PROMPT, SamplingParams(max_tokens=16))
+    assert one.speculation["steps_per_token"] == one.timing["tbt_s"] == 4
+    assert one.timing["clock"] == "virtual"
+
+
+# ---- without options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("draft", "method"), [("none", "pp"), ("ngram", "chain")])
+def test_in_one_process_guesses_are_verified_at_once(models: Models, draft: str, method: str) -> None:
+    told = answer(*asking(models.target, "--max-tokens", "20", draft=draft))
+    assert (told["speculation"]["method"], told["speculation"]["stages"]) == (method, 1)
+    assert told["token_ids"] == answer(*asking(models.target, "--max-tokens", "20", "--method", "pp"))["token_ids"]
+
+
+def test_what_pays_is_measured_and_said(models: Models) -> None:
+    """A model of no partner: n-gram, which costs nothing, or nothing. Who asks for a draft by name gets it."""
+    free = run(*asking(models.target, "--max-tokens", "8", draft="auto")).stderr.splitlines()
+    assert free[:2] == ["loading target in this process in float32", "measuring what rows cost"]
+    assert free[2].startswith(("guessing ", "no draft pays in one process here (")) and " ms a token expected" in free[2]
+    named = run(*asking(models.target, "--max-tokens", "8", "--depth", "3", draft=models.draft)).stderr
+    assert "guessing " in named and " chain on 1 stage: " in named
 
 
 # ---- one text, whatever the method -----------------------------------------------------------------------
@@ -79,12 +105,22 @@ def test_plain_pp_on_the_unit_clock_takes_as_many_steps_as_there_are_stages(mode
 @pytest.mark.parametrize("draft", ["model", "ngram"])
 def test_all_methods_say_the_same(models: Models, draft: str, sampling: tuple[str, ...]) -> None:
     guesser = models.draft if draft == "model" else "ngram"
-    asked = asking(models.target, "--max-new-tokens", "40", *sampling, draft=guesser, stages=3)
+    asked = asking(models.target, "--max-tokens", "40", *sampling, draft=guesser)
     said = {method: answer(*asked, "--method", method) for method in METHODS}
     assert {tuple(told["token_ids"]) for told in said.values()} == {tuple(said["pp"]["token_ids"])}
     assert {told["text"] for told in said.values()} == {said["pp"]["text"]}
-    if draft == "model":
-        assert all(said[method]["speculation"]["hits"] > 0 for method in METHODS[1:])
+    if draft == "model":  # the others want stages that work at the same time
+        assert all(said[method]["speculation"]["hits"] > 0 for method in ("chain", "static-tree"))
+
+
+def test_all_methods_say_the_same_in_unit_time_and_hit(models: Models) -> None:
+    with simulated(models.target, draft=str(models.draft), stages=3, dtype="float32") as llm:
+        said = {}
+        for method in METHODS:
+            llm.use(method)
+            (said[method],) = llm.generate(PROMPT, SamplingParams(max_tokens=40))
+    assert {tuple(one.token_ids) for one in said.values()} == {tuple(said["pp"].token_ids)}
+    assert all(said[method].speculation["hits"] > 0 for method in METHODS[1:])
 
 
 @pytest.mark.processes
@@ -93,14 +129,14 @@ def test_all_methods_say_the_same(models: Models, draft: str, sampling: tuple[st
 ], ids=["greedy", "sampled"])
 def test_methods_say_the_same_on_processes(models: Models, methods: tuple[str, ...],
                                            sampling: tuple[str, ...]) -> None:
-    asked = asking(models.target, "--max-new-tokens", "40", *sampling)
+    asked = asking(models.target, "--max-tokens", "40", *sampling)
     truth = answer(*asked, "--method", "pp")["token_ids"]
     for method in methods:
-        assert answer(*asked, "--method", method, "--pipeline", "distributed")["token_ids"] == truth, method
+        assert answer(*asked, "--method", method, "--stages", "2")["token_ids"] == truth, method
 
 
 def test_the_seed_decides_the_sample(models: Models) -> None:
-    asked = asking(models.target, "--max-new-tokens", "20", "--temperature", "1")
+    asked = asking(models.target, "--max-tokens", "20", "--temperature", "1")
     first, again, other = (answer(*asked, "--seed", seed)["token_ids"] for seed in ("7", "7", "8"))
     assert first == again != other
 
@@ -108,12 +144,12 @@ def test_the_seed_decides_the_sample(models: Models) -> None:
 # ---- lossy, and only when asked for ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_a_lossy_answer_says_how_many_tokens_it_altered(models: Models, pipeline: str) -> None:
+@pytest.mark.parametrize("stages", PIPELINES)
+def test_a_lossy_answer_says_how_many_tokens_it_altered(models: Models, stages: int | None) -> None:
     """Random weights know little, so a draft's best guess mostly passes; and where it is wrong nothing else flies."""
-    asked = asking(models.target, "--max-new-tokens", "40", "--pipeline", pipeline, "--method", "spd",
-                   draft=models.draft, stages=3)
-    exact, lossy = answer(*asked), answer(*asked, "--accept", "typical:0.001")
+    method = "chain" if stages is None else "spd"
+    asked = asking(models.target, "--max-tokens", "40", "--method", method, draft=models.draft, stages=stages)
+    exact, lossy = answer(*asked), answer(*asked, "--accept-typical", "0.001")
     assert (exact["speculation"]["accept"], exact["speculation"]["altered_tokens"]) == ("exact", 0)
     assert lossy["speculation"]["accept"] == "typical:0.001"
     assert 0 < lossy["speculation"]["altered_tokens"] < 40
@@ -121,34 +157,34 @@ def test_a_lossy_answer_says_how_many_tokens_it_altered(models: Models, pipeline
 
 
 def test_without_drafts_nothing_is_altered(models: Models) -> None:
-    asked = asking(models.target, "--max-new-tokens", "20", "--method", "pp")
-    lossy = answer(*asked, "--accept", "typical:0.001")
+    asked = asking(models.target, "--max-tokens", "20", "--method", "pp")
+    lossy = answer(*asked, "--accept-typical", "0.001")
     assert lossy["speculation"]["altered_tokens"] == 0 and lossy["token_ids"] == answer(*asked)["token_ids"]
 
 
 def test_the_last_line_tells_of_it(models: Models) -> None:
-    asked = asking(models.target, "--max-new-tokens", "20", "--method", "spd", draft=models.draft)
+    asked = asking(models.target, "--max-tokens", "20", "--method", "chain", draft=models.draft)
     assert "altered" not in run(*asked).stderr
-    lossy = run(*asked, "--accept", "typical:0.001").stderr.splitlines()[-1]
-    assert lossy.startswith("[20 tokens (") and " altered, typical:0.001), length; spd on 2 stages" in lossy
+    lossy = run(*asked, "--accept-typical", "0.001").stderr.splitlines()[-1]
+    assert lossy.startswith("[20 tokens (") and " altered, typical:0.001), length; chain on 1 stage: " in lossy
 
 
 # ---- streams ---------------------------------------------------------------------------------------------
 
 
 def test_the_text_goes_to_stdout_and_the_rest_to_stderr(models: Models) -> None:
-    asked = asking(models.target, "--max-new-tokens", "20")
+    asked = asking(models.target, "--max-tokens", "20", "--method", "pp")
     result = run(*asked)
     assert result.stdout == answer(*asked)["text"] + "\n"
     loading, summary = result.stderr.splitlines()
-    assert loading == "loading target as 2 stages in float32"
-    assert summary.startswith("[20 tokens, length; fullpipe on 2 stages: ")
+    assert loading == "loading target in this process in float32"
+    assert summary.startswith("[20 tokens, length; pp on 1 stage: ")
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_text_streams_as_it_is_committed(models: Models, tmp_path: Path, pipeline: str) -> None:
-    asked = asking(models.target, "--max-new-tokens", "200")
-    with running([*asked, "--pipeline", pipeline], tmp_path) as command:
+@pytest.mark.parametrize("stages", PIPELINES)
+def test_text_streams_as_it_is_committed(models: Models, tmp_path: Path, stages: int | None) -> None:
+    asked = asking(models.target, "--max-tokens", "200", stages=stages)
+    with running(asked, tmp_path) as command:
         first = command.first_bytes().decode()
         code, rest, _ = command.end()
     assert code == 0 and len(first) < 200
@@ -156,14 +192,14 @@ def test_text_streams_as_it_is_committed(models: Models, tmp_path: Path, pipelin
 
 
 def test_a_dash_reads_the_prompt_from_stdin(models: Models) -> None:
-    asked = asking(models.target, "--max-new-tokens", "12", prompt="-")
-    given = answer(*asking(models.target, "--max-new-tokens", "12", prompt="some words"))
+    asked = asking(models.target, "--max-tokens", "12", prompt="-")
+    given = answer(*asking(models.target, "--max-tokens", "12", prompt="some words"))
     assert answer(*asked, stdin="some words")["token_ids"] == given["token_ids"]
 
 
 def test_the_prompt_goes_through_the_chat_template_unless_told_not_to(models: Models) -> None:
     def length(*more: str) -> int:
-        said = answer(*asking(models.target, "--max-new-tokens", "1", *more, prompt="abc"))
+        said = answer(*asking(models.target, "--max-tokens", "1", *more, prompt="abc"))
         told: int = said["usage"]["prompt_tokens"]
         return told
 
@@ -173,7 +209,7 @@ def test_the_prompt_goes_through_the_chat_template_unless_told_not_to(models: Mo
 
 
 def test_a_stop_string_ends_the_text_before_it(models: Models) -> None:
-    asked = asking(models.target, "--max-new-tokens", "30")
+    asked = asking(models.target, "--max-tokens", "30")
     full = answer(*asked)["text"]
     stop = full[10:13]
     for more in (("--stop", stop), ("--stop", "no such words", "--stop", stop)):
@@ -185,7 +221,7 @@ def test_a_stop_string_ends_the_text_before_it(models: Models) -> None:
 
 def test_events_are_recorded_for_read_events(models: Models, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    told = answer(*asking(models.target, "--max-new-tokens", "20", "--events", path))
+    told = answer(*asking(models.target, "--max-tokens", "20", "--events", path))
     events = list(read_events(path))
     assert [event.token for event in events if isinstance(event, Emitted)] == told["token_ids"]
     launched = sum(len(event.nodes) for event in events if isinstance(event, Launched))
@@ -197,9 +233,9 @@ def test_events_are_recorded_for_read_events(models: Models, tmp_path: Path) -> 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_ctrl_c_keeps_what_was_said(models: Models, tmp_path: Path, pipeline: str) -> None:
-    asked = asking(models.target, "--max-new-tokens", "15000", "--pipeline", pipeline)
+@pytest.mark.parametrize("stages", PIPELINES)
+def test_ctrl_c_keeps_what_was_said(models: Models, tmp_path: Path, stages: int | None) -> None:
+    asked = asking(models.target, "--max-tokens", "15000", stages=stages)
     with running(asked, tmp_path) as command:
         said = command.first_bytes().decode()
         command.interrupt()
@@ -208,16 +244,16 @@ def test_ctrl_c_keeps_what_was_said(models: Models, tmp_path: Path, pipeline: st
     assert code == 130 and said.endswith("\n")
     assert "Traceback" not in err and "interrupted" in err
     assert f"[{len(said) - 1} tokens, abort;" in err
-    whole = run(*asking(models.target, "--max-new-tokens", len(said) - 1)).stdout
+    whole = run(*asking(models.target, "--max-tokens", len(said) - 1)).stdout
     assert said == whole
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_ctrl_c_with_json_prints_what_there_is(models: Models, tmp_path: Path, pipeline: str) -> None:
+@pytest.mark.parametrize("stages", PIPELINES)
+def test_ctrl_c_with_json_prints_what_there_is(models: Models, tmp_path: Path, stages: int | None) -> None:
     trace = tmp_path / "trace"
     home = tmp_path / "tmp"
     home.mkdir()
-    asked = asking(models.target, "--max-new-tokens", "15000", "--pipeline", pipeline, "--json", "--events", trace)
+    asked = asking(models.target, "--max-tokens", "15000", "--json", "--events", trace, stages=stages)
     with running(asked, home) as command:
         command.until_it_speaks(trace)
         command.interrupt()
@@ -240,7 +276,7 @@ def test_ctrl_c_while_printing_ends_the_stream_too(models: Models, capsys: pytes
         real(chunk, as_json)
 
     monkeypatch.setattr(verb, "_print", interrupted)
-    with LLM(str(models.target), stages=2, dtype="float32", threads=1) as llm, pytest.raises(KeyboardInterrupt):
+    with LLM(str(models.target), dtype="float32", threads=1) as llm, pytest.raises(KeyboardInterrupt):
         verb._answer(llm, "hello", SamplingParams(max_tokens=50), as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["finish_reason"] == "abort" and 4 <= len(told["token_ids"]) < 50
@@ -249,17 +285,12 @@ def test_ctrl_c_while_printing_ends_the_stream_too(models: Models, capsys: pytes
 # ---- the front door in Python ----------------------------------------------------------------------------
 
 
-def test_an_unknown_keyword_is_a_type_error(models: Models) -> None:
-    with pytest.raises(TypeError, match="widht"):
-        LLM(str(models.target), widht=4)  # type: ignore[call-arg]
-
-
 PARAMS = SamplingParams(max_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def llm(models: Models) -> Any:
-    with fullpipe.LLM(str(models.target), draft=str(models.draft), stages=3, dtype="float32", threads=1) as llm:
+    with fullpipe.LLM(str(models.target), draft=str(models.draft), dtype="float32", threads=1) as llm:
         yield llm
 
 
@@ -278,8 +309,7 @@ def test_several_at_a_time_say_what_they_say_alone(llm: LLM, models: Models) -> 
     prompts = ["one", "another prompt, longer", "x", "hello hello hello", "the fifth"]
     alone = [one.text for one in llm.generate(prompts, PARAMS)]
     assert len(set(alone)) == len(prompts)
-    with LLM(str(models.target), draft=str(models.draft), stages=3, dtype="float32", threads=1,
-             max_num_seqs=3) as shared:
+    with LLM(str(models.target), draft=str(models.draft), dtype="float32", threads=1, max_num_seqs=3) as shared:
         assert [one.text for one in shared.generate(prompts, PARAMS)] == alone
 
 
@@ -299,8 +329,8 @@ def test_a_stream_closed_early_makes_room_for_the_next(llm: LLM) -> None:
     stream.close()
     (whole,) = llm.generate("hello", PARAMS)
     assert whole.token_ids[: len(begun.token_ids)] == begun.token_ids
-    assert len(whole.token_ids) == PARAMS.max_tokens and not llm._engine.busy
-    llm._engine.check()
+    assert len(whole.token_ids) == PARAMS.max_tokens and not llm._service.engine.busy
+    llm._service.engine.check()
 
 
 # ---- real weights ----------------------------------------------------------------------------------------
@@ -308,7 +338,7 @@ def test_a_stream_closed_early_makes_room_for_the_next(llm: LLM) -> None:
 
 @pytest.mark.weights
 def test_smollm_answers_in_words_and_ends_by_itself() -> None:
-    asked = asking("smollm2-135m", "--max-new-tokens", "60", prompt="What is the capital of France?", stages=4)
+    asked = asking("smollm2-135m", "--max-tokens", "60", prompt="What is the capital of France?")
     told = answer(*asked)
     assert "Paris" in told["text"] and told["finish_reason"] == "stop"
     assert "<|im_end|>" not in told["text"]

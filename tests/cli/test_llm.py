@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from command import Models
@@ -12,6 +13,7 @@ from fullpipe.errors import StationFailed, UsageError
 from fullpipe.llm import LLM
 from fullpipe.methods import WITH_DEPTH
 from fullpipe.request import SamplingParams
+from simulated import simulated
 
 PARAMS = SamplingParams(max_tokens=12)
 VOCAB = 96
@@ -19,8 +21,8 @@ VOCAB = 96
 
 @pytest.fixture(scope="module")
 def llm(models: Models) -> Iterator[LLM]:
-    with LLM(str(models.target), draft=str(models.draft), stages=3, method="static-tree", width=3, depth=2, floor=0.01,
-             dtype="float32", threads=1, max_num_seqs=2) as llm:
+    with simulated(models.target, draft=str(models.draft), stages=3, method="static-tree", width=3, depth=2, floor=0.01,
+                   dtype="float32", max_num_seqs=2) as llm:
         yield llm
 
 
@@ -28,8 +30,8 @@ def llm(models: Models) -> Iterator[LLM]:
 
 
 def shape(llm: LLM) -> tuple[int, int | None, float]:
-    policy = llm._engine.policy
-    return policy.width, getattr(policy, "depth", None), round(math.exp(policy.floor), 9)
+    method = llm._service.engine.method
+    return method.width, getattr(method, "depth", None), round(math.exp(method.floor), 9)
 
 
 def test_use_keeps_what_the_constructor_was_given(llm: LLM) -> None:
@@ -45,7 +47,7 @@ def test_use_keeps_what_the_constructor_was_given(llm: LLM) -> None:
 
 
 def test_what_nobody_gave_is_the_methods_own(models: Models) -> None:
-    with LLM(str(models.target), draft="ngram", stages=2, dtype="float32", threads=1) as llm:
+    with simulated(models.target, draft="ngram", stages=2, dtype="float32") as llm:
         llm.use("chain")
         assert shape(llm) == (1, 4, 0.0)
         llm.use("static-tree")
@@ -53,15 +55,15 @@ def test_what_nobody_gave_is_the_methods_own(models: Models) -> None:
 
 
 def test_a_refresh_counts_for_the_methods_that_have_one(models: Models) -> None:
-    with LLM(str(models.target), draft="ngram", stages=2, dtype="float32", threads=1, refresh=True) as llm:
-        assert llm._engine.policy.refresh
+    with simulated(models.target, draft="ngram", stages=2, dtype="float32", refresh=True) as llm:
+        assert llm._service.engine.method.refresh
         llm.use("pipedec")
-        assert not llm._engine.policy.refresh
+        assert not llm._service.engine.method.refresh
         llm.use("spd")
-        assert (llm._engine.policy.refresh, llm._engine.policy.width) == (True, 1)
+        assert (llm._service.engine.method.refresh, llm._service.engine.method.width) == (True, 1)
         llm.use("spd", refresh=False)
-        assert not llm._engine.policy.refresh
-        with pytest.raises(UsageError, match="the method pp cannot refresh proposals"):
+        assert not llm._service.engine.method.refresh
+        with pytest.raises(UsageError, match="the method pp has no refresh"):
             llm.use("pp", refresh=True)
 
 
@@ -69,8 +71,8 @@ def test_exact_and_lossy_requests_share_a_batch(models: Models) -> None:
     """Each keeps its own rule; the exact one's text is what it is alone."""
     lossy = SamplingParams(max_tokens=30, accept_typical=0.001)
     exact = SamplingParams(max_tokens=30)
-    with LLM(str(models.target), draft=str(models.draft), stages=3, method="spd", dtype="float32", threads=1,
-             costs="unit", max_num_seqs=2) as llm:
+    with simulated(models.target, draft=str(models.draft), stages=3, method="spd", dtype="float32",
+                   max_num_seqs=2) as llm:
         free, strict = llm.generate(["hello", "hello"], [lossy, exact])
         llm.use("pp")
         (plain,) = llm.generate("hello", exact)
@@ -83,12 +85,12 @@ def test_a_method_that_is_refused_leaves_the_old_one(llm: LLM) -> None:
     for method in ("spqr", "fullpipe"):
         with pytest.raises(UsageError, match=r"unknown method|the method fullpipe has no depth \(got 3\)"):
             llm.use(method, depth=3)
-    assert llm._engine.policy.name == "pipedec"
+    assert llm._service.engine.method.name == "pipedec"
 
 
 def test_the_constructor_refuses_a_depth_too(models: Models) -> None:
-    with pytest.raises(UsageError, match=f"Leave the depth out, or use one of: {', '.join(WITH_DEPTH)}"):
-        LLM(str(models.target), draft="ngram", depth=3)
+    with pytest.raises(UsageError, match=f"Leave it out, or use one of: {', '.join(WITH_DEPTH)}"):
+        LLM(str(models.target), draft="ngram", method="fullpipe", depth=3)
 
 
 # ---- sampling parameters ---------------------------------------------------------------------------------
@@ -136,18 +138,38 @@ def test_a_bias_beyond_the_logits_is_refused(llm: LLM) -> None:
     assert one.token_ids == [7, 7]
 
 
+# ---- options ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"widht": 4}, "there is no option 'widht'\nDid you mean width?"),
+    ({"pipeline": "inprocess"}, "there is no option 'pipeline'\nKnown are: "),
+    ({"stages": "two"}, "stages: expected `int | null`, got `str`"),
+    ({"method": "spqr"}, "unknown method 'spqr'"),
+    ({"dtype": "int3"}, "unknown dtype 'int3'"),
+    ({"max_num_seqs": 0}, "max_num_seqs must be 1 or more (got 0)"),
+    ({"threads": 0}, "threads must be 1 or more (got 0)"),
+    ({"link_ms": 5}, "link_ms is for stage processes, and there are none\nSay how many there shall be: --stages 2."),
+    ({"enable_prefix_caching": True}, "prefixes can be shared only within a bound of cache memory"),
+    ({"max_model_len": 0}, "max_model_len must be 1 or more (got 0)"),
+])
+def test_options_that_cannot_be(models: Models, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        LLM(str(models.target), **{"draft": "ngram", **options})
+    assert message in str(refused.value)
+
+
 # ---- starting --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf, math.nan])
 def test_a_time_to_start_that_is_none(models: Models, seconds: float) -> None:
     with pytest.raises(UsageError, match="the time to start must be above 0 and at most a day"):
-        LLM(str(models.target), draft="none", method="pp", pipeline="distributed", start_timeout=seconds)
+        LLM(str(models.target), draft="none", method="pp", stages=2, start_timeout=seconds)
 
 
 @pytest.mark.processes
 def test_processes_that_start_too_slowly(models: Models) -> None:
     """No interpreter starts within a millisecond."""
     with pytest.raises(StationFailed, match=r"not ready after 0.001 s\nLoading may just be slow here"):
-        LLM(str(models.target), draft="none", method="pp", stages=2, dtype="float32", pipeline="distributed",
-            start_timeout=0.001)
+        LLM(str(models.target), draft="none", method="pp", stages=2, dtype="float32", start_timeout=0.001)

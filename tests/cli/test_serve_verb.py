@@ -98,10 +98,11 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(models: Models) 
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    (["--max-num-seqs", "0"], "max-num-seqs must be 1 or more"),
-    (["--log-level", "loud"], "unknown log level"),
+    (["--max-num-seqs", "0"], "max_num_seqs must be 1 or more"),
+    (["--log-level", "loud"], "--log-level"),
+    (["--port", "70000"], "the port must be below 65536"),
     (["--max-model-len", "5000", "--kv-cache-tokens", "4096"], "not 5000"),
-    (["--method", "pp", "--batching", "dynamic"], "goes with the method fullpipe")])
+    (["--method", "pp", "--prefill-share", "2"], "the method pp has no prefill_share")])
 def test_what_cannot_be_served_is_refused(models: Models, options: list[str], says: str) -> None:
-    result = run("serve", "--model", models.target, "--draft", "ngram", "--pipeline", "inprocess", *options)
+    result = run("serve", "--model", models.target, "--draft", "ngram", "--stages", "1", *options)
     assert result.exit_code == 2 and says in result.output.replace("\n", " ")

@@ -11,7 +11,8 @@ from fake_service import FakeService
 from openai_server import MAX_MODEL_LEN, Serve, Served, byte_tokenizer, fresh, running
 
 from fullpipe.models.tokenizer import Tokenizer
-from fullpipe.server.app import ServedModel, ServerOptions, create_app
+from fullpipe.options import ServerOptions
+from fullpipe.server.app import ServedModel, create_app
 
 
 @pytest.fixture(scope="session")

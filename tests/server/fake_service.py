@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fullpipe.sequences.stats import RequestStats
-
+from fullpipe.engine import RequestStats
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
-from fullpipe.service import Deliver, Status, Ticket, Update
+from fullpipe.service import Deliver, Ticket, Update
+from fullpipe.supervision import Status
 from fullpipe.text import Reply
 
 Script = Callable[[Sequence[int], SamplingParams], Sequence[int]]
@@ -102,7 +102,7 @@ class FakeService:
             return self._end(job, Update(reason="stop"))
         token = job.tokens.pop(0)
         full = stats.num_emitted + 1 == params.max_tokens
-        stopped = job.reply.judge(token)
+        stopped = "stop" if job.reply.push(token) else None
         stats.on_launch(0.0, 2)
         stats.on_emit(float(stats.num_emitted), hit=stats.num_emitted % 2 == 0, last=full)
         update = Update(token_ids=[token])

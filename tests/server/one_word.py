@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from fullpipe.sequences.stats import RequestStats
 from openai_server import byte_tokenizer
 
+from fullpipe.engine import RequestStats
 from fullpipe.errors import PromptError
+from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
-from fullpipe.server.app import ServedModel, ServerOptions, create_app
-from fullpipe.service import Deliver, Status, Ticket, Update
+from fullpipe.server.app import ServedModel, create_app
+from fullpipe.service import Deliver, Ticket, Update
+from fullpipe.supervision import Status
 
 MAX_BODY = 20_000
 MAX_LEN = 128
@@ -45,5 +47,5 @@ class OneWord:
 def application(service: OneWord, options: ServerOptions | None = None, **more: Any) -> FastAPI:
     """It serves the model "m", whose tokens are bytes. options: by default with a small limit on bodies."""
     model = ServedModel(("m",), byte_tokenizer(), MAX_LEN)
-    options = options or ServerOptions(max_body_bytes=MAX_BODY, body_timeout_s=0.3)
+    options = options or ServerOptions(max_body_bytes=MAX_BODY, body_timeout=0.3)
     return create_app(service, model, options, **more)  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ import pytest
 from openai_server import MAX_MODEL_LEN, Serve, Served
 
 from fullpipe.errors import Overloaded, PromptError, Unavailable, UsageError
+from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
-from fullpipe.server.app import ServerOptions
 
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
@@ -310,7 +310,7 @@ def test_an_error_in_the_middle_is_an_event(served: Served, client: openai.OpenA
 
 
 def test_keys(start: Serve) -> None:
-    served = start(ServerOptions(api_keys=["first", "sécret"]))
+    served = start(ServerOptions(api_key=["first", "sécret"]))
     for key in ("wrong", "firs", "first2"):
         with openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0) as client, \
                 pytest.raises(openai.AuthenticationError) as caught:

@@ -21,13 +21,13 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 from fullpipe import __version__
 from fullpipe.errors import UsageError
+from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
 from fullpipe.server import guard
 from fullpipe.server.answer import Answer, Mailbox
-from fullpipe.server.app import ServerOptions
 from fullpipe.server.guard import EventStream, Guard
 from fullpipe.server.protocol import REFUSED
-from fullpipe.service import Status
+from fullpipe.supervision import Status
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "Hello"}
@@ -100,7 +100,7 @@ def test_a_charset_is_allowed(client: httpx.Client) -> None:
 @pytest.fixture(scope="module")
 def narrow(start: Serve) -> Served:
     """A server with tight limits."""
-    return start(ServerOptions(max_body_bytes=1000, max_connections=2, max_choices=4, request_timeout_s=9.0,
+    return start(ServerOptions(max_body_bytes=1000, max_connections=2, max_choices=4, request_timeout=9.0,
                                allowed_origins=["https://page.example"]))
 
 
@@ -155,7 +155,7 @@ def test_more_choices_than_there_will_ever_be_room_for(served: Served, client: h
 @pytest.mark.parametrize("keys", [[""], ["good", ""], ["a b"], ["key\n"], ["\tkey"]])
 def test_a_key_that_is_not_one_word_is_no_key(keys: list[str]) -> None:
     with pytest.raises(UsageError, match="API key") as caught:
-        ServerOptions(api_keys=keys)
+        ServerOptions(api_key=keys)
     assert "FULLPIPE_API_KEY" in (caught.value.hint or "")
 
 

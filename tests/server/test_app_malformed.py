@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from malformed import CHAT, FAMILIES, NOT_JSON, TAKES, TEXT, Bad, right, written
 from one_word import MAX_BODY, MAX_LEN, OneWord, application
 
-from fullpipe.server.app import ServerOptions
+from fullpipe.options import ServerOptions
 from fullpipe.server.protocol import ChatRequest, CompletionRequest
 
 
@@ -230,7 +230,7 @@ def test_another_content_type(client: httpx.Client, kind: str | None) -> None:
                          [("", "/v1/models"), ("/api", "/api/v1/models"), ("/api", "/v1/models")])
 def test_the_key_is_needed_under_a_root_path_too(root_path: str, path: str) -> None:
     """Servers put their root path before the path (ASGI 3)."""
-    app = application(OneWord(), ServerOptions(api_keys=["k"]))
+    app = application(OneWord(), ServerOptions(api_key=["k"]))
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app, root_path=root_path)
@@ -344,7 +344,7 @@ def test_a_field_without_a_name(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_the_key_is_asked_for_before_anything_else(path: str) -> None:
-    app = application(OneWord(), ServerOptions(api_keys=["k"], max_body_bytes=1000))
+    app = application(OneWord(), ServerOptions(api_key=["k"], max_body_bytes=1000))
     answers = exchange(app, [Bad(path, written(path)), Bad(path, b"{"), Bad(path, b"", kind="text/plain")])
     assert {refusal(answer)["code"] for answer in answers} == {"invalid_api_key"}
 

@@ -30,7 +30,7 @@ from fullpipe.messages import (
 from fullpipe.server import live as module
 from fullpipe.server.app import ServedModel, ServerOptions, create_app
 from fullpipe.server.live import Live
-from fullpipe.service import Status
+from fullpipe.supervision import Status
 from fullpipe.trace.flying import Flying
 from recorded import recorded
 

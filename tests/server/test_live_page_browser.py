@@ -18,7 +18,7 @@ from fullpipe.engine import Stats
 from fullpipe.messages import Admitted, Emitted, Event, Fate, Landed, Launched, Ready, Submitted
 from fullpipe.server.guard import Keyring
 from fullpipe.server.live import Live
-from fullpipe.service import State, Status
+from fullpipe.supervision import State, Status
 
 EVIL = "<img src=x onerror=document.title='owned'> <b>bold</b> & \u00fc"
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from one_word import OneWord, application
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from fullpipe.server.app import ServerOptions
+from fullpipe.options import ServerOptions
 
 # A body can fit the schema and still be refused, by what no schema says: a model that is not served, a token that the
 # model does not have, a prompt longer than the context, stream_options without stream. JSON Schema also counts 1.0 as
@@ -43,7 +43,7 @@ def with_sense(case: schemathesis.Case) -> None:
         body["best_of"] = body.get("n")
 
 
-open_to_all, closed = document(), document(api_keys=[KEY])
+open_to_all, closed = document(), document(api_key=[KEY])
 # Beside the cases that schemathesis derives from the schema one by one, some 600 for each of the two kinds of request.
 bounded = settings(max_examples=20, derandomize=True, database=None, deadline=None,
                    phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))

@@ -9,17 +9,27 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fullpipe.cli.main import app
-from fullpipe.server.guard import ServerOptions
+from fullpipe.options import ServerOptions
 
 
 class NoService:
     """A test double of `Service`, which builds nothing."""
 
-    def __init__(self, start: Any, **options: Any) -> None:
-        self.built = SimpleNamespace(words=None, max_model_len=9)
+    max_model_len = 9
+    model = SimpleNamespace(tokenizer=None, max_model_len=9)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
 
     def close(self) -> None:
         pass
+
+
+class NothingMade:
+    """A test double of `Assembly`."""
+
+    pipeline = method = rebuild = None
+    prepared = SimpleNamespace(reads_taps=False)
 
 
 @pytest.fixture
@@ -32,6 +42,8 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.delenv("FULLPIPE_API_KEY", raising=False)
     monkeypatch.setattr("fullpipe.service.Service", NoService)
+    monkeypatch.setattr("fullpipe.cli.serve.fetch_all", lambda *names: None)
+    monkeypatch.setattr("fullpipe.assembly.assemble", lambda options, say: NothingMade())
     monkeypatch.setattr("fullpipe.server.app.create_app", create_app)
     monkeypatch.setattr("fullpipe.cli.serve._run", lambda config, live, door: seen.update(config=config))
     return seen
@@ -46,7 +58,7 @@ def serve(*arguments: str, variable: str | None = None) -> Result:
 ])  # fmt: skip
 def test_keys(begun: dict[str, Any], arguments: list[str], variable: str | None, keys: list[str]) -> None:
     assert serve(*arguments, variable=variable).exit_code == 0
-    assert begun["options"].api_keys == keys
+    assert begun["options"].api_key == tuple(keys)
 
 
 @pytest.mark.parametrize(("arguments", "variable"), [

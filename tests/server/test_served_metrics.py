@@ -28,9 +28,9 @@ from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.server.metrics import Metrics
-from fullpipe.service import Status
 from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage
+from fullpipe.supervision import Status
 from fullpipe.trace.flying import Flying
 from recorded import PROMPTS, TRUTH, uneven
 

@@ -7,31 +7,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import psutil
 import pytest
-from fullpipe.batching import CostCurve, Dynamic
-from fullpipe.sequences.stats import RequestStats
 
-from fullpipe.cluster.calibrate import cost_curves
-from fullpipe.engine.loop import Engine, Listener
-from fullpipe.errors import FullpipeError, Overloaded, PipelineError, PromptError, Unavailable, UsageError
-from fullpipe.methods import make_policy
+from fullpipe.costs import CostCurve, Machine
+from fullpipe.engine import Engine
+from fullpipe.errors import Overloaded, PipelineError, PromptError, Unavailable, UsageError
+from fullpipe.messages import Event
+from fullpipe.methods import make_method
+from fullpipe.options import EngineOptions
+from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.workers import WorkersPipeline
-from fullpipe.request import Request, SamplingParams
-from fullpipe.sequences.sequence import Track
-from fullpipe.service import Observer, Service, Started, Ticket, Update, _Running
+from fullpipe.request import SamplingParams
+from fullpipe.service import Asked, Service, Update
 from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 from fullpipe.stations.spec import StationSpec
-from fullpipe.text import Reply
+from fullpipe.supervision import Observer
 
 VOCAB, SEED = 50, 3
 TRUTH = {"kind": "hash", "vocab": VOCAB, "seed": SEED}
-Start = Callable[[Sequence[Listener]], "Started[Words]"]
 
 
 class Words:
@@ -78,25 +76,33 @@ class Caller:
                 "".join(update.text for update in self.updates), self.updates[-1].reason)
 
 
-def inprocess(listeners: Sequence[Listener], share: bool = False) -> Started[Words]:
-    stages = [ScriptedStage(k, 3, TRUTH) for k in range(3)]
-    pipeline = InProcessPipeline(stages, ScriptedDraft(TRUTH), clock="wall")
-    engine = Engine(pipeline, make_policy("fullpipe"), max_num_seqs=4, kv_slots=6000, listeners=listeners,
-                    batching=Dynamic(CostCurve({1: 1.0}), num_stages=3), share_prefixes=share)
-    return Started(engine, Words(), VOCAB, 4000)
+class Model:
+    """What is served."""
+
+    tokenizer, vocab_size = Words(), VOCAB
+
+    def __init__(self, max_model_len: int = 4000) -> None:
+        self.max_model_len = max_model_len
 
 
-def sharing(listeners: Sequence[Listener]) -> Started[Words]:
-    return inprocess(listeners, share=True)
+def inprocess() -> Pipeline:
+    return InProcessPipeline([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedDraft(TRUTH), clock="wall")
 
 
-def processes(listeners: Sequence[Listener]) -> Started[Words]:
+def processes() -> Pipeline:
     specs = [StationSpec("fullpipe.stations.scripted:ScriptedStage",
                          {"index": k, "num_stages": 2, "truth": TRUTH, "delay_s": 0.002}) for k in range(2)]
     draft = StationSpec("fullpipe.stations.drafts.scripted:ScriptedDraft", {"truth": TRUTH})
-    engine = Engine(WorkersPipeline(specs, draft, heartbeat_timeout=2.0, timeout=5.0), make_policy("fullpipe"),
-                    max_num_seqs=4, kv_slots=6000, share_prefixes=True, listeners=listeners)
-    return Started(engine, Words(), VOCAB, 4000)
+    return WorkersPipeline(specs, draft, heartbeat_timeout=2.0, timeout=5.0)
+
+
+def serve(start: Callable[[], Pipeline] = inprocess, *, max_model_len: int = 4000, share: bool = False,
+          **more: Any) -> Service[Words]:
+    """A service that starts its pipeline like this, and again after a failure."""
+    options = EngineOptions(max_num_seqs=4, kv_cache_tokens=6000, enable_prefix_caching=share)
+    machine = Machine(3, CostCurve({1: 1.0})) if start is inprocess else None
+    return Service(start(), make_method("fullpipe", machine=machine), Model(max_model_len), options=options,
+                   rebuild=start, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +117,7 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def service() -> Iterator[Service[Words]]:
-    made = Service(inprocess, max_num_seqs=4, max_waiting=8)
+    made = serve(max_waiting=8)
     yield made
     made.close()
 
@@ -133,9 +139,10 @@ def test_what_cannot_be_is_refused_at_the_door(service: Service[Words]) -> None:
     for prompt, kind in (([], PromptError), (list(range(50)) * 80, PromptError), ([VOCAB], UsageError)):
         with pytest.raises(kind):
             service.submit(prompt, SamplingParams(), Caller())
-    long = Service(lambda listeners: Started(inprocess(listeners).engine, Words(), VOCAB, 10**6))
-    with closing(long), pytest.raises(PromptError, match="cache slots"):
-        long.submit([1], SamplingParams(max_tokens=7000), Caller())
+    with closing(serve(max_model_len=10**6)) as long:
+        assert long.max_model_len == long.engine.longest < 6000
+        with pytest.raises(PromptError, match="the context holds"):
+            long.submit([1] * 6000, SamplingParams(max_tokens=1), Caller())
 
 
 def test_a_full_queue_turns_away_and_a_drained_service_takes_nothing(service: Service[Words]) -> None:
@@ -152,7 +159,7 @@ def test_a_full_queue_turns_away_and_a_drained_service_takes_nothing(service: Se
 
 
 def test_closing_ends_those_that_run() -> None:
-    service, caller = Service(inprocess), Caller()
+    service, caller = serve(), Caller()
     service.submit([1], SamplingParams(max_tokens=3900), caller)
     assert caller.begun.wait(10)
     service.close()
@@ -170,14 +177,14 @@ def test_a_deadline(service: Service[Words]) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("victim", [0, 1, 2], ids=["stage 0", "stage 1", "draft"])
 def test_a_process_that_dies_is_replaced_and_the_text_goes_on(victim: int) -> None:
-    service, callers = Service(processes), [Caller() for _ in range(6)]
+    service, callers = serve(processes), [Caller() for _ in range(6)]
     try:
         for k, caller in enumerate(callers):
             service.submit([k, 3, 4], SamplingParams(max_tokens=150), caller)
         assert callers[0].begun.wait(20)
-        engine = service._engine
-        assert engine is not None and isinstance(engine.pipeline, WorkersPipeline)
-        psutil.Process(engine.pipeline._fleet.workers[victim].process.pid).kill()
+        pipeline = service.engine.pipeline
+        assert isinstance(pipeline, WorkersPipeline)
+        psutil.Process(pipeline._fleet.workers[victim].process.pid).kill()
         for k, caller in enumerate(callers):
             tokens, text, reason = caller.result()
             assert (tokens, reason) == (plain([k, 3, 4], 150), "length")
@@ -191,11 +198,11 @@ def test_a_process_that_dies_is_replaced_and_the_text_goes_on(victim: int) -> No
 
 @pytest.mark.processes
 def test_a_process_that_dies_while_nobody_asks_is_noticed() -> None:
-    service, caller = Service(processes), Caller()
+    service, caller = serve(processes), Caller()
     try:
-        first = service._engine
-        assert first is not None and isinstance(first.pipeline, WorkersPipeline)
-        first.pipeline._fleet.workers[1].process.kill()
+        first = service.engine.pipeline
+        assert isinstance(first, WorkersPipeline)
+        first._fleet.workers[1].process.kill()
         while service.status().restarts == 0 or service.status().state != "ready":
             time.sleep(0.02)
         service.submit([1], SamplingParams(max_tokens=5), caller)
@@ -210,13 +217,13 @@ def test_memory_that_is_kept_to_be_shared_counts_as_free() -> None:
 
     class Watch(Observer):
         def on_engine_time(self, seconds: float) -> None:
-            ledger = service.built.engine.ledger
+            ledger = service.engine._scheduler.memory._ledger
             own = sum(one.capacity for one in ledger.kept)
             seen.append((service.status().kv_used, ledger.used, own))
             if own:
                 kept.set()
 
-    service = Service(sharing, observers=[Watch()])
+    service = serve(share=True, listeners=[Watch()])
     with closing(service):
         caller = Caller()
         service.submit([1], SamplingParams(max_tokens=30), caller)
@@ -225,55 +232,38 @@ def test_memory_that_is_kept_to_be_shared_counts_as_free() -> None:
     assert all(told == used - own for told, used, own in seen)
 
 
-def test_an_update_copies_what_is_new_and_no_more() -> None:
-    copied = []
-
-    class Tokens(list[int]):
-        def __getitem__(self, at: Any) -> Any:
-            found = super().__getitem__(at)
-            copied.append(len(found))
-            return found
-
-    request = Request(0, (1,), SamplingParams(max_tokens=900))
-    track = Track.begin(request, 1000, count(), RequestStats(0.0))
-    track.tokens = Tokens(range(800))
-    one = _Running(Ticket(0, 1, track.stats), request, Reply(Words()), Caller(), track=track, sent=797)
-    assert (one.num_tokens, one.unsent(), copied) == (799, [798, 799], [2])
-
-
 class Fragile:
     """Starts well once, and then as often as it is told not at all."""
 
     def __init__(self, failures: int) -> None:
-        self.left, self.engines = failures, list[Engine]()
+        self.left, self.pipelines = failures, list[Pipeline]()
         self.failure = "the machine is on fire"
 
-    def __call__(self, listeners: Sequence[Listener]) -> Started[Words]:
-        if self.engines and self.left > 0:
+    def __call__(self) -> Pipeline:
+        if self.pipelines and self.left > 0:
             self.left -= 1
             raise PipelineError(self.failure)
-        started = inprocess(listeners)
-        self.engines.append(started.engine)
-        return started
+        self.pipelines.append(inprocess())
+        return self.pipelines[-1]
 
 
-def broken(engine: Engine) -> None:
+def broken(pipeline: Pipeline) -> None:
     """From the next look on it has nothing but trouble."""
 
-    def events(wait: float | None = None) -> list[object]:
+    def events(wait: float | None = None) -> list[Event]:
         raise PipelineError("a wire was cut")
 
-    engine.pipeline.events = events  # type: ignore[method-assign, assignment]
+    pipeline.events = events  # type: ignore[method-assign]
 
 
 def test_who_fails_again_and_again_says_so_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fullpipe.service._PAUSES_S", (0.0, 0.0, 0.0, 0.0, 0.3, 0.3))
+    monkeypatch.setattr("fullpipe.supervision._PAUSES_S", (0.0, 0.0, 0.0, 0.0, 0.3, 0.3))
     start, caller = Fragile(failures=5), Caller()
-    service = Service(start)
+    service = serve(start)
     try:
         service.submit([1], SamplingParams(max_tokens=3900), caller)
         assert caller.begun.wait(10)
-        broken(start.engines[0])
+        broken(start.pipelines[0])
         tokens, _, reason = caller.result()
         assert reason == "error" and "on fire" in (caller.updates[-1].error or "")
         assert tokens == plain([1], len(tokens))
@@ -291,13 +281,13 @@ def test_who_fails_again_and_again_says_so_and_comes_back(monkeypatch: pytest.Mo
 
 def test_callers_hear_one_line_of_a_failure_and_the_log_all(monkeypatch: pytest.MonkeyPatch,
                                                            caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("fullpipe.service._PAUSES_S", (0.0, 0.0, 0.0, 0.0, 30.0))
+    monkeypatch.setattr("fullpipe.supervision._PAUSES_S", (0.0, 0.0, 0.0, 0.0, 30.0))
     start, caller = Fragile(failures=99), Caller()
     start.failure = "stage 1 failed: it died; it printed:\n    File /secret/path"
-    with closing(Service(start)) as service, caplog.at_level("ERROR", "fullpipe.service"):
+    with closing(serve(start)) as service, caplog.at_level("ERROR", "fullpipe.service"):
         service.submit([1], SamplingParams(max_tokens=3900), caller)
         assert caller.begun.wait(10)
-        broken(start.engines[0])
+        broken(start.pipelines[0])
         assert caller.result()[2] == "error"
         assert caller.updates[-1].error == service.status().last_failure == "stage 1 failed: it died"
         with pytest.raises(Unavailable) as refused:
@@ -308,20 +298,19 @@ def test_callers_hear_one_line_of_a_failure_and_the_log_all(monkeypatch: pytest.
 
 def test_closing_does_not_wait_for_a_pipeline_that_is_being_built() -> None:
     go_on, building, caller = threading.Event(), threading.Event(), Caller()
-    engines: list[Engine] = []
+    pipelines: list[Pipeline] = []
 
-    def start(listeners: Sequence[Listener]) -> Started[Words]:
-        if engines:
+    def start() -> Pipeline:
+        if pipelines:
             building.set()
             assert go_on.wait(30)
-        started = inprocess(listeners)
-        engines.append(started.engine)
-        return started
+        pipelines.append(inprocess())
+        return pipelines[-1]
 
-    service = Service(start)
+    service = serve(start)
     service.submit([1], SamplingParams(max_tokens=3900), caller)
     assert caller.begun.wait(10)
-    broken(engines[0])
+    broken(pipelines[0])
     assert building.wait(10)
     service.close(timeout=0.01)
     assert service._thread.is_alive() and caller.done.is_set() and caller.result()[2] == "abort"
@@ -331,40 +320,77 @@ def test_closing_does_not_wait_for_a_pipeline_that_is_being_built() -> None:
 
 
 def test_who_ended_in_the_step_that_failed_is_told_so() -> None:
-    """The engine had ended it, and broke before it said so: the next one has nothing to do for it."""
+    """The engine had ended it, and broke before it said anything else: the next pipeline has nothing to do for it."""
     start, caller = Fragile(failures=0), Caller()
-    with closing(Service(start)) as service:
-        service.submit([1], SamplingParams(max_tokens=3900), caller)
+    with closing(serve(start)) as service:
+        ticket = service.submit([1], SamplingParams(max_tokens=3900), caller)
         assert caller.begun.wait(10)
-        [one] = service._running.values()
 
-        def events(wait: float | None = None) -> list[object]:
-            assert one.track is not None
-            one.track.finished = "stop"
+        def events(wait: float | None = None) -> list[Event]:
+            service.engine.end(ticket.id, "stop")
             raise PipelineError("a wire was cut")
 
-        start.engines[0].pipeline.events = events  # type: ignore[method-assign, assignment]
+        start.pipelines[0].events = events  # type: ignore[method-assign]
         tokens, _, reason = caller.result()
         assert reason == "stop" and tokens == plain([1], len(tokens))
         assert service.drain(5)
 
 
-def test_a_start_that_fails_at_once_is_the_callers_to_handle() -> None:
-    def start(listeners: Sequence[Listener]) -> Started[Words]:
-        raise FullpipeError("no such model")
+def test_without_another_pipeline_the_first_failure_is_the_end() -> None:
+    pipeline, caller, late = inprocess(), Caller(), Caller()
+    service = Service(pipeline, make_method("fullpipe"), Model())
+    with closing(service):
+        service.submit([1], SamplingParams(max_tokens=3900), caller)
+        assert caller.begun.wait(10)
+        broken(pipeline)
+        tokens, _, reason = caller.result()
+        assert reason == "error" and caller.updates[-1].error == "a wire was cut" and tokens == plain([1], len(tokens))
+        assert isinstance(service.failure, PipelineError) and service.status().state == "failed"
+        with pytest.raises(Unavailable, match="the service is failed"):
+            service.submit([1], SamplingParams(), late)
+        with pytest.raises(Unavailable):
+            service.call(lambda engine: engine.drain())
 
-    with pytest.raises(FullpipeError, match="no such model"):
-        Service(start)
+
+def test_a_stop_string_ends_the_text_and_no_token_follows() -> None:
+    """The text is made here, not in the engine, which is told so while it tells of the token."""
+    whole = plain([7], 40)
+    caller = Caller()
+    with closing(serve()) as service:
+        service.submit([7], SamplingParams(max_tokens=40, stop=(f"{whole[9]} {whole[10]} ",)), caller)
+        tokens, text, reason = caller.result()
+        assert (tokens, reason) == (whole[:11], "stop")
+        assert text == "".join(f"{token} " for token in whole[:9])
+        assert service.drain(5)
 
 
-def test_rows_are_measured_on_the_stations_that_serve() -> None:
-    curve = CostCurve.of(lambda rows: 2 + 0.5 * rows)
-    pipeline = InProcessPipeline([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedDraft(TRUTH),
-                                 costs=lambda station, rows, measured, context: curve(rows))
-    engine = Engine(pipeline, make_policy("fullpipe"))
-    stages, draft = cost_curves(engine)
-    assert draft is not None
-    for rows in (1, 3, 8, 64):
-        assert stages(rows) == pytest.approx(curve(rows)) and draft(rows) == pytest.approx(curve(rows))
-    assert cost_curves(engine, draft=False)[1] is None
-    engine.check()
+def test_several_come_in_at_the_same_moment() -> None:
+    """In virtual time, which real time has no part in, their figures are the same every time."""
+
+    def figures() -> list[tuple[float, float | None]]:
+        pipeline = InProcessPipeline([ScriptedStage(k, 3, TRUTH) for k in range(3)], ScriptedDraft(TRUTH))
+        callers = [Caller() for _ in range(6)]
+        with closing(Service(pipeline, make_method("fullpipe"), Model(), options=EngineOptions(max_num_seqs=3))) as one:
+            tickets = one.submit_all([Asked([k], SamplingParams(max_tokens=20), caller)
+                                      for k, caller in enumerate(callers)])
+            assert [caller.result()[0] for caller in callers] == [plain([k], 20) for k in range(6)]
+        return [(ticket.stats.started, ticket.stats.last_token) for ticket in tickets]
+
+    assert figures() == figures()
+
+
+def test_an_action_between_two_steps() -> None:
+    seen: list[str] = []
+    with closing(serve()) as service:
+        service.call(lambda engine: engine.use(make_method("pp")))
+        service.call(lambda engine: seen.append(engine.method.name))
+        with pytest.raises(UsageError, match="too small"):
+            service.call(raising(UsageError("too small")))
+    assert seen == ["pp"]
+
+
+def raising(error: Exception) -> Callable[[Engine], None]:
+    def act(engine: Engine) -> None:
+        raise error
+
+    return act

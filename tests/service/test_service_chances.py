@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import count
 
 import pytest
 
-from fullpipe.engine.loop import Engine, Listener
 from fullpipe.errors import PipelineError
 from fullpipe.messages import Event
-from fullpipe.methods import make_policy
+from fullpipe.methods import make_method
+from fullpipe.options import EngineOptions
+from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import SamplingParams
-from fullpipe.service import Service, Started, Update
+from fullpipe.service import Service, Update
 from fullpipe.stations.scripted import ScriptedStage
 from fullpipe.text import Detokenizer
 
@@ -54,38 +55,44 @@ class Told:
         return self.end.reason if self.end else None
 
 
+class Model:
+    """What is served."""
+
+    tokenizer, vocab_size, max_model_len = Silent(), 50, 4000
+
+
 class Failing:
-    """Builds engines with room for one request. While `left` lasts, one fails when it has looked for events more than
+    """Starts pipelines with room for one request. While `left` lasts, one fails when it has looked for events more than
     so many times with a request running: at once is before it is launched, once before its first token. cause: the id
     of the request that must run for that; None: any."""
 
     def __init__(self, left: int, looks: int, cause: int | None = None) -> None:
-        self.left, self.seqs, self._looks, self._cause = left, 1, looks, cause
+        self.left, self._looks, self._cause = left, looks, cause
+        self.service: Service[Silent] | None = None
 
-    def __call__(self, listeners: Sequence[Listener]) -> Started[Silent]:
-        stages = [ScriptedStage(k, 2, TRUTH) for k in range(2)]
-        engine = Engine(InProcessPipeline(stages, None, clock="wall"), make_policy("pp"), max_num_seqs=self.seqs,
-                        kv_slots=6000, listeners=listeners)
-        events, looks = engine.pipeline.events, count()
+    def __call__(self) -> Pipeline:
+        pipeline = InProcessPipeline([ScriptedStage(k, 2, TRUTH) for k in range(2)], None, clock="wall")
+        events, looks = pipeline.events, count()
 
         def failing(wait: float | None = None) -> list[Event]:
             happened = events(wait)
-            guilty = engine.num_running if self._cause is None else self._cause in engine._tracks
+            running = self.service.engine._scheduler.running if self.service else {}
+            guilty = bool(running) if self._cause is None else self._cause in running
             if guilty and self.left > 0 and next(looks) >= self._looks:
                 self.left -= 1
                 raise PipelineError("a wire was cut")
             return happened
 
-        engine.pipeline.events = failing  # type: ignore[method-assign]
-        return Started(engine, Silent(), 50, 4000)
+        pipeline.events = failing  # type: ignore[method-assign]
+        return pipeline
 
 
 @contextmanager
 def serving(start: Failing, monkeypatch: pytest.MonkeyPatch, seqs: int = 1) -> Iterator[Service[Silent]]:
-    monkeypatch.setattr("fullpipe.service._PAUSES_S", (0.0,))
-    start.seqs = seqs
-    with closing(Service(start, max_num_seqs=seqs)) as service:
-        yield service
+    monkeypatch.setattr("fullpipe.supervision._PAUSES_S", (0.0,))
+    options = EngineOptions(max_num_seqs=seqs, kv_cache_tokens=6000)
+    with closing(Service(start(), make_method("pp"), Model(), options=options, rebuild=start)) as start.service:
+        yield start.service
 
 
 def test_who_only_waits_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,11 +137,12 @@ def test_who_is_struck_by_chance_goes_on_alone_and_then_all_do(monkeypatch: pyte
 
 
 def test_who_is_held_back_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that waits for another's trial is in no engine; leaving ends it all the same."""
+    """One that waits for another's trial is not admitted; leaving ends it all the same."""
     start = Failing(left=4, looks=1)
     with serving(start, monkeypatch, seqs=2) as service:
         first, second = Told(), Told()
-        monkeypatch.setattr(service, "_acquit", lambda engine: None)  # the trial does not end
+        monkeypatch.setattr(service._supervision, "got_on", lambda id: None)  # the trial does not end
+        monkeypatch.setattr(service._supervision, "forget", lambda id: None)
         service.submit([1], SamplingParams(max_tokens=5), first)
         ticket = service.submit([2], SamplingParams(max_tokens=5), second)
         assert first.reason() == "length"
@@ -145,7 +153,7 @@ def test_who_is_held_back_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("steady_s", "state_reached"), [(0.0, False), (1e9, True)], ids=["steady", "shaky"])
 def test_failures_of_a_pipeline_that_stood_long_are_not_in_a_row(
         monkeypatch: pytest.MonkeyPatch, steady_s: float, state_reached: bool) -> None:
-    monkeypatch.setattr("fullpipe.service._STEADY_S", steady_s)
+    monkeypatch.setattr("fullpipe.supervision._STEADY_S", steady_s)
     with serving(Failing(left=7, looks=0), monkeypatch) as service:
         told = Told()
         service.submit([1], SamplingParams(max_tokens=10), told)

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fullpipe.cli import console, options
+from fullpipe.cli import console
 from fullpipe.cli.lists import decimals, integers
-from fullpipe.cli.record import Limit, Prompts, read
+from fullpipe.cli.options import Only
 from fullpipe.cli.verb import INTERRUPTED
 from fullpipe.errors import CacheError, UsageError
+from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
-    from fullpipe.bench.load import LoadResult, Spread, Traffic
-    from fullpipe.bench.openai_stream import Server
     from fullpipe.prompts import FilePrompt
+    from fullpipe.server.load import LoadResult, Spread, Traffic
+    from fullpipe.server.openai_stream import Server
 
 
 def load(
@@ -36,13 +37,12 @@ def load(
                                              "(Poisson), whether answers come or not; lists as above.")] = None,
     num_prompts: Annotated[int | None, typer.Option("--num-prompts", min=1, help="Requests for each number. Default: "
                                                     "each prompt once.")] = None,
-    prompts: Prompts = None,
-    limit: Limit = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="End answers after so many tokens.")] = 128,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = 7,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Let every answer have all its tokens; for servers "
-                                             "that know the field (Fullpipe, vLLM).")] = False,
+    prompts: Annotated[list[Path] | None, typer.Option("--prompts", metavar="FILE", help="Prompts, JSON lines with "
+                                                       "turns; may be repeated. Default: the bundled set.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Prompts per file at most; of the bundled set, "
+                                              "per category.")] = None,
+    sampling: Annotated[SamplingParams, Only("max_tokens", "temperature", "seed", "ignore_eos")]
+    = SamplingParams(seed=7),
     distinct: Annotated[bool, typer.Option("--distinct/--same", help="Put a number of its own before each prompt, so "
                                            "that no server finds what it has computed before.")] = True,
     completions: Annotated[bool, typer.Option("--completions", help="Ask /v1/completions with plain text in place of "
@@ -56,23 +56,23 @@ def load(
 
     Works on any server: Fullpipe, vLLM, SGLang, llama.cpp. Ends with 1 if a request failed.
     """
-    from fullpipe.bench.load import Traffic, take
-    from fullpipe.bench.openai_stream import Server, require_httpx, served_model
-    from fullpipe.bench.recording import make_folder
+    from fullpipe.prompts import choose
+    from fullpipe.server.load import Traffic, take
+    from fullpipe.server.openai_stream import Server, require_httpx, served_model
 
     def traffic(at_once: int | None = None, per_second: float | None = None) -> Traffic:
-        return Traffic(at_once, per_second, max_tokens, temperature, seed, ignore_eos,
-                       "completions" if completions else "chat", timeout)
+        return Traffic(at_once, per_second, sampling.max_tokens, sampling.temperature, sampling.seed,
+                       sampling.ignore_eos, "completions" if completions else "chat", timeout)
 
     require_httpx()
     if concurrency is not None and rate is not None:
         raise UsageError("requests come by concurrency or by rate", hint="Give --concurrency or --rate, not both.")
     levels = ([traffic(per_second=one) for one in decimals(rate, "--rate")] if rate is not None
               else [traffic(one) for one in integers(concurrency or "1", "--concurrency")])
-    chosen = take(read(prompts, limit), num_prompts)
+    chosen = take(choose(prompts, limit), num_prompts)
     server = Server(url, model or served_model(url, api_key), api_key)
     if json_file is not None:
-        make_folder(json_file.parent)  # what cannot be written had better be known now
+        _make_folder(json_file.parent)  # what cannot be written had better be known now
     if warmup and _run(server, take(chosen, warmup), traffic(1), "warm" if distinct else None,
                        "warming up").interrupted:
         raise KeyboardInterrupt
@@ -85,7 +85,7 @@ def load(
 
 
 def _run(server: Server, prompts: list[FilePrompt], traffic: Traffic, tag: str | None, name: str) -> LoadResult:
-    from fullpipe.bench.load import distinct, run_load
+    from fullpipe.server.load import distinct, run_load
 
     with console.StepBar(name) as bar:
         return run_load(server, distinct(prompts, tag) if tag else prompts, traffic, bar)
@@ -114,8 +114,16 @@ def _conclude(results: list[LoadResult], file: Path | None, api_key: str | None)
         raise typer.Exit(1)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror or error}",
+                         hint="Name a folder that is writable.") from error
+
+
 def _write(results: list[LoadResult], file: Path, api_key: str | None) -> None:
-    from fullpipe.bench.provenance import provenance
+    from fullpipe.cluster.provenance import provenance
 
     # The command as it was given, but for the key: this file is for showing around.
     told = [argument.replace(api_key, "***") if api_key else argument for argument in sys.argv[1:]]

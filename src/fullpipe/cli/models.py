@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from fullpipe.cli import console
-from fullpipe.hub import CATALOGUE, DEFAULT_TARGET, CatalogueModel, cache
+from fullpipe.hub import CATALOGUE, CatalogueModel, cache
+from fullpipe.options import DEFAULT_MODEL
 
 
 def models(
@@ -16,7 +17,7 @@ def models(
     """List the models of the catalogue: sizes, drafts, licences, and whether they are here."""
     entries = [_describe(model) for model in CATALOGUE.values()]
     if as_json:
-        console.print_json({"cache": str(cache.home()), "default": DEFAULT_TARGET, "models": entries})
+        console.print_json({"cache": str(cache.home()), "default": DEFAULT_MODEL, "models": entries})
         return
     console.print_table(
         ("NAME", "MODEL", "SIZE", "DRAFT", "LICENCE", "HERE"),

@@ -1,112 +1,143 @@
-"""Options that several verbs share, written once."""
+"""From dataclasses of options to a command line: a verb names the dataclasses, and gets them filled.
+
+    def show(model: ModelOptions, pipeline: Annotated[PipelineOptions, Only("stages")]) -> None: ...
+
+Every field that was made with a help text (`fullpipe.options.option`) becomes an option of the verb. Its default is the
+field's, or that of the parameter's default where it has one.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from fullpipe.errors import PromptError, UsageError
-from fullpipe.hub import DEFAULT_TARGET
+from fullpipe.cli.lists import integers
+from fullpipe.errors import PromptError
+from fullpipe.methods import METHODS
+from fullpipe.options import DTYPES, LOG_LEVELS, ChatOptions
 
-
-class Method(StrEnum):
-    pp = "pp"
-    chain = "chain"
-    static_tree = "static-tree"
-    pipedec = "pipedec"
-    spd = "spd"
-    ppsd = "ppsd"
-    fullpipe = "fullpipe"
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class PipelineKind(StrEnum):
-    inprocess = "inprocess"
-    distributed = "distributed"
-
-
-class Clock(StrEnum):
-    virtual = "virtual"
-    wall = "wall"
-
-
-class Costs(StrEnum):
-    measured = "measured"
-    unit = "unit"
-
-
-Model = Annotated[str, typer.Option("--model", "-m", help="Catalogue name, safetensors directory, GGUF file, or "
-                                    "Hugging Face id.")]
-Draft = Annotated[str, typer.Option("--draft", "-d", help="Who guesses: auto (ngram, and the model's partner), none, "
-                                    "ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas "
-                                    "between.")]
-Stages = Annotated[int, typer.Option("--stages", help="Pipeline stages to cut the model into.")]
-MethodOption = Annotated[Method, typer.Option("--method", help="Which nodes enter the pipeline, and when.")]
-Width = Annotated[int | None, typer.Option("--width", help="Tree nodes per flight at most: 8, or 1 with spd and ppsd, "
-                                           "if not given; pp and chain have none.", show_default=False)]
-Depth = Annotated[int | None, typer.Option("--depth", help="Tokens guessed per traversal; for chain and "
-                                     "static-tree alone.")]
-Refresh = Annotated[bool | None, typer.Option("--refresh/--no-refresh", help="Ask the draft again about tokens in "
-                                              "flight. Default: with spd:DIR, which answers better each time (methods "
-                                              "spd and fullpipe).", show_default=False)]
-Accept = Annotated[str, typer.Option("--accept", metavar="exact|typical:EPS", help="exact: the model's own text. "
-                                     "typical:EPS: LOSSY, a guessed token may stand where the model would have said "
-                                     "another (0 < EPS <= 1; the smaller, the more).")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="End after so many new tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0: all.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total probability.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 avoids repeating; 1: none.")]
-Seed = Annotated[int, typer.Option("--seed", help="The text is a function of model, prompt, parameters and seed.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the text at this string; may be repeated.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: bfloat16 where the processor computes in it.")]
-PipelineOption = Annotated[PipelineKind, typer.Option("--pipeline", help="inprocess: all stages here. distributed: a "
-                                                      "process per stage.")]
-ClockOption = Annotated[Clock, typer.Option("--clock", help="Time of in-process runs: virtual (as if each stage had a "
-                                            "machine like this one) or wall.")]
-CostsOption = Annotated[Costs, typer.Option("--costs", help="Virtual time of a stage step and a draft call: measured, "
-                                            "or one unit (1 s) each.")]
-LinkMs = Annotated[float, typer.Option("--link-ms", help="Latency of every hop: in virtual time, or emulated between "
-                                    "the processes of a distributed pipeline.")]
-LinkMbit = Annotated[float | None, typer.Option("--link-mbit", help="Bandwidth of every hop in Mbit/s; unlimited if "
-                                                "not given.")]
-ClusterOption = Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="As if on the cluster that a "
-                                                   "TOML file, or a preset, describes: on its virtual time, or paced "
-                                                   "and with its links emulated (distributed).")]
-Threads = Annotated[int | None, typer.Option("--threads", help="Compute threads (distributed: of each stage, 1).")]
-Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Time without progress after which a "
-                                        "process of a distributed pipeline counts as hung.")]
-StartTimeout = Annotated[float, typer.Option("--start-timeout", metavar="SECONDS", help="Time that the processes of a "
-                                             "distributed pipeline may take to start.")]
-System = Annotated[str | None, typer.Option("--system", help="System message.")]
-NoChatTemplate = Annotated[bool, typer.Option("--no-chat-template", help="Continue the prompt as plain text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
 
-DEFAULT_MODEL = DEFAULT_TARGET
 
 
-def parse_accept(text: str) -> float:
-    """`SamplingParams.accept_typical` of an `--accept`: 0 for "exact". Raises UsageError for anything else."""
-    if text == "exact":
-        return 0.0
-    kind, _, number = text.partition(":")
-    try:
-        epsilon = float(number) if kind == "typical" else 0.0
-    except ValueError:
-        epsilon = 0.0
-    if not 0 < epsilon <= 1:
-        raise UsageError(f"--accept takes exact, or typical:EPS with EPS above 0 and at most 1 (got {text!r})",
-                         hint="exact is the model's own text; typical:0.3 lets likely guesses stand in its place.")
-    return epsilon
+def one_of(*names: str) -> type[StrEnum]:
+    """A type of option that takes these alone."""
+    return StrEnum("one_of", {name: name for name in names})  # type: ignore[return-value]
+
+
+_CHOICES = {"method": one_of("auto", *METHODS), "dtype": one_of(*DTYPES), "log_level": one_of(*LOG_LEVELS)}
+
+
+class Only:
+    """Marks a parameter of which a verb takes these options alone."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def takes(self, name: str) -> bool:
+        return name in self.names
+
+
+class Without(Only):
+    """Marks a parameter of which a verb takes all options but these."""
+
+    def takes(self, name: str) -> bool:
+        return name not in self.names
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A parameter of a verb that is a dataclass of options."""
+
+    name: str
+    default: Any
+    fields: tuple[Field[Any], ...]
+    types: dict[str, Any]
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter) -> _Group | None:
+        """None for a parameter of another kind."""
+        kind: Any
+        kind, *marks = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated \
+            else (parameter.annotation,)
+        if not is_dataclass(kind):
+            return None
+        only = next((mark for mark in marks if isinstance(mark, Only)), Without())
+        default = parameter.default if parameter.default is not parameter.empty else kind()  # type: ignore[operator]
+        own = tuple(one for one in fields(kind) if one.metadata.get("help") and only.takes(one.name))
+        return cls(parameter.name, default, own, get_type_hints(kind))
+
+    def parameters(self) -> list[inspect.Parameter]:
+        return [_parameter(one, self.types[one.name], getattr(self.default, one.name)) for one in self.fields]
+
+    def collect(self, given: dict[str, Any]) -> Any:
+        """The dataclass, with what was given taken out of `given`."""
+        values = {one.name: _read(one, self.types[one.name], given.pop(one.name)) for one in self.fields}
+        return replace(self.default, **values)
+
+
+def spread(function: Callable[..., None]) -> Callable[..., None]:
+    """The verb with every parameter that is a dataclass of options replaced by those options, in its signature too."""
+    own = inspect.signature(function, eval_str=True)
+    groups = {name: group for name, parameter in own.parameters.items() if (group := _Group.of(parameter))}
+
+    def verb(**given: Any) -> None:
+        made = {name: group.collect(given) for name, group in groups.items()}
+        function(**given, **made)
+
+    parameters = []
+    for name, parameter in own.parameters.items():
+        parameters += groups[name].parameters() if name in groups else [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    verb.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    verb.__name__, verb.__doc__ = function.__name__, function.__doc__
+    return verb
+
+
+def _parameter(one: Field[Any], kind: Any, default: Any) -> inspect.Parameter:
+    """One option, as typer reads it off a signature."""
+    flag = _flag(one)
+    flags = [*one.metadata.get("flags", ()), *([] if one.metadata.get("flags") else [flag])]
+    more: dict[str, Any] = {"help": one.metadata["help"], "metavar": one.metadata.get("metavar"),
+                            "show_default": default not in (None, (), "")}
+    if one.name in _CHOICES:
+        kind, default = _CHOICES[one.name], _CHOICES[one.name](default)
+    parts = get_args(kind) or (kind,)
+    if bool in parts:
+        flags = [f"{flag}/--no-{flag.removeprefix('--')}"]
+    if _is_list(kind, str):
+        kind, default = list[str] | None, list(default) or None
+    elif _is_list(kind, int):
+        kind, default = str | None, ",".join(map(str, default)) if default else None
+        more["metavar"] = "N,N,..."
+    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default,
+                             annotation=Annotated[kind, typer.Option(*flags, **more)])
+
+
+def _flag(one: Field[Any]) -> str:
+    flags: tuple[str, ...] = one.metadata.get("flags") or ("--" + one.name.replace("_", "-"),)
+    return flags[0]
+
+
+def _is_list(kind: Any, item: type) -> bool:
+    """Whether a field holds several of `item`; it may be None as well."""
+    return any(get_origin(part) is tuple and get_args(part)[0] is item for part in (kind, *get_args(kind)))
+
+
+def _read(one: Field[Any], kind: Any, value: Any) -> Any:
+    if one.name in _CHOICES:
+        return str(value)
+    if _is_list(kind, str):
+        return tuple(value or ())
+    if _is_list(kind, int) and value is not None:
+        return tuple(integers(value, _flag(one), least=one.metadata.get("least", 1)))
+    return value
 
 
 def read_prompt(prompt: str) -> str:
@@ -117,9 +148,9 @@ def read_prompt(prompt: str) -> str:
     return text
 
 
-def as_prompt(text: str, system: str | None, no_chat_template: bool) -> str | list[dict[str, str]]:
+def as_prompt(text: str, chat: ChatOptions) -> str | list[dict[str, str]]:
     """Plain text, or messages for the model's chat template."""
-    if no_chat_template:
+    if not chat.chat_template:
         return text
     messages = [{"role": "user", "content": text}]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+    return messages if chat.system is None else [{"role": "system", "content": chat.system}, *messages]

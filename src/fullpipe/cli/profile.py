@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fullpipe import hub
-from fullpipe.cli import console, options
+from fullpipe.cli import console
 from fullpipe.cli.lists import integers
+from fullpipe.cli.options import Only
 from fullpipe.errors import UsageError
+from fullpipe.options import ModelOptions
 
 if TYPE_CHECKING:
     from fullpipe.cluster.profile import Cost, Curve, Profile, Surface
 
 
 def profile(
-    model: options.Model = options.DEFAULT_MODEL,
+    model: Annotated[ModelOptions, Only("model", "dtype")],
     draft: Annotated[str, typer.Option("--draft", "-d", help="Draft model to measure too: auto (the model's partner, "
                                        "if it has one), none, or a model.")] = "auto",
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("profile.json"),
@@ -25,7 +27,6 @@ def profile(
     contexts: Annotated[str, typer.Option("--contexts", help="Tokens before the rows, rising.")] = "128,512,2048",
     repeats: Annotated[int, typer.Option("--repeats", help="Samples of each time; the median is taken.")] = 5,
     threads: Annotated[int, typer.Option("--threads", help="Compute threads, as of one stage.")] = 1,
-    dtype: options.DtypeOption = options.Dtype.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile instead of tables.")] = False,
 ) -> None:
     """Measure this machine: layers, head, embedding, draft calls and messages, by rows and context.
@@ -35,15 +36,15 @@ def profile(
     row_counts, context_sizes = integers(rows, "--rows"), integers(contexts, "--contexts")
     if not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}", hint="Name a file in one that exists.")
-    guesser = _draft_model(model, draft)
+    guesser = _draft_model(model.model, draft)
     with console.TransferBar() as transfer:
-        for name in filter(None, (model, guesser)):
+        for name in filter(None, (model.model, guesser)):
             hub.resolve(name, progress=transfer)
     from fullpipe.cluster.measure import measure
 
     with console.StepBar("measuring") as bar:
-        found = measure(model, guesser, rows=row_counts, contexts=context_sizes, repeats=repeats, threads=threads,
-                        dtype=dtype.value, progress=lambda what, done, total: bar(done, total, what))
+        found = measure(model.model, guesser, rows=row_counts, contexts=context_sizes, repeats=repeats, threads=threads,
+                        dtype=model.dtype, progress=lambda what, done, total: bar(done, total, what))
     found.save(out)
     if as_json:
         console.print_json(found.model_dump(mode="json"))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fullpipe import hub
-from fullpipe.cli import console, options
+from fullpipe.cli import console
+from fullpipe.cli.options import Only
 from fullpipe.cluster.partition import cut
+from fullpipe.options import ModelOptions
 
 if TYPE_CHECKING:
     from fullpipe.models.config import ModelConfig
@@ -20,10 +22,10 @@ _DEFAULT_STAGES = 8
 
 def show(
     name: Annotated[str, typer.Argument(metavar="MODEL", help="Any model name; see `fullpipe pull`.")],
+    model: Annotated[ModelOptions, Only("dtype")],
     stages: Annotated[
         int | None, typer.Option("--stages", help="Cut into so many stages.", show_default="8")
     ] = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Describe a model: its shape, sizes and vocabulary, and how it would be cut into stages.
@@ -32,7 +34,7 @@ def show(
     """
     with console.TransferBar() as bar:
         path = hub.resolve(name, progress=bar)
-    found = _describe(name, path, stages, dtype.value)
+    found = _describe(name, path, stages, model.dtype)
     if as_json:
         console.print_json(found)
     else:

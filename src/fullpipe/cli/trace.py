@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
-from fullpipe.cli import console, options
+from fullpipe.cli import console
+from fullpipe.cli.options import one_of
 from fullpipe.errors import FullpipeError, MissingExtra, UsageError
 from fullpipe.messages import Event
 
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".svg")
 _SUFFIXES = (".json", *PICTURES, ".html", ".jsonl")
-_CLOCKS: dict[options.Clock, Clock] = {options.Clock.virtual: "virtual time", options.Clock.wall: "wall-clock time"}
+_CLOCKS: dict[str, Clock] = {"virtual": "virtual time", "wall": "wall-clock time"}
+if TYPE_CHECKING:
+    _ClockName = str
+else:
+    _ClockName = one_of(*_CLOCKS)
 
 
 def trace(
@@ -37,7 +42,7 @@ def trace(
                                                 "from the beginning of the run.")] = None,
     end: Annotated[float | None, typer.Option("--end", metavar="SECONDS", help="Where the picture ends. Default: where "
                                               "boxes become too small to read.")] = None,
-    clock: Annotated[options.Clock | None, typer.Option("--clock", help="Whose time the file is in. Default: virtual "
+    clock: Annotated[_ClockName | None, typer.Option("--clock", help="Whose time the file is in. Default: virtual "
                                                         "if it begins at 0, else left open.")] = None,
 ) -> None:
     """Turn a recorded run into a Chrome trace, a picture and a page.
@@ -73,16 +78,11 @@ def _beside(file: Path) -> list[Path]:
     return outputs
 
 
-def _clock(given: options.Clock | None, events: Sequence[Event]) -> Clock:
+def _clock(given: str | None, events: Sequence[Event]) -> Clock:
     """Virtual time begins at 0, and no wall clock does. A file from the middle of a run says nothing."""
     if given is not None:
         return _CLOCKS[given]
     return "virtual time" if events and events[0].time == 0 else "time"
-
-
-def clock_of(pipeline: options.PipelineKind, clock: options.Clock) -> Clock:
-    """What the times of such a run are called."""
-    return _CLOCKS[options.Clock.wall if pipeline is options.PipelineKind.distributed else clock]
 
 
 # ---- writing one of them -----------------------------------------------------------------------------------

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fullpipe import hub
-from fullpipe.cli import console, options
+from fullpipe.cli import console
+from fullpipe.cli.fetch import fetch_all
+from fullpipe.cli.options import Only
 from fullpipe.cli.train_module import exit_head, spd
 from fullpipe.cli.verb import verb
+from fullpipe.options import EngineOptions, MethodOptions, ModelOptions, Options, PipelineOptions
+from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
     from fullpipe.models.tokenizer import Tokenizer
@@ -25,7 +30,6 @@ Size = Annotated[int, typer.Option("--size", min=1, help="Tokens in the draft vo
 Temperatures = Annotated[list[float] | None, typer.Option("--temperature", help="0 is greedy (the default); if "
                                                           "repeated, the prompts take turns.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Prompts at most.")]
-MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Prompts that are answered at a time.")]
 
 _WHOLE = 1 << 40  # no text is cut: where it is makes no difference to what is counted
 
@@ -33,20 +37,20 @@ _WHOLE = 1 << 40  # no text is cut: where it is makes no difference to what is c
 def vocab(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where the vocabulary goes (JSON).")],
-    model: options.Model = options.DEFAULT_MODEL,
+    model: Annotated[ModelOptions, Only("model")],
     size: Size = 8192,
 ) -> None:
     """Build a draft vocabulary: the tokens that the training text says most."""
     from fullpipe.training.data import Report, read_samples
     from fullpipe.training.vocab import count_labels, pick, save_vocab
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model.model)
     report = Report()
     samples = read_samples(data, tokenizer, max_length=_WHOLE, min_length=1, report=report)
     console.print_note(report.summary())
     counts = count_labels(samples, tokenizer)
     chosen = pick(counts, size, tokenizer=tokenizer)
-    save_vocab(chosen, out, tokenizer=tokenizer, model=model, files=data)
+    save_vocab(chosen, out, tokenizer=tokenizer, model=model.model, files=data)
     beside = [pick(counts, other, tokenizer=tokenizer) for other in (size // 2, 2 * size)
               if 64 <= other <= tokenizer.vocab_size]
     rows = [[f"{len(one):,}", f"{one.mass:.2%}", str(out) if one is chosen else "for comparison"]
@@ -58,30 +62,28 @@ def distill(
     data: Prompts,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The answers, JSON lines; gone on with if it "
                                       "is there.")],
-    model: options.Model = options.DEFAULT_MODEL,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most.")] = 256,
+    model: Annotated[ModelOptions, Only("model", "dtype")],
+    pipeline: Annotated[PipelineOptions, Only("stages", "threads")],
+    sampling: Annotated[SamplingParams, Only("max_tokens", "seed")] = SamplingParams(max_tokens=256),
+    engine: Annotated[EngineOptions, Only("max_num_seqs")] = EngineOptions(max_num_seqs=32),
     temperature: Temperatures = None,
-    seed: options.Seed = 0,
-    max_num_seqs: MaxNumSeqs = 32,
-    stages: options.Stages = 1,
     limit: Limit = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
-    threads: options.Threads = None,
 ) -> None:
     """Let the model answer prompts: training text in its own words."""
     from fullpipe.assembly import pick_dtype
-    from fullpipe.cli.generate import fetch_all
     from fullpipe.training.distill import Distiller, Settings, read_conversations
 
-    settings = Settings(model, pick_dtype(dtype.value), max_tokens, tuple(temperature or (0.0,)), seed)
+    settings = Settings(model.model, pick_dtype(model.dtype), sampling.max_tokens, tuple(temperature or (0.0,)),
+                        sampling.seed)
     asked = read_conversations(data, limit)
-    fetch_all(model, "none", "pp")
+    fetch_all(model, "pp")
     from fullpipe.llm import LLM
 
     with console.StepBar("distilling") as bar:
         distiller = Distiller(out, asked, settings, bar)
-        with LLM(model, draft="none", stages=stages, method="pp", dtype=settings.dtype, clock="wall", threads=threads,
-                 max_num_seqs=max_num_seqs, listeners=[distiller.listener], progress=console.print_note) as llm:
+        options = Options(model=replace(model, draft="none", dtype=settings.dtype), method=MethodOptions(method="pp"),
+                          pipeline=pipeline, engine=engine)
+        with LLM.of(options, listeners=[distiller.listener], progress=console.print_note) as llm:
             done = distiller.run(llm)
     typer.echo(f"{out}: {done.answers} answers, {done.fresh} of them new ({done.fresh_tokens} tokens)")
     if done.altered:

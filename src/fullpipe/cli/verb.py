@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fullpipe.cli import console
+from fullpipe.cli.options import spread
 from fullpipe.errors import FullpipeError
 
 INTERRUPTED = 130
@@ -23,11 +24,13 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="On an error, show wh
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as a command for typer: with `--debug`, and with its errors reported.
+    """The function as a command for typer: with its dataclasses of options spread out (`options.spread`), with
+    `--debug`, and with its errors reported.
 
     `FullpipeError` ends with its own exit code, Ctrl-C with 130, a reader of our output that went away with
     141 and without a word, anything else, being a bug, with 70.
     """
+    function = spread(function)
 
     @functools.wraps(function)
     def guarded(*, context: typer.Context, debug: bool, **arguments: Any) -> None:
@@ -62,7 +65,7 @@ def _add_parameters(guarded: Callable[..., None], function: Callable[..., None])
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
         inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=DebugOption, default=False),
     ]
-    own = inspect.signature(function, eval_str=True)
+    own = inspect.signature(function)
     merged = own.replace(parameters=[*own.parameters.values(), *extra])
     guarded.__signature__ = merged  # type: ignore[attr-defined]
     guarded.__annotations__ = {name: p.annotation for name, p in merged.parameters.items()}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fullpipe.cli import console, options
-from fullpipe.cli.generate import fetch_all
+from fullpipe.cli import console
+from fullpipe.cli.fetch import fetch_all
+from fullpipe.cli.options import Json, Without, as_prompt, one_of
 from fullpipe.errors import UsageError
-from fullpipe.methods import WITH_DEPTH
+from fullpipe.methods import METHODS, WITH_DEPTH
+from fullpipe.options import ChatOptions, MethodOptions, ModelOptions, Options, PipelineOptions
 from fullpipe.prompts import FilePrompt, read_prompts
 from fullpipe.request import SamplingParams
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 # By how much a picked logit may stand above its rival where two runs disagree and it still counts as a tie that
 # rounding decided. A bfloat16 logit between 16 and 32 is itself rounded to the next eighth.
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+if TYPE_CHECKING:
+    Checked = str
+else:
+    Checked = one_of(*METHODS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,69 +53,49 @@ class Difference:
 def verify(
     prompts: Annotated[Path, typer.Option("--prompts", help="File of prompts: text lines, or JSON lines with turns "
                                           "or prompt.")],
-    model: options.Model = options.DEFAULT_MODEL,
-    draft: options.Draft = "auto",
-    stages: options.Stages = 8,
-    method: Annotated[list[options.Method] | None, typer.Option("--method", help="Check this method; may be repeated. "
-                                                                "Default: all.")] = None,
-    width: options.Width = None,
-    depth: options.Depth = None,
-    accept: options.Accept = "exact",
+    model: ModelOptions,
+    shape: Annotated[MethodOptions, Without("method")],
+    sampling: Annotated[SamplingParams, Without("accept_typical")],
+    pipeline: PipelineOptions,
+    chat: ChatOptions,
+    method: Annotated[list[Checked] | None, typer.Option("--method", help="Check this method; may be repeated. "
+                                                         "Default: all.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Use the first so many prompts.")] = None,
-    max_new_tokens: options.MaxNewTokens = 64,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 0,
-    dtype: options.DtypeOption = options.Dtype.auto,
-    pipeline: options.PipelineOption = options.PipelineKind.inprocess,
-    threads: options.Threads = None,
-    timeout: options.Timeout = 60.0,
-    start_timeout: options.StartTimeout = 300.0,
     tolerance: Annotated[float | None, typer.Option("--tolerance", help="Logit margin below which a difference counts "
                                                     "as a near-tie.")] = None,
-    system: options.System = None,
-    no_chat_template: options.NoChatTemplate = False,
-    as_json: options.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Run the methods against pp and say "identical", or which tokens differ and how near the tie was.
 
     A --depth counts for the methods that have one. Exits with 1 when a difference is more than a near-tie.
     """
     questions = read_prompts(prompts, limit)
-    methods = [chosen.value for chosen in method or list(options.Method) if chosen is not options.Method.pp]
+    methods = [str(chosen) for chosen in method or METHODS if chosen != "pp"]
     if not methods:
         raise UsageError("nothing to compare with pp", hint="Name another method, or none for all of them.")
-    if options.parse_accept(accept):
-        raise UsageError(f"verify checks that texts are identical, and --accept {accept} makes them differ",
-                         hint="Leave it out. What it alters, `fullpipe generate --accept` says.")
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise UsageError(f"the tolerance must be 0 or more, and finite (got {tolerance:g})")
     # Begun with a method that has a depth, if one is given; the model keeps it for the others that do.
-    first = methods[0] if depth is None else next((name for name in methods if name in WITH_DEPTH), methods[0])
-    params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                            repetition_penalty=repetition_penalty, seed=seed)
-    fetch_all(model, draft, methods[0])
+    first = methods[0] if shape.depth is None else next((name for name in methods if name in WITH_DEPTH), methods[0])
+    fetch_all(model, methods[0])
     from fullpipe.assembly import pick_dtype
     from fullpipe.llm import LLM
 
-    real_dtype = pick_dtype(dtype.value)
-    near = NEAR_TIE[real_dtype] if tolerance is None else tolerance
-    with LLM(model, draft=draft, stages=stages, method=first, width=width, depth=depth, dtype=real_dtype,
-             pipeline=pipeline.value, costs="unit", threads=threads, timeout=timeout, start_timeout=start_timeout,
-             margins=True, progress=console.print_note) as llm:
-        report = _compare(llm, questions, methods, params, near, (system, no_chat_template))
-    report |= {"model": model, "draft": draft, "stages": stages, "dtype": real_dtype, "near_tie_tolerance": near}
+    real = replace(model, dtype=pick_dtype(model.dtype), margins=True)
+    near = NEAR_TIE[real.dtype] if tolerance is None else tolerance
+    with LLM.of(Options(model=real, method=replace(shape, method=first), pipeline=pipeline),
+                progress=console.print_note) as llm:
+        report = _compare(llm, questions, methods, sampling, near, chat)
+        report |= {"model": model.model, "draft": model.draft, "stages": llm.num_stages, "dtype": real.dtype,
+                   "near_tie_tolerance": near}
     _print(report, as_json)
     if any(not difference["near_tie"] for difference in report["differences"]):
         raise typer.Exit(1)
 
 
 def _compare(llm: LLM, questions: list[FilePrompt], methods: list[str], params: SamplingParams, near: float,
-             asking: tuple[str | None, bool]) -> dict[str, Any]:
-    asked = [options.as_prompt(question.text, *asking) for question in questions]
+             chat: ChatOptions) -> dict[str, Any]:
+    asked = [as_prompt(question.text, chat) for question in questions]
     texts: dict[str, list[Completion]] = {}
     for method in ("pp", *methods):
         llm.use(method)

@@ -4,12 +4,12 @@
     path = resolve("smollm2-135m")
 """
 
-from fullpipe.hub.catalogue import CATALOGUE, DEFAULT_TARGET, CatalogueModel
+from fullpipe.hub.catalogue import CATALOGUE, CatalogueModel
 from fullpipe.hub.fetch import Progress, present
 from fullpipe.hub.fetchers import Fetcher, FolderFetcher, PipFetcher
 from fullpipe.hub.resolve import resolve
 
 __all__ = [
-    "CATALOGUE", "DEFAULT_TARGET", "CatalogueModel", "Fetcher", "FolderFetcher", "PipFetcher", "Progress",
+    "CATALOGUE", "CatalogueModel", "Fetcher", "FolderFetcher", "PipFetcher", "Progress",
     "present", "resolve",
 ]

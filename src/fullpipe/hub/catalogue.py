@@ -136,5 +136,3 @@ CATALOGUE: dict[str, CatalogueModel] = {
         ),
     )
 }
-
-DEFAULT_TARGET = "qwen2.5-coder-1.5b"

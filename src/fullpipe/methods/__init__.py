@@ -19,7 +19,8 @@ METHODS: dict[str, type[Method]] = {
 }
 WITH_DEPTH = tuple(name for name, method in METHODS.items() if issubclass(method, StaticTree))
 WITH_REFRESH = tuple(name for name, method in METHODS.items() if issubclass(method, RefreshingMethod))
-_BEYOND = {"depth": WITH_DEPTH, "refresh": WITH_REFRESH, "prefill_share": (FullPipe.name,)}  # options of some alone
+# Options that some methods have alone.
+OF_SOME = {"depth": WITH_DEPTH, "refresh": WITH_REFRESH, "prefill_share": (FullPipe.name,)}
 
 
 def make_method(name: str, *, width: int | None = None, depth: int | None = None, floor: float | None = None,
@@ -40,13 +41,14 @@ def make_method(name: str, *, width: int | None = None, depth: int | None = None
                          hint="The width is the number of tree nodes in a flight.")
     options: dict[str, Any] = {"width": width, "floor": floor, "depth": depth, "refresh": refresh or None,
                                "prefill_share": prefill_share}
-    for option, methods in _BEYOND.items():
+    for option, methods in OF_SOME.items():
         if options[option] is not None and name not in methods:
             raise UsageError(f"the method {name} has no {option} (got {options[option]})",
                              hint=f"Leave it out, or use one of: {', '.join(methods)}.")
     return METHODS[name](machine=machine, **{key: value for key, value in options.items() if value is not None})
 
 
-__all__ = ["METHODS", "PROBABILITY_FLOOR", "WITH_DEPTH", "WITH_REFRESH", "Chain", "Chosen", "FullPipe", "Load",
+__all__ = ["METHODS", "OF_SOME", "PROBABILITY_FLOOR", "WITH_DEPTH", "WITH_REFRESH", "Chain", "Chosen", "FullPipe",
+           "Load",
            "Method", "PerTree", "PipeDec", "PlainPipeline", "Ppsd", "RefreshingMethod", "Spd", "StaticTree",
            "make_method"]

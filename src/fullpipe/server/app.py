@@ -27,9 +27,10 @@ from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, PromptError, UsageError
 from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
-from fullpipe.server.guard import EventStream, Guard, Keyring, ServerOptions, log, needs_key, request_id
+from fullpipe.server.guard import EventStream, Guard, Keyring, log, needs_key, request_id
 from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, problem_of, retry_after, told
 from fullpipe.server.protocol import (
     ChatCompletion,
@@ -45,8 +46,6 @@ from fullpipe.server.protocol import (
 )
 from fullpipe.server.replies import VERSION, ChatReplies, Replies, TextReplies, usage_of
 from fullpipe.service import Service
-
-__all__ = ["ServedModel", "ServerOptions", "create_app"]
 
 Metrics = Callable[[], tuple[bytes, str]]
 """What Prometheus reads, and its content type."""
@@ -81,8 +80,8 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
     app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     for kind in (HTTPException, RequestValidationError, FullpipeError):
         app.add_exception_handler(kind, _answer_with_problem)
-    app.state.keyring = Keyring(options.api_keys)
-    app.include_router(_openai_routes(_Desk(service, model, options), options))
+    app.state.keyring = Keyring(options.api_key)
+    app.include_router(_openai_routes(_Asking(service, model, options), options))
     app.include_router(_house_routes(service, metrics))
     for router in extras:
         app.include_router(router)
@@ -149,26 +148,26 @@ class _JsonRequest(Request):
             raise Problem(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
-def _openai_routes(desk: _Desk, options: ServerOptions) -> APIRouter:
+def _openai_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
     # The route looks at keys; the dependency only says in the document that there is one.
-    key = [Depends(HTTPBearer(auto_error=False))] if options.api_keys else []
+    key = [Depends(HTTPBearer(auto_error=False))] if options.api_key else []
     router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=key, route_class=_GuardedRoute)
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_ASKING | _STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await desk.chat(body, request)
+        return await asking.chat(body, request)
 
     @router.post("/completions", response_model=TextCompletion, responses=_ASKING | _STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await desk.complete(body, request)
+        return await asking.complete(body, request)
 
     @router.get("/models", responses=_CLOSED)
     async def models() -> ModelList:
-        return ModelList(data=[desk.model.card(name) for name in desk.model.names])
+        return ModelList(data=[asking.model.card(name) for name in asking.model.names])
 
     @router.get("/models/{name:path}", responses=_CLOSED | _refusals(s404="Unknown model", s4XX="Any other refusal"))
     async def one_model(name: str) -> ModelCard:
-        return desk.model.card(desk.known(name))
+        return asking.model.card(asking.known(name))
 
     return router
 
@@ -210,7 +209,7 @@ def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
 # ---- asking the service ----------------------------------------------------------------------------------------------
 
 
-class _Desk:
+class _Asking:
     """Takes requests to the service and brings back answers."""
 
     def __init__(self, service: Service[Any], model: ServedModel, options: ServerOptions) -> None:
@@ -280,7 +279,7 @@ class _Desk:
             if body.stream:
                 first = _checked(await answer.news())
                 events = self._events(body, answer, replies, first, request_id(request.scope))
-                return EventStream(events, self._options.write_timeout_s, answer.close)
+                return EventStream(events, self._options.write_timeout, answer.close)
             while not answer.done:
                 for news in _checked(await answer.news()):
                     replies.add(news)
@@ -324,7 +323,7 @@ class _Desk:
         try:
             params = _params(body, seed=seed, max_tokens=limit, logprobs=logprobs)
             answer.submit(number, tokens, params, priority=body.priority or 0,
-                          timeout_s=self._options.request_timeout_s)
+                          timeout_s=self._options.request_timeout)
         except PromptError as error:
             raise Problem(400, f"{field}: {told(error)}", param=field, code=TOO_LONG) from error
 

@@ -11,14 +11,13 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fullpipe.errors import UsageError
+from fullpipe.options import ServerOptions
 from fullpipe.server.problems import Problem, problem_of, retry_after
 
 log = logging.getLogger("fullpipe.server")
@@ -26,38 +25,7 @@ log = logging.getLogger("fullpipe.server")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _DRAIN_BYTES, _DRAIN_S = 64 * 2**20, 5.0
 _DRAINS = 32  # refused requests that are read on at a time: it is a courtesy, and costs what the others need
-WRITE_TIMEOUT_S = 60.0
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
-
-
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """Limits and doors.
-
-    api_keys: any of them opens /v1 and /live; none: they are open. max_body_bytes: of one request. body_timeout_s: for
-    it to arrive. write_timeout_s: how long a reader may take nothing before it counts as gone. request_timeout_s: until
-    a request's deadline; None: none. max_connections: requests at once (probes not counted); more get 429.
-    max_choices: texts asked for by one request, prompts times n. allowed_origins: of web pages elsewhere (CORS); none
-    by default.
-
-    Raises UsageError for a key that is empty or has white space in it.
-    """
-
-    api_keys: Sequence[str] = ()
-    max_body_bytes: int = 4 * 2**20
-    body_timeout_s: float = 60.0
-    write_timeout_s: float = WRITE_TIMEOUT_S
-    request_timeout_s: float | None = None
-    max_connections: int = 512
-    max_choices: int = 256
-    allowed_origins: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        for key in self.api_keys:
-            if not key or any(map(str.isspace, key)):
-                raise UsageError("an API key is empty" if not key else "an API key has white space in it",
-                                 hint="A key is one word, of FULLPIPE_API_KEY too. Name none at all, and unset the "
-                                      "variable, to let everybody in.")
 
 
 def request_id(scope: Scope) -> str:
@@ -172,7 +140,7 @@ class _Limited:
     def __init__(self, receive: Receive, options: ServerOptions) -> None:
         self._receive = receive
         self._options = options
-        self._deadline = asyncio.get_running_loop().time() + options.body_timeout_s
+        self._deadline = asyncio.get_running_loop().time() + options.body_timeout
         self._taken = 0
         self._complete = False
 
@@ -183,7 +151,7 @@ class _Limited:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            raise Problem(408, f"the body did not arrive within {self._options.body_timeout_s:g} s",
+            raise Problem(408, f"the body did not arrive within {self._options.body_timeout:g} s",
                           headers={"Connection": "close"}) from None
         self._taken += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)

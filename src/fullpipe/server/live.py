@@ -24,9 +24,10 @@ from fastapi.responses import HTMLResponse, Response
 
 from fullpipe.engine import RequestStats, Stats
 from fullpipe.messages import Admitted, Drafted, Emitted, Event, Fate, Finished, Landed, Launched, Leg, Ready
-from fullpipe.server.guard import WRITE_TIMEOUT_S, EventStream, needs_key
+from fullpipe.options import ServerOptions
+from fullpipe.server.guard import EventStream, needs_key
 from fullpipe.server.problems import Problem, retry_after
-from fullpipe.service import Observer, Status
+from fullpipe.supervision import Observer, Status
 from fullpipe.trace.flying import Flying
 
 WINDOW = 5.0  # seconds that rates are taken over
@@ -201,7 +202,7 @@ class Live(Observer):
 
     # ---- HTTP --------------------------------------------------------------------------------------------
 
-    def router(self, guards: Sequence[params.Depends] = (_KEY,), write_timeout_s: float = WRITE_TIMEOUT_S) -> APIRouter:
+    def router(self, guards: Sequence[params.Depends] = (_KEY,), write_timeout_s: float = ServerOptions().write_timeout) -> APIRouter:
         """`/`, the page, and `/live`, its feed (Server-Sent Events). guards: what `/live` asks for, if not for an API
         key of the application; the page itself tells nothing. write_timeout_s: how long a watcher may take nothing of
         the feed before it counts as gone."""

@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 
 from fullpipe.engine import RequestStats, Stats, Totals
 from fullpipe.messages import Admitted, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Submitted
-from fullpipe.service import Observer, State, Status
+from fullpipe.supervision import Observer, State, Status
 from fullpipe.trace.flying import Flying
 
 REASONS = ("stop", "length", "abort", "deadline", "error")

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from fullpipe.engine import RequestStats
 from fullpipe.models.tokenizer import TextStream, Tokenizer
-from fullpipe.sequences.stats import RequestStats
 from fullpipe.server.answer import Choice, News
 from fullpipe.server.protocol import (
     AnswerMessage,

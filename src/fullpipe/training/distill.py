@@ -224,7 +224,7 @@ class Distiller:
         self._total = len(places)
         self._began = time.monotonic()
         self._count()
-        size = _ROUND * llm.max_num_seqs
+        size = _ROUND * (llm.max_num_seqs or 1)
         for start in range(0, len(self._todo), size):
             part = self._todo[start : start + size]
             llm.generate([self._asked[place] for place in part], [self._settings.params(place) for place in part])

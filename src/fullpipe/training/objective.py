@@ -12,8 +12,6 @@ from torch import Tensor
 
 from fullpipe.models.spd_module import depths_in_flight, types_by_depth
 
-LOSSES = ("forward-kl", "reverse-kl", "total-variation")
-
 
 def divergence(student: Tensor, teacher: Tensor, loss: str) -> Tensor:
     """How far the student is from the teacher, per row, over the draft vocabulary: [rows, vocab] twice -> [rows].

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from fullpipe.assembly import stage_ends
 from fullpipe.errors import UsageError
-from fullpipe.models.config import ModelConfig
-from fullpipe.training.objective import LOSSES
+from fullpipe.options import option
 
+if TYPE_CHECKING:
+    from fullpipe.models.config import ModelConfig
+
+LOSSES = ("forward-kl", "reverse-kl", "total-variation")
 Kind = Literal["spd", "exit"]
 _MOST_BOUNDS = 5  # a further one costs k x hidden x hidden weights for each type k above it
+
+
+def listed(least: int, help: str, *flags: str) -> Any:
+    """An option that is a list of numbers from `least` on, or is not given."""
+    return field(default=None, metadata={"help": help, "flags": flags, "least": least})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What a training run uses besides; nothing of it decides what comes out, but for the vocabulary."""
+
+    vocab: Path | None = option(None, "A draft vocabulary of `fullpipe train vocab`.", metavar="FILE")
+    vocab_size: int = option(8192, "Without --vocab: the tokens said most.")
+    threads: int | None = option(None, "Compute threads.")
+    save_minutes: float = option(2.0, "Minutes between saves.")
+    features: Path | None = option(None, "Where the target's hidden states are kept, 2 bytes a number; runs on the "
+                                   "same text can share them. Default: in --out.", metavar="DIR")
+    feature_taps: tuple[int, ...] | None = listed(1, "Further layers to keep there, for other runs.")
+
+    def __post_init__(self) -> None:
+        for ok, what in (
+            (self.vocab_size >= 1, f"the vocabulary needs 1 token or more (got {self.vocab_size})"),
+            (self.save_minutes > 0, f"the minutes between saves must be above 0 (got {self.save_minutes:g})"),
+        ):
+            if not ok:
+                raise UsageError(what)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,30 +62,34 @@ class Plan:
     """
 
     kind: Kind = "spd"
-    stages: tuple[int, ...] = (8,)
-    layers: int = 1
-    bounds: tuple[int, ...] | None = None
-    init_layers: tuple[int, ...] | None = None
-    shared_head: bool = True
-    loss: str = "forward-kl"
-    max_length: int = 512
-    batch_tokens: int = 1024
-    accumulate: int = 1
-    epochs: float | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    rate: float = 1e-3
-    warmup: int = 50
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    power: float = 0.0
-    refreshed: float = 0.15
-    ahead: float = 0.15
-    validation: float = 0.05
-    seed: int = 0
-    precision: str = "bf16"
-    checkpointing: bool = False
-    recompute_logits: bool = False
+    stages: tuple[int, ...] = option((8,), "Stages of the pipelines that it will draft for.")
+    layers: int = option(1, "Decoder layers of the module.")
+    bounds: tuple[int, ...] | None = listed(0, "Layers finished where hidden states are read, 0 being the embedding. "
+                                            "Default: chosen for the stages.", "--taps")
+    init_layers: tuple[int, ...] | None = listed(0, "Layers of the target that the module's start as. Default: from "
+                                                 "its middle.")
+    shared_head: bool = option(True, "Use the target's head, frozen, or train one.")
+    loss: str = option("forward-kl", "forward-kl, reverse-kl or total-variation.")
+    max_length: int = option(512, "Tokens of a text; longer ones are cut into several.")
+    batch_tokens: int = option(1024, "Tokens of a batch, on each device.")
+    accumulate: int = option(1, "Batches per step.")
+    epochs: float | None = option(None, "Passes over the text. Default: 1, without --steps and --minutes.")
+    steps: int | None = option(None, "Steps at most.")
+    minutes: float | None = option(None, "Minutes at most, earlier ones of the same run counted.")
+    rate: float = option(1e-3, "Highest learning rate.", "--lr")
+    warmup: int = option(50, "Steps until it is reached.")
+    weight_decay: float = option(0.0, "As in AdamW.")
+    clip: float = option(1.0, "Greatest norm of a gradient.")
+    power: float = option(0.0, "The loss with f tokens in flight counts (f / stages) ** POWER: above 0 a full pipeline "
+                          "counts more.", "--fill-power")
+    refreshed: float = option(0.15, "Share of batches in which the newest token is already in flight.")
+    ahead: float = option(0.15, "Share in which drafts run ahead of the launches.")
+    validation: float = option(0.05, "Share of the texts that is held out.")
+    seed: int = option(0, "Of the order of the text, and of what is drawn.")
+    precision: str = option("bf16", "bf16 (weights stay fp32), or fp32.")
+    checkpointing: bool = option(False, "Compute layers again in the backward pass: less memory, more time.",
+                                 "--gradient-checkpointing")
+    recompute_logits: bool = option(False, "The same for logits over the draft vocabulary.")
 
     def __post_init__(self) -> None:
         for ok, what in (
@@ -65,8 +99,6 @@ class Plan:
             (self.kind == "spd" or len(self.stages) == 1, "an exit head is for one number of stages"),
             (self.max_length >= 16, f"texts need 16 tokens or more (got {self.max_length})"),
             (self.batch_tokens >= 1 and self.accumulate >= 1, "a step needs at least one token"),
-            (any(length is not None for length in (self.epochs, self.steps, self.minutes)),
-             "say how long: epochs, steps or minutes"),
             (all(length is None or 0 < length < math.inf for length in (self.epochs, self.steps, self.minutes)),
              "epochs, steps and minutes must be above 0"),
             (math.isfinite(self.power), f"the fill power must be a number (got {self.power})"),
@@ -81,6 +113,11 @@ class Plan:
         ):
             if not ok:
                 raise UsageError(what)
+
+    @property
+    def passes(self) -> float | None:
+        """Passes over the text at most: one where nothing else ends the run."""
+        return 1.0 if self.epochs is None and self.steps is None and self.minutes is None else self.epochs
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -212,9 +212,9 @@ class Trainer:
             shares.append(self.step / plan.steps)
         if plan.minutes:
             shares.append(elapsed / (60 * plan.minutes))
-        if plan.epochs:
+        if plan.passes:
             batches = self.step * plan.accumulate * self._accelerator.num_processes
-            shares.append(batches / (plan.epochs * self._batches_per_epoch))
+            shares.append(batches / (plan.passes * self._batches_per_epoch))
         return max(shares)
 
     def _agreed(self, done: float) -> float:

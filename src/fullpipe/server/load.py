@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fullpipe.bench.openai_stream import Endpoint, Server, ask, body_of, require_httpx
 from fullpipe.errors import UsageError
 from fullpipe.prompts import FilePrompt
+from fullpipe.server.openai_stream import Endpoint, Server, ask, body_of, require_httpx
 
 if TYPE_CHECKING:
     import httpx

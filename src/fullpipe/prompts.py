@@ -7,12 +7,15 @@ with a `prompt`, or plain text lines. Blank lines do not count.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fullpipe.errors import UsageError
 
+_BUNDLED = Path(__file__).with_name("prompts.jsonl")
 _FORMATS = 'Write {"prompt": "..."} or {"turns": ["..."]}, or plain text.'
 
 
@@ -54,6 +57,41 @@ def read_prompts(path: Path, limit: int | None = None) -> list[FilePrompt]:
     if not prompts:
         raise UsageError(f"{path} holds no prompts", hint="One prompt per line.")
     return prompts[:limit]
+
+
+def read_all(paths: Iterable[Path], limit: int | None = None) -> list[FilePrompt]:
+    """The prompts of several files, at most `limit` of each; ids are "stem/id", such as "gsm8k/12".
+
+    Raises UsageError as `read_prompts` does, and when two files have the same stem.
+    """
+    sets: dict[str, Path] = {}
+    prompts: list[FilePrompt] = []
+    for path in paths:
+        if path.stem in sets:
+            raise UsageError(f"{sets[path.stem]} and {path} have the same name, so their results could not be told "
+                             f"apart", hint="Give each file once, and rename one of two that share a name.")
+        sets[path.stem] = path
+        prompts += [replace(prompt, id=f"{path.stem}/{prompt.id}") for prompt in read_prompts(path, limit)]
+    return prompts
+
+
+def bundled() -> list[FilePrompt]:
+    """The prompts that come with Fullpipe, of our own writing, in six categories: code, math, conversation,
+    summarisation, translation, qa. Those of conversation have two turns."""
+    return read_all([_BUNDLED])
+
+
+def choose(paths: Sequence[Path] | None, limit: int | None) -> list[FilePrompt]:
+    """The prompts of these files, at most `limit` of each, or the bundled ones, at most `limit` of each category."""
+    if paths:
+        return read_all(paths, limit)
+    taken: Counter[str] = Counter()
+    chosen = []
+    for prompt in bundled():
+        taken[prompt.category] += 1
+        if limit is None or taken[prompt.category] <= limit:
+            chosen.append(prompt)
+    return chosen
 
 
 def _read(path: Path) -> str:

@@ -12,7 +12,6 @@ import typer
 
 from fullpipe.cli import console, options
 from fullpipe.cli.lists import decimals, integers
-from fullpipe.cli.record import Limit, Prompts, read
 from fullpipe.cli.verb import INTERRUPTED
 from fullpipe.errors import CacheError, UsageError
 
@@ -36,8 +35,10 @@ def load(
                                              "(Poisson), whether answers come or not; lists as above.")] = None,
     num_prompts: Annotated[int | None, typer.Option("--num-prompts", min=1, help="Requests for each number. Default: "
                                                     "each prompt once.")] = None,
-    prompts: Prompts = None,
-    limit: Limit = None,
+    prompts: Annotated[list[Path] | None, typer.Option("--prompts", metavar="FILE", help="Prompts, JSON lines with "
+                                                       "turns; may be repeated. Default: the bundled set.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Prompts per file at most; of the bundled set, "
+                                              "per category.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="End answers after so many tokens.")] = 128,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 7,
@@ -58,7 +59,7 @@ def load(
     """
     from fullpipe.bench.load import Traffic, take
     from fullpipe.bench.openai_stream import Server, require_httpx, served_model
-    from fullpipe.bench.recording import make_folder
+    from fullpipe.prompts import choose
 
     def traffic(at_once: int | None = None, per_second: float | None = None) -> Traffic:
         return Traffic(at_once, per_second, max_tokens, temperature, seed, ignore_eos,
@@ -69,10 +70,10 @@ def load(
         raise UsageError("requests come by concurrency or by rate", hint="Give --concurrency or --rate, not both.")
     levels = ([traffic(per_second=one) for one in decimals(rate, "--rate")] if rate is not None
               else [traffic(one) for one in integers(concurrency or "1", "--concurrency")])
-    chosen = take(read(prompts, limit), num_prompts)
+    chosen = take(choose(prompts, limit), num_prompts)
     server = Server(url, model or served_model(url, api_key), api_key)
     if json_file is not None:
-        make_folder(json_file.parent)  # what cannot be written had better be known now
+        _make_folder(json_file.parent)  # what cannot be written had better be known now
     if warmup and _run(server, take(chosen, warmup), traffic(1), "warm" if distinct else None,
                        "warming up").interrupted:
         raise KeyboardInterrupt
@@ -114,8 +115,16 @@ def _conclude(results: list[LoadResult], file: Path | None, api_key: str | None)
         raise typer.Exit(1)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror or error}",
+                         hint="Name a folder that is writable.") from error
+
+
 def _write(results: list[LoadResult], file: Path, api_key: str | None) -> None:
-    from fullpipe.bench.provenance import provenance
+    from fullpipe.cluster.provenance import provenance
 
     # The command as it was given, but for the key: this file is for showing around.
     told = [argument.replace(api_key, "***") if api_key else argument for argument in sys.argv[1:]]

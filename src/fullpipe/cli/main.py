@@ -13,17 +13,13 @@ from typing import Annotated
 import typer
 
 from fullpipe.cli import (
-    bench,
     convert,
     demo,
     generate,
     load,
-    modelled,
     models,
     profile,
     pull,
-    record,
-    report,
     serve,
     show,
     trace,
@@ -33,8 +29,8 @@ from fullpipe.cli import (
 from fullpipe.cli.verb import verb
 from fullpipe.threads import share_the_machine
 
-_VERBS = (generate.generate, serve.serve, demo.demo, verify.verify, bench.bench, load.load, record.record,
-          report.report, profile.profile, modelled.modelled, trace.trace, pull.pull, models.models, show.show)
+_VERBS = (generate.generate, serve.serve, demo.demo, verify.verify, load.load, profile.profile, trace.trace, pull.pull,
+          models.models, show.show)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Does the virtual clock tell the truth? The same requests on two real stage processes, by the wall clock.
 
-With measured costs the virtual clock adds up what each station's work took here, as if each had this machine to
-itself. On a machine with a core for each of two stages that is so, and the two times between tokens must agree.
+With measured costs the virtual clock adds up what each station's work took here, as if each had this machine to itself.
+On a machine with a core for each of two stages that is so, and the two times between tokens must agree.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from fullpipe.llm import LLM
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
+from fullpipe_lab.simulated import Simulated
 
 STAGES = 2
 METHODS = ("pp", "fullpipe")
@@ -22,35 +23,30 @@ def agreement(model: str, draft: str, prompts: Sequence[FilePrompt], *, tokens: 
               progress: Callable[[int, int, str], None]) -> list[dict[str, Any]]:
     """A row per method: median time between tokens by the virtual and by the wall clock, and their ratio.
 
-    Both pipelines are loaded at once and asked in turns, so that a noisy moment hits both. One thread each.
+    Both pipelines of a method are loaded at once and asked in turns, so that a noisy moment hits both. One thread each.
     """
-    params = SamplingParams(max_tokens=tokens)
-    times: dict[tuple[str, str], list[float]] = {}
-    texts: dict[str, set[tuple[int, ...]]] = {}
-    total, done = len(METHODS) * repeats * len(prompts), 0
-    with LLM(model, draft=draft, stages=STAGES, threads=1, dtype=dtype) as virtual, \
-         LLM(model, draft=draft, stages=STAGES, threads=1, dtype=dtype, pipeline="distributed") as real:
-        for turn in range(-1, repeats):  # the first turn warms caches and is not counted
-            for method in METHODS:
-                for llm in (virtual, real):
-                    llm.use(method)
+    params, same = SamplingParams(max_tokens=tokens), True
+    rows = []
+    for done, method in enumerate(METHODS):
+        times: dict[str, list[float]] = {"virtual": [], "wall": []}
+        with Simulated(model, STAGES, draft=draft, method=method, threads=1, dtype=dtype) as virtual, \
+             LLM(model, draft=draft, method=method, stages=STAGES, threads=1, dtype=dtype) as real:
+            for turn in range(-1, repeats):  # the first turn warms caches and is not counted
                 for prompt in prompts if turn >= 0 else prompts[:1]:
-                    asked = [{"role": "user", "content": prompt.text}]
-                    for clock, llm in (("virtual", virtual), ("wall", real)):
-                        said = llm.chat(asked, params)
-                        texts.setdefault(prompt.id, set()).add(tuple(said.token_ids))
-                        if turn >= 0:
-                            times.setdefault((method, clock), []).append(said.timing["tbt_s"])
-                    if turn >= 0:
-                        done += 1
-                        progress(done, total, f"{method}, {prompt.id}")
-    return [_row(model, draft, method, times, all(len(found) == 1 for found in texts.values())) for method in METHODS]
+                    progress(done * repeats + max(turn, 0), len(METHODS) * repeats, f"{method}, {prompt.id}")
+                    asked = virtual.encode([{"role": "user", "content": prompt.text}])
+                    (here,), (there,) = virtual.ask([asked], params), real.generate([asked], params)
+                    same &= here.tokens == there.token_ids
+                    if turn >= 0 and here.stats is not None:
+                        times["virtual"].append(here.stats.tbt_s)
+                        times["wall"].append(there.timing["tbt_s"])
+        rows.append(_row(model, draft, method, times, same))
+    return rows
 
 
-def _row(model: str, draft: str, method: str, times: dict[tuple[str, str], list[float]], same: bool) -> dict[str, Any]:
-    virtual, wall = times[method, "virtual"], times[method, "wall"]
-    ratio = statistics.median(a / b for a, b in zip(virtual, wall))
-    return {"model": model, "draft": draft, "stages": STAGES, "method": method, "answers": len(wall),
-            "TBT ms, virtual time": round(1e3 * statistics.median(virtual), 2),
-            "TBT ms, wall clock": round(1e3 * statistics.median(wall), 2),
+def _row(model: str, draft: str, method: str, times: dict[str, list[float]], same: bool) -> dict[str, Any]:
+    ratio = statistics.median(a / b for a, b in zip(times["virtual"], times["wall"]))
+    return {"model": model, "draft": draft, "stages": STAGES, "method": method, "answers": len(times["wall"]),
+            "TBT ms, virtual time": round(1e3 * statistics.median(times["virtual"]), 2),
+            "TBT ms, wall clock": round(1e3 * statistics.median(times["wall"]), 2),
             "virtual / wall (median of pairs)": round(ratio, 3), "texts identical": same}

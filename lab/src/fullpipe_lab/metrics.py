@@ -210,15 +210,13 @@ def _sums(rows: Iterable[Sequence[float]]) -> list[float]:
 class Pair:
     """One prompt with the baseline and with the method; repeats summed.
 
-    between_s: seconds from the first token to the last. gaps: between how many tokens. engine_s: by the wall clock.
+    between_s: seconds from the first token to the last. gaps: between how many tokens.
     """
 
     baseline_between_s: float = 0.0
     baseline_gaps: int = 0
-    baseline_engine_s: float = 0.0
     between_s: float = 0.0
     gaps: int = 0
-    engine_s: float = 0.0
 
 
 def pairs(baseline: Group, group: Group) -> dict[str, Pair]:

@@ -65,8 +65,9 @@ def fill(paths: dict[float, Path], model: str, prompts: Sequence[FilePrompt], tu
     with Simulated(model, 1, draft="none", method="pp", costs="unit", dtype=dtype, threads=threads, at_once=AT_ONCE,
                    margins=True, progress=say) as target:
         for heat in missing:
-            head = Head(model, dtype, params.max_tokens, heat, params.seed, tuple(sorted(target.tokenizer.eos_ids)),
-                        target.vocab_size)
+            prepared = target.prepared
+            head = Head(model, dtype, params.max_tokens, heat, params.seed, tuple(sorted(prepared.tokenizer.eos_ids)),
+                        prepared.vocab_size)
             ready[heat] = Recording.open(paths[heat], head)
             record(target, ready[heat], prompts, turns, progress)
     return ready
@@ -100,6 +101,7 @@ def _conversation(target: Simulated, recording: Recording, prompt: FilePrompt, t
         messages.append({"role": "user", "content": prompt.turns[index]})
         if index < turn:
             tokens = recording.answers[f"{prompt.id}#{index}"].tokens
-            text = target.tokenizer.decode([token for token in tokens if token not in target.tokenizer.eos_ids])
+            tokenizer = target.prepared.tokenizer
+            text = tokenizer.decode([token for token in tokens if token not in tokenizer.eos_ids])
             messages.append({"role": "assistant", "content": text})
     return messages

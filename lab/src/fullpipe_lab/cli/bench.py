@@ -1,27 +1,28 @@
-"""`fullpipe bench`: all methods on the same prompts and clusters, each at its best setting."""
+"""`fullpipe-lab bench`: all methods on the same prompts and clusters, each at its best setting."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from fullpipe.cli import beside, console, options
+from fullpipe.cli import console
 from fullpipe.cli.generate import fetch_all
 from fullpipe.cli.lists import decimals, integers
-from fullpipe.cli.record import Limit, Prompts, Turns, fill, read
 from fullpipe.errors import UsageError
+from fullpipe.prompts import choose
 from fullpipe.request import SamplingParams
 from fullpipe.threads import cores
+from fullpipe_lab.cli import beside, options
 
 if TYPE_CHECKING:
-    from fullpipe.bench.receipt import Receipt, Sample, Tuning
-    from fullpipe.bench.recording import Answer, Recording
-    from fullpipe.bench.run import Journal, Plan
-    from fullpipe.bench.settings import Setting
-    from fullpipe.planning.cluster import Cluster
+    from fullpipe_lab.clusters import Cluster
+    from fullpipe_lab.receipts import Receipt, Sample, Tuning
+    from fullpipe_lab.recording import Answer, Recording
+    from fullpipe_lab.sweep import Journal, Plan, Setting
 
 _Number = TypeVar("_Number", int, float)
 _METHODS = "pp,chain,static-tree,pipedec,fullpipe"
@@ -39,60 +40,44 @@ def bench(
     depths: Annotated[str | None, typer.Option("--depths", help="Depths to try for chain and static-tree. Default: "
                                                "2 to 16, and 3 to 12.")] = None,
     temperatures: Annotated[str, typer.Option("--temperatures", help="With commas between.")] = "0",
-    prompts: Prompts = None,
-    limit: Limit = None,
-    turns: Turns = None,
-    max_new_tokens: options.MaxNewTokens = 128,
+    prompts: options.Prompts = None,
+    limit: options.Limit = None,
+    turns: options.Turns = None,
+    max_tokens: options.MaxTokens = 128,
     seed: options.Seed = 7,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    dtype: options.DtypeOption = "auto",
     tune: Annotated[int, typer.Option("--tune", min=1, help="Prompts per class on which each method's settings are "
-                                         "tried.")] = 2,
-    tune_once: Annotated[bool, typer.Option("--tune-once", help="Keep the settings found at the first temperature for "
-                                            "the others.")] = False,
+                                      "tried.")] = 2,
     real: Annotated[int, typer.Option("--real", min=0, help="Prompts to run with all stages real, too, on the first "
                                       "cluster: the text and the steps must be those replayed.")] = 1,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one per core.")] = None,
     threads: options.Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Recordings, samples, receipt and report "
                                       "go here; an interrupted run is gone on with.")] = Path("bench-out"),
-    peers: Annotated[bool, typer.Option("--peers", help="Instead: Fullpipe and other programs side by side, on the "
-                                        "wall clock (python -m fullpipe.bench.peers sets them up). Only --model, "
-                                        "--draft, --prompts, --limit, --max-new-tokens, --dtype, --threads, --repeats "
-                                        "and --out count.")] = False,
-    agreement: Annotated[bool, typer.Option("--agreement", help="Instead: two stages by the virtual and by the wall "
-                                            "clock.")] = False,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds of --agreement and --peers.")] = 3,
 ) -> None:
     """Measure every method on the same prompts: exact steps and tokens, on the virtual time of described clusters.
 
-    The model answers each prompt once; then each method runs with the real draft against those tokens, first to
-    find its best setting on each cluster, then on all prompts. Writes FOLDER/receipt.json and a report.
+    The model answers each prompt once; then each method runs with the real draft against those tokens, first to find
+    its best setting on each cluster, then on all prompts. Writes FOLDER/receipt.json and a report.
     """
-    chosen = read(prompts, limit)
-    if peers or agreement:
-        if peers:
-            beside.run_peers(model, draft, chosen, max_new_tokens, dtype.value, threads, out, repeats)
-        if agreement:
-            beside.run_agreement(model, draft, chosen, max_new_tokens, repeats, dtype.value, out)
-        return
-    clusters = _clusters(cluster, stages)
+    from fullpipe_lab.record import fill, recording_path, wanted_ids
+
+    chosen, clusters = choose(prompts, limit), _clusters(cluster, stages)
     heats = _once(decimals(temperatures, "--temperatures"))
-    names = _draft_variants(model, draft)
-    settings = _settings(methods, names, _once(integers(widths, "--widths")),
+    settings = _settings(methods, _draft_variants(model, draft), _once(integers(widths, "--widths")),
                          None if depths is None else _once(integers(depths, "--depths")))
-    params = SamplingParams(max_tokens=max_new_tokens, temperature=heats[0], seed=seed)
     draft_model = _draft_path(model, draft) if any("model" in one.draft for one in settings) else None
     for described in clusters.values() if draft_model else ():
         described.check_draft()
-    from fullpipe.bench.record import recording_path, wanted_ids
-
-    recordings = fill({heat: recording_path(out, heat) for heat in heats}, model, chosen, turns, params, dtype.value,
-                      threads)
-    ids = wanted_ids(chosen, turns)
-    wanted = _Wanted(model, draft, draft_model, ids, clusters, settings, tune, tune_once, real,
+    params = SamplingParams(max_tokens=max_tokens, temperature=heats[0], seed=seed)
+    paths = {heat: recording_path(out, heat) for heat in heats}
+    if not all(path.exists() for path in paths.values()):
+        fetch_all(model, "none", "pp")
+    with console.StepBar("recording") as bar:
+        recordings = fill(paths, model, chosen, turns, params, dtype, threads, progress=bar, say=console.print_note)
+    wanted = _Wanted(model, draft, draft_model, wanted_ids(chosen, turns), clusters, settings, tune, real,
                      workers or cores(), out)
-    receipt = _measure(wanted, recordings)
-    _conclude(receipt, out)
+    _conclude(_measure(wanted, recordings), out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,51 +91,55 @@ class _Wanted:
     clusters: dict[str, Cluster]
     settings: list[Setting]
     tune: int
-    tune_once: bool
     real: int
     workers: int
     out: Path
 
+    def plan(self, recording: Recording) -> Plan:
+        from fullpipe_lab.sweep import Plan
+
+        return Plan({name: (cluster.text, cluster.folder) for name, cluster in self.clusters.items()}, recording.head,
+                    self.draft_model, str(self.out / "memo"), self.workers)
+
+    def about(self, recordings: dict[float, Recording]) -> dict[str, object]:
+        head = next(iter(recordings.values())).head
+        return {"max_tokens": head.max_new_tokens, "temperatures": list(recordings), "seed": head.seed,
+                "prompts": len(self.ids), "tuned on": f"{self.tune} prompts of each class, at each temperature",
+                "landings": "replayed from recordings of the target; the draft is real"}
+
 
 def _measure(wanted: _Wanted, recordings: dict[float, Recording]) -> Receipt:
-    from fullpipe.bench.provenance import make_receipt
-    from fullpipe.bench.run import Journal, edges, matching
+    from fullpipe_lab.receipts import make_receipt
+    from fullpipe_lab.sweep import Journal, edges, matching, run_units
 
     journal = Journal(wanted.out / "samples.jsonl")
     tunings: list[Tuning] = []
     samples: list[Sample] = []
-    best: dict[str, list[Setting]] = {}
-    for recording in recordings.values():
-        if not (best and wanted.tune_once):
-            best, found = _tune(wanted, recording, journal)
-            tunings += found
-        samples += matching(_run(wanted, recording, journal, best), recording.head.temperature, best, wanted.ids)
-    checks = _check(wanted, next(iter(recordings.values())), best, samples)
+    first: dict[str, list[Setting]] = {}
+    for heat, recording in recordings.items():
+        best, found = _tune(wanted, recording, journal)
+        first, tunings = first or best, tunings + found
+        with console.StepBar(f"measuring, temperature {heat:g}") as bar:
+            run_units(wanted.plan(recording), [recording.answers[id] for id in wanted.ids], best, "main", journal, bar)
+        samples += matching(journal.samples, heat, best, wanted.ids)
+    checks = _check(wanted, next(iter(recordings.values())), first, samples)
     return make_receipt(samples, tunings, wanted.clusters, recordings, wanted.model, wanted.draft,
-                        _settings_note(wanted, recordings), notes=edges(tunings), checks=checks,
+                        wanted.about(recordings), notes=edges(tunings), checks=checks,
                         **beside.kept(wanted.out, wanted.model))
 
 
 def _tune(wanted: _Wanted, recording: Recording, journal: Journal) -> tuple[dict[str, list[Setting]], list[Tuning]]:
     """Every setting on the first prompts of each class; the best of each method on each cluster."""
-    from fullpipe.bench.run import choose, run_units
+    from fullpipe_lab import sweep
 
-    plan, heat = _plan(wanted, recording), recording.head.temperature
+    plan, heat = wanted.plan(recording), recording.head.temperature
     journal.bind(plan)
     first = _first_of_each_task([recording.answers[id] for id in wanted.ids], wanted.tune)
     everything = dict.fromkeys(wanted.clusters, wanted.settings)
     with console.StepBar(f"tuning, temperature {heat:g}") as bar:
-        run_units(plan, first, everything, "tuning", journal, bar)
+        sweep.run_units(plan, first, everything, "tuning", journal, bar)
     ids = {answer.id for answer in first}
-    return choose([one for one in journal.samples if one.prompt in ids], wanted.clusters, heat, everything)
-
-
-def _run(wanted: _Wanted, recording: Recording, journal: Journal, best: dict[str, list[Setting]]) -> list[Sample]:
-    from fullpipe.bench.run import run_units
-
-    with console.StepBar(f"measuring, temperature {recording.head.temperature:g}") as bar:
-        run_units(_plan(wanted, recording), [recording.answers[id] for id in wanted.ids], best, "main", journal, bar)
-    return journal.samples
+    return sweep.choose([one for one in journal.samples if one.prompt in ids], wanted.clusters, heat, everything)
 
 
 def _check(wanted: _Wanted, recording: Recording, best: dict[str, list[Setting]],
@@ -158,7 +147,7 @@ def _check(wanted: _Wanted, recording: Recording, best: dict[str, list[Setting]]
     """The first prompts with all stages real, on the first cluster: same text, same steps as replayed?"""
     if not wanted.real:
         return []
-    from fullpipe.bench.real import check_real
+    from fullpipe_lab.real import check_real
 
     name = next(iter(wanted.clusters))
     answers = [recording.answers[id] for id in wanted.ids][: wanted.real]
@@ -171,34 +160,19 @@ def _check(wanted: _Wanted, recording: Recording, best: dict[str, list[Setting]]
         return []
 
 
-def _plan(wanted: _Wanted, recording: Recording) -> Plan:
-    from fullpipe.bench.run import Plan
-
-    return Plan({name: (cluster.text, cluster.folder) for name, cluster in wanted.clusters.items()}, recording.head,
-                wanted.draft_model, str(wanted.out / "memo"), wanted.workers)
-
-
-def _settings_note(wanted: _Wanted, recordings: dict[float, Recording]) -> dict[str, object]:
-    head = next(iter(recordings.values())).head
-    tuned = "at the first temperature" if wanted.tune_once else "at each temperature"
-    return {"max_new_tokens": head.max_new_tokens, "temperatures": list(recordings), "seed": head.seed,
-            "prompts": len(wanted.ids), "tuned on": f"{wanted.tune} prompts of each class, {tuned}",
-            "landings": "replayed from recordings of the target; the draft is real"}
-
-
 def _first_of_each_task(answers: list[Answer], count: int) -> list[Answer]:
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
     first = []
     for answer in answers:
-        taken[answer.task] = taken.get(answer.task, 0) + 1
+        taken[answer.task] += 1
         if taken[answer.task] <= count:
             first.append(answer)
     return first
 
 
 def _conclude(receipt: Receipt, out: Path) -> None:
-    from fullpipe.bench.receipt import save_receipt
-    from fullpipe.bench.report import write_report
+    from fullpipe_lab.receipts import save_receipt
+    from fullpipe_lab.report import write_report
 
     path = out / "receipt.json"
     save_receipt(receipt, path)
@@ -210,7 +184,7 @@ def _conclude(receipt: Receipt, out: Path) -> None:
 
 def _print_table(receipt: Receipt) -> None:
     """Speed-ups over pp by cluster, temperature and class; over all prompts together at the end."""
-    from fullpipe.bench.metrics import ALL, Results
+    from fullpipe_lab.metrics import ALL, Results
 
     results = Results(receipt)
     tasks = [*(task for task in results.tasks if task != ALL), ALL]
@@ -222,7 +196,7 @@ def _print_table(receipt: Receipt) -> None:
                 cells = [f"{one.over_pp.value:.2f}x" if one and one.over_pp else "-" for one in found]
                 rows.append([cluster.name, f"{heat:g}", method, *cells])
     console.print_table(["cluster", "T", "method", *tasks], rows)
-    console.print_note("Speed-up over pp in virtual time: the devices are imagined, the tokens are real.")
+    console.print_note("Speed-up over pp, simulated: the devices are imagined, the tokens are real.")
 
 
 # ---- options -----------------------------------------------------------------------------------------------
@@ -234,7 +208,7 @@ def _once(numbers: list[_Number]) -> list[_Number]:
 
 
 def _clusters(names: list[str] | None, stages: str | None) -> dict[str, Cluster]:
-    from fullpipe.planning.cluster import Cluster, unit_cluster
+    from fullpipe_lab.clusters import Cluster, unit_cluster
 
     if names and stages:
         raise UsageError("a cluster says how many stages there are", hint="Give --cluster or --stages, not both.")
@@ -260,8 +234,8 @@ def _draft_variants(model: str, draft: str) -> list[str]:
     names = draft_names(model, draft)
     if modules := [name for name in names if module_folder(name)]:
         raise UsageError(f"{modules[0]} reads the target's hidden states, and a recording, which is what is replayed "
-                         "here, holds none", hint="Run it with real stages: `fullpipe generate --cluster`, once for "
-                         "each method; bench/spd_study does it for many prompts.")
+                         "here, holds none", hint="Run it with real stages: `fullpipe-lab simulate`, once for each "
+                         "method.")
     models = [name for name in names if name != "ngram"]
     if len(models) > 1:
         raise UsageError("a benchmark takes one draft model", hint="Run it once for each.")
@@ -286,7 +260,7 @@ def _draft_path(model: str, draft: str) -> str | None:
 
 
 def _settings(methods: str, drafts: list[str], widths: list[int], depths: list[int] | None) -> list[Setting]:
-    from fullpipe.bench.settings import candidates
+    from fullpipe_lab.sweep import candidates
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if "pp" not in names:
@@ -295,5 +269,5 @@ def _settings(methods: str, drafts: list[str], widths: list[int], depths: list[i
         raise UsageError("the methods need a draft", hint="Name one with --draft, or give --methods pp.")
     settings = [setting for name in dict.fromkeys(names) for setting in candidates(name, drafts, widths, depths)]
     for setting in settings:
-        setting.policy()  # refuses what it cannot be set to, before anything runs
+        setting.make()  # refuses what it cannot be set to, before anything runs
     return settings

@@ -1,4 +1,4 @@
-"""`fullpipe bench --peers` and `--agreement`: on the wall clock, beside other programs and beside our own clock."""
+"""`fullpipe-lab peers` and `agreement`: on the wall clock, beside other programs and beside our own clock."""
 
 from __future__ import annotations
 
@@ -9,60 +9,77 @@ from typing import TYPE_CHECKING, Any
 from fullpipe.cli import console
 from fullpipe.cli.generate import fetch_all
 from fullpipe.errors import UsageError
+from fullpipe.prompts import choose
 from fullpipe.request import SamplingParams
+from fullpipe_lab.cli import options
 
 if TYPE_CHECKING:
-    from fullpipe.bench.peers import PeerResult
-    from fullpipe.bench.receipt import Receipt
-    from fullpipe.prompts import FilePrompt
+    from fullpipe_lab.peers import PeerResult
 
-PEERS, UNFINISHED, AGREEMENT = "peers.json", "peers-unfinished.json", "agreement.json"
+_PEERS, _UNFINISHED, _AGREEMENT = "peers.json", "peers-unfinished.json", "agreement.json"
 
 
-def run_peers(model: str, draft: str, prompts: list[FilePrompt], max_new_tokens: int, dtype: str,
-              threads: int | None, out: Path, repeats: int) -> None:
-    """Ask every peer; keep the table after each, print it at the end.
+def peers(
+    model: options.Model = options.DEFAULT_MODEL,
+    draft: options.Draft = "auto",
+    prompts: options.Prompts = None,
+    limit: options.Limit = None,
+    max_tokens: options.MaxTokens = 128,
+    dtype: options.DtypeOption = "auto",
+    threads: options.Threads = None,
+    repeats: options.Repeats = 3,
+    out: options.Out = Path("bench-out"),
+) -> None:
+    """Run Fullpipe and other programs side by side, on the wall clock (python -m fullpipe_lab.peers sets them up).
 
     A table that an earlier run left stays where it is until this one is whole.
     """
     from fullpipe.assembly import draft_names, pick_dtype
-    from fullpipe.bench.peers import PeerModels, markdown, peer_table
-    from fullpipe.bench.peers import run_peers as ask
     from fullpipe.stations.drafts.names import module_folder
+    from fullpipe_lab.peers import PeerModels, peer_table, run_peers
+    from fullpipe_lab.report import render
 
     guesser = next((name for name in draft_names(model, draft) if name != "ngram"), None)
     if guesser and module_folder(guesser):
         raise UsageError(f"{guesser} is a draft module, which no other program runs",
                          hint="Name a draft model that all of them can use, or ngram.")
     fetch_all(model, guesser or "none", "fullpipe" if guesser else "pp")
-    dtype = pick_dtype(dtype)
-    settings = {"max_new_tokens": max_new_tokens, "prompts": len(prompts), "repeats": repeats, "threads": threads}
-    unfinished = out / (UNFINISHED if (out / PEERS).exists() else PEERS)
+    chosen, dtype = choose(prompts, limit), pick_dtype(dtype)
+    settings = {"max_tokens": max_tokens, "prompts": len(chosen), "repeats": repeats, "threads": threads}
+    unfinished = out / (_UNFINISHED if (out / _PEERS).exists() else _PEERS)
 
     def keep(results: list[PeerResult]) -> None:
         _keep(unfinished, model, draft, dtype, settings, peers=peer_table(results))
 
-    rows = peer_table(ask(prompts, SamplingParams(max_tokens=max_new_tokens), PeerModels(model, guesser),
-                          progress=console.print_note, keep=keep, dtype=dtype, threads=threads, repeats=repeats))
-    print(markdown(rows), end="")
-    if unfinished.name != PEERS:
-        os.replace(unfinished, out / PEERS)
-        console.print_note(f"it replaces {out / PEERS}")
+    rows = peer_table(run_peers(chosen, SamplingParams(max_tokens=max_tokens), PeerModels(model, guesser),
+                                progress=console.print_note, keep=keep, dtype=dtype, threads=threads, repeats=repeats))
+    print(render("peers.md.j2", rows=rows), end="")
+    if unfinished.name != _PEERS:
+        os.replace(unfinished, out / _PEERS)
+        console.print_note(f"it replaces {out / _PEERS}")
 
 
-def run_agreement(model: str, draft: str, prompts: list[FilePrompt], max_new_tokens: int, repeats: int, dtype: str,
-                  out: Path) -> None:
-    """Run two stages by both clocks; print and keep the table."""
+def agreement(
+    model: options.Model = options.DEFAULT_MODEL,
+    draft: options.Draft = "auto",
+    prompts: options.Prompts = None,
+    limit: options.Limit = None,
+    max_tokens: options.MaxTokens = 128,
+    dtype: options.DtypeOption = "auto",
+    repeats: options.Repeats = 3,
+    out: options.Out = Path("bench-out"),
+) -> None:
+    """Run two stages by the virtual and by the wall clock, and compare."""
     from fullpipe.assembly import pick_dtype
-    from fullpipe.bench.agreement import agreement
+    from fullpipe_lab.agreement import agreement as compare
 
     fetch_all(model, draft, "fullpipe")
-    dtype = pick_dtype(dtype)
+    chosen, dtype = choose(prompts, limit), pick_dtype(dtype)
     with console.StepBar("agreement of the clocks") as bar:
-        rows = agreement(model, draft, prompts, tokens=max_new_tokens, repeats=repeats, dtype=dtype, progress=bar)
+        rows = compare(model, draft, chosen, tokens=max_tokens, repeats=repeats, dtype=dtype, progress=bar)
     console.print_table(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows])
-    _keep(out / AGREEMENT, model, draft, dtype, {"max_new_tokens": max_new_tokens, "prompts": len(prompts),
-                                                 "repeats": repeats}, agreement=rows)
+    _keep(out / _AGREEMENT, model, draft, dtype,
+          {"max_tokens": max_tokens, "prompts": len(chosen), "repeats": repeats}, agreement=rows)
 
 
 def kept(out: Path, model: str) -> dict[str, list[dict[str, Any]]]:
@@ -70,11 +87,11 @@ def kept(out: Path, model: str) -> dict[str, list[dict[str, Any]]]:
 
     What cannot be read, or is of another model, is left out with a note: it must not cost the benchmark its report.
     """
-    return {"peers": _rows(out / PEERS, "peers", model), "agreement": _rows(out / AGREEMENT, "agreement", model)}
+    return {"peers": _rows(out / _PEERS, "peers", model), "agreement": _rows(out / _AGREEMENT, "agreement", model)}
 
 
 def _rows(path: Path, kind: str, model: str) -> list[dict[str, Any]]:
-    from fullpipe.bench.receipt import load_receipt
+    from fullpipe_lab.receipts import load_receipt
 
     if not path.exists():
         return []
@@ -91,10 +108,9 @@ def _rows(path: Path, kind: str, model: str) -> list[dict[str, Any]]:
 
 
 def _keep(path: Path, model: str, draft: str, dtype: str, settings: dict[str, Any], **rows: Any) -> None:
-    from fullpipe.bench.provenance import wall_receipt
-    from fullpipe.bench.receipt import save_receipt
+    from fullpipe_lab.files import make_folder
+    from fullpipe_lab.receipts import save_receipt, wall_receipt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    receipt: Receipt = wall_receipt(model, draft, dtype, settings, **rows)
-    save_receipt(receipt, path)
+    make_folder(path.parent)
+    save_receipt(wall_receipt(model, draft, dtype, settings, **rows), path)
     console.print_note(f"wrote {path}")

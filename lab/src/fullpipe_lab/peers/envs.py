@@ -1,4 +1,4 @@
-"""The peers' virtual environments: `python -m fullpipe.bench.peers [NAME ...]`.
+"""The peers' virtual environments: `python -m fullpipe_lab.peers [NAME ...]`.
 
     <cache>/peers/NAME/               a virtual environment
     <cache>/peers/NAME/fullpipe.json  its versions, written last: an environment without it is not complete
@@ -125,7 +125,7 @@ def _size(folder: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fullpipe.bench.peers", description=(
+    parser = argparse.ArgumentParser(prog="python -m fullpipe_lab.peers", description=(
         "Make the virtual environments of the peers that `fullpipe bench --peers` measures."))
     parser.add_argument("names", nargs="*", metavar="NAME", help=(
         f"one of {', '.join(ENVIRONMENTS)}; default: all but the large ones "

@@ -86,13 +86,13 @@ class Runner:
             if not self._selector.select(max(until - time.monotonic(), 0.0)):
                 raise RunnerFailed(f"did not answer within {limit_s:g} s")
             if not (more := os.read(self._out.fileno(), _READ_BYTES)):
-                raise RunnerFailed(_one_line(self._epitaph()))
+                raise RunnerFailed(_one_line(self._how_it_ended()))
             self._heard += more
         line = bytes(self._heard[:end])
         del self._heard[: end + 1]
         return line
 
-    def _epitaph(self) -> str:
+    def _how_it_ended(self) -> str:
         try:
             code = self._process.wait(_LEAVE_S)
         except subprocess.TimeoutExpired:

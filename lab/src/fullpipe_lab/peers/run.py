@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fullpipe.bench.peers import envs
-from fullpipe.bench.peers.known import PEERS, REFERENCE, Peer
-from fullpipe.bench.peers.process import Runner, RunnerFailed
-from fullpipe.bench.peers.records import PeerResult, PeerSample, first_difference
-from fullpipe.bench.peers.weights import as_folder
+from fullpipe_lab.peers import envs
+from fullpipe_lab.peers.known import PEERS, REFERENCE, Peer
+from fullpipe_lab.peers.process import Runner, RunnerFailed
+from fullpipe_lab.peers.records import PeerResult, PeerSample, first_difference
+from fullpipe_lab.peers.weights import as_folder
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
@@ -159,7 +159,7 @@ def measure(peer: Peer, job: Job, say: Say) -> PeerResult:
 def _lacking(peer: Peer, job: Job) -> str:
     """Why this peer cannot be asked, "" if it can."""
     if peer.environment and envs.interpreter(peer.environment) is None:
-        return f"not installed; `python -m fullpipe.bench.peers {peer.environment}` does it"
+        return f"not installed; `python -m fullpipe_lab.peers {peer.environment}` does it"
     if peer.needs_draft and job.draft is None:
         return "no draft model was named"
     if peer.weights == "gguf" and any(path.is_dir() for path in _models(peer, job)):

@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from fullpipe.bench.peers.known import REFERENCE
-from fullpipe.bench.peers.records import PeerResult
-
-_COLUMNS = {"peer": "peer", "version": "version", "tbt_ms": "TBT ms, median", "tbt_spread_ms": "lowest to highest",
-            "tokens_per_s": "tokens/s", "ttft_ms": "TTFT ms, median", "over_pp": f"TBT of {REFERENCE} / TBT",
-            "same_text": "same text", "peak_mib": "peak MiB", "remark": "remark"}
+from fullpipe_lab.peers.known import REFERENCE
+from fullpipe_lab.peers.records import PeerResult
 
 
 def peer_table(results: Sequence[PeerResult]) -> list[dict[str, Any]]:
@@ -25,13 +21,6 @@ def peer_table(results: Sequence[PeerResult]) -> list[dict[str, Any]]:
     """
     reference = next((result for result in results if result.name == REFERENCE), None)
     return [_row(result, reference) for result in results]
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `peer_table` as a Markdown table."""
-    lines = [list(_COLUMNS.values()), ["---"] * len(_COLUMNS)]
-    lines += [[_cell(row[name]) for name in _COLUMNS] for row in rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _row(result: PeerResult, reference: PeerResult | None) -> dict[str, Any]:
@@ -80,9 +69,3 @@ def _same_text(result: PeerResult) -> str | None:
         return "yes"
     total = len(result.agreement)
     return f"{total - len(differing)} of {total}; differs from token {min(differing)} on"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from fullpipe.bench.peers import envs
-from fullpipe.bench.peers.known import CONVERTER
-from fullpipe.bench.peers.process import RunnerFailed
+from fullpipe_lab.peers import envs
+from fullpipe_lab.peers.known import CONVERTER
+from fullpipe_lab.peers.process import RunnerFailed
 from fullpipe.hub import cache
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from typing import Any
 
 from peer_protocol import Answer, Setup, serve  # type: ignore[import-not-found]
 
@@ -17,10 +16,9 @@ def load(setup: Setup) -> tuple[str, Setup, Answer]:
     from fullpipe.request import SamplingParams
 
     stages, threads = setup["stages"], setup["threads"]
-    where: dict[str, Any] = {"pipeline": "distributed"} if stages > 1 else {"clock": "wall"}
     draft = ",".join(name for name in (setup["draft"], "ngram") if name) if setup["method"] != "pp" else "none"
-    llm = LLM(setup["model"], draft=draft, stages=stages, method=setup["method"], dtype=setup["dtype"],
-              threads=threads, max_model_len=setup["max_len"], **where)
+    llm = LLM(setup["model"], draft=draft, stages=stages if stages > 1 else None, method=setup["method"],
+              dtype=setup["dtype"], threads=threads, max_model_len=setup["max_len"])
 
     def answer(prompt: list[int], max_tokens: int) -> Iterator[list[int]]:
         for chunk in llm.stream(prompt, SamplingParams(max_tokens=max_tokens)):

@@ -1,0 +1,123 @@
+"""`fullpipe-lab simulate`: answer one prompt as if on a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from fullpipe.cli import console
+from fullpipe.cli.generate import fetch_all
+from fullpipe.cli.options import read_prompt
+from fullpipe.cli.trace import Traces
+from fullpipe.errors import UsageError
+from fullpipe.methods import METHODS
+from fullpipe.request import SamplingParams
+from fullpipe_lab.cli import options
+
+if TYPE_CHECKING:
+    from fullpipe_lab.simulated import Said, Simulated
+
+
+def simulate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
+    cluster: Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="As if on the cluster that a TOML "
+                                                "file, or a preset, describes.")] = None,
+    stages: Annotated[int, typer.Option("--stages", min=1, help="Without a cluster: so many stages, on links that take "
+                                        "nothing.")] = 8,
+    costs: Annotated[str, typer.Option("--costs", click_type=click.Choice(("measured", "unit")), help="Without a "
+                                       "cluster, what a stage step and a draft call take: what they take here, as if "
+                                       "each had a machine like this one to itself, or one unit (1 s) each.")]
+    = "measured",
+    model: options.Model = options.DEFAULT_MODEL,
+    draft: options.Draft = "auto",
+    method: Annotated[str, typer.Option("--method", click_type=click.Choice(tuple(METHODS)), help="Which nodes enter "
+                                        "the pipeline, and when.")] = "fullpipe",
+    width: Annotated[int | None, typer.Option("--width", min=1, help="Tree nodes per flight at most.")] = None,
+    depth: Annotated[int | None, typer.Option("--depth", min=1, help="Tokens guessed per traversal; for chain and "
+                                              "static-tree alone.")] = None,
+    refresh: Annotated[bool | None, typer.Option("--refresh/--no-refresh", help="Ask the draft again about tokens in "
+                                                 "flight. Default: with spd:DIR.", show_default=False)] = None,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    dtype: options.DtypeOption = "auto",
+    threads: options.Threads = None,
+    events: Annotated[Path | None, typer.Option("--events", help="Record the events here, a JSON line each.")] = None,
+    trace: Annotated[list[Path] | None, typer.Option("--trace", metavar="FILE", help="Write the run to FILE, by its "
+                                                     "ending: .json (Chrome trace), .png or .svg (picture), .html "
+                                                     "(page), .jsonl (events). May be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
+    = False,
+) -> None:
+    """Answer a prompt as if on imagined devices: every stage really computes, here and one after another, and a
+    virtual clock says what it would have taken there."""
+    from fullpipe_lab.clusters import Cluster
+
+    text = read_prompt(prompt)
+    if cluster is not None and costs != "measured":
+        raise UsageError("a cluster has its own costs", hint="Leave out --costs, or --cluster.")
+    on = Cluster.load(cluster) if cluster is not None else stages
+    where = on.name if isinstance(on, Cluster) else f"{stages} stages"
+    traces = Traces(trace or (), events, title=f"{method} on {where}, {model}, simulated", clock="virtual time")
+    fetch_all(model, draft, method)
+    from fullpipe_lab.simulated import Simulated
+
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(Simulated(
+            model, on, method=method, costs=costs, draft=draft, width=width, depth=depth,  # type: ignore[arg-type]
+            refresh=refresh, dtype=dtype, threads=threads, listeners=[traces] if traces.wanted else (),
+            progress=console.print_note))
+        traces.tokenizer = run.prepared.tokenizer
+        stack.enter_context(traces)
+        said = _answer(run, text, SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed), as_json)
+        if as_json:
+            console.print_json(figures(run, said))
+        else:
+            console.print_note(summary(run, said))
+
+
+def _answer(run: Simulated, text: str, params: SamplingParams, as_json: bool) -> Said:
+    """Stream it. Whatever ends it, what was emitted has been printed."""
+    words = run.prepared.tokenizer.stream()
+    shown = 0
+    for said in run.stream(run.encode([{"role": "user", "content": text}]), params):
+        fresh = "".join(map(words.push, said.tokens[shown:]))
+        shown = len(said.tokens)
+        if not as_json:
+            sys.stdout.write(fresh)
+            sys.stdout.flush()
+    if not as_json:
+        sys.stdout.write(words.finish() + "\n")
+        sys.stdout.flush()
+    return said
+
+
+def figures(run: Simulated, said: Said) -> dict[str, Any]:
+    """What `--json` prints."""
+    stats = said.stats
+    assert stats is not None
+    return {
+        "text": run.prepared.tokenizer.decode(said.tokens), "token_ids": said.tokens, "finish_reason": said.finish,
+        "method": run.method.name, "stages": run.num_stages,
+        "speculation": {"steps": round(stats.steps, 3), "steps_per_token": round(stats.steps_per_token, 4),
+                        "hits": stats.hits, "misses": stats.misses, "hit_rate": round(stats.hit_rate, 4),
+                        "mean_acceptance_length": round(stats.mean_acceptance_length, 4),
+                        "launched_rows": stats.launched_rows, "wasted_rows": stats.wasted_rows,
+                        "fill": round(stats.fill(run.num_stages), 4), "draft_calls": stats.draft_calls,
+                        "draft_rows": stats.draft_rows},
+        "timing": {"clock": "virtual", "ttft_s": stats.ttft_s, "tbt_s": stats.tbt_s, "wall_s": said.wall_s}}
+
+
+def summary(run: Simulated, said: Said) -> str:
+    """One line on how it went."""
+    stats = said.stats
+    assert stats is not None
+    return (f"[{len(said.tokens)} tokens, {said.finish}; {run.method.name} on {run.num_stages} stages, simulated: "
+            f"{stats.steps_per_token:.2f} steps per token, hit rate {stats.hit_rate:.0%}, "
+            f"fill {stats.fill(run.num_stages):.0%}; TBT {1e3 * stats.tbt_s:.1f} ms in virtual time; "
+            f"{said.wall_s:.1f} s here]")

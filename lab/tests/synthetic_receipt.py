@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from fullpipe.bench.receipt import Candidate, ClusterInfo, ModelInfo, Receipt, Sample, Tuning
+from fullpipe_lab.receipts import Candidate, ClusterInfo, ModelInfo, Receipt, Sample, Tuning
 
 METHODS = {"pp": (0.0, 1), "chain": (0.62, 5), "static-tree": (0.72, 16), "pipedec": (0.86, 8), "fullpipe": (0.9, 8)}
 """Hit probability and rows of a flight."""

@@ -10,8 +10,8 @@ import pytest
 from command import Models, run
 from typer.testing import Result
 
-from fullpipe.bench.receipt import load_receipt
-from fullpipe.bench.recording import Answer, Head, Recording, digest
+from fullpipe_lab.receipts import load_receipt
+from fullpipe_lab.recording import Answer, Head, Recording, digest
 
 TOKENS = 20
 QUESTIONS = {1: "Say it again.", 2: "And again."}
@@ -75,7 +75,7 @@ def test_again_runs_nothing_and_says_the_same(folder: Path, monkeypatch: pytest.
     def no_pool(*_: Any, **__: Any) -> None:
         raise AssertionError("something was run")
 
-    monkeypatch.setattr("fullpipe.bench.run.ProcessPoolExecutor", no_pool)
+    monkeypatch.setattr("fullpipe_lab.sweep.ProcessPoolExecutor", no_pool)
     again = bench(folder)
     assert (first.exit_code, again.exit_code) == (0, 0) and again.stdout == first.stdout
     assert (folder / "out" / "samples.jsonl").read_bytes() == samples
@@ -163,7 +163,7 @@ def test_a_measured_cluster_cannot_be_replayed(folder: Path) -> None:
 
 
 def test_a_cluster_that_was_edited_since(folder: Path) -> None:
-    from fullpipe.planning.cluster import unit_cluster
+    from fullpipe_lab.clusters import unit_cluster
 
     path = folder / "mine.toml"
     path.write_text(unit_cluster(2).text)

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fullpipe_lab.crowd import CrowdRun, CrowdDraft, MakeEngine, Spread, closed, play, poisson
+from fullpipe_lab.recording import Answer
+from fullpipe_lab.files import Journal
+from fullpipe_lab.replay import RecordedStage, replay
+from fullpipe_lab.studies.batching import (
+    AT_ONCE,
+    METHODS,
+    RATES,
+    Cell,
+    Measured,
+    all_cells,
+    make_engine,
+    order,
+    write_report,
+)
+from fullpipe_lab.clusters import Cluster, unit_cluster
 
-from fullpipe.bench.crowd import CrowdRun, CrowdSource, CrowdStage, MakeEngine, Spread, closed, play, poisson
-from fullpipe.bench.recording import Answer
-from fullpipe.bench.replay import replay
-from fullpipe.engine.loop import Engine
+from fullpipe.engine import Engine, Listener
+from fullpipe.cluster.provenance import provenance
 from fullpipe.errors import UsageError
-from fullpipe.messages import Emitted, Expansion, Flight, Landed, Launched, Opening, Part
-from fullpipe.methods import make_policy
-from fullpipe.planning.cluster import Cluster, unit_cluster
+from fullpipe.messages import ArenaId, Emitted, Event, Expansion, Flight, Landed, Launched, Opening, Part
+from fullpipe.methods import make_method
+from fullpipe.pipeline.base import Pipeline
 from fullpipe.request import SamplingParams
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
-from batching.cells import AT_ONCE, METHODS, RATES, Cell, all_cells, make_engine, needs_draft
-from batching.report import Measured, write_report
-from batching.run import order
-from spd_study.journal import Journal
 
 STAGES = 4
 PARAMS = SamplingParams(max_tokens=12)
@@ -42,7 +49,7 @@ class Guesser:
         path = [answer.prompt[-1], *answer.tokens]
         self._next = dict(pairwise(path))
 
-    def answer(self, part: Part, top_k: int) -> list[Expansion]:
+    def answer(self, part: Part, fanout: int) -> list[Expansion]:
         wanted = [row for row in range(len(part)) if part.wants[row]]
         return [self._guess(part.nodes[row], part.tokens[row]) for row in wanted]
 
@@ -52,7 +59,7 @@ class Guesser:
         return Expansion(node, tokens, [-0.1, -2.4], [-1, -1])
 
     def run(self, job: Flight) -> list[Expansion]:
-        return [one for part in job.parts for one in self.answer(part, job.top_k)]
+        return [one for part in job.parts for one in self.answer(part, job.fanout)]
 
 
 def recorded(index: int, length: int = 12) -> Answer:
@@ -65,12 +72,12 @@ ANSWERS = [recorded(0), recorded(1, 7), recorded(2), recorded(3, 1), recorded(4,
 
 
 def maker(method: str, listeners: Sequence[Any] = (), **options: Any) -> MakeEngine:
-    return lambda pipeline, others: Engine(pipeline, make_policy(method, **options), listeners=[*others, *listeners])
+    return lambda pipeline, others: Engine(pipeline, make_method(method, **options), listeners=[*others, *listeners])
 
 
 def crowd(method: str, schedule: Sequence[float | None], answers: Sequence[Answer] = ANSWERS,
           on: Cluster | None = None, listeners: Sequence[Any] = ()) -> CrowdRun:
-    source = None if method == "pp" else CrowdSource(lambda index: Guesser(answers[index]))
+    source = None if method == "pp" else CrowdDraft(lambda index: Guesser(answers[index]))
     return play(answers, schedule, PARAMS, source, on or unit_cluster(STAGES), maker(method, listeners))
 
 
@@ -95,7 +102,7 @@ def test_one_after_another_each_is_the_replay_of_one(method: str) -> None:
     run = crowd(method, closed(len(ANSWERS), 1))
     for answer, one in zip(ANSWERS, run.requests):
         source = None if method == "pp" else Guesser(answer)
-        alone = replay(answer, PARAMS, source, make_policy(method), unit_cluster(STAGES)).stats
+        alone = replay(answer, PARAMS, source, make_method(method), unit_cluster(STAGES)).stats
         assert (one.hits, one.misses) == (alone.hits, alone.misses)
         assert one.tbt_s == (pytest.approx(alone.tbt_s) if len(answer.tokens) > 1 else None)
         assert one.times[-1] - one.times[0] == pytest.approx(alone.decode_seconds - STAGES * 1e-3)
@@ -112,35 +119,34 @@ def test_the_same_crowd_twice_is_the_same() -> None:
 
 
 def test_another_text_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = CrowdStage.run
+    right = RecordedStage.run
 
-    def run(self: CrowdStage, flight: Flight, hidden: None) -> Landed | None:
-        verdict = right(self, flight, hidden)
-        if verdict is not None:
-            verdict.tokens = [token + 1 for token in verdict.tokens]
-        return verdict
+    def run(self: RecordedStage, flight: Flight, hidden: None) -> Landed | None:
+        landed = right(self, flight, hidden)
+        if landed is not None:
+            landed.tokens = [token + 1 for token in landed.tokens]
+        return landed
 
-    monkeypatch.setattr(CrowdStage, "run", run)
+    monkeypatch.setattr(RecordedStage, "run", run)
     with pytest.raises(AssertionError, match="the committed path is not the recorded one"):
         crowd("pp", closed(2, 2), ANSWERS[:2])
 
 
-def test_another_last_token_and_another_end_are_noticed() -> None:
-    answer = Answer("a#0", "a", [1, 2], [3], "length")
-    play([answer], [0.0], PARAMS, None, unit_cluster(1), maker("pp"))
+def test_another_length_and_another_end_are_noticed() -> None:
+    """Of an engine that ends every text itself, after its first token."""
+    def hasty(pipeline: Pipeline, listeners: Sequence[Listener]) -> Engine:
+        engine = Engine(pipeline, make_method("pp"), listeners=[*listeners, lambda event: end(event)])
 
-    class Deaf(Engine):
-        """Says "abort" in place of what the recording ends with."""
+        def end(event: Event) -> None:
+            if isinstance(event, Emitted):
+                engine.end(event.request, "abort")
 
-        def submit(self, request: Any, judge: Any = None) -> Any:
-            return super().submit(request, lambda token: "abort")
+        return engine
 
-    with pytest.raises(AssertionError, match="a#0: ended with 'abort', not 'length'"):
-        play([answer], [0.0], PARAMS, None, unit_cluster(1),
-             lambda pipeline, listeners: Deaf(pipeline, make_policy("pp"), listeners=listeners))
+    with pytest.raises(AssertionError, match="a#0: ended with 'abort', not 'stop'"):
+        play([Answer("a#0", "a", [1, 2], [3], "stop")], [0.0], PARAMS, None, unit_cluster(1), hasty)
     with pytest.raises(AssertionError, match="a#0: the text differs"):
-        play([Answer("a#0", "a", [1, 2], [3, 4], "length")], [0.0], PARAMS, None, unit_cluster(1),
-             lambda pipeline, listeners: Deaf(pipeline, make_policy("pp"), listeners=listeners))
+        play([Answer("a#0", "a", [1, 2], [3, 4], "length")], [0.0], PARAMS, None, unit_cluster(1), hasty)
 
 
 def test_costs_that_would_have_to_be_measured() -> None:
@@ -243,11 +249,12 @@ def test_a_source_begins_anew_with_a_request_that_was_closed_and_goes_on_with_on
         made.append(index)
         return Guesser(ANSWERS[index])
 
-    source = CrowdSource(opening)
+    source = CrowdDraft(opening)
 
     def job(opens: list[int], closes: list[int]) -> Flight:
-        return Flight(0, [Part(0, [], [7], [ANSWERS[0].prompt[-1]], [2], [2], [[]], [True])],
-                      [Opening(one, 10, 3, PARAMS) for one in opens], closes, top_k=4)
+        return Flight(0, [Part(ArenaId(0), [], [7], [ANSWERS[0].prompt[-1]], [2], [2], [[]], [True])],
+                      [Opening(ArenaId(one), 10, 3, PARAMS, request=one) for one in opens],
+                      list(map(ArenaId, closes)), fanout=4)
 
     (said,) = source.run(job([0, 1], []))
     assert said.tokens == [2, 100] and made == [0, 1]
@@ -258,14 +265,14 @@ def test_a_source_begins_anew_with_a_request_that_was_closed_and_goes_on_with_on
     assert made == [0, 1, 0]
 
 
-# ---- bench/batching ----------------------------------------------------------------------------------------
+# ---- the study of batching ----------------------------------------------------------------------------------------
 
 
 def row(method: str, amount: float, throughput: float, tbt: float, load: Any = "closed") -> dict[str, Any]:
     """A journal's row of two requests of eleven tokens each; the second one came a second late."""
     requests = [["a#0", 0.0, 0.5, 0.5 + 10 * tbt, 11, 6, 4, 30, 60],
                 ["b#0", 1.0, 2.5, 2.5 + 30 * tbt, 11, 9, 1, 25, 50]]
-    return {"cell": Cell(method, load, amount).to_dict(), "version": "v", "prompts": ["a#0", "b#0"],
+    return {"cell": asdict(Cell(method, load, amount)), "version": "v", "prompts": ["a#0", "b#0"],
             "preset": "gpus-8", "cluster": "eight", "stages": 2, "target": "big", "draft": "small", "dtype": "bfloat16",
             "note": "invented", "tokens": 22, "span_s": 22 / throughput, "engine_s": 0.022,
             "gaps": [0.0, 0.01, 0.02, 0.03], "requests": requests,
@@ -276,30 +283,27 @@ def row(method: str, amount: float, throughput: float, tbt: float, load: Any = "
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
     made = Journal(tmp_path / "journal.jsonl")
-    made.add("run/1", {"command": "run.py measure"})
-    for method, throughput, tbt in (("dynamic", 60.0, 0.02), ("pp", 8.0, 0.14), ("pp-bunched", 10.0, 0.1)):
+    made.add("run/1", provenance())
+    for method, throughput, tbt in (("fullpipe", 60.0, 0.02), ("pp", 8.0, 0.14), ("pp-bunched", 10.0, 0.1)):
         made.add(f"closed-1/{method}", row(method, 1, throughput, tbt))
-    for method, throughput, tbt in (("dynamic", 30.0, 0.12), ("pp", 20.0, 0.13), ("pp-bunched", 10.0, 0.1)):
+    for method, throughput, tbt in (("fullpipe", 30.0, 0.12), ("pp", 20.0, 0.13), ("pp-bunched", 10.0, 0.1)):
         made.add(f"closed-4/{method}", row(method, 4, throughput, tbt))
-    made.add("poisson-0.5/dynamic", row("dynamic", 0.5, 9.0, 0.02, "poisson"))
+    made.add("poisson-0.5/dynamic", row("fullpipe", 0.5, 9.0, 0.02, "poisson"))
     return made
 
 
 def test_a_row_says_how_long_who_waited_and_what_the_machine_did() -> None:
-    one = Measured.of(row("dynamic", 1, 60.0, 0.02))
+    one = Measured.of(row("fullpipe", 1, 60.0, 0.02))
     assert one.throughput == pytest.approx(60)
     assert one.ttft.median == pytest.approx((0.5 + 1.5) / 2) and one.tbt.median == pytest.approx(0.04)
-    assert one.hit_rate == pytest.approx(15 / 20) and one.waste == pytest.approx((55 - 22) / 22)
-    assert one.stage_busy == pytest.approx((0.5 + 0.25) / 2) and one.draft_busy == pytest.approx(0.05)
-    assert one.rows_per_flight == pytest.approx(2.5)
+    assert one.work == "2.5 / 38% / 5% / 0.75 / 1.5"
 
 
 def test_the_report_compares_with_the_better_plain_pipeline_and_says_what_is_not_reached(
         journal: Journal, tmp_path: Path) -> None:
-    (tmp_path / "findings.md").write_text("## What it says\n\nMuch.")
     write_report(journal, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "**Virtual time.**" in text and "## What it says" in text and "invented" in text
+    assert "**Virtual time.**" in text and "invented" in text
     assert "| 1 | 6.00x | 5x | yes | 0.20 / 0.20 / 0.20 | yes | - | - | - |" in text
     assert "| 4 | 1.50x | 2.5x | **no** | 1.20 / 1.20 / 1.20 | **no** | - | - | - |" in text
     assert "| 0.5 | 9.0 | - | - |" in text and "versions of the code" not in text
@@ -323,12 +327,12 @@ def test_cells_of_several_versions_are_owned_up_to(journal: Journal, tmp_path: P
 def test_each_method_answers_a_small_crowd_with_its_own_engine(method: str) -> None:
     """On the cluster that is measured, with scripted guesses: the right texts, and no more at a time than it says."""
     on = Cluster.load("gpus-8")
-    source = CrowdSource(lambda index: Guesser(ANSWERS[index])) if needs_draft(method) else None
+    source = CrowdDraft(lambda index: Guesser(ANSWERS[index])) if not method.startswith("pp") else None
     run = play(ANSWERS, Cell(method, "closed", 6).schedule(6)[:6], PARAMS, source, on, make_engine(method, on))
     assert run.tokens == sum(len(answer.tokens) for answer in ANSWERS)
     first, last = ([one.times[end] for one in run.requests] for end in (0, -1))
     one_by_one = all(start > end for start, end in zip(sorted(first)[1:], sorted(last)))
-    assert one_by_one == method.endswith("one-after-another")
+    assert one_by_one == (method == "one-after-another")
 
 
 def test_cells_are_named_apart_and_serve_every_prompt_equally_often() -> None:

@@ -15,16 +15,16 @@ import psutil
 import pytest
 import tokenizers
 
-from fullpipe.bench.datasets import bundled
-from fullpipe.bench.peers import PEERS, Peer, PeerModels, PeerResult, PeerSample, envs, markdown, peer_table, run_peers
-from fullpipe.bench.peers.process import RunnerFailed, peak_memory
-from fullpipe.bench.peers.run import Job, Question, compare, measure, measure_all
-from fullpipe.bench.peers.weights import as_folder
-from fullpipe.bench.receipt import load_receipt
 from fullpipe.cli import beside
 from fullpipe.errors import FetchError, UsageError
 from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.prompts import bundled
 from fullpipe.request import SamplingParams
+from fullpipe_lab.peers import PEERS, Peer, PeerModels, PeerResult, PeerSample, envs, markdown, peer_table, run_peers
+from fullpipe_lab.peers.process import RunnerFailed, peak_memory
+from fullpipe_lab.peers.run import Job, Question, compare, measure, measure_all
+from fullpipe_lab.peers.weights import as_folder
+from fullpipe_lab.receipts import load_receipt
 
 HERE = Path(__file__).parent
 END = 9
@@ -171,7 +171,7 @@ def test_a_runner_that_cannot_be_started_is_a_failure(job: Job, home: Path) -> N
 def test_a_peer_that_is_not_installed_is_a_line_in_the_report(job: Job) -> None:
     result = measure(PEERS["llamacpp"], job, silent)
     assert (result.status, result.reason) == (
-        "missing", "not installed; `python -m fullpipe.bench.peers llamacpp` does it")
+        "missing", "not installed; `python -m fullpipe_lab.peers llamacpp` does it")
 
 
 def test_a_half_made_environment_does_not_count(job: Job, home: Path) -> None:
@@ -333,7 +333,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[PeerResult | KeyboardInterr
             keep(done)
         return done
 
-    monkeypatch.setattr("fullpipe.bench.peers.run_peers", ask)
+    monkeypatch.setattr("fullpipe_lab.peers.run_peers", ask)
     monkeypatch.setattr(beside, "fetch_all", lambda *_: None)
     return said
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fullpipe.bench.record import check_prompts, recording_path, task_of, wanted_ids
-from fullpipe.bench.recording import Answer, Head, Recording
-from fullpipe.bench.recording import digest as digest_of
 from fullpipe.errors import UsageError
 from fullpipe.prompts import FilePrompt
+from fullpipe_lab.record import check_prompts, recording_path, task_of, wanted_ids
+from fullpipe_lab.recording import Answer, Head, Recording
+from fullpipe_lab.recording import digest as digest_of
 
 HEAD = Head("a model", "bfloat16", 16, 0.7, 7, (2, 3), 96)
 ONE = Answer("set/1#0", "set", [1, 2, 3], [4, 5], "stop", [0.5, None])
@@ -71,13 +71,13 @@ def _line(number: int, change: Callable[[str], str]) -> Callable[[list[str]], No
 
 
 @pytest.mark.parametrize(("edit", "says", "way_out"), [
-    (_line(1, lambda line: line[:-3]), "line 2: not a line", "delete the line"),
-    (_line(2, lambda line: "[1]"), "line 3: not a line", "delete the line"),
+    (_line(1, lambda line: line[:-3]), "line 2: not a JSON object", "delete the line"),
+    (_line(2, lambda line: "[1]"), "line 3: not a JSON object", "delete the line"),
     (_line(1, lambda line: line.replace('"finish"', '"finished"')), "line 2: not an answer", "delete the line"),
     (_line(2, lambda line: '{"id": "x"}'), "line 3: not an answer", "delete the line"),
     (_line(0, lambda line: line.replace('"version": 1', '"version": 2')), "version 2 cannot be read", "Record again"),
     (_line(0, lambda line: line.replace('"eos"', '"ends"')), "line 1: not the head", "record again"),
-    (_line(0, lambda line: "{}"), "is not a recording", "fullpipe record"),
+    (_line(0, lambda line: "{}"), "is not a recording", "fullpipe-lab record"),
 ])
 def test_a_damaged_file_says_where(path: Path, edit: Callable[[list[str]], None], says: str, way_out: str) -> None:
     lines = path.read_text().splitlines()
@@ -92,9 +92,10 @@ def test_a_damaged_file_says_where(path: Path, edit: Callable[[list[str]], None]
 
 
 def test_what_is_no_text_or_not_there(tmp_path: Path) -> None:
-    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    for path in (tmp_path / "bytes", tmp_path / "nowhere", tmp_path):
-        with pytest.raises(UsageError, match="cannot read the recording"):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
+    for path, says in ((tmp_path / "bytes", "cannot read"), (tmp_path / "nowhere", "there is no recording"),
+                       (tmp_path, "cannot read")):
+        with pytest.raises(UsageError, match=says):
             Recording.load(path)
 
 

@@ -11,27 +11,26 @@ from typing import Any
 
 import pytest
 import torch
-from fullpipe.sequences.stats import RequestStats
 
 import tiny
-from fullpipe.bench.memo import TOP_K, Memo, MemoSource
-from fullpipe.bench.recording import Answer
-from fullpipe.bench.replay import RecordedStage, replay
-from fullpipe.engine.loop import Engine
+from fullpipe.engine import Engine, RequestStats
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Flight, Landed, Launched, Ready
-from fullpipe.methods import POLICIES, make_policy
+from fullpipe.methods import METHODS, make_method
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
-from fullpipe.planning.cluster import Cluster, unit_cluster
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.model import DraftModel
 from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe.stations.target import DTYPES, ModelStage, build_stage
+from fullpipe_lab.clusters import Cluster, unit_cluster
+from fullpipe_lab.memo import TOP_K, Memo, MemoDraft
+from fullpipe_lab.recording import Answer
+from fullpipe_lab.replay import RecordedStage, replay
 
 STAGES, TOKENS, WIDTH = 4, 18, 3
 PROMPT = (3, 17, 42, 8, 17, 42, 9, 60, 71, 5, 17, 42)
@@ -127,16 +126,17 @@ def really(models: Models, method: str, on: Cluster, params: SamplingParams, *, 
     pipeline = InProcessPipeline(models.stages, None if method == "pp" else draft, costs=on, links=on.links,
                                  message_bytes=on.message_bytes, device_of=on.device_of)
     engine = Engine(pipeline, policy(method), listeners=[events.append])
-    track = engine.submit(Request(0, prompt, params, frozenset() if eos is None else frozenset([eos])))
+    engine.submit(Request(0, prompt, params, frozenset() if eos is None else frozenset([eos])))
+    counted = engine.stats.of(0)
     while engine.busy:
         engine.step()
-    stats = replace(track.stats)
+    stats = replace(counted)
     engine.drain()
     return events, stats
 
 
 def policy(method: str) -> Any:
-    return make_policy(method, width=WIDTH, depth=3 if method in ("chain", "static-tree") else None)
+    return make_method(method, width=WIDTH, depth=3 if method in ("chain", "static-tree") else None)
 
 
 def answer_of(events: list[Event], prompt: tuple[int, ...] = PROMPT) -> Answer:
@@ -184,10 +184,10 @@ def test_a_replay_is_the_run_event_by_event(models: Models, on: str, temperature
     assert len(answer.tokens) == TOKENS and len(set(answer.tokens)) > 4
     memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
     hits = 0
-    for method in POLICIES:
+    for method in METHODS:
         events, stats = really(models, method, cluster(on), params)
         heard: list[Event] = []
-        source = None if method == "pp" else MemoSource(memo)
+        source = None if method == "pp" else MemoDraft(memo)
         run = replay(answer, params, source, policy(method), cluster(on), listeners=(heard.append,))
         assert_same(events, heard)
         assert run.stats == stats
@@ -206,7 +206,7 @@ def test_a_text_that_ended_by_itself(models: Models, method: str) -> None:
     assert answer.finish == "stop" and len(answer.tokens) < TOKENS
     heard: list[Event] = []
     memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
-    run = replay(answer, params, MemoSource(memo), policy(method), cluster("links"), listeners=(heard.append,))
+    run = replay(answer, params, MemoDraft(memo), policy(method), cluster("links"), listeners=(heard.append,))
     assert_same(events, heard)
     assert run.stats == stats
 
@@ -220,7 +220,7 @@ def test_a_draft_of_model_and_ngram(models: Models) -> None:
     answer = answer_of(events, prompt)
     heard: list[Event] = []
     memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
-    run = replay(answer, params, Mix([MemoSource(memo), NgramDraft(min_n=1)]), policy("fullpipe"), cluster("links"),
+    run = replay(answer, params, Mix([MemoDraft(memo), NgramDraft(min_n=1)]), policy("fullpipe"), cluster("links"),
                  listeners=(heard.append,))
     assert_same(events, heard)
     assert run.stats == stats
@@ -238,7 +238,7 @@ def case(folders: tuple[Path, Path]) -> tuple[Models, Answer, SamplingParams]:
 
 def asked(memo: Memo, answer: Answer, params: SamplingParams) -> list[Any]:
     heard: list[Event] = []
-    replay(answer, params, MemoSource(memo), make_policy("fullpipe", width=16), cluster("unit"),
+    replay(answer, params, MemoDraft(memo), make_method("fullpipe", width=16), cluster("unit"),
            listeners=(heard.append,))
     return told(heard)
 
@@ -318,14 +318,14 @@ def test_costs_that_would_have_to_be_measured() -> None:
     text = unit_cluster(2).text.replace("stage_ms = [[1, 1.0]]", "speed = 2.0")
     answer = Answer("a#0", "a", [1, 2], [3, 4], "length")
     with pytest.raises(UsageError, match="runs no stages") as caught:
-        replay(answer, SamplingParams(max_tokens=2), None, make_policy("pp"), Cluster.parse(text, "here", Path()))
+        replay(answer, SamplingParams(max_tokens=2), None, make_method("pp"), Cluster.parse(text, "here", Path()))
     assert "fullpipe profile" in str(caught.value)
 
 
 def test_pp_on_unit_steps_is_counted_by_hand() -> None:
     """Each token passes all stages, one after another: every stage is idle three quarters of the time."""
     answer = Answer("a#0", "a", [1, 2, 3], [4, 5, 6, 7, 8], "length")
-    run = replay(answer, SamplingParams(max_tokens=5), None, make_policy("pp"), unit_cluster(4))
+    run = replay(answer, SamplingParams(max_tokens=5), None, make_method("pp"), unit_cluster(4))
     assert run.stats.tbt_s == pytest.approx(4e-3) and run.stats.steps == pytest.approx(20)
     assert run.meter.rows == {f"stage {k}": 7 for k in range(4)}  # three of the prompt, four of the answer
     assert run.meter.flights == {f"stage {k}": 5 for k in range(4)}
@@ -340,7 +340,7 @@ def test_flights_that_have_not_landed_at_the_end_were_work_too(case: tuple[Model
     answer = replace(answer, tokens=answer.tokens[:12], finish="stop")
     memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
     heard: list[Event] = []
-    run = replay(answer, params, MemoSource(memo), policy("fullpipe"), cluster("unit"), listeners=(heard.append,))
+    run = replay(answer, params, MemoDraft(memo), policy("fullpipe"), cluster("unit"), listeners=(heard.append,))
     end = next(index for index, event in enumerate(heard) if isinstance(event, Finished))
     landed = sum(isinstance(event, Landed) for event in heard[:end])
     launched = sum(isinstance(event, Launched) for event in heard[:end])
@@ -353,7 +353,7 @@ def test_flights_that_have_not_landed_at_the_end_were_work_too(case: tuple[Model
 def test_work_on_the_prompt_is_not_decoding() -> None:
     """A prompt of three flights; with one stage the first two have landed when decoding begins."""
     answer = Answer("a#0", "a", [5] * 600, [1, 2, 3], "length")
-    run = replay(answer, SamplingParams(max_tokens=3), None, make_policy("pp"), unit_cluster(1))
+    run = replay(answer, SamplingParams(max_tokens=3), None, make_method("pp"), unit_cluster(1))
     assert run.stats.decode_seconds == pytest.approx(3e-3) == run.meter.busy["stage 0"]
     assert run.meter.rows["stage 0"] == 602
 
@@ -367,7 +367,7 @@ def test_other_tokens_than_recorded_are_noticed(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(RecordedStage, "run", wrong)
     with pytest.raises(AssertionError, match="a#0: the text differs"):
-        replay(answer, SamplingParams(max_tokens=2), None, make_policy("pp"), unit_cluster(1))
+        replay(answer, SamplingParams(max_tokens=2), None, make_method("pp"), unit_cluster(1))
 
 
 @pytest.mark.weights
@@ -383,6 +383,6 @@ def test_so_with_a_real_model() -> None:
     answer = answer_of(events, prompt)
     heard: list[Event] = []
     memo = Memo(models.draft, answer.prompt, answer.tokens, params, vocab)
-    run = replay(answer, params, MemoSource(memo), policy("fullpipe"), on, listeners=(heard.append,))
+    run = replay(answer, params, MemoDraft(memo), policy("fullpipe"), on, listeners=(heard.append,))
     assert_same(events, heard)
     assert run.stats == stats and stats.hits > 20

@@ -10,10 +10,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fullpipe.llm import LLM
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
-from fullpipe_lab.simulated import Simulated
+from fullpipe_lab.asking import Real, Simulated
 
 STAGES = 2
 METHODS = ("pp", "fullpipe")
@@ -30,16 +29,16 @@ def agreement(model: str, draft: str, prompts: Sequence[FilePrompt], *, tokens: 
     for done, method in enumerate(METHODS):
         times: dict[str, list[float]] = {"virtual": [], "wall": []}
         with Simulated(model, STAGES, draft=draft, method=method, threads=1, dtype=dtype) as virtual, \
-             LLM(model, draft=draft, method=method, stages=STAGES, threads=1, dtype=dtype) as real:
+             Real(model, draft=draft, method=method, stages=STAGES, threads=1, dtype=dtype) as real:
             for turn in range(-1, repeats):  # the first turn warms caches and is not counted
                 for prompt in prompts if turn >= 0 else prompts[:1]:
                     progress(done * repeats + max(turn, 0), len(METHODS) * repeats, f"{method}, {prompt.id}")
                     asked = virtual.encode([{"role": "user", "content": prompt.text}])
-                    (here,), (there,) = virtual.ask([asked], params), real.generate([asked], params)
-                    same &= here.tokens == there.token_ids
-                    if turn >= 0 and here.stats is not None:
+                    (here,), (there,) = virtual.ask([asked], params), real.ask([asked], params)
+                    same &= here.tokens == there.tokens
+                    if turn >= 0:
                         times["virtual"].append(here.stats.tbt_s)
-                        times["wall"].append(there.timing["tbt_s"])
+                        times["wall"].append(there.stats.tbt_s)
         rows.append(_row(model, draft, method, times, same))
     return rows
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fullpipe.engine import Engine, Listener
+from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Drafted, Emitted, Event, Expansion, Finished, Flight, Landed, Leg, Part
 from fullpipe.pipeline.base import Pipeline
@@ -179,7 +179,7 @@ def play(answers: Sequence[Answer], schedule: Schedule, params: SamplingParams, 
     worked = time.thread_time()
     crowd.run(engine)
     engine_s = time.thread_time() - worked - pipeline.seconds_inside
-    requests = crowd.served(engine)
+    requests = crowd.served()
     return CrowdRun(requests, stations, max(one.times[-1] for one in requests) - requests[0].arrived, engine_s)
 
 
@@ -192,6 +192,7 @@ class _Crowd:
         self._due = deque((moment, index) for index, moment in enumerate(schedule) if moment is not None)
         self._next = deque(index for index, moment in enumerate(schedule) if moment is None)
         self._arrived: dict[int, float] = {}
+        self._stats: dict[int, RequestStats] = {}
         self._said: list[list[Emitted]] = [[] for _ in answers]
         self._ended: list[Finished] = []
         self._left = len(answers)
@@ -214,10 +215,10 @@ class _Crowd:
             while self._ended:
                 self._end(engine, self._ended.pop(0))
 
-    def served(self, engine: Engine) -> list[Served]:
+    def served(self) -> list[Served]:
         found = []
         for index in sorted(self._arrived, key=lambda index: (self._arrived[index], index)):
-            said, stats = self._said[index], engine.stats.of(index)
+            said, stats = self._said[index], self._stats[index]
             found.append(Served(self._answers[index].id, self._arrived[index], [one.time for one in said], stats.hits,
                                 stats.misses, stats.launched_rows, stats.draft_rows))
         return found
@@ -225,6 +226,7 @@ class _Crowd:
     def _submit(self, engine: Engine, index: int, arrived: float) -> None:
         self._arrived[index] = arrived
         engine.submit(request_of(index, self._answers[index], self._params))
+        self._stats[index] = engine.stats.of(index)
 
     def _end(self, engine: Engine, news: Finished) -> None:
         answer, said = self._answers[news.request], [one.token for one in self._said[news.request]]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.errors import UsageError
-from fullpipe_lab.receipts import ClusterInfo, Receipt, Sample
+from fullpipe_lab.receipts import Receipt, Sample
 
 ALL = "all"
 """In place of a task class: every prompt."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fullpipe.assembly import draft_names
+from fullpipe_lab.asking import Said, Simulated
 from fullpipe_lab.clusters import Cluster
 from fullpipe_lab.receipts import Sample
 from fullpipe_lab.recording import Answer, Head
-from fullpipe_lab.simulated import Said, Simulated
 from fullpipe_lab.sweep import Setting
 
 
@@ -43,7 +43,6 @@ def _replayed(samples: Sequence[Sample], cluster: Cluster, setting: Setting, ans
 
 def _row(cluster: Cluster, setting: Setting, answer: Answer, said: Said, replayed: Sample) -> dict[str, Any]:
     stats = said.stats
-    assert stats is not None
     same = (stats.hits, stats.misses, stats.launched_rows) == (replayed.hits, replayed.misses, replayed.launched_rows)
     return {"cluster": cluster.name, "temperature": replayed.temperature, "method": str(setting), "prompt": answer.id,
             "tokens": len(said.tokens), "text equal": said.tokens == answer.tokens,

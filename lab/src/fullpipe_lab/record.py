@@ -10,9 +10,9 @@ from fullpipe.assembly import pick_dtype
 from fullpipe.errors import UsageError
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
+from fullpipe_lab.asking import Simulated
 from fullpipe_lab.files import make_folder
 from fullpipe_lab.recording import Answer, Head, Recording, digest
-from fullpipe_lab.simulated import Simulated
 
 AT_ONCE = 8  # prompts that share the stages: reading the weights is what takes time
 Progress = Callable[[int, int, str], None]

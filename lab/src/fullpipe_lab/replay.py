@@ -15,8 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fullpipe.engine import Engine, Listener
-from fullpipe.engine.stats import RequestStats
+from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Drafted, Emitted, Event, Flight, Landed, Launched, Leg, Part
 from fullpipe.methods import Method
@@ -164,11 +163,12 @@ def replay(answer: Answer, params: SamplingParams, draft: DraftLike | None, meth
     pipeline, meter = recorded_pipeline([answer], draft, hardware, costs), Meter()
     engine = Engine(pipeline, method, listeners=[meter, *listeners])
     sequence = engine.submit(request_of(0, answer, params))
+    counted = engine.stats.of(0)
     while engine.busy:
         engine.step()
     assert sequence.output == answer.tokens, f"{answer.id}: the text differs from the recorded one"
     assert sequence.finished == answer.finish, f"{answer.id}: ended with {sequence.finished!r}, not {answer.finish!r}"
-    engine_s, stats = time.thread_time() - worked - pipeline.seconds_inside, copy.copy(engine.stats.of(0))
+    engine_s, stats = time.thread_time() - worked - pipeline.seconds_inside, copy.copy(counted)
     meter.end = stats.last_token or 0.0
     engine.drain()  # what had not landed yet was work too
     return Run(stats, meter, engine_s, time.perf_counter() - begun)

@@ -31,7 +31,7 @@ from fullpipe.methods import METHODS, Method, make_method
 from fullpipe.pipeline.worker import die_with_parent
 from fullpipe.stations.base import DraftLike
 from fullpipe.stations.drafts.mix import Mix
-from fullpipe.stations.drafts.ngram import NgramSource
+from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe_lab.clusters import Cluster, DraftCosts
 from fullpipe_lab.files import Lines, make_folder, write_whole
 from fullpipe_lab.receipts import Candidate, Sample, Tuning
@@ -279,14 +279,14 @@ class Worker:
             case "none":
                 return None
             case "ngram":
-                return NgramSource()
+                return NgramDraft()
         from fullpipe_lab.memo import MemoDraft, Memos
 
         if self._memos is None:
             assert self._plan.draft_model is not None
             self._memos = Memos(Path(self._plan.memos), self._plan.draft_model, self._plan.head)
         model = MemoDraft(self._memos.of(answer))
-        return model if setting.draft == "model" else Mix([model, NgramSource(min_n=MIXED_MIN_N)])
+        return model if setting.draft == "model" else Mix([model, NgramDraft(min_n=MIXED_MIN_N)])
 
     def _sample(self, answer: Answer, name: str, setting: Setting, phase: Phase) -> Sample:
         cluster = self._clusters[name]

@@ -11,7 +11,7 @@ import typer
 
 from fullpipe.cli.verb import verb
 from fullpipe.threads import share_the_machine
-from fullpipe_lab.cli import beside, bench, record, report, simulate
+from fullpipe_lab.cli import bench, beside, record, report, simulate
 
 _VERBS = (simulate.simulate, record.record, bench.bench, report.report, beside.peers, beside.agreement)
 

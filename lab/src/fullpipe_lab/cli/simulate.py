@@ -20,7 +20,7 @@ from fullpipe.request import SamplingParams
 from fullpipe_lab.cli import options
 
 if TYPE_CHECKING:
-    from fullpipe_lab.simulated import Said, Simulated
+    from fullpipe_lab.asking import Said, Simulated
 
 
 def simulate(
@@ -65,7 +65,7 @@ def simulate(
     where = on.name if isinstance(on, Cluster) else f"{stages} stages"
     traces = Traces(trace or (), events, title=f"{method} on {where}, {model}, simulated", clock="virtual time")
     fetch_all(model, draft, method)
-    from fullpipe_lab.simulated import Simulated
+    from fullpipe_lab.asking import Simulated
 
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(Simulated(
@@ -100,7 +100,6 @@ def _answer(run: Simulated, text: str, params: SamplingParams, as_json: bool) ->
 def figures(run: Simulated, said: Said) -> dict[str, Any]:
     """What `--json` prints."""
     stats = said.stats
-    assert stats is not None
     return {
         "text": run.prepared.tokenizer.decode(said.tokens), "token_ids": said.tokens, "finish_reason": said.finish,
         "method": run.method.name, "stages": run.num_stages,
@@ -116,7 +115,6 @@ def figures(run: Simulated, said: Said) -> dict[str, Any]:
 def summary(run: Simulated, said: Said) -> str:
     """One line on how it went."""
     stats = said.stats
-    assert stats is not None
     return (f"[{len(said.tokens)} tokens, {said.finish}; {run.method.name} on {run.num_stages} stages, simulated: "
             f"{stats.steps_per_token:.2f} steps per token, hit rate {stats.hit_rate:.0%}, "
             f"fill {stats.fill(run.num_stages):.0%}; TBT {1e3 * stats.tbt_s:.1f} ms in virtual time; "

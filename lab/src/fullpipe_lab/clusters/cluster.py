@@ -19,7 +19,14 @@ from fullpipe.costs import CostCurve
 from fullpipe.errors import UsageError
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.stations.drafts.names import ModuleSize, module_folder
-from fullpipe_lab.clusters.checks import check_file, check_layers, check_memory, load_profiles, missing_for_draft, refusal
+from fullpipe_lab.clusters.checks import (
+    check_file,
+    check_layers,
+    check_memory,
+    load_profiles,
+    missing_for_draft,
+    refusal,
+)
 from fullpipe_lab.clusters.file import ClusterFile, Device, Shape
 
 _MESSAGE_BYTES = 128  # of a flight beside its rows

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fullpipe_lab.peers import envs
-from fullpipe_lab.peers.known import PEERS, REFERENCE, Peer
-from fullpipe_lab.peers.process import Runner, RunnerFailed
-from fullpipe_lab.peers.records import PeerResult, PeerSample, first_difference
-from fullpipe_lab.peers.weights import as_folder
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
 from fullpipe.threads import cores
+from fullpipe_lab.peers import envs
+from fullpipe_lab.peers.known import PEERS, REFERENCE, Peer
+from fullpipe_lab.peers.process import Runner, RunnerFailed
+from fullpipe_lab.peers.records import PeerResult, PeerSample, first_difference
+from fullpipe_lab.peers.weights import as_folder
 
 Say = Callable[[str], None]
 Keep = Callable[[list[PeerResult]], None]

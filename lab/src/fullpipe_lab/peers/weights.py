@@ -9,10 +9,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from fullpipe.hub import cache
 from fullpipe_lab.peers import envs
 from fullpipe_lab.peers.known import CONVERTER
 from fullpipe_lab.peers.process import RunnerFailed
-from fullpipe.hub import cache
 
 
 def as_folder(path: Path, dtype: str) -> Path:

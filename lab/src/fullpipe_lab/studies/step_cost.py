@@ -1,11 +1,10 @@
 """What a decode step costs, side by side with transformers: same weights, same context, same thread, same run.
 
-    python bench/step_cost.py [--model PATH] [--context 128] [--rows 1,8] [--dtype bfloat16] [--repeats 40] [--write]
+    python -m fullpipe_lab.studies.step_cost [--model PATH] [--context 128] [--rows 1,8] [--dtype bfloat16] [--repeats 40] [--write]
 
 Every sample is one step through all layers and the head: ours with an arena and a mask, transformers' with its own
-DynamicCache (cropped back, outside the clock, after each step). The two alternate, so that whatever
-else the machine does hits both. The last line printed is the receipt, JSON; `--write` puts it, raw samples
-included, into bench/receipts/step_cost.json.
+DynamicCache (cropped back, outside the clock, after each step). The two alternate, so that whatever else the machine
+does hits both. `--write` keeps the receipt in lab/receipts/step_cost.json.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _receipt import finish, receipt
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from fullpipe.hub import resolve
 from fullpipe.models.arena import KVArena
 from fullpipe.models.decoder import DecoderSlice, Segment
-from fullpipe.models.weights import ModelFiles, open_model
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.weights import open_model
+from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
 
 Step = Callable[[], None]
 
@@ -42,10 +42,11 @@ def main() -> None:
     for result in results:
         print(f"{result['rows']:3d} rows: ours {result['ours_median_ms']:.1f} ms, transformers "
               f"{result['transformers_median_ms']:.1f} ms, {result['ratio']:.2f} times faster")
-    samples = {result["rows"]: result.pop("samples_ms") for result in results}
+    samples = [{"rows": result["rows"], "ms": result.pop("samples_ms")} for result in results]
     setting = {"model": files.path.name, "dtype": args.dtype, "threads": args.threads, "context": args.context,
                "packed": ours.packed, "steps": results}
-    finish(receipt("step_cost", setting, samples), write=args.write)
+    if args.write:
+        save_receipt(study_receipt("step_cost", setting, samples), STUDIES / "step_cost.json")
 
 
 def compare(ours: DecoderSlice, theirs: PreTrainedModel, tokens: torch.Tensor, context: int, rows: int,
@@ -121,7 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--write", action="store_true", help="write bench/receipts/step_cost.json")
+    parser.add_argument("--write", action="store_true", help="keep the receipt in lab/receipts")
     return parser.parse_args()
 
 

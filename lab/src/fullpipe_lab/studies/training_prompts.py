@@ -1,7 +1,7 @@
 """Our own prompts for training draft modules: questions, word problems and code stubs, made from lists and from the
 docstrings of installed packages. None is of a benchmark.
 
-    python bench/training_prompts.py --count 2000 > prompts.jsonl
+    python -m fullpipe_lab.studies.training_prompts --count 2000 > prompts.jsonl
 
 A line is {"messages": [{"role": "user", "content": ...}]}, which `fullpipe train distill` answers.
 """

@@ -1,7 +1,7 @@
 """Stage and draft processes of a real server are killed at random moments under load; every text must come out as if
 nothing had happened.
 
-    python bench/serving/kills.py [--kills 100] [--model smollm2-135m] [--draft ngram] [--stages 2] [--clients 6]
+    python -m fullpipe_lab.studies.serving.kills [--kills 100] [--model smollm2-135m] [--draft ngram] [--stages 2] [--clients 6]
         [--seed 1] [--hangs 0.1] [--while-rebuilding 0.15] [--timeout S] [--out FILE] [--log FILE]
 
 Starts `fullpipe serve` in fp32 and asks a fixed set of requests: greedy and sampled, streamed and not, of several
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import random
 import re
@@ -34,14 +33,15 @@ from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import httpx
 import psutil
-from _receipt import receipt
-from rich.console import Console
-from rich.table import Table
-from serving.processes import (
+
+from fullpipe.bench.load import Spread
+from fullpipe.cli.console import print_table
+from fullpipe.errors import FullpipeError
+from fullpipe.prompts import bundled
+from fullpipe_lab.receipts import save_receipt, study_receipt
+from fullpipe_lab.studies.serving.processes import (
     Ask,
     Readiness,
     Reply,
@@ -54,11 +54,7 @@ from serving.processes import (
     station_names,
     workers,
 )
-from serving.servers import MODEL_NAME, Running, running
-
-from fullpipe.bench.datasets import bundled
-from fullpipe.bench.load import Spread
-from fullpipe.errors import FullpipeError
+from fullpipe_lab.studies.serving.servers import MODEL_NAME, Running, running
 
 T = TypeVar("T")
 Moment = Literal["serving", "rebuilding"]
@@ -452,31 +448,6 @@ def results_of(trial: Trial) -> dict[str, Any]:
     }
 
 
-def table_of(results: dict[str, Any]) -> Table:
-    table = Table(title=f"{results['strikes']} strikes, {results['requests']} requests, "
-                        f"{len(results['faults'])} faults")
-    for name in ("", "count", "median", "p90", "max"):
-        table.add_column(name, justify="left" if not name else "right")
-    words = {"noticed_s": "noticed after", "ready_s": "requests taken again", "token_s": "first text again"}
-    for sent, title in (("SIGKILL", "killed"), ("SIGSTOP", "hung")):
-        for name, text in words.items():
-            if found := results[f"{name}_{sent}"]:
-                table.add_row(f"{title}: {text}", str(found["count"]),
-                              *(f"{found[key]:.2f} s" for key in ("median", "p90", "max")))
-    table.add_section()
-    for text, value in (*results["by_station"].items(),
-                        ("of these while rebuilding", results["while_rebuilding"]),
-                        ("requests under way at a strike (sum; of them with text begun)",
-                         f"{results['in_flight']}; {results['begun_in_flight']}"),
-                        ("requests struck at least once", results["struck_requests"]),
-                        ("most strikes that one request lived through", results["most_strikes_of_a_request"]),
-                        ("tokens under load", results["tokens"]),
-                        ("503 before an answer, asked again", results["retried_503"]),
-                        ("requests that failed or said something else", results["different_or_failed"])):
-        table.add_row(text, str(value))
-    return table
-
-
 def _line(blow: Blow) -> str:
     ready = f"ready after {blow.ready_s:5.2f} s" if blow.ready_s is not None else "struck again before it was ready"
     return (f"{blow.number + 1:4d}  {blow.signal} {blow.victim:8s} ({blow.state}), {blow.in_flight} in flight, "
@@ -501,13 +472,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     check_log(trial, log.read_text(errors="replace"))
     results = results_of(trial)
-    Console().print(table_of(results))
+    print_table(["", ""], [[name, str(value)] for name, value in results.items() if name != "faults"])
     if asked.out:
-        samples = {"strikes": [asdict(blow) for blow in trial.blows],
-                   "requests": [asdict(one) for one in trial.samples],
-                   "expected": {name: asdict(reply) for name, reply in trial.expected.items()}}
+        samples = [{"strike": asdict(blow)} for blow in trial.blows] + [asdict(one) for one in trial.samples]
         about = {"server": server.command, "load_s": server.load_s}
-        asked.out.write_text(json.dumps(receipt("serving_kills", results | about, samples), indent=1) + "\n")
+        save_receipt(study_receipt("serving_kills", results | about, samples), asked.out)
         say(f"wrote {asked.out}")
     for fault in trial.faults:
         print(f"FAULT {fault[:1000]}")

@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 import psutil
-from serving.servers import Contender, Setup, read_counters
 
 from fullpipe.bench.openai_stream import events
+from fullpipe_lab.studies.serving.servers import Contender, Setup, read_counters
 
 _WORKER = "fullpipe.pipeline.worker"
 _DETAIL = 300  # characters of what a server says about an error
@@ -28,8 +28,7 @@ RESTARTS = "fullpipe_restarts_total"
 
 def server_of(draft: str, stages: int, options: Iterable[str] = ()) -> Contender:
     """`fullpipe serve` with stage processes; its log has warnings and worse."""
-    return Contender("trial", "Fullpipe", ("--draft", draft, "--stages", str(stages), "--pipeline", "distributed",
-                                           "--log-level", "warning", *options))
+    return Contender("trial", "Fullpipe", ("--draft", draft, "--stages", str(stages), "--log-level", "warning", *options))
 
 
 def setup_of(model: str, max_len: int, max_seqs: int) -> Setup:

@@ -20,13 +20,13 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from fullpipe.bench.peers import envs
-from fullpipe.bench.peers.known import PEERS
-from fullpipe.bench.peers.weights import as_folder
 from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.hub import resolve
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.threads import cores
+from fullpipe_lab.peers import envs
+from fullpipe_lab.peers.known import PEERS
+from fullpipe_lab.peers.weights import as_folder
 
 MODEL_NAME = "measured"  # what every server calls the model
 _START_S, _LEAVE_S = 600.0, 30.0
@@ -83,13 +83,13 @@ class Contender:
         return values
 
 
-_STAGES = ("--stages", "2", "--pipeline", "distributed")
+_STAGES = ("--stages", "2")
 _VLLM = ("--uvicorn-log-level", "warning")
 _VLLM_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _ALL_CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
 CONTENDERS = {one.name: one for one in (
-    Contender("dynamic", "Fullpipe, dynamic batching with the draft", ("--draft", "{draft}", *_STAGES)),
+    Contender("fullpipe", "Fullpipe, with the draft", ("--draft", "{draft}", *_STAGES)),
     Contender("pp", "Fullpipe, `--method pp`", ("--method", "pp", "--draft", "none", *_STAGES)),
     Contender("vllm", "vLLM, computing on all cores", _VLLM,
               _VLLM_VARIABLES | {"VLLM_CPU_OMP_THREADS_BIND": _ALL_CORES}),
@@ -102,7 +102,7 @@ CONTENDERS = {one.name: one for one in (
 
 
 def shared_folder(model: str, dtype: str, place: Path) -> Path:
-    """One folder that both read: the weights as vLLM gets them in `fullpipe bench --peers`, and our tokenizer.
+    """One folder that both read: the weights as vLLM gets them in `fullpipe-lab peers`, and our tokenizer.
 
     model: a GGUF file by path or catalogue name, whose weights are rounded to the dtype; or a folder, taken as it is.
     """
@@ -254,7 +254,7 @@ def missing(names: Sequence[str]) -> str:
     if unknown := [name for name in names if name not in CONTENDERS]:
         return f"no contender is called {unknown[0]!r}; known are {', '.join(CONTENDERS)}"
     if any(not CONTENDERS[name].ours for name in names) and envs.interpreter("vllm") is None:
-        return "vLLM is not installed; `python -m fullpipe.bench.peers transformers vllm` does it"
+        return "vLLM is not installed; `python -m fullpipe_lab.peers transformers vllm` does it"
     if any(not CONTENDERS[name].ours for name in names) and not shutil.which("g++"):
         return "vLLM compiles for the CPU with g++, which is not installed"
     return ""

@@ -1,6 +1,6 @@
 """An hour's worth of trouble in minutes: mixed requests, disconnects, slow readers, bad input and bursts.
 
-    python bench/serving/soak.py [--minutes 8] [--model smollm2-135m] [--draft ngram] [--stages 2] [--callers 8]
+    python -m fullpipe_lab.studies.serving.soak [--minutes 8] [--model smollm2-135m] [--draft ngram] [--stages 2] [--callers 8]
         [--seed 1] [--out FILE] [--log FILE]
 
 Starts `fullpipe serve` with little room (4 run, 12 wait, 3072 cache slots), warms it up, notes what its processes hold,
@@ -36,20 +36,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import httpx
 import psutil
-from _receipt import receipt
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
-from rich.table import Table
-from serving.processes import Ask, Footprint, add_common, ask, readiness, server_of, setup_of, station_names, workers
-from serving.servers import MODEL_NAME, Running, running
 
-from fullpipe.bench.datasets import bundled
 from fullpipe.bench.openai_stream import events
+from fullpipe.cli.console import print_table
 from fullpipe.errors import FullpipeError
+from fullpipe.prompts import bundled
+from fullpipe_lab.receipts import save_receipt, study_receipt
+from fullpipe_lab.studies.serving.processes import (
+    Ask,
+    Footprint,
+    add_common,
+    ask,
+    readiness,
+    server_of,
+    setup_of,
+    station_names,
+    workers,
+)
+from fullpipe_lab.studies.serving.servers import MODEL_NAME, Running, running
 
 _SEQS, _QUEUE, _SLOTS = 4, 12, 3072
 _LONGEST = _SLOTS - 128  # tokens of a request that takes every slot: so many are for guesses, and the server checks it
@@ -476,20 +483,6 @@ def log_faults(log: str) -> list[str]:
 # ---- what is told ----------------------------------------------------------------------------------------
 
 
-def tables_of(results: dict[str, Any]) -> list[Table]:
-    deeds = Table("", "times", title=f"{results['minutes']:g} minutes, {len(results['faults'])} faults")
-    deeds.columns[1].justify = "right"
-    for name, number in results["counts"].items():
-        deeds.add_row(name, str(number))
-    held = Table("", "RSS at start", "second third", "last third", "end", "files", "threads",
-                 title="what processes hold")
-    for name, one in results["processes"].items():
-        start, end = one["start"], one["end"] or dict.fromkeys(one["start"], 0)
-        held.add_row(name, _mb(start["rss"]), _mb(one["rss_second_third"]), _mb(one["rss_last_third"]), _mb(end["rss"]),
-                     f"{start['fds']} -> {end['fds']}", f"{start['threads']} -> {end['threads']}")
-    return [deeds, held]
-
-
 def _mb(size: float) -> str:
     return f"{size / 2**20:.1f} MB"
 
@@ -512,7 +505,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("error: --minutes must be from 0.5 to 10")
     log = asked.log or Path(tempfile.mkdtemp(prefix="fullpipe-soak-")) / "server.log"
     log.unlink(missing_ok=True)
-    options = ("--max-queue", str(_QUEUE), "--kv-cache-tokens", str(_SLOTS))
+    options = ("--max-waiting", str(_QUEUE), "--kv-cache-tokens", str(_SLOTS))
     say(f"starting {asked.model}, draft {asked.draft}, in {asked.stages} stages; its log is {log}")
     try:
         with running(server_of(asked.draft, asked.stages, options), setup_of(asked.model, _LONGEST, _SEQS),
@@ -522,11 +515,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     results["faults"] += log_faults(log.read_text(errors="replace"))
     samples = results.pop("samples")
-    for table in tables_of(results):
-        Console().print(table)
+    print_table(["", "times"], [[name, str(number)] for name, number in results["counts"].items()])
+    print_table(["process", "RSS: second third", "last third"],
+                [[name, _mb(one["rss_second_third"]), _mb(one["rss_last_third"])]
+                 for name, one in results["processes"].items()])
     if asked.out:
         about = {"server": server.command, "load_s": server.load_s}
-        asked.out.write_text(json.dumps(receipt("serving_soak", results | about, samples), indent=1) + "\n")
+        save_receipt(study_receipt("serving_soak", results | about, samples), asked.out)
         say(f"wrote {asked.out}")
     for fault in results["faults"]:
         print(f"FAULT {fault}")

@@ -9,13 +9,25 @@ from pathlib import Path
 import pytest
 from synthetic_receipt import sample
 
-from fullpipe.bench.provenance import commit_of, label_of
-from fullpipe.bench.receipt import Sample
-from fullpipe.bench.recording import Answer, Head
-from fullpipe.bench.run import Journal, Plan, Unit, Worker, choose, edges, matching, run_units
-from fullpipe.bench.settings import Setting
+from fullpipe.cluster.provenance import commit_of
 from fullpipe.errors import UsageError
-from fullpipe.planning.cluster import Cluster, DraftCosts, unit_cluster
+from fullpipe.methods import METHODS
+from fullpipe_lab.clusters import Cluster, DraftCosts, unit_cluster
+from fullpipe_lab.receipts import Sample
+from fullpipe_lab.recording import Answer, Head
+from fullpipe_lab.sweep import (
+    CHAIN_DEPTHS,
+    Journal,
+    Plan,
+    Setting,
+    Unit,
+    Worker,
+    candidates,
+    choose,
+    edges,
+    matching,
+    run_units,
+)
 
 HEAD = Head("a model", "float32", 24, 0.0, 7, (), 96)
 # Two texts that repeat themselves, so that n-gram has something to find.
@@ -123,9 +135,9 @@ def test_a_damaged_journal_names_the_line_and_stays(tmp_path: Path, line: str) -
     with open(path, "a") as file:
         file.write(line + "\n")
     before = path.read_bytes()
-    with pytest.raises(UsageError, match=r"samples\.jsonl, line 2: not a sample") as caught:
+    with pytest.raises(UsageError, match=r"samples\.jsonl, line 2: not a") as caught:
         Journal(path)
-    assert "--out" in (caught.value.hint or "") and path.read_bytes() == before
+    assert caught.value.hint and path.read_bytes() == before
 
 
 def test_a_journal_is_of_one_draft_and_of_clusters_as_they_were(tmp_path: Path) -> None:
@@ -199,7 +211,7 @@ def test_of_a_journal_only_what_was_chosen_counts() -> None:
      "modelled"),  # only hidden states go that way
 ])
 def test_a_cluster_is_labelled_by_where_its_times_come_from(cluster: Callable[[], Cluster], label: str) -> None:
-    assert label_of(cluster()) == label
+    assert cluster().label == label
 
 
 def edited(old: str, new: str) -> Cluster:
@@ -213,3 +225,44 @@ def test_a_folder_in_somebody_elses_checkout_has_no_commit(tmp_path: Path) -> No
     assert commit_of(tmp_path) == ("unknown", False)
     nowhere = Path(__file__).parents[2] / ".venv"
     assert not nowhere.is_dir() or commit_of(nowhere) == ("unknown", False)
+
+
+# ---- what is tried ----------------------------------------------------------------------------------------
+
+BOTH = ("model", "model,ngram")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_candidate_is_of_its_method_and_no_two_are_alike(method: str) -> None:
+    found = candidates(method, BOTH, (4, 8, 32, 64), None)
+    assert found and len({one.key for one in found}) == len(found)
+    for one in found:
+        made = one.make()
+        assert made.name == method
+        assert one.width is None or made.width == one.width
+        assert one.depth is None or made.depth == one.depth  # type: ignore[attr-defined]
+
+
+def test_what_is_tried_of_each_method() -> None:
+    assert candidates("pp", BOTH, (4,), (3,)) == [Setting("pp", "none")]
+    assert [(one.draft, one.depth) for one in candidates("chain", BOTH, (4,), (2, 3))] \
+        == [("model", 2), ("model", 3), ("model,ngram", 2), ("model,ngram", 3)]
+    assert {one.depth for one in candidates("chain", ("ngram",), (4,), None)} == set(CHAIN_DEPTHS)
+    assert [(one.width, one.depth) for one in candidates("fullpipe", ("ngram",), (4, 64), (3,))] \
+        == [(4, None), (64, None)]
+
+
+def test_static_trees_of_too_many_rows_are_left_out() -> None:
+    found = {(one.width, one.depth) for one in candidates("static-tree", ("ngram",), (8, 32, 64), (3, 16, 40))}
+    assert found == {(8, 3), (8, 16), (32, 3)}
+
+
+def test_an_unknown_method_names_the_known() -> None:
+    with pytest.raises(UsageError, match="unknown method 'spp'") as caught:
+        candidates("spp", BOTH, (4,), None)
+    assert all(name in (caught.value.hint or "") for name in METHODS)
+
+
+def test_a_setting_in_words() -> None:
+    assert str(Setting("static-tree", "model", 8, 4)) == "static-tree, width 8, depth 4, model"
+    assert str(Setting("pp", "none")) == "pp"

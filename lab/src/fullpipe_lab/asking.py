@@ -1,4 +1,4 @@
-"""A model whose stages really compute, on an imagined clock: the tokens are real, the machines are not."""
+"""Models whose stages really compute: on an imagined clock, where only the tokens are real, or on the wall clock."""
 
 from __future__ import annotations
 
@@ -9,64 +9,53 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from fullpipe.assembly import prepare
-from fullpipe.engine import Engine, Listener
-from fullpipe.engine.stats import RequestStats
+from fullpipe.assembly import Prepared, prepare, start
+from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.options import EngineOptions, Options
+from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs, unit_costs
 from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe_lab.clusters import Cluster, DraftCosts
 
 Costs = Literal["measured", "unit"]
+Say = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 @dataclass(slots=True)
 class Said:
-    """What became of one prompt. finish: "stop" or "length", None while it runs. stats: in seconds of the virtual
-    clock, once it has ended. margins: how far each token stood above the second best, where that was asked for.
-    wall_s: what it took here."""
+    """What became of one prompt. stats: in seconds of the pipeline's clock. finish: "stop" or "length", None while it
+    runs. margins: how far each token stood above the second best, where that was asked for. wall_s: what it took
+    here."""
 
+    stats: RequestStats
     tokens: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     finish: str | None = None
-    stats: RequestStats | None = None
     wall_s: float = 0.0
 
 
-class Simulated:
-    """A model on imagined devices, ready to answer.
+class Asker:
+    """A model behind an engine of our own, to be asked by token ids: what `LLM` does, with every event in reach.
 
-    on: a cluster, or how many stages on links that take nothing. costs: without a cluster, "measured" (every stage has
-    a machine like this one to itself) or "unit" (every step takes one second). model, draft, dtype, margins, method,
-    width, depth, floor, refresh: as `fullpipe.options` has them. at_once: requests that share the stages. threads:
-    compute threads of this process. listeners: are told every event. progress: told what is being loaded.
-
-    Raises UsageError, ModelError and their kin for what cannot be done, before the first weight is read.
+    at_once: requests that share the stages. listeners: are told every event.
     """
 
-    def __init__(self, model: str, on: Cluster | int, *, method: str = "fullpipe", costs: Costs = "measured",
-                 at_once: int | None = None, threads: int | None = None, listeners: Iterable[Listener] = (),
-                 progress: Callable[[str], None] = lambda line: None, **options: Any) -> None:
-        self.num_stages = on if isinstance(on, int) else on.num_stages
-        asked = Options.of(model=model, method=method, stages=self.num_stages, **options)
-        self.prepared = prepare(asked, progress)
-        self.method = self.prepared.method()
-        imagined = _imagined(on, costs, self.prepared.drafts, self.prepared.row_bytes)
-        progress(f"loading {self.prepared.target.path.name} as {self.num_stages} stages in {self.dtype}")
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
-        self.pipeline = InProcessPipeline(*self.prepared.build(), clock="virtual", **imagined)
-        self.engine = Engine(self.pipeline, self.method, options=EngineOptions(max_num_seqs=at_once),
+    def __init__(self, prepared: Prepared, pipeline: Pipeline, *, at_once: int | None = None,
+                 listeners: Iterable[Listener] = ()) -> None:
+        self.prepared, self.pipeline, self.method = prepared, pipeline, prepared.method()
+        self.engine = Engine(pipeline, self.method, options=EngineOptions(max_num_seqs=at_once),
                              listeners=[self._note, *listeners])
         self._running: dict[int, Said] = {}
         self._asked = 0
 
     @property
-    def dtype(self) -> str:
-        return self.prepared.target.dtype
+    def num_stages(self) -> int:
+        return len(self.prepared.stages)
 
     def use(self, method: str, **options: Any) -> None:
         """Change the method; the text stays the same. Model and stages stay loaded."""
@@ -111,8 +100,9 @@ class Simulated:
         prepared = self.prepared
         params = fitted(prompt, params, vocab=prepared.vocab_size, max_model_len=prepared.max_model_len)
         eos = frozenset[int]() if params.ignore_eos else prepared.tokenizer.eos_ids
-        said = self._running[self._asked] = Said(wall_s=-time.perf_counter())
+        begun = time.perf_counter()
         self.engine.submit(Request(self._asked, tuple(prompt), params, eos))
+        said = self._running[self._asked] = Said(self.engine.stats.of(self._asked), wall_s=-begun)
         self._asked += 1
         return said
 
@@ -125,8 +115,45 @@ class Simulated:
                     said.margins.append(event.margin)
             case Finished():
                 said = self._running.pop(event.request)
-                said.finish, said.stats = event.reason, copy.copy(self.engine.stats.of(event.request))
+                said.finish, said.stats = event.reason, copy.copy(said.stats)  # what lands later is not counted
                 said.wall_s += time.perf_counter()
+
+
+class Simulated(Asker):
+    """A model on imagined devices.
+
+    on: a cluster, or how many stages on links that take nothing. costs: without a cluster, "measured" (every stage has
+    a machine like this one to itself) or "unit" (every step takes one second). threads: compute threads of this
+    process. progress: told what is being loaded. options: as `fullpipe.options.Options.of` takes them.
+
+    Raises UsageError, ModelError and their kin for what cannot be done, before the first weight is read.
+    """
+
+    def __init__(self, model: str, on: Cluster | int, *, method: str = "fullpipe", costs: Costs = "measured",
+                 at_once: int | None = None, threads: int | None = None, listeners: Iterable[Listener] = (),
+                 progress: Say = _silent, **options: Any) -> None:
+        stages = on if isinstance(on, int) else on.num_stages
+        prepared = prepare(Options.of(model=model, method=method, stages=stages, **options), progress)
+        imagined = _imagined(on, costs, prepared.drafts, prepared.row_bytes)
+        progress(f"loading {prepared.target.path.name} as {stages} stages in {prepared.target.dtype}")
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        pipeline = InProcessPipeline(*prepared.build(), clock="virtual", **imagined)
+        super().__init__(prepared, pipeline, at_once=at_once, listeners=listeners)
+
+
+class Real(Asker):
+    """A model on stage processes of this machine, or on one stage in this process (stages=None), on the wall clock.
+
+    options: as `fullpipe.options.Options.of` takes them. Raises as `Simulated` does, and StationFailed.
+    """
+
+    def __init__(self, model: str, *, at_once: int | None = None, listeners: Iterable[Listener] = (),
+                 progress: Say = _silent, **options: Any) -> None:
+        prepared = prepare(Options.of(model=model, **options), progress)
+        super().__init__(prepared, start(prepared, progress), at_once=at_once, listeners=listeners)
 
 
 def _imagined(on: Cluster | int, costs: Costs, drafts: Sequence[str], row_bytes: int) -> dict[str, Any]:

@@ -7,3 +7,4 @@ from hypothesis import settings
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import fullpipe
+import fullpipe_lab
 
-sys.path.insert(0, str(Path(fullpipe.__file__).parent / "bench" / "peers" / "runners"))
+sys.path.insert(0, str(Path(fullpipe_lab.__file__).parent / "peers" / "runners"))
 
 from peer_protocol import Answer, Setup, serve
 

@@ -302,7 +302,8 @@ def test_a_speed_alone_divides_what_is_measured() -> None:
     assert other.is_measured and other("draft", 3, 2.0, 0) == 0.5
 
 
-points = st.lists(st.tuples(st.integers(1, 64), st.floats(0.01, 50)), min_size=1, max_size=6, unique_by=lambda one: one[0])
+points = st.lists(st.tuples(st.integers(1, 64), st.floats(0.01, 50)), min_size=1, max_size=6,
+                  unique_by=lambda one: one[0])
 
 
 @given(points=points, rows=st.lists(st.integers(1, 300), min_size=2, max_size=8), context=st.integers(0, 4096))

@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fullpipe_lab.crowd import CrowdRun, CrowdDraft, MakeEngine, Spread, closed, play, poisson
-from fullpipe_lab.recording import Answer
+
+from fullpipe.cluster.provenance import provenance
+from fullpipe.engine import Engine, Listener
+from fullpipe.errors import UsageError
+from fullpipe.messages import ArenaId, Emitted, Event, Expansion, Flight, Landed, Launched, Opening, Part
+from fullpipe.methods import make_method
+from fullpipe.pipeline.base import Pipeline
+from fullpipe.request import SamplingParams
+from fullpipe_lab.clusters import Cluster, unit_cluster
+from fullpipe_lab.crowd import CrowdDraft, CrowdRun, MakeEngine, Spread, closed, play, poisson
 from fullpipe_lab.files import Journal
+from fullpipe_lab.recording import Answer
 from fullpipe_lab.replay import RecordedStage, replay
 from fullpipe_lab.studies.batching import (
     AT_ONCE,
@@ -24,15 +33,6 @@ from fullpipe_lab.studies.batching import (
     order,
     write_report,
 )
-from fullpipe_lab.clusters import Cluster, unit_cluster
-
-from fullpipe.engine import Engine, Listener
-from fullpipe.cluster.provenance import provenance
-from fullpipe.errors import UsageError
-from fullpipe.messages import ArenaId, Emitted, Event, Expansion, Flight, Landed, Launched, Opening, Part
-from fullpipe.methods import make_method
-from fullpipe.pipeline.base import Pipeline
-from fullpipe.request import SamplingParams
 
 STAGES = 4
 PARAMS = SamplingParams(max_tokens=12)

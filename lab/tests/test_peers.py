@@ -15,16 +15,17 @@ import psutil
 import pytest
 import tokenizers
 
-from fullpipe.cli import beside
 from fullpipe.errors import FetchError, UsageError
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.prompts import bundled
 from fullpipe.request import SamplingParams
-from fullpipe_lab.peers import PEERS, Peer, PeerModels, PeerResult, PeerSample, envs, markdown, peer_table, run_peers
+from fullpipe_lab.cli import beside
+from fullpipe_lab.peers import PEERS, Peer, PeerModels, PeerResult, PeerSample, envs, peer_table, run_peers
 from fullpipe_lab.peers.process import RunnerFailed, peak_memory
 from fullpipe_lab.peers.run import Job, Question, compare, measure, measure_all
 from fullpipe_lab.peers.weights import as_folder
 from fullpipe_lab.receipts import load_receipt
+from fullpipe_lab.report import render
 
 HERE = Path(__file__).parent
 END = 9
@@ -267,7 +268,7 @@ def test_the_table_says_what_was_measured() -> None:
     assert (other["remark"], broken["remark"]) == ("reads less", "failed: out of memory")
     assert broken["tbt_ms"] is broken["tokens_per_s"] is broken["same_text"] is None
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    lines = markdown(rows).splitlines()
+    lines = render("peers.md.j2", rows=rows).splitlines()
     assert len(lines) == 2 + 3 and "Z\\|Z" in lines[-1]
 
 
@@ -320,7 +321,7 @@ def test_fullpipe_is_a_peer_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[PeerResult | KeyboardInterrupt]:
-    """What the peers that `fullpipe bench --peers` asks will say, one after another."""
+    """What the peers that `fullpipe-lab peers` asks will say, one after another."""
     said: list[PeerResult | KeyboardInterrupt] = []
 
     def ask(*_: Any, keep: Any, repeats: int, **__: Any) -> list[PeerResult]:
@@ -339,12 +340,12 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[PeerResult | KeyboardInterr
 
 
 def ask_all(out: Path, model: str = "m") -> None:
-    beside.run_peers(model, "none", [], 8, "float32", None, out, repeats=3)
+    beside.peers(model, "none", None, 1, 8, "float32", None, 3, out)
 
 
 def test_no_other_program_runs_a_draft_module(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="spd:there is a draft module"):
-        beside.run_peers("m", "spd:there,ngram", [], 8, "float32", None, tmp_path, repeats=3)
+        beside.peers("m", "spd:there,ngram", None, 1, 8, "float32", None, 3, tmp_path)
 
 
 def names(path: Path) -> list[str]:

@@ -1,21 +1,17 @@
-"""The kill test and the soak (bench/serving): how they plan, read answers and judge. Nothing is started here."""
+"""The kill test and the soak (studies.serving): how they plan, read answers and judge. Nothing is started here."""
 
 from __future__ import annotations
 
 import json
-import sys
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
-from serving import kills, soak
-from serving.kills import Blow, Strike, asks, note_first_texts, plan
-from serving.processes import Footprint, Reply, _take, station_names
-from serving.soak import bad_requests, good_ask, judged, leftover_faults, log_faults, memory_fault
+from fullpipe_lab.studies.serving import kills, soak
+from fullpipe_lab.studies.serving.kills import Blow, Strike, asks, note_first_texts, plan
+from fullpipe_lab.studies.serving.processes import Footprint, Reply, _take, station_names
+from fullpipe_lab.studies.serving.soak import bad_requests, good_ask, judged, leftover_faults, log_faults, memory_fault
 
 NAMES = station_names(2)
 

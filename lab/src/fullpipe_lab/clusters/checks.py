@@ -36,7 +36,8 @@ def refusal(error: ValidationError, text: str, where: str) -> UsageError:
 def line_of(text: str, place: Sequence[str | int]) -> int:
     """The line of a TOML document on which a setting stands, or its table, or 1. place: keys and indices.
 
-    Settings are looked for under table headers, as lab/docs/clusters.md writes them, not in dotted keys and inline tables.
+    Settings are looked for under table headers, as lab/docs/clusters.md writes them, not in dotted keys and inline
+    tables.
     """
     lines = _without_texts(text).splitlines()
     tables = [step for step in place if isinstance(step, str)]

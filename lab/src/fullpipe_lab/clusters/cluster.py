@@ -71,7 +71,8 @@ class Cluster:
         links, devices = self.links, self.file.devices
         instant = all(link.instant for link in (*links.stage_hops, links.to_first, links.landing, links.draft,
                                                  *links.taps))
-        costs = {point[1] for device in devices for curve in (device.stage_ms, device.draft_ms) for point in curve or ()}
+        curves = [curve for device in devices for curve in (device.stage_ms, device.draft_ms) if curve]
+        costs = {ms for curve in curves for _, ms in curve}
         curved = all(device.kind == "curve" for device in devices)
         return "unit" if curved and instant and len(costs) == 1 else "modelled"
 

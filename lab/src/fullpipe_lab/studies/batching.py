@@ -287,8 +287,8 @@ def write_report(journal: Journal, out: Path) -> None:
     rows = [row for row in journal.rows.values() if "cell" in row]
     if rows:
         runs = [row for key, row in journal.rows.items() if key.startswith("run/")]
-        receipt = study_receipt("batching", {"runs": runs}, rows) | {key: runs[-1][key] for key in runs[-1] if key != "key"}
-        save_receipt(receipt, out / "receipt.json")
+        measured = {name: value for name, value in runs[-1].items() if name != "key"}
+        save_receipt(study_receipt("batching", {"runs": runs}, rows) | measured, out / "receipt.json")
     value = json.loads((out / "receipt.json").read_text())
     results, first = Results(value["samples"]), value["samples"][0]
     engine = [1e3 * one.row["engine_s"] / one.row["tokens"] for one in results.cells if one.method == OURS]

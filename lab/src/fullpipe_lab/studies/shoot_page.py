@@ -1,4 +1,6 @@
-"""A picture of the server's page, at work: python -m fullpipe_lab.studies.shoot_page http://127.0.0.1:8000/ docs/server-page.png
+"""A picture of the server's page, at work.
+
+    python -m fullpipe_lab.studies.shoot_page http://127.0.0.1:8000/ docs/server-page.png
 
 Types a question, waits until the answer has begun and tokens are shown, and saves what headless Chromium shows.
 """

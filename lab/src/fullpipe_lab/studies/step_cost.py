@@ -1,6 +1,7 @@
 """What a decode step costs, side by side with transformers: same weights, same context, same thread, same run.
 
-    python -m fullpipe_lab.studies.step_cost [--model PATH] [--context 128] [--rows 1,8] [--dtype bfloat16] [--repeats 40] [--write]
+    python -m fullpipe_lab.studies.step_cost [--model PATH] [--context 128] [--rows 1,8] [--dtype bfloat16]
+        [--repeats 40] [--write]
 
 Every sample is one step through all layers and the head: ours with an arena and a mask, transformers' with its own
 DynamicCache (cropped back, outside the clock, after each step). The two alternate, so that whatever else the machine

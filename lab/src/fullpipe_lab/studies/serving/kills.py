@@ -1,8 +1,8 @@
 """Stage and draft processes of a real server are killed at random moments under load; every text must come out as if
 nothing had happened.
 
-    python -m fullpipe_lab.studies.serving.kills [--kills 100] [--model smollm2-135m] [--draft ngram] [--stages 2] [--clients 6]
-        [--seed 1] [--hangs 0.1] [--while-rebuilding 0.15] [--timeout S] [--out FILE] [--log FILE]
+    python -m fullpipe_lab.studies.serving.kills [--kills 100] [--model smollm2-135m] [--draft ngram] [--stages 2]
+        [--clients 6] [--seed 1] [--hangs 0.1] [--while-rebuilding 0.15] [--timeout S] [--out FILE] [--log FILE]
 
 Starts `fullpipe serve` in fp32 and asks a fixed set of requests: greedy and sampled, streamed and not, of several
 lengths, some that begin alike. What it answers before the first kill is what it must say ever after. Then so many

@@ -28,7 +28,8 @@ RESTARTS = "fullpipe_restarts_total"
 
 def server_of(draft: str, stages: int, options: Iterable[str] = ()) -> Contender:
     """`fullpipe serve` with stage processes; its log has warnings and worse."""
-    return Contender("trial", "Fullpipe", ("--draft", draft, "--stages", str(stages), "--log-level", "warning", *options))
+    own = ("--draft", draft, "--stages", str(stages), "--log-level", "warning")
+    return Contender("trial", "Fullpipe", (*own, *options))
 
 
 def setup_of(model: str, max_len: int, max_seqs: int) -> Setup:

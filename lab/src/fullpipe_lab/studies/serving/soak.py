@@ -1,7 +1,7 @@
 """An hour's worth of trouble in minutes: mixed requests, disconnects, slow readers, bad input and bursts.
 
-    python -m fullpipe_lab.studies.serving.soak [--minutes 8] [--model smollm2-135m] [--draft ngram] [--stages 2] [--callers 8]
-        [--seed 1] [--out FILE] [--log FILE]
+    python -m fullpipe_lab.studies.serving.soak [--minutes 8] [--model smollm2-135m] [--draft ngram] [--stages 2]
+        [--callers 8] [--seed 1] [--out FILE] [--log FILE]
 
 Starts `fullpipe serve` with little room (4 run, 12 wait, 3072 cache slots), warms it up, notes what its processes hold,
 and lets so many callers at it, each of which does one thing after another that is drawn from the seed. Every 15 s a

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from fullpipe.hub import resolve
 from fullpipe.models.arena import KVArena
-from fullpipe.models.decoder import DecoderSlice, Segment
+from fullpipe.models.attention import Segment
+from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.weights import open_model
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt

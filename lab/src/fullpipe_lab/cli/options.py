@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
-from fullpipe.options import DEFAULT_MODEL, DTYPES
+from fullpipe.options import DEFAULT_MODEL
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Catalogue name, safetensors directory, GGUF file, or "
                                     "Hugging Face id.")]
@@ -16,8 +15,8 @@ Draft = Annotated[str, typer.Option("--draft", "-d", help="Who guesses, as for f
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="End after so many new tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 Seed = Annotated[int, typer.Option("--seed", help="The text is a function of model, prompt, parameters and seed.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", click_type=click.Choice(DTYPES), help="auto: bfloat16 where the "
-                                          "processor computes in it.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, or auto: bfloat16 where the processor "
+                                          "computes in it.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Compute threads.")]
 Prompts = Annotated[list[Path] | None, typer.Option("--prompts", metavar="FILE", help="Prompts, JSON lines with turns; "
                                                     "may be repeated. Default: the bundled set.")]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from fullpipe.cli import console
@@ -23,20 +23,24 @@ if TYPE_CHECKING:
     from fullpipe_lab.asking import Said, Simulated
 
 
+class Costs(StrEnum):
+    measured = "measured"
+    unit = "unit"
+
+
 def simulate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
     cluster: Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="As if on the cluster that a TOML "
                                                 "file, or a preset, describes.")] = None,
     stages: Annotated[int, typer.Option("--stages", min=1, help="Without a cluster: so many stages, on links that take "
                                         "nothing.")] = 8,
-    costs: Annotated[str, typer.Option("--costs", click_type=click.Choice(("measured", "unit")), help="Without a "
-                                       "cluster, what a stage step and a draft call take: what they take here, as if "
-                                       "each had a machine like this one to itself, or one unit (1 s) each.")]
-    = "measured",
+    costs: Annotated[Costs, typer.Option("--costs", help="Without a cluster, what a stage step and a draft call take: "
+                                         "what they take here, as if each had a machine like this one to itself, or "
+                                         "one unit (1 s) each.")] = Costs.measured,
     model: options.Model = options.DEFAULT_MODEL,
     draft: options.Draft = "auto",
-    method: Annotated[str, typer.Option("--method", click_type=click.Choice(tuple(METHODS)), help="Which nodes enter "
-                                        "the pipeline, and when.")] = "fullpipe",
+    method: Annotated[str, typer.Option("--method", help="Which nodes enter the pipeline, and when: "
+                                        + ", ".join(METHODS) + ".")] = "fullpipe",
     width: Annotated[int | None, typer.Option("--width", min=1, help="Tree nodes per flight at most.")] = None,
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="Tokens guessed per traversal; for chain and "
                                               "static-tree alone.")] = None,
@@ -59,7 +63,7 @@ def simulate(
     from fullpipe_lab.clusters import Cluster
 
     text = read_prompt(prompt)
-    if cluster is not None and costs != "measured":
+    if cluster is not None and costs is not Costs.measured:
         raise UsageError("a cluster has its own costs", hint="Leave out --costs, or --cluster.")
     on = Cluster.load(cluster) if cluster is not None else stages
     where = on.name if isinstance(on, Cluster) else f"{stages} stages"
@@ -69,7 +73,7 @@ def simulate(
 
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(Simulated(
-            model, on, method=method, costs=costs, draft=draft, width=width, depth=depth,  # type: ignore[arg-type]
+            model, on, method=method, costs=costs.value, draft=draft, width=width, depth=depth,
             refresh=refresh, dtype=dtype, threads=threads, listeners=[traces] if traces.wanted else (),
             progress=console.print_note))
         traces.tokenizer = run.prepared.tokenizer

@@ -1,8 +1,8 @@
 """Fullpipe's server and vLLM's CPU server through the OpenAI API: one machine, one run, the wall clock.
 
     python -m fullpipe_lab.studies.serving.against_vllm [--model smollm2-135m] [--draft ngram] [--levels 1 4 8 16]
-        [--rounds 3] [--contenders fullpipe pp vllm] [--max-tokens 64] [--out serving-out] [--quick] [--write] [--report-only]
-        [--serve-options "..."]
+        [--rounds 3] [--contenders fullpipe pp vllm] [--max-tokens 64] [--out serving-out] [--quick] [--write]
+        [--report-only] [--serve-options "..."]
 
 Both read the same weights in the same dtype from one folder, on the same cores, and are asked the same prompts by the
 same load generator (`fullpipe.bench.load`), which is this process. Each server runs alone, and in each round each one

@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+from fullpipe.server.load import LoadResult, LoadSample
 
-from fullpipe.bench.load import LoadResult, LoadSample
 from fullpipe.errors import StationFailed, UsageError
 from fullpipe_lab.files import Journal
 from fullpipe_lab.studies.serving import against_vllm

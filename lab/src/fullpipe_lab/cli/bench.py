@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from fullpipe.cli.fetch import fetch_all
 
 from fullpipe.cli import console
-from fullpipe.cli.generate import fetch_all
 from fullpipe.cli.lists import decimals, integers
 from fullpipe.errors import UsageError
+from fullpipe.options import ModelOptions
 from fullpipe.prompts import choose
 from fullpipe.request import SamplingParams
 from fullpipe.threads import cores
@@ -72,7 +73,7 @@ def bench(
     params = SamplingParams(max_tokens=max_tokens, temperature=heats[0], seed=seed)
     paths = {heat: recording_path(out, heat) for heat in heats}
     if not all(path.exists() for path in paths.values()):
-        fetch_all(model, "none", "pp")
+        fetch_all(ModelOptions(model=model, draft="none"))
     with console.StepBar("recording") as bar:
         recordings = fill(paths, model, chosen, turns, params, dtype, threads, progress=bar, say=console.print_note)
     wanted = _Wanted(model, draft, draft_model, wanted_ids(chosen, turns), clusters, settings, tune, real,
@@ -253,7 +254,7 @@ def _draft_path(model: str, draft: str) -> str | None:
     models = [name for name in draft_names(model, draft) if name != "ngram"]
     if not models:
         return None
-    fetch_all(model, draft, "fullpipe")
+    fetch_all(ModelOptions(model=model, draft=draft))
     path = hub.resolve(models[0])
     check_same_vocabulary(Tokenizer.load(hub.resolve(model)), Tokenizer.load(path))
     return str(path)

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fullpipe.cli.fetch import fetch_all
+
 from fullpipe.cli import console
-from fullpipe.cli.generate import fetch_all
 from fullpipe.errors import UsageError
+from fullpipe.options import ModelOptions
 from fullpipe.prompts import choose
 from fullpipe.request import SamplingParams
 from fullpipe_lab.cli import options
@@ -43,7 +45,7 @@ def peers(
     if guesser and module_folder(guesser):
         raise UsageError(f"{guesser} is a draft module, which no other program runs",
                          hint="Name a draft model that all of them can use, or ngram.")
-    fetch_all(model, guesser or "none", "fullpipe" if guesser else "pp")
+    fetch_all(ModelOptions(model=model, draft=guesser or "none"))
     chosen, dtype = choose(prompts, limit), pick_dtype(dtype)
     settings = {"max_tokens": max_tokens, "prompts": len(chosen), "repeats": repeats, "threads": threads}
     unfinished = out / (_UNFINISHED if (out / _PEERS).exists() else _PEERS)
@@ -73,7 +75,7 @@ def agreement(
     from fullpipe.assembly import pick_dtype
     from fullpipe_lab.agreement import agreement as compare
 
-    fetch_all(model, draft, "fullpipe")
+    fetch_all(ModelOptions(model=model, draft=draft))
     chosen, dtype = choose(prompts, limit), pick_dtype(dtype)
     with console.StepBar("agreement of the clocks") as bar:
         rows = compare(model, draft, chosen, tokens=max_tokens, repeats=repeats, dtype=dtype, progress=bar)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from fullpipe.cli.fetch import fetch_all
 
 from fullpipe.cli import console
-from fullpipe.cli.generate import fetch_all
+from fullpipe.options import ModelOptions
 from fullpipe.prompts import choose
 from fullpipe.request import SamplingParams
 from fullpipe_lab.cli import options
@@ -33,7 +34,7 @@ def record(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     chosen = choose(prompts, limit)
     if not out.exists():
-        fetch_all(model, "none", "pp")
+        fetch_all(ModelOptions(model=model, draft="none"))
     with console.StepBar("recording") as bar:
         found = fill({temperature: out}, model, chosen, turns, params, dtype, threads, progress=bar,
                      say=console.print_note)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from fullpipe.cli.fetch import fetch_all
 
 from fullpipe.cli import console
-from fullpipe.cli.generate import fetch_all
 from fullpipe.cli.options import read_prompt
 from fullpipe.cli.trace import Traces
 from fullpipe.errors import UsageError
 from fullpipe.methods import METHODS
+from fullpipe.options import ModelOptions
 from fullpipe.request import SamplingParams
 from fullpipe_lab.cli import options
 
@@ -68,7 +69,7 @@ def simulate(
     on = Cluster.load(cluster) if cluster is not None else stages
     where = on.name if isinstance(on, Cluster) else f"{stages} stages"
     traces = Traces(trace or (), events, title=f"{method} on {where}, {model}, simulated", clock="virtual time")
-    fetch_all(model, draft, method)
+    fetch_all(ModelOptions(model=model, draft=draft), method)
     from fullpipe_lab.asking import Simulated
 
     with contextlib.ExitStack() as stack:

@@ -5,7 +5,7 @@
         [--report-only] [--serve-options "..."]
 
 Both read the same weights in the same dtype from one folder, on the same cores, and are asked the same prompts by the
-same load generator (`fullpipe.bench.load`), which is this process. Each server runs alone, and in each round each one
+same load generator (`fullpipe.server.load`), which is this process. Each server runs alone, and in each round each one
 is started once; every other round goes through them backwards. Every prompt begins with a number of its own, so that
 no server finds what it has computed before; the same numbers in all rounds and for all, so that texts can be compared.
 
@@ -25,8 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fullpipe.bench.load import LoadResult, Spread, Traffic, distinct, run_load, take
-from fullpipe.bench.openai_stream import Server
+from fullpipe.server.load import LoadResult, Spread, Traffic, distinct, run_load, take
+from fullpipe.server.openai_stream import Server
+
 from fullpipe.cluster.provenance import provenance
 from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.prompts import FilePrompt, bundled, read_prompts

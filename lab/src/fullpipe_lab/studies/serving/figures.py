@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from fullpipe.bench.load import LoadResult, Spread
+from fullpipe.server.load import LoadResult, Spread
 
 
 @dataclass(frozen=True)

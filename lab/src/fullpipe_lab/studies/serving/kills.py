@@ -35,8 +35,8 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 import psutil
+from fullpipe.server.load import Spread
 
-from fullpipe.bench.load import Spread
 from fullpipe.cli.console import print_table
 from fullpipe.errors import FullpipeError
 from fullpipe.prompts import bundled

@@ -38,9 +38,9 @@ from typing import Any
 
 import httpx
 import psutil
+from fullpipe.server.openai_stream import events
 from prometheus_client.parser import text_string_to_metric_families
 
-from fullpipe.bench.openai_stream import events
 from fullpipe.cli.console import print_table
 from fullpipe.errors import FullpipeError
 from fullpipe.prompts import bundled

@@ -61,6 +61,7 @@ def bench(
     The model answers each prompt once; then each method runs with the real draft against those tokens, first to find
     its best setting on each cluster, then on all prompts. Writes FOLDER/receipt.json and a report.
     """
+    from fullpipe_lab.files import make_folder
     from fullpipe_lab.record import fill, recording_path, wanted_ids
 
     chosen, clusters = choose(prompts, limit), _clusters(cluster, stages)
@@ -71,6 +72,7 @@ def bench(
     for described in clusters.values() if draft_model else ():
         described.check_draft()
     params = SamplingParams(max_tokens=max_tokens, temperature=heats[0], seed=seed)
+    make_folder(out)  # what cannot be written had better be known before a model is fetched
     paths = {heat: recording_path(out, heat) for heat in heats}
     if not all(path.exists() for path in paths.values()):
         fetch_all(ModelOptions(model=model, draft="none"))

@@ -48,7 +48,8 @@ def bars(title: str, groups: Sequence[str], series: Mapping[str, Sequence[Bar | 
         plot.set_xticks(range(len(groups)), groups)
         plot.set_title(title)
         plot.grid(axis="y", alpha=0.2)
-        plot.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+        if series:
+            plot.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.1))
         return _svg(figure)
 
 

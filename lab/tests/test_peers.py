@@ -17,6 +17,7 @@ import tokenizers
 
 from fullpipe.errors import FetchError, UsageError
 from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.options import ModelOptions
 from fullpipe.prompts import bundled
 from fullpipe.request import SamplingParams
 from fullpipe_lab.cli import beside
@@ -340,12 +341,13 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[PeerResult | KeyboardInterr
 
 
 def ask_all(out: Path, model: str = "m") -> None:
-    beside.peers(model, "none", None, 1, 8, "float32", None, 3, out)
+    beside.peers(ModelOptions(model=model, draft="none", dtype="float32"), SamplingParams(max_tokens=8), None, 1, None,
+                 3, out)
 
 
 def test_no_other_program_runs_a_draft_module(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="spd:there is a draft module"):
-        beside.peers("m", "spd:there,ngram", None, 1, 8, "float32", None, 3, tmp_path)
+        beside.peers(ModelOptions(model="m", draft="spd:there,ngram"), SamplingParams(), None, 1, None, 3, tmp_path)
 
 
 def names(path: Path) -> list[str]:

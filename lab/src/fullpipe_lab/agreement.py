@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fullpipe.options import Options
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
 from fullpipe_lab.asking import Real, Simulated
@@ -28,8 +29,8 @@ def agreement(model: str, draft: str, prompts: Sequence[FilePrompt], *, tokens: 
     rows = []
     for done, method in enumerate(METHODS):
         times: dict[str, list[float]] = {"virtual": [], "wall": []}
-        with Simulated(model, STAGES, draft=draft, method=method, threads=1, dtype=dtype) as virtual, \
-             Real(model, draft=draft, method=method, stages=STAGES, threads=1, dtype=dtype) as real:
+        options = Options.of(model=model, draft=draft, method=method, stages=STAGES, threads=1, dtype=dtype)
+        with Simulated(options, STAGES) as virtual, Real(options) as real:
             for turn in range(-1, repeats):  # the first turn warms caches and is not counted
                 for prompt in prompts if turn >= 0 else prompts[:1]:
                     progress(done * repeats + max(turn, 0), len(METHODS) * repeats, f"{method}, {prompt.id}")

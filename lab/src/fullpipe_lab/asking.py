@@ -123,20 +123,18 @@ class Simulated(Asker):
     """A model on imagined devices.
 
     on: a cluster, or how many stages on links that take nothing. costs: without a cluster, "measured" (every stage has
-    a machine like this one to itself) or "unit" (every step takes one second). threads: compute threads of this
-    process. progress: told what is being loaded. options: as `fullpipe.options.Options.of` takes them.
+    a machine like this one to itself) or "unit" (every step takes one second). progress: told what is being loaded.
 
     Raises UsageError, ModelError and their kin for what cannot be done, before the first weight is read.
     """
 
-    def __init__(self, model: str, on: Cluster | int, *, method: str = "fullpipe", costs: Costs = "measured",
-                 at_once: int | None = None, threads: int | None = None, listeners: Iterable[Listener] = (),
-                 progress: Say = _silent, **options: Any) -> None:
+    def __init__(self, options: Options, on: Cluster | int, *, costs: Costs = "measured", at_once: int | None = None,
+                 listeners: Iterable[Listener] = (), progress: Say = _silent) -> None:
         stages = on if isinstance(on, int) else on.num_stages
-        prepared = prepare(Options.of(model=model, method=method, stages=stages, **options), progress)
+        prepared = prepare(options.having(stages=stages), progress)
         imagined = _imagined(on, costs, prepared.drafts, prepared.row_bytes)
         progress(f"loading {prepared.target.path.name} as {stages} stages in {prepared.target.dtype}")
-        if threads is not None:
+        if threads := options.pipeline.threads:
             import torch
 
             torch.set_num_threads(threads)
@@ -145,15 +143,14 @@ class Simulated(Asker):
 
 
 class Real(Asker):
-    """A model on stage processes of this machine, or on one stage in this process (stages=None), on the wall clock.
+    """A model on stage processes of this machine, or on one stage in this process, on the wall clock.
 
-    options: as `fullpipe.options.Options.of` takes them. Raises as `Simulated` does, and StationFailed.
+    Raises as `Simulated` does, and StationFailed.
     """
 
-    def __init__(self, model: str, *, at_once: int | None = None, listeners: Iterable[Listener] = (),
-                 progress: Say = _silent, **options: Any) -> None:
-        prepared = prepare(Options.of(model=model, **options), progress)
-        super().__init__(prepared, start(prepared, progress), at_once=at_once, listeners=listeners)
+    def __init__(self, options: Options, *, progress: Say = _silent) -> None:
+        prepared = prepare(options, progress)
+        super().__init__(prepared, start(prepared, progress))
 
 
 def _imagined(on: Cluster | int, costs: Costs, drafts: Sequence[str], row_bytes: int) -> dict[str, Any]:

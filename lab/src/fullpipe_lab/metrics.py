@@ -23,7 +23,7 @@ from fullpipe_lab.receipts import Receipt, Sample
 ALL = "all"
 """In place of a task class: every prompt."""
 
-PLAIN, STATIC = "pp", "static-tree"
+PLAIN = "pp"
 _RESAMPLES, _SEED = 2000, 20261121
 _TAILS = (2.5, 97.5)  # per cent: what lies between is the 95% interval
 _NAMED = 5  # of a list that may be long
@@ -49,11 +49,10 @@ class Estimate:
 class Summary:
     """One method on one cluster at one temperature, over the prompts of one task class.
 
-    tbt_s, ttft_s: seconds of the receipt's clock; TBT is 0 where no answer has two tokens. waste, restarts: per emitted
-    token. bubbles: idle share per stage. bytes_per_token: of each hop. acceptance: (hits, asked) by depth.
-    engine_s_per_step: by the wall clock. compared: samples whose text was compared with that of `pp`, and of these
-    same_texts were equal.
-    over_pp, over_static_tree: speedup (None where that method was not run, or nothing has a TBT).
+    tbt_s, ttft_s: seconds of the receipt's clock; TBT is 0 where no answer has two tokens. waste: per emitted token.
+    bytes_per_token: of each hop. engine_s_per_step: by the wall clock. compared: samples whose text was compared with
+    that of `pp`, and of these same_texts were equal. over_pp: speedup (None where `pp` was not run, or nothing has a
+    TBT).
     """
 
     prompts: int
@@ -66,26 +65,19 @@ class Summary:
     mean_acceptance_length: float
     fill: float
     waste: float
-    restarts: float
-    bubbles: list[float]
     draft_busy: float
     bytes_per_token: list[float]
-    acceptance: list[tuple[int, int]]
     engine_s_per_step: float
     compared: int
     same_texts: int
     near_ties: int
     samples: int
     over_pp: Estimate | None
-    over_static_tree: Estimate | None
 
     @property
     def s_per_token(self) -> float:
         """The first token's way counted, which a TBT does not do."""
         return self.decode_s / self.tokens
-
-    def over(self, baseline: str) -> Estimate | None:
-        return self.over_pp if baseline == PLAIN else self.over_static_tree
 
 
 Group = dict[tuple[str, int], Sample]
@@ -128,8 +120,8 @@ def summarise(receipt: Receipt) -> dict[Key, Summary]:
         tasks = list(dict.fromkeys(sample.task for sample in group.values()))
         for task in [ALL, *(tasks if len(tasks) > 1 else [])]:
             mine = of_task(group, task)
-            plain, static = (of_task(groups.get((cluster, temperature, name), {}), task) for name in (PLAIN, STATIC))
-            found[Key(cluster, temperature, method, task)] = _summary(mine, plain, static)
+            plain = of_task(groups.get((cluster, temperature, PLAIN), {}), task)
+            found[Key(cluster, temperature, method, task)] = _summary(mine, plain)
     return found
 
 
@@ -158,7 +150,7 @@ def of_task(group: Group, task: str) -> Group:
     return {key: sample for key, sample in group.items() if task in (ALL, sample.task)}
 
 
-def _summary(group: Group, plain: Group, static: Group) -> Summary:
+def _summary(group: Group, plain: Group) -> Summary:
     samples = list(group.values())
     tokens, decode = sum(one.tokens for one in samples), sum(one.decode_s for one in samples)
     hits, misses = sum(one.hits for one in samples), sum(one.misses for one in samples)
@@ -173,19 +165,14 @@ def _summary(group: Group, plain: Group, static: Group) -> Summary:
         mean_acceptance_length=1 + hits / max(misses, 1),
         fill=sum(one.fill * one.decode_s for one in samples) / decode,
         waste=sum(one.wasted_rows for one in samples) / tokens,
-        restarts=sum(one.restarts for one in samples) / tokens,
-        bubbles=[total / decode for total in _sums([b * one.decode_s for b in one.bubbles] for one in samples)],
         draft_busy=sum(one.draft_busy * one.decode_s for one in samples) / decode,
         bytes_per_token=[total / tokens for total in _sums(one.link_bytes for one in samples)],
-        acceptance=[(int(hit), int(asked)) for hit, asked in zip(_sums(one.hits_by_depth for one in samples),
-                                                                 _sums(one.asked_by_depth for one in samples))],
         engine_s_per_step=_ratio(sum(one.engine_s for one in samples), sum(one.steps for one in samples)),
         compared=sum(one.same_text is not None for one in samples),
         same_texts=sum(one.same_text is True for one in samples),
         near_ties=sum(one.near_ties or 0 for one in samples),
         samples=len(samples),
         over_pp=speedup(plain, group) if plain else None,
-        over_static_tree=speedup(static, group) if static else None,
     )
 
 

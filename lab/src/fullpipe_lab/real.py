@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fullpipe.assembly import draft_names
+from fullpipe.options import Options
 from fullpipe_lab.asking import Said, Simulated
 from fullpipe_lab.clusters import Cluster
 from fullpipe_lab.receipts import Sample
@@ -19,8 +20,9 @@ def check_real(model: str, draft: str, cluster: Cluster, settings: Sequence[Sett
     """Run each setting on each answer's prompt; a row for each, beside what the replay said."""
     rows = []
     for done, setting in enumerate(settings):
-        with Simulated(model, cluster, draft=_draft(setting, model, draft), method=setting.method, width=setting.width,
-                       depth=setting.depth, floor=setting.floor, dtype=head.dtype) as run:
+        options = Options.of(model=model, draft=_draft(setting, model, draft), method=setting.method,
+                             width=setting.width, depth=setting.depth, floor=setting.floor, dtype=head.dtype)
+        with Simulated(options, cluster) as run:
             for answer in answers:
                 progress(done, len(settings), f"{setting.method}, {answer.id}")
                 (said,) = run.ask([answer.prompt], head.params)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fullpipe.assembly import pick_dtype
 from fullpipe.errors import UsageError
+from fullpipe.options import Options
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
 from fullpipe_lab.asking import Simulated
@@ -62,8 +63,8 @@ def fill(paths: dict[float, Path], model: str, prompts: Sequence[FilePrompt], tu
         return ready
     for path in paths.values():
         make_folder(path.parent)  # what cannot be written had better be known before the model runs
-    with Simulated(model, 1, draft="none", method="pp", costs="unit", dtype=dtype, threads=threads, at_once=AT_ONCE,
-                   margins=True, progress=say) as target:
+    options = Options.of(model=model, draft="none", method="pp", dtype=dtype, threads=threads, margins=True)
+    with Simulated(options, 1, costs="unit", at_once=AT_ONCE, progress=say) as target:
         for heat in missing:
             prepared = target.prepared
             head = Head(model, dtype, params.max_tokens, heat, params.seed, tuple(sorted(prepared.tokenizer.eos_ids)),

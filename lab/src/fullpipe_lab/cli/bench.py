@@ -12,6 +12,7 @@ from fullpipe.cli.fetch import fetch_all
 
 from fullpipe.cli import console
 from fullpipe.cli.lists import decimals, integers
+from fullpipe.cli.options import Only
 from fullpipe.errors import UsageError
 from fullpipe.options import ModelOptions
 from fullpipe.prompts import choose
@@ -30,8 +31,8 @@ _METHODS = "pp,chain,static-tree,pipedec,fullpipe"
 
 
 def bench(
-    model: options.Model = options.DEFAULT_MODEL,
-    draft: options.Draft = "auto",
+    model: options.Model,
+    sampling: Annotated[SamplingParams, Only("max_tokens", "seed")] = SamplingParams(seed=7),
     methods: Annotated[str, typer.Option("--methods", help="With commas between.")] = _METHODS,
     cluster: Annotated[list[str] | None, typer.Option("--cluster", metavar="FILE", help="A cluster file or a preset; "
                                                       "may be repeated.")] = None,
@@ -44,9 +45,6 @@ def bench(
     prompts: options.Prompts = None,
     limit: options.Limit = None,
     turns: options.Turns = None,
-    max_tokens: options.MaxTokens = 128,
-    seed: options.Seed = 7,
-    dtype: options.DtypeOption = "auto",
     tune: Annotated[int, typer.Option("--tune", min=1, help="Prompts per class on which each method's settings are "
                                       "tried.")] = 2,
     real: Annotated[int, typer.Option("--real", min=0, help="Prompts to run with all stages real, too, on the first "
@@ -66,19 +64,19 @@ def bench(
 
     chosen, clusters = choose(prompts, limit), _clusters(cluster, stages)
     heats = _once(decimals(temperatures, "--temperatures"))
-    settings = _settings(methods, _draft_variants(model, draft), _once(integers(widths, "--widths")),
+    settings = _settings(methods, _draft_variants(model), _once(integers(widths, "--widths")),
                          None if depths is None else _once(integers(depths, "--depths")))
-    draft_model = _draft_path(model, draft) if any("model" in one.draft for one in settings) else None
+    draft_model = _draft_path(model) if any("model" in one.draft for one in settings) else None
     for described in clusters.values() if draft_model else ():
         described.check_draft()
-    params = SamplingParams(max_tokens=max_tokens, temperature=heats[0], seed=seed)
     make_folder(out)  # what cannot be written had better be known before a model is fetched
     paths = {heat: recording_path(out, heat) for heat in heats}
     if not all(path.exists() for path in paths.values()):
-        fetch_all(ModelOptions(model=model, draft="none"))
+        fetch_all(model, "pp")
     with console.StepBar("recording") as bar:
-        recordings = fill(paths, model, chosen, turns, params, dtype, threads, progress=bar, say=console.print_note)
-    wanted = _Wanted(model, draft, draft_model, wanted_ids(chosen, turns), clusters, settings, tune, real,
+        recordings = fill(paths, model.model, chosen, turns, sampling, model.dtype, threads, progress=bar,
+                          say=console.print_note)
+    wanted = _Wanted(model.model, model.draft, draft_model, wanted_ids(chosen, turns), clusters, settings, tune, real,
                      workers or cores(), out)
     _conclude(_measure(wanted, recordings), out)
 
@@ -229,12 +227,12 @@ def _clusters(names: list[str] | None, stages: str | None) -> dict[str, Cluster]
     return clusters
 
 
-def _draft_variants(model: str, draft: str) -> list[str]:
+def _draft_variants(model: ModelOptions) -> list[str]:
     """What each method's draft may be; which is best is for the tuning to say."""
     from fullpipe.assembly import draft_names
     from fullpipe.stations.drafts.names import module_folder
 
-    names = draft_names(model, draft)
+    names = draft_names(model.model, model.draft)
     if modules := [name for name in names if module_folder(name)]:
         raise UsageError(f"{modules[0]} reads the target's hidden states, and a recording, which is what is replayed "
                          "here, holds none", hint="Run it with real stages: `fullpipe-lab simulate`, once for each "
@@ -247,18 +245,18 @@ def _draft_variants(model: str, draft: str) -> list[str]:
     return ["model", "model,ngram"] if "ngram" in names else ["model"]
 
 
-def _draft_path(model: str, draft: str) -> str | None:
+def _draft_path(model: ModelOptions) -> str | None:
     """The draft model's weights, fetched if need be. Raises DraftMismatch for a vocabulary that is not the target's."""
     from fullpipe import hub
     from fullpipe.assembly import draft_names
     from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
 
-    models = [name for name in draft_names(model, draft) if name != "ngram"]
+    models = [name for name in draft_names(model.model, model.draft) if name != "ngram"]
     if not models:
         return None
-    fetch_all(ModelOptions(model=model, draft=draft))
+    fetch_all(model)
     path = hub.resolve(models[0])
-    check_same_vocabulary(Tokenizer.load(hub.resolve(model)), Tokenizer.load(path))
+    check_same_vocabulary(Tokenizer.load(hub.resolve(model.model)), Tokenizer.load(path))
     return str(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from fullpipe.cli import console
 from fullpipe.errors import UsageError
 from fullpipe.options import ModelOptions
 from fullpipe.prompts import choose
-from fullpipe.request import SamplingParams
 from fullpipe_lab.cli import options
 
 if TYPE_CHECKING:
@@ -22,12 +22,10 @@ _PEERS, _UNFINISHED, _AGREEMENT = "peers.json", "peers-unfinished.json", "agreem
 
 
 def peers(
-    model: options.Model = options.DEFAULT_MODEL,
-    draft: options.Draft = "auto",
+    model: options.Model,
+    sampling: options.Length,
     prompts: options.Prompts = None,
     limit: options.Limit = None,
-    max_tokens: options.MaxTokens = 128,
-    dtype: options.DtypeOption = "auto",
     threads: options.Threads = None,
     repeats: options.Repeats = 3,
     out: options.Out = Path("bench-out"),
@@ -41,20 +39,20 @@ def peers(
     from fullpipe_lab.peers import PeerModels, peer_table, run_peers
     from fullpipe_lab.report import render
 
-    guesser = next((name for name in draft_names(model, draft) if name != "ngram"), None)
+    guesser = next((name for name in draft_names(model.model, model.draft) if name != "ngram"), None)
     if guesser and module_folder(guesser):
         raise UsageError(f"{guesser} is a draft module, which no other program runs",
                          hint="Name a draft model that all of them can use, or ngram.")
-    fetch_all(ModelOptions(model=model, draft=guesser or "none"))
-    chosen, dtype = choose(prompts, limit), pick_dtype(dtype)
-    settings = {"max_tokens": max_tokens, "prompts": len(chosen), "repeats": repeats, "threads": threads}
+    fetch_all(replace(model, draft=guesser or "none"))
+    chosen, model = choose(prompts, limit), replace(model, dtype=pick_dtype(model.dtype))
+    settings = {"max_tokens": sampling.max_tokens, "prompts": len(chosen), "repeats": repeats, "threads": threads}
     unfinished = out / (_UNFINISHED if (out / _PEERS).exists() else _PEERS)
 
     def keep(results: list[PeerResult]) -> None:
-        _keep(unfinished, model, draft, dtype, settings, peers=peer_table(results))
+        _keep(unfinished, model, settings, peers=peer_table(results))
 
-    rows = peer_table(run_peers(chosen, SamplingParams(max_tokens=max_tokens), PeerModels(model, guesser),
-                                progress=console.print_note, keep=keep, dtype=dtype, threads=threads, repeats=repeats))
+    rows = peer_table(run_peers(chosen, sampling, PeerModels(model.model, guesser), progress=console.print_note,
+                                keep=keep, dtype=model.dtype, threads=threads, repeats=repeats))
     print(render("peers.md.j2", rows=rows), end="")
     if unfinished.name != _PEERS:
         os.replace(unfinished, out / _PEERS)
@@ -62,12 +60,10 @@ def peers(
 
 
 def agreement(
-    model: options.Model = options.DEFAULT_MODEL,
-    draft: options.Draft = "auto",
+    model: options.Model,
+    sampling: options.Length,
     prompts: options.Prompts = None,
     limit: options.Limit = None,
-    max_tokens: options.MaxTokens = 128,
-    dtype: options.DtypeOption = "auto",
     repeats: options.Repeats = 3,
     out: options.Out = Path("bench-out"),
 ) -> None:
@@ -75,13 +71,14 @@ def agreement(
     from fullpipe.assembly import pick_dtype
     from fullpipe_lab.agreement import agreement as compare
 
-    fetch_all(ModelOptions(model=model, draft=draft))
-    chosen, dtype = choose(prompts, limit), pick_dtype(dtype)
+    fetch_all(model)
+    chosen, model = choose(prompts, limit), replace(model, dtype=pick_dtype(model.dtype))
     with console.StepBar("agreement of the clocks") as bar:
-        rows = compare(model, draft, chosen, tokens=max_tokens, repeats=repeats, dtype=dtype, progress=bar)
+        rows = compare(model.model, model.draft, chosen, tokens=sampling.max_tokens, repeats=repeats,
+                       dtype=model.dtype, progress=bar)
     console.print_table(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows])
-    _keep(out / _AGREEMENT, model, draft, dtype,
-          {"max_tokens": max_tokens, "prompts": len(chosen), "repeats": repeats}, agreement=rows)
+    settings = {"max_tokens": sampling.max_tokens, "prompts": len(chosen), "repeats": repeats}
+    _keep(out / _AGREEMENT, model, settings, agreement=rows)
 
 
 def kept(out: Path, model: str) -> dict[str, list[dict[str, Any]]]:
@@ -109,10 +106,10 @@ def _rows(path: Path, kind: str, model: str) -> list[dict[str, Any]]:
     return [row | {"date": receipt.date, "commit": commit} for row in getattr(receipt, kind)]
 
 
-def _keep(path: Path, model: str, draft: str, dtype: str, settings: dict[str, Any], **rows: Any) -> None:
+def _keep(path: Path, model: ModelOptions, settings: dict[str, Any], **rows: Any) -> None:
     from fullpipe_lab.files import make_folder
     from fullpipe_lab.receipts import save_receipt, wall_receipt
 
     make_folder(path.parent)
-    save_receipt(wall_receipt(model, draft, dtype, settings, **rows), path)
+    save_receipt(wall_receipt(model.model, model.draft, model.dtype, settings, **rows), path)
     console.print_note(f"wrote {path}")

@@ -12,11 +12,10 @@ import typer
 from fullpipe.cli.fetch import fetch_all
 
 from fullpipe.cli import console
-from fullpipe.cli.options import read_prompt
+from fullpipe.cli.options import Json, Without, as_prompt, read_prompt
 from fullpipe.cli.trace import Traces
 from fullpipe.errors import UsageError
-from fullpipe.methods import METHODS
-from fullpipe.options import ModelOptions
+from fullpipe.options import ChatOptions, MethodOptions, ModelOptions, Options, PipelineOptions
 from fullpipe.request import SamplingParams
 from fullpipe_lab.cli import options
 
@@ -31,6 +30,10 @@ class Costs(StrEnum):
 
 def simulate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
+    model: Annotated[ModelOptions, Without("max_model_len")],
+    method: MethodOptions,
+    sampling: Annotated[SamplingParams, Without("stop", "accept_typical")],
+    chat: ChatOptions,
     cluster: Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="As if on the cluster that a TOML "
                                                 "file, or a preset, describes.")] = None,
     stages: Annotated[int, typer.Option("--stages", min=1, help="Without a cluster: so many stages, on links that take "
@@ -38,59 +41,45 @@ def simulate(
     costs: Annotated[Costs, typer.Option("--costs", help="Without a cluster, what a stage step and a draft call take: "
                                          "what they take here, as if each had a machine like this one to itself, or "
                                          "one unit (1 s) each.")] = Costs.measured,
-    model: options.Model = options.DEFAULT_MODEL,
-    draft: options.Draft = "auto",
-    method: Annotated[str, typer.Option("--method", help="Which nodes enter the pipeline, and when: "
-                                        + ", ".join(METHODS) + ".")] = "fullpipe",
-    width: Annotated[int | None, typer.Option("--width", min=1, help="Tree nodes per flight at most.")] = None,
-    depth: Annotated[int | None, typer.Option("--depth", min=1, help="Tokens guessed per traversal; for chain and "
-                                              "static-tree alone.")] = None,
-    refresh: Annotated[bool | None, typer.Option("--refresh/--no-refresh", help="Ask the draft again about tokens in "
-                                                 "flight. Default: with spd:DIR.", show_default=False)] = None,
-    max_tokens: options.MaxTokens = 128,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = 0,
-    dtype: options.DtypeOption = "auto",
     threads: options.Threads = None,
     events: Annotated[Path | None, typer.Option("--events", help="Record the events here, a JSON line each.")] = None,
     trace: Annotated[list[Path] | None, typer.Option("--trace", metavar="FILE", help="Write the run to FILE, by its "
                                                      "ending: .json (Chrome trace), .png or .svg (picture), .html "
                                                      "(page), .jsonl (events). May be repeated.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
-    = False,
+    as_json: Json = False,
 ) -> None:
     """Answer a prompt as if on imagined devices: every stage really computes, here and one after another, and a
     virtual clock says what it would have taken there."""
     from fullpipe_lab.clusters import Cluster
 
-    text = read_prompt(prompt)
+    asked = as_prompt(read_prompt(prompt), chat)
     if cluster is not None and costs is not Costs.measured:
         raise UsageError("a cluster has its own costs", hint="Leave out --costs, or --cluster.")
     on = Cluster.load(cluster) if cluster is not None else stages
-    where = on.name if isinstance(on, Cluster) else f"{stages} stages"
-    traces = Traces(trace or (), events, title=f"{method} on {where}, {model}, simulated", clock="virtual time")
-    fetch_all(ModelOptions(model=model, draft=draft), method)
+    traces = Traces(trace or (), events, clock="virtual time",
+                    title=f"{model.model} on {on.name if isinstance(on, Cluster) else f'{stages} stages'}, simulated")
+    fetch_all(model, method.method)
     from fullpipe_lab.asking import Simulated
 
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(Simulated(
-            model, on, method=method, costs=costs.value, draft=draft, width=width, depth=depth,
-            refresh=refresh, dtype=dtype, threads=threads, listeners=[traces] if traces.wanted else (),
-            progress=console.print_note))
+        wanted = Options(model=model, method=method, pipeline=PipelineOptions(stages=stages, threads=threads))
+        run = stack.enter_context(Simulated(wanted, on, costs=costs.value, progress=console.print_note,
+                                            listeners=[traces] if traces.wanted else ()))
         traces.tokenizer = run.prepared.tokenizer
         stack.enter_context(traces)
-        said = _answer(run, text, SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed), as_json)
+        said = _answer(run, asked, sampling, as_json)
         if as_json:
             console.print_json(figures(run, said))
         else:
             console.print_note(summary(run, said))
 
 
-def _answer(run: Simulated, text: str, params: SamplingParams, as_json: bool) -> Said:
+def _answer(run: Simulated, asked: str | list[dict[str, str]], params: SamplingParams, as_json: bool) -> Said:
     """Stream it. Whatever ends it, what was emitted has been printed."""
-    words = run.prepared.tokenizer.stream()
-    shown = 0
-    for said in run.stream(run.encode([{"role": "user", "content": text}]), params):
+    tokenizer, shown = run.prepared.tokenizer, 0
+    words = tokenizer.stream()
+    tokens = tokenizer.encode(asked, add_special=True) if isinstance(asked, str) else run.encode(asked)
+    for said in run.stream(tokens, params):
         fresh = "".join(map(words.push, said.tokens[shown:]))
         shown = len(said.tokens)
         if not as_json:

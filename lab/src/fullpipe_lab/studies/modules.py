@@ -20,6 +20,7 @@ from typing import Any
 
 from fullpipe.cli.console import print_table
 from fullpipe.errors import UsageError
+from fullpipe.options import Options
 from fullpipe.prompts import FilePrompt, choose
 from fullpipe.request import SamplingParams
 from fullpipe_lab.asking import Said, Simulated
@@ -73,8 +74,9 @@ class Study:
             left = [prompt for prompt in self._prompts if self._key(one, prompt) not in self._journal]
             if not left:
                 continue
-            with Simulated(self._model, one.stages, draft=one.draft, method=one.method, width=one.width,
-                           refresh=one.refresh, costs="unit", dtype="bfloat16", threads=1, margins=True) as run:
+            options = Options.of(model=self._model, draft=one.draft, method=one.method, width=one.width,
+                                 refresh=one.refresh, dtype="bfloat16", threads=1, margins=True)
+            with Simulated(options, one.stages, costs="unit") as run:
                 for prompt in left:
                     (said,) = run.ask([run.encode([{"role": "user", "content": prompt.text}])], SamplingParams(
                         max_tokens=self._tokens, temperature=one.temperature, seed=SEED))

@@ -25,6 +25,7 @@ from typing import Any
 
 from fullpipe.cli.console import print_table
 from fullpipe.cli.lists import decimals, integers
+from fullpipe.options import Options
 from fullpipe.prompts import read_prompts
 from fullpipe.request import SamplingParams
 from fullpipe_lab.asking import Real
@@ -91,8 +92,8 @@ def main() -> None:
     cells, samples = [], []
     for stages, ms, draft in product(integers(asked.stages, "--stages"), decimals(asked.links, "--links"),
                                      asked.drafts):
-        with Real(asked.model, stages=stages, link_ms=ms, draft=draft, method="fullpipe", dtype=asked.dtype,
-                  threads=1) as on:
+        with Real(Options.of(model=asked.model, stages=stages, link_ms=ms, draft=draft, method="fullpipe",
+                             dtype=asked.dtype, threads=1)) as on:
             prompts = [(one.id, on.encode([{"role": "user", "content": one.text}]))
                        for one in read_prompts(PROMPTS, asked.prompts)]
             found, pairs = cell(on, prompts, integers(asked.widths, "--widths"), asked.repeats, asked.tokens)

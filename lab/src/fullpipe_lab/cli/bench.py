@@ -32,7 +32,7 @@ _METHODS = "pp,chain,static-tree,pipedec,fullpipe"
 
 def bench(
     model: options.Model,
-    sampling: Annotated[SamplingParams, Only("max_tokens", "seed")] = SamplingParams(seed=7),
+    sampling: Annotated[SamplingParams, Only("max_tokens", "seed")] = options.SEED_7,
     methods: Annotated[str, typer.Option("--methods", help="With commas between.")] = _METHODS,
     cluster: Annotated[list[str] | None, typer.Option("--cluster", metavar="FILE", help="A cluster file or a preset; "
                                                       "may be repeated.")] = None,

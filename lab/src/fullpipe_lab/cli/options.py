@@ -22,3 +22,6 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Prompts per f
 Turns = Annotated[int | None, typer.Option("--turns", min=1, help="Turns per prompt at most. Default: all.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="What is written goes here.")]
+
+SEED_7 = SamplingParams(seed=7)
+"""What is measured is sampled with this seed unless somebody says otherwise."""

@@ -19,7 +19,7 @@ def record(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The recording; gone on with if it is "
                                       "there.")],
     model: options.Target,
-    sampling: Annotated[SamplingParams, Only("max_tokens", "temperature", "seed")] = SamplingParams(seed=7),
+    sampling: Annotated[SamplingParams, Only("max_tokens", "temperature", "seed")] = options.SEED_7,
     prompts: options.Prompts = None,
     limit: options.Limit = None,
     turns: options.Turns = None,

@@ -47,8 +47,8 @@ def test_the_text_streams_and_is_whole(models: Models) -> None:
 
 @pytest.mark.parametrize(("more", "says"), [
     (("--cluster", "gpus-8", "--costs", "unit"), "a cluster has its own costs"),
-    (("--cluster", "gpus-9"), "edge-5, gpus-14, gpus-8, home-6"), (("--method", "spqr"), "unknown method 'spqr'"),
-    (("--dtype", "float8"), "unknown dtype"), (("--width", "0"), "--width"),
+    (("--cluster", "gpus-9"), "edge-5, gpus-14, gpus-8, home-6"), (("--method", "spqr"), "spqr"),
+    (("--dtype", "float8"), "float8"), (("--width", "0"), "width must be 1"),
     (("--method", "pp", "--depth", "3"), "has no depth"), (("--trace", "run.pdf"), "does not end in")])
 def test_what_cannot_be_is_refused(models: Models, more: tuple[str, ...], says: str) -> None:
     result = simulate(models.target, *more)

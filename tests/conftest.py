@@ -26,7 +26,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")
     program, driver_program = shutil.which("chromium"), shutil.which("chromedriver")
     if not (program and driver_program):
-        pytest.skip("chromium and chromedriver are not installed")
+        pytest.skip("chromium and chromedriver are not installed (apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     for flag in (*_CHROMIUM, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fullpipe.assembly import pick_dtype
-from fullpipe.bench.provenance import commit_of, machine, versions
+from fullpipe.cluster.provenance import commit_of, machine, versions
 from fullpipe.cluster.hops import measure_hops
 from fullpipe.cluster.profile import Cost, Curve, Profile, Shape, Surface
 from fullpipe.errors import UsageError

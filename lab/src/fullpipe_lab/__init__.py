@@ -1,0 +1,1 @@
+"""The laboratory beside Fullpipe: what measures, imagines or reports. Fullpipe itself never imports it."""

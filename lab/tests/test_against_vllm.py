@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
-from fullpipe.server.load import LoadResult, LoadSample
 
 from fullpipe.errors import StationFailed, UsageError
+from fullpipe.server.load import LoadResult, LoadSample
 from fullpipe_lab.files import Journal
 from fullpipe_lab.studies.serving import against_vllm
 from fullpipe_lab.studies.serving.against_vllm import make_receipt, report_of

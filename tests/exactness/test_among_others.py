@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from msgspec import to_builtins
 import torch
+from msgspec import to_builtins
 
 import tiny
 from driving import TellingEngine

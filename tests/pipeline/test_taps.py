@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fullpipe.planning.cluster import Cluster
 
 from driving import TellingEngine
 from fullpipe.messages import Expansion, Flight, Opening, Part, Tap
@@ -19,7 +20,6 @@ from fullpipe.pipeline.emulation import Arrival
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link
 from fullpipe.pipeline.taps import CancelArrival, TapArrival, TapInbox
-from fullpipe.planning.cluster import Cluster
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.base import TapCount, Tapped, tap_reader, untapped
 from fullpipe.stations.drafts.mix import Mix

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fullpipe.assembly import pick_dtype
-from fullpipe.cluster.provenance import commit_of, machine, versions
 from fullpipe.cluster.hops import measure_hops
 from fullpipe.cluster.profile import Cost, Curve, Profile, Shape, Surface
+from fullpipe.cluster.provenance import commit_of, machine, versions
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.messages import ArenaId, Flight, Opening, Part

@@ -70,7 +70,7 @@ class Attention:
         self._views = [self._view(alike) for alike in _alike(segments)]
 
     def __call__(self, layer: int, queries: Tensor) -> Tensor:
-        """queries: [rows of the step, heads, head_dim]; a tensor of the same shape, what each row has read of `layer`."""
+        """Give what each row reads of a layer, in the shape of queries: [rows of the step, heads, head_dim]."""
         mixed = torch.zeros_like(queries)
         for view in self._views:
             torch._foreach_copy_(view.filled, view.caches[layer])

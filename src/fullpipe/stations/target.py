@@ -70,7 +70,8 @@ class SliceRunner:
             else:
                 arena = self.slice.allocate(opening.capacity)
                 if opening.copy_from >= 0:
-                    arena.begin_with(self._arenas[ArenaId(opening.copy_from)], torch.tensor(opening.copied, dtype=torch.int64))
+                    copied = torch.tensor(opening.copied, dtype=torch.int64)
+                    arena.begin_with(self._arenas[ArenaId(opening.copy_from)], copied)
             self._tables[arena_id], self._arenas[arena_id] = table, arena
 
     def close(self, arenas: list[ArenaId]) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from fullpipe.cli.fetch import fetch_all
 
 from fullpipe.cli import console
+from fullpipe.cli.fetch import fetch_all
 from fullpipe.cli.lists import decimals, integers
 from fullpipe.cli.options import Only
 from fullpipe.errors import UsageError

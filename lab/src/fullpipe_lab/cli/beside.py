@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fullpipe.cli.fetch import fetch_all
-
 from fullpipe.cli import console
+from fullpipe.cli.fetch import fetch_all
 from fullpipe.errors import UsageError
 from fullpipe.options import ModelOptions
 from fullpipe.prompts import choose

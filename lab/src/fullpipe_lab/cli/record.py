@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from fullpipe.cli.fetch import fetch_all
 
 from fullpipe.cli import console
+from fullpipe.cli.fetch import fetch_all
 from fullpipe.cli.options import Only
 from fullpipe.prompts import choose
 from fullpipe.request import SamplingParams

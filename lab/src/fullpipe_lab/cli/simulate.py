@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from fullpipe.cli.fetch import fetch_all
 
 from fullpipe.cli import console
+from fullpipe.cli.fetch import fetch_all
 from fullpipe.cli.options import Json, Without, as_prompt, read_prompt
 from fullpipe.cli.trace import Traces
 from fullpipe.errors import UsageError

@@ -51,7 +51,7 @@ class _Question:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What a tap brings of one part. layers: which taps these are, as indices; features: [rows, len(layers), hidden]."""
+    """What a tap brings of one part. layers: which taps, as indices; features: [rows, len(layers), hidden]."""
 
     flight: int
     part: Part

@@ -25,12 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fullpipe.server.load import LoadResult, Spread, Traffic, distinct, run_load, take
-from fullpipe.server.openai_stream import Server
-
 from fullpipe.cluster.provenance import provenance
 from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.prompts import FilePrompt, bundled, read_prompts
+from fullpipe.server.load import LoadResult, Spread, Traffic, distinct, run_load, take
+from fullpipe.server.openai_stream import Server
 from fullpipe_lab.files import Journal
 from fullpipe_lab.receipts import HERE, STUDIES, save_receipt
 from fullpipe_lab.report import render

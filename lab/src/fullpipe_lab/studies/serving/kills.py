@@ -35,11 +35,11 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 import psutil
-from fullpipe.server.load import Spread
 
 from fullpipe.cli.console import print_table
 from fullpipe.errors import FullpipeError
 from fullpipe.prompts import bundled
+from fullpipe.server.load import Spread
 from fullpipe_lab.receipts import save_receipt, study_receipt
 from fullpipe_lab.studies.serving.processes import (
     Ask,

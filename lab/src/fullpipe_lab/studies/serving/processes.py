@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 import psutil
-from fullpipe.server.openai_stream import events
 
+from fullpipe.server.openai_stream import events
 from fullpipe_lab.studies.serving.servers import Contender, Setup, read_counters
 
 _WORKER = "fullpipe.pipeline.worker"

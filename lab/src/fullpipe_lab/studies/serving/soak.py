@@ -38,12 +38,12 @@ from typing import Any
 
 import httpx
 import psutil
-from fullpipe.server.openai_stream import events
 from prometheus_client.parser import text_string_to_metric_families
 
 from fullpipe.cli.console import print_table
 from fullpipe.errors import FullpipeError
 from fullpipe.prompts import bundled
+from fullpipe.server.openai_stream import events
 from fullpipe_lab.receipts import save_receipt, study_receipt
 from fullpipe_lab.studies.serving.processes import (
     Ask,

@@ -1,1 +1,0 @@
-"""Measuring: prompts, recordings, metrics, reports."""

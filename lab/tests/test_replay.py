@@ -19,6 +19,7 @@ from fullpipe.hub import resolve
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Flight, Landed, Launched, Ready
 from fullpipe.methods import METHODS, make_method
 from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
@@ -26,7 +27,7 @@ from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.model import DraftModel
 from fullpipe.stations.drafts.ngram import NgramDraft
-from fullpipe.stations.target import DTYPES, ModelStage, build_stage
+from fullpipe.stations.target import ModelStage, build_stage
 from fullpipe_lab.clusters import Cluster, unit_cluster
 from fullpipe_lab.memo import TOP_K, Memo, MemoDraft
 from fullpipe_lab.recording import Answer

@@ -35,6 +35,7 @@ from fullpipe.threads import cores
 
 if TYPE_CHECKING:
     from fullpipe.models.config import ModelConfig
+    from fullpipe.models.dtypes import pick_dtype
     from fullpipe.models.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -357,13 +358,3 @@ def taps_of(names: Sequence[str]) -> list[int]:
 
     folders = [folder for name in names if (folder := module_folder(name))]
     return sorted({bound for folder in folders for bound in load_config(folder).bounds if bound})
-
-
-def pick_dtype(dtype: str) -> str:
-    """"auto" is bfloat16 where the processor has instructions for it, else float32."""
-    if dtype != "auto":
-        return dtype
-    import torch
-
-    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if fast else "float32"

@@ -26,7 +26,6 @@ ERRORS = sorted((value for value in vars(errors).values()
 # Exceptions outside errors.py: why nobody but us ever sees them.
 PRIVATE = {
     ("fullpipe.pipeline.hops", "NeighbourLostError"),  # caught in the worker that raises it, and reported
-    ("fullpipe.bench.peers.process", "RunnerFailed"),  # caught where peers are run; a peer that fails is a line
     ("fullpipe.pipeline.wire", "NonsenseError"),  # caught by whoever reads a frame, and becomes a Failed event
     ("fullpipe.server.answer", "ClientGone"),  # nobody is left to see it
     ("fullpipe.server.problems", "Problem"),  # becomes an HTTP answer

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from fullpipe.messages import Expansion, Flight, Part
 from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
 from fullpipe.stations.sampling import RowContext, rank
-from fullpipe.stations.target import DTYPES
 from fullpipe_lab.files import on_disk
 from fullpipe_lab.recording import Answer, Head
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fullpipe.assembly import pick_dtype
 from fullpipe.errors import UsageError
+from fullpipe.models.dtypes import pick_dtype
 from fullpipe.options import Options
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams

@@ -42,7 +42,7 @@ def show(
 
 
 def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str, Any]:
-    from fullpipe.assembly import pick_dtype
+    from fullpipe.models.dtypes import pick_dtype
     from fullpipe.models.tokenizer import Tokenizer
     from fullpipe.models.weights import open_model
 

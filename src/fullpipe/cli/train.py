@@ -70,7 +70,7 @@ def distill(
     limit: Limit = None,
 ) -> None:
     """Let the model answer prompts: training text in its own words."""
-    from fullpipe.assembly import pick_dtype
+    from fullpipe.models.dtypes import pick_dtype
     from fullpipe.training.distill import Distiller, Settings, read_conversations
 
     settings = Settings(model.model, pick_dtype(model.dtype), sampling.max_tokens, tuple(temperature or (0.0,)),

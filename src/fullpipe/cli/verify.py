@@ -78,8 +78,8 @@ def verify(
     # Begun with a method that has a depth, if one is given; the model keeps it for the others that do.
     first = methods[0] if shape.depth is None else next((name for name in methods if name in WITH_DEPTH), methods[0])
     fetch_all(model, methods[0])
-    from fullpipe.assembly import pick_dtype
     from fullpipe.llm import LLM
+    from fullpipe.models.dtypes import pick_dtype
 
     real = replace(model, dtype=pick_dtype(model.dtype), margins=True)
     near = NEAR_TIE[real.dtype] if tolerance is None else tolerance

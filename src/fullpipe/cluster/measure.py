@@ -21,7 +21,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fullpipe.assembly import pick_dtype
 from fullpipe.cluster.hops import measure_hops
 from fullpipe.cluster.profile import Cost, Curve, Profile, Shape, Surface
 from fullpipe.cluster.provenance import commit_of, machine, versions
@@ -29,12 +28,13 @@ from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.messages import ArenaId, Flight, Opening, Part
 from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.dtypes import DTYPES, pick_dtype
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
 from fullpipe.stations.sampling import pick, rank
 from fullpipe.stations.table import SlotTable
-from fullpipe.stations.target import DTYPES, SliceRunner
+from fullpipe.stations.target import SliceRunner
 
 Progress = Callable[[str, int, int], None]
 """Told what is measured, how many samples there are of it, and how many there will be."""

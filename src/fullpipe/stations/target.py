@@ -20,12 +20,11 @@ from fullpipe.messages import ArenaId, Flight, Landed, Opening, Part
 from fullpipe.models.arena import KVArena
 from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.weights import open_model
 from fullpipe.stations.base import Tapped
 from fullpipe.stations.sampling import RowContext, pick, tell_logprobs, typical
 from fullpipe.stations.table import SlotTable, open_table
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(slots=True)

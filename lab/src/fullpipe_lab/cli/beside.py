@@ -33,7 +33,8 @@ def peers(
 
     A table that an earlier run left stays where it is until this one is whole.
     """
-    from fullpipe.assembly import draft_names, pick_dtype
+    from fullpipe.assembly import draft_names
+    from fullpipe.models.dtypes import pick_dtype
     from fullpipe.stations.drafts.names import module_folder
     from fullpipe_lab.peers import PeerModels, peer_table, run_peers
     from fullpipe_lab.report import render
@@ -67,7 +68,7 @@ def agreement(
     out: options.Out = Path("bench-out"),
 ) -> None:
     """Run two stages by the virtual and by the wall clock, and compare."""
-    from fullpipe.assembly import pick_dtype
+    from fullpipe.models.dtypes import pick_dtype
     from fullpipe_lab.agreement import agreement as compare
 
     fetch_all(model)

@@ -12,9 +12,10 @@ import torch
 
 from fullpipe.messages import Expansion, Flight
 from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.weights import open_model
 from fullpipe.stations.sampling import rank
-from fullpipe.stations.target import DTYPES, SliceRunner
+from fullpipe.stations.target import SliceRunner
 
 
 class DraftModel:

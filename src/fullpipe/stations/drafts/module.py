@@ -26,12 +26,12 @@ from torch import Tensor
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part, Tap
+from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.spd_checkpoint import ModuleConfig, check_parity, load_checkpoint
 from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.models.weights import open_model
 from fullpipe.stations.sampling import RowContext, rank
 from fullpipe.stations.table import SlotTable
-from fullpipe.stations.target import DTYPES
 
 _NOBODY = -2  # no node has this id; -1 is a prompt token
 _PARITY = 0.05  # of the greatest logit: what bfloat16 may differ by from the float32 of the fixture

@@ -1,0 +1,14 @@
+"""In which numbers a model computes."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_dtype(name: str) -> str:
+    """Turn "auto" into bfloat16 where the processor has instructions for it, else into float32; other names stay."""
+    if name != "auto":
+        return name
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"

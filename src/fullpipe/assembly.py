@@ -35,7 +35,6 @@ from fullpipe.threads import cores
 
 if TYPE_CHECKING:
     from fullpipe.models.config import ModelConfig
-    from fullpipe.models.dtypes import pick_dtype
     from fullpipe.models.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -150,6 +149,7 @@ def assemble(options: Options, say: Say = _silent) -> Assembly:
 
 def prepare(options: Options, say: Say = _silent) -> Prepared:
     """Find the models, check that they fit together and with the options, and cut the target into stages."""
+    from fullpipe.models.dtypes import pick_dtype
     from fullpipe.models.tokenizer import Tokenizer
     from fullpipe.models.weights import open_model
 

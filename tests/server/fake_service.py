@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fullpipe.engine import RequestStats
+from fullpipe.messages import Emitted, Fate
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 from fullpipe.service import Deliver, Ticket, Update
@@ -104,7 +105,8 @@ class FakeService:
         full = stats.num_emitted + 1 == params.max_tokens
         stopped = "stop" if job.reply.push(token) else None
         stats.on_launch(0.0, 2)
-        stats.on_emit(float(stats.num_emitted), hit=stats.num_emitted % 2 == 0, last=full)
+        fate: Fate = "last" if full else "hit" if stats.num_emitted % 2 == 0 else "miss"
+        stats.on_emit(Emitted(float(stats.num_emitted), job.ticket.id, -1, token, 0, fate))
         update = Update(token_ids=[token])
         if params.logprobs is not None:
             update.logprobs = [[(token, -0.5), *((other, -1.0 - other) for other in range(params.logprobs))]]

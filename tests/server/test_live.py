@@ -28,7 +28,8 @@ from fullpipe.messages import (
     Submitted,
 )
 from fullpipe.server import live as module
-from fullpipe.server.app import ServedModel, ServerOptions, create_app
+from fullpipe.options import ServerOptions
+from fullpipe.server.app import ServedModel, create_app
 from fullpipe.server.live import Live
 from fullpipe.supervision import Status
 from fullpipe.trace.flying import Flying
@@ -285,7 +286,7 @@ def served(keys: list[str]) -> FastAPI:
     """The whole application with a feed that ends at once."""
     stand = Stand()
     stand.status = Status("draining", 0, 0, 0, 0, 0)
-    return create_app(stand.live, ServedModel(("m",), None, 9), ServerOptions(api_keys=keys),  # type: ignore[arg-type]
+    return create_app(stand.live, ServedModel(("m",), None, 9), ServerOptions(api_key=keys),  # type: ignore[arg-type]
                       [stand.live.router()], metrics=lambda: (b"", "text/plain"))
 
 

@@ -14,7 +14,8 @@ from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
-from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs, unit_costs
+from fullpipe.pipeline.durations import measured_costs, unit_costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe_lab.clusters import Cluster, DraftCosts
 

@@ -24,7 +24,7 @@ from fullpipe.pipeline.links import Link, Wire
 from fullpipe.stations.base import TapCount, TapReader, drop_rows
 
 if TYPE_CHECKING:
-    from fullpipe.pipeline.worker import Control
+    from fullpipe.pipeline.serve import Control
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What will happen on a virtual clock, in order of time. No torch."""
+"""An agenda holds what will happen on a virtual clock, in order of time. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long stations take on a virtual clock. No torch."""
+"""These functions say how long stations take on a virtual clock. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Costs(Protocol):
-    """How long a station takes, in seconds of the virtual clock.
+    """Says how long a station takes, in seconds of the virtual clock.
 
     station: "stage 0", ..., "draft". rows: those that were still wanted when it began. measured: seconds that
     the work took here. context: tokens in the longest path of the flight.

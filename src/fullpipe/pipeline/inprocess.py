@@ -29,7 +29,7 @@ _REPLY_ROW_BYTES = 64  # of a row in what travels without hidden states: jobs, d
 
 @dataclass(slots=True)
 class _Cargo:
-    """A flight on its way, with what the stage before made of it and the legs behind it. since: when it came to
+    """Carries a flight, with what the stage before made of it and the legs behind it. since: when it came to
     the queue in which it waits."""
 
     flight: Flight
@@ -39,7 +39,7 @@ class _Cargo:
 
 
 class _Station:
-    """What works through a queue. wire: by which flights come in. ahead: flights that are on it, or wait here, not yet
+    """Works through a queue. wire: by which flights come in. ahead: flights that are on it, or wait here, not yet
     started. held: what the station has finished but may not hand on yet."""
 
     def __init__(self, name: str, run: Callable[[Flight, Any], Any], device: str, link: Link) -> None:

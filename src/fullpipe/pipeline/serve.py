@@ -1,4 +1,4 @@
-"""A station's process at work: flights come in, are computed, and go on.
+"""A station's process works here: flights come in, are computed, and go on.
 
 The main thread runs flights (at the draft station: jobs), which it gets from the stage before or, at the first stage
 and the draft station, from an inbox. Two more serve the connection with the engine (`Control`). There are others where

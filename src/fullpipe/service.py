@@ -37,15 +37,15 @@ log = logging.getLogger(__name__)
 class Update:
     """News of one request, in order.
 
-    text: what became certain since the last update. token_ids: what was emitted since then. logprobs, margins: parallel
-    to token_ids where they are asked for, else empty (`Emitted`). reason: set on the last update only: "stop",
+    text: what became certain since the last update. token_ids: what was emitted since then. logprobs: parallel to
+    token_ids where they are asked for, else empty; margins: parallel to them (both as in `Emitted`). reason: set on the last update only: "stop",
     "length", "abort", "deadline" or "error". error: what happened, with the reason "error".
     """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
+    margins: list[float | None] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
 
@@ -123,8 +123,7 @@ class _Client:
         """True when a stop string is complete."""
         self.num_tokens += 1
         self.fresh.token_ids.append(event.token)
-        if event.margin is not None:
-            self.fresh.margins.append(event.margin)
+        self.fresh.margins.append(event.margin)
         if self.request.params.logprobs is not None:
             self.fresh.logprobs.append(event.logprobs)
         return self.reply.push(event.token)

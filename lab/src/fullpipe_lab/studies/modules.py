@@ -105,7 +105,8 @@ def near_tie(truth: dict[str, Any], tokens: Sequence[int]) -> int | None:
     place = next((k for k, (a, b) in enumerate(zip(truth["tokens"], tokens)) if a != b), None)
     assert place is not None, f"a text of {len(tokens)} tokens instead of {len(truth['tokens'])}"
     margin = truth["margins"][place]
-    assert margin < NEAR, f"token {place} is {tokens[place]}, not {truth['tokens'][place]}, which led by {margin:.2f}"
+    assert margin is not None and margin < NEAR, \
+        f"token {place} is {tokens[place]}, not {truth['tokens'][place]}, which led by {margin}"
     return place
 
 

@@ -11,6 +11,7 @@ next begins: a run that is killed goes on where it was. `--write` keeps the rece
 
 from __future__ import annotations
 
+import math
 import argparse
 import sys
 from collections.abc import Sequence
@@ -105,8 +106,8 @@ def near_tie(truth: dict[str, Any], tokens: Sequence[int]) -> int | None:
     place = next((k for k, (a, b) in enumerate(zip(truth["tokens"], tokens)) if a != b), None)
     assert place is not None, f"a text of {len(tokens)} tokens instead of {len(truth['tokens'])}"
     margin = truth["margins"][place]
-    assert margin is not None and margin < NEAR, \
-        f"token {place} is {tokens[place]}, not {truth['tokens'][place]}, which led by {margin}"
+    lead = math.inf if margin is None else margin  # None: it had no rival
+    assert lead < NEAR, f"token {place} is {tokens[place]}, not {truth['tokens'][place]}, which led by {lead:.2f}"
     return place
 
 

@@ -11,8 +11,8 @@ next begins: a run that is killed goes on where it was. `--write` keeps the rece
 
 from __future__ import annotations
 
-import math
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

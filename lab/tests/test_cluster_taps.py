@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fullpipe_lab.clusters import Cluster
 
 from fullpipe.pipeline.links import Link
+from fullpipe_lab.clusters import Cluster
 
 CLUSTER = """
 [cluster]

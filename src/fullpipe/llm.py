@@ -41,7 +41,7 @@ class Completion:
 
     finish_reason: "stop" (end token or stop string), "length", "abort" or "error".
     usage, speculation, timing: as `fullpipe generate --json` prints them; DESIGN section 8 says what the
-    figures mean. margins: per token how far it stood above the second best; None without a second, or where it was not asked.
+    figures mean. margins: per token how far it stood above the second best; None without a second or if not asked.
     """
 
     text: str

@@ -38,8 +38,8 @@ class Update:
     """News of one request, in order.
 
     text: what became certain since the last update. token_ids: what was emitted since then. logprobs: parallel to
-    token_ids where they are asked for, else empty; margins: parallel to them (both as in `Emitted`). reason: set on the last update only: "stop",
-    "length", "abort", "deadline" or "error". error: what happened, with the reason "error".
+    token_ids where they are asked for, else empty; margins: parallel to them (both as in `Emitted`). reason: set on the
+    last update only: "stop", "length", "abort", "deadline" or "error". error: what happened, with the reason "error".
     """
 
     text: str = ""

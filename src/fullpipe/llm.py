@@ -140,6 +140,11 @@ class LLM:
         """Number of real tokens, padding of the matrices not counted."""
         return self._prepared.vocab_size
 
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self._service.engine.method.name
+
     # ---- asking ------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Prompt | Sequence[Prompt],

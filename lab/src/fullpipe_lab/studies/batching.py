@@ -53,6 +53,7 @@ AT_ONCE = (1, 2, 4, 8, 16, 32)
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 WIDTH = 32  # the best that was found for one request on gpus-8 (lab/reports/gpus)
 MOST_AT_ONCE = 64  # requests that are admitted of those that have come
+SPARE_SLOTS = 1088  # of a request, for speculation: no tree is cut short for want of cache
 ARRIVED = 60  # requests of an open loop
 WANTED = {1: 5.0, 4: 2.5, 8: 1.5}
 """By requests at once, how many times the throughput of pp is asked for; elsewhere it is never below 1."""
@@ -112,7 +113,7 @@ def make_engine(method: str, cluster: Cluster) -> MakeEngine:
     machine = machine_of(cluster)
     assert machine.stage is not None
     free = max(1, machine.stage.most_rows(_FREE * machine.stage(1), 256))
-    places = EngineOptions(max_num_seqs=1 if method == ALONE else MOST_AT_ONCE)
+    places = EngineOptions(max_num_seqs=1 if method == ALONE else MOST_AT_ONCE, spare_slots=SPARE_SLOTS)
     makers: dict[str, Callable[[], Any]] = {
         OURS: lambda: make_method("fullpipe", machine=machine), "equal": lambda: Equal(free, width=WIDTH),
         PLAIN: lambda: Balanced(cluster.num_stages), "pp-bunched": lambda: make_method("pp")}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from driving import TellingEngine
 from fullpipe.messages import Event
 from fullpipe.methods import make_method
-from fullpipe.pipeline.inprocess import Costs, InProcessPipeline, unit_costs
+from fullpipe.pipeline.durations import Costs, unit_costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage

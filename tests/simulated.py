@@ -11,7 +11,8 @@ from fullpipe.assembly import prepare
 from fullpipe.engine import Listener
 from fullpipe.llm import LLM
 from fullpipe.options import Options
-from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
+from fullpipe.pipeline.durations import unit_costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 
 
 def simulated(model: object, *, listeners: Iterable[Listener] = (), **options: Any) -> LLM:

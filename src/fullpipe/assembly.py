@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ MIXED_MIN_N = 2
 
 _HEARTBEAT_TIMEOUT_S = 10.0
 _ROWS = (1, 2, 4, 8, 16, 32)  # of the flights that are measured
-_WORTH_KEEPING_S = 0.5  # what is measured sooner is measured again
+_WORTH_KEEPING_S = 0.1  # a stage that is through with those sooner is measured again
 
 
 def _silent(line: str) -> None:
@@ -212,7 +211,7 @@ def _in_this_process(stages: Sequence[StageLike], draft: DraftLike | None, threa
 
 
 def measured(prepared: Prepared, pipeline: Pipeline, say: Say = _silent) -> Machine | None:
-    """What rows cost on these stations, for the method that weighs it. Measured once: a file keeps what took a while."""
+    """What rows cost on these stations, for the method that weighs it. A file keeps what took a while to measure."""
     if prepared.options.method.method != "fullpipe":
         return None
     return _costs(prepared, pipeline, say)
@@ -225,9 +224,8 @@ def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
     say("measuring what rows cost")
     options = prepared.options.pipeline
     link_s = len(prepared.stages) * options.link_ms / 1e3 if options.stages else 0.0
-    began = time.monotonic()
     machine = measure_machine(pipeline, _ROWS, draft=not prepared.reads_taps, link_s=link_s)
-    if time.monotonic() - began > _WORTH_KEEPING_S and kept.save(machine):
+    if machine.stage and sum(machine.stage.seconds) > _WORTH_KEEPING_S and kept.save(machine):
         say(f"kept in {kept.path}; remove it to have it measured again")
     return machine
 

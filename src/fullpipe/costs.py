@@ -1,4 +1,4 @@
-"""What a row more costs: seconds of a station by rows."""
+"""A cost curve says what a row more costs: seconds of a station by rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows at which a curve is measured
 
 
 class CostCurve:
-    """Seconds by rows: straight between the points that are known, constant before the first, on along the last piece.
+    """Gives seconds by rows: straight between the points that are known, constant before the first, and on along the
+    last piece.
 
     points: rows -> seconds. What was measured wavers, and a curve that fell would make rows worth having for their own
     sake: each point counts as at least as slow as those before it.

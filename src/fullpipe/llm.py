@@ -41,7 +41,7 @@ class Completion:
 
     finish_reason: "stop" (end token or stop string), "length", "abort" or "error".
     usage, speculation, timing: as `fullpipe generate --json` prints them; DESIGN section 8 says what the
-    figures mean. margins: per token how far it stood above the second best, when asked for.
+    figures mean. margins: per token how far it stood above the second best; None without a second or if not asked.
     """
 
     text: str
@@ -50,7 +50,7 @@ class Completion:
     usage: dict[str, int]
     speculation: dict[str, Any]
     timing: dict[str, Any]
-    margins: list[float] = field(default_factory=list)
+    margins: list[float | None] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -139,6 +139,11 @@ class LLM:
     def vocab_size(self) -> int:
         """Number of real tokens, padding of the matrices not counted."""
         return self._prepared.vocab_size
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self._service.engine.method.name
 
     # ---- asking ------------------------------------------------------------------------------------------
 

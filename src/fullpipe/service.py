@@ -37,15 +37,15 @@ log = logging.getLogger(__name__)
 class Update:
     """News of one request, in order.
 
-    text: what became certain since the last update. token_ids: what was emitted since then. logprobs, margins: parallel
-    to token_ids where they are asked for, else empty (`Emitted`). reason: set on the last update only: "stop",
-    "length", "abort", "deadline" or "error". error: what happened, with the reason "error".
+    text: what became certain since the last update. token_ids: what was emitted since then. logprobs: parallel to
+    token_ids where they are asked for, else empty; margins: parallel to them (both as in `Emitted`). reason: set on the
+    last update only: "stop", "length", "abort", "deadline" or "error". error: what happened, with the reason "error".
     """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
+    margins: list[float | None] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
 
@@ -120,14 +120,14 @@ class _Client:
     error: str | None = None
 
     def take(self, event: Emitted) -> bool:
-        """True when a stop string is complete."""
+        """True when a stop string is complete. Of a token that ends the text by itself nothing is to be read."""
         self.num_tokens += 1
         self.fresh.token_ids.append(event.token)
-        if event.margin is not None:
-            self.fresh.margins.append(event.margin)
+        self.fresh.margins.append(event.margin)
         if self.request.params.logprobs is not None:
             self.fresh.logprobs.append(event.logprobs)
-        return self.reply.push(event.token)
+        ends = event.token in self.request.eos or event.token in self.request.params.stop_token_ids
+        return not ends and self.reply.push(event.token)
 
     def news(self) -> Update:
         news, self.fresh = self.fresh, Update()
@@ -162,7 +162,7 @@ class Service(Generic[W]):
         self.capacity = (sys.maxsize if max_waiting is None or options.max_num_seqs is None
                          else options.max_num_seqs + max_waiting)
         self._kv_total = options.kv_cache_tokens or 0
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._supervision, self._retry_at = Supervision(), 0.0
         self._state: State = "ready"
         self._counts = (0, 0, 0)  # running, waiting, cache slots
@@ -280,7 +280,7 @@ class Service(Generic[W]):
         while not self._stopping.is_set():
             try:
                 self._serve()
-            except Exception as error:  # a bug of ours, too, must not leave callers waiting for ever
+            except BaseException as error:  # a bug of ours, too, must not leave callers waiting for ever
                 self._note_failure(error, built=True)
                 self.engine.pipeline.close()
                 while not (self._stopping.is_set() or self._recover()):
@@ -363,7 +363,7 @@ class Service(Generic[W]):
 
     # ---- failures ----------------------------------------------------------------------------------------
 
-    def _note_failure(self, error: Exception, *, built: bool) -> None:
+    def _note_failure(self, error: BaseException, *, built: bool) -> None:
         """What was emitted before is delivered; who is the cause is ended; the rest waits. built: it was a pipeline
         that failed; else none could be started, which is no request's fault."""
         self.failure = error

@@ -138,7 +138,7 @@ class Supervision:
             self.suspect = None
 
 
-def what_failed(error: Exception) -> tuple[str, str]:
+def what_failed(error: BaseException) -> tuple[str, str]:
     """The station, and of the reason the line that callers may see: what follows it is a worker's own log."""
     whole = error.message if isinstance(error, FullpipeError) else f"{type(error).__name__}: {error}"
     station = error.station if isinstance(error, StationFailed) else "engine"

@@ -32,7 +32,8 @@ USAGE = [
     ("negative stages", {"stages": -1}, (), "cannot cut 5 layers into -1 stages", "stages"),
     *((f"accept {text}", {}, ("--accept-typical", text), f"accept_typical must be in [0, 1] (got {text})", "")
       for text in ("2.0", "-0.1", "nan")),
-    ("refresh", {}, ("--method", "pipedec", "--refresh"), "the method pipedec has no refresh", "one of: spd, fullpipe"),
+    ("refresh", {}, ("--method", "pipedec", "--refresh"), "the method pipedec has no refresh",
+     "one of: spd, fullpipe"),
     ("width 0", {}, ("--width", "0"), "width must be 1 or more (got 0)", ""),
     ("depth 0", {}, ("--method", "chain", "--depth", "0"), "depth must be 1 or more (got 0)", ""),
     ("no draft", {"draft": "none"}, ("--method", "fullpipe"), "the method fullpipe needs a draft", "or use the method pp"),
@@ -45,7 +46,8 @@ USAGE = [
     ("no time", {"stages": 2}, ("--timeout", "0"), "the time-out must be above 0 (got 0 s)", ""),
     ("no tokens", {}, ("--max-tokens", "0"), "max_tokens must be 1 or more (got 0)", ""),
     ("top-p 0", {}, ("--top-p", "0"), "top_p must be in (0, 1] (got 0.0)", ""),
-    ("links without stages", {}, ("--link-ms", "5"), "link_ms is for stage processes, and there are none", "--stages 2"),
+    ("links without stages", {}, ("--link-ms", "5"), "link_ms is for stage processes, and there are none",
+     "--stages 2"),
     ("a time-out without stages", {}, ("--timeout", "5"), "timeout is for stage processes", "--stages 2"),
     ("trace nowhere", {}, ("--events", "/nowhere/trace"), "cannot write the trace /nowhere/trace",
      "Name a file in a folder"),
@@ -83,7 +85,8 @@ def test_what_cannot_be_done_as_asked(models: Models, how: dict[str, object], mo
     assert hint in advice and bool(hint) <= bool(advice)
 
 
-@pytest.mark.parametrize("more", [("--method", "magic"), ("--dtype", "int3"), ("--pipeline", "inprocess"), ("--clock", "wall"), ("--wdith", "3"),
+@pytest.mark.parametrize("more", [("--method", "magic"), ("--dtype", "int3"), ("--pipeline", "inprocess"),
+                                  ("--clock", "wall"), ("--accept-typical", "x"), ("--wdith", "3"),
                                   ("--stages", "two"), ("--width", "2.5")])
 def test_what_cannot_be_parsed(models: Models, more: tuple[str, str]) -> None:
     """The parser's own words: the option, and what it may be."""

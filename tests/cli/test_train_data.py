@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import shutil
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_answers_stand_in_order_and_are_the_models(whole: bytes, ending: Path) -
     assert [line["seed"] for line in lines] == list(range(7))
     assert {line["model"] for line in lines} == {str(ending)}
     assert len({line["finish_reason"] for line in lines}) == 2, "some end by themselves, some by their length"
-    with LLM(str(ending), draft="none", stages=2, method="pp", dtype="float32", threads=1) as llm:
+    with LLM(str(ending), draft="none", method="pp", dtype="float32", threads=1) as llm:
         settings = Settings(str(ending), "float32", 12, (0.0, 1.0))
         for place in range(7):
             said = llm.chat([{"role": "user", "content": PROMPTS[place]}], settings.params(place))
@@ -91,12 +92,13 @@ def test_another_setting_is_refused(whole: bytes, ending: Path, prompts: Path, t
 def test_an_interrupt_loses_only_what_is_under_way(whole: bytes, ending: Path, prompts: Path, tmp_path: Path) -> None:
     def interrupt(done: int, total: int, subject: str) -> None:
         if done == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # which the main thread gets
 
     distiller = distiller_of(ending, prompts, tmp_path / "out.jsonl", interrupt)
     with opened(ending, distiller) as llm, pytest.raises(KeyboardInterrupt):
         distiller.run(llm)
-    assert (tmp_path / "out.jsonl").read_bytes().splitlines() == whole.splitlines()[:3]
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines()
+    assert lines == whole.splitlines()[: len(lines)] and 3 <= len(lines) < 7
     assert distill(ending, prompts, tmp_path / "out.jsonl").exit_code == 0
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
@@ -120,7 +122,7 @@ def distiller_of(model: Path, prompts: Path, out: Path, progress: object) -> Dis
 
 
 def opened(model: Path, distiller: Distiller) -> LLM:
-    return LLM(str(model), draft="none", stages=1, method="pp", dtype="float32", threads=1, clock="wall",
+    return LLM(str(model), draft="none", method="pp", dtype="float32", threads=1,
                max_num_seqs=3, listeners=[distiller.listener])
 
 

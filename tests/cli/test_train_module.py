@@ -62,7 +62,7 @@ def test_a_module_is_trained_and_used(models: Models, data: Path, tmp_path: Path
     assert head.split("  ")[0] == "stages" and len(rows) == 3
     assert last.startswith(f"{tmp_path / 'module'}: 60 steps in ")
     assert last.endswith(f"use it with --draft spd:{tmp_path / 'module'}")
-    asked = ("--max-new-tokens", "9", "--json")
+    asked = ("--max-tokens", "9", "--json")
     answer = run(*asking(models.target, *asked, draft=f"spd:{tmp_path / 'module'}", stages=3))
     plain = run(*asking(models.target, *asked, "--method", "pp", draft="none", stages=3))
     assert answer.exit_code == 0 and "warning" not in answer.stderr, answer.stderr
@@ -75,7 +75,7 @@ def test_so_is_an_exit_head(models: Models, data: Path, tmp_path: Path) -> None:
     assert result.stdout.endswith(f"use it with --draft exit:{tmp_path / 'exit'}\n")
     config = load_config(tmp_path / "exit")
     assert (config.kind, config.num_layers, config.bounds) == ("exit", 2, (2,))
-    answer = run(*asking(models.target, "--max-new-tokens", "5", "--method", "ppsd", draft=f"exit:{tmp_path / 'exit'}",
+    answer = run(*asking(models.target, "--max-tokens", "5", "--method", "ppsd", draft=f"exit:{tmp_path / 'exit'}",
                          stages=3))
     assert answer.exit_code == 0, answer.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ def test_a_pick_without_a_rival_is_strict_json_too(models: Models, prompts: Path
         match one.speculation["method"]:
             case "fullpipe":
                 tokens, margins = list(one.token_ids), list(one.margins)
-                tokens[4], margins[4] = tokens[4] ^ 1, math.inf
+                tokens[4], margins[4] = tokens[4] ^ 1, None
                 one = replace(one, token_ids=tokens, margins=margins)
             case "chain":
                 one = replace(one, token_ids=one.token_ids[:9])
@@ -171,7 +170,7 @@ def test_methods_can_be_chosen(models: Models, prompts: Path) -> None:
 # ---- where two answers part ------------------------------------------------------------------------------
 
 
-def said(tokens: list[int], margins: list[float]) -> Completion:
+def said(tokens: list[int], margins: list[float | None]) -> Completion:
     return Completion("", tokens, "length", {}, {}, {}, margins)
 
 
@@ -197,7 +196,7 @@ def test_the_tolerance_decides(near: float) -> None:
 
 
 def test_a_pick_without_a_rival_is_no_near_tie() -> None:
-    found = difference(said([1, 9, 3], [5.0, math.inf, 5.0]))
+    found = difference(said([1, 9, 3], [5.0, None, 5.0]))
     assert found is not None and (found.margin, found.reference_margin, found.near_tie) == (None, 0.01, False)
 
 

@@ -22,7 +22,8 @@ import pytest
 from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Failed, Flight, Landed, Leg, Opening, Part, Ready
 from fullpipe.pipeline.base import Pipeline
-from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs
+from fullpipe.pipeline.durations import measured_costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams

@@ -14,7 +14,8 @@ from fullpipe.engine import RequestStats
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.methods import METHODS, make_method
-from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
+from fullpipe.pipeline.durations import unit_costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.scripted import ScriptedDraft

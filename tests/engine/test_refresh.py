@@ -17,7 +17,8 @@ from driving import TellingEngine
 from fullpipe.engine import RequestStats
 from fullpipe.messages import Emitted, Expansion, Flight
 from fullpipe.methods import WITH_REFRESH, make_method
-from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
+from fullpipe.pipeline.durations import unit_costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.scripted import ScriptedDraft

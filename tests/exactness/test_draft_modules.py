@@ -13,9 +13,14 @@ import torch
 
 import tiny
 from fullpipe import LLM, SamplingParams
+from fullpipe.assembly import prepare
+from fullpipe.engine import Listener
 from fullpipe.messages import Drafted, Event
+from fullpipe.options import Options
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.training.plan import Plan
 from fullpipe.training.trainer import Trainer
+from simulated import simulated
 from tiny_module import material_of, random_checkpoint, write_letters
 
 LEARNT = (1, 17, 9, 33, 17, 9)
@@ -46,8 +51,7 @@ class Folders:
 
 
 def open_llm(folders: Folders, stages: int, draft: str, **more: object) -> LLM:
-    return LLM(str(folders.target), draft=draft, stages=stages, dtype="float32", threads=1, costs="unit",
-               **{"method": "spd", **more})  # type: ignore[arg-type]
+    return simulated(folders.target, draft=draft, stages=stages, dtype="float32", **{"method": "spd", **more})
 
 
 def answers(llm: LLM) -> list[list[int]]:
@@ -68,7 +72,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # its choices are clear: who knows two equal ones by heart may say the other
     target = write_letters(tiny.save(model, root / "target"))
-    with LLM(str(target), draft="none", method="pp", stages=1, dtype="float32", threads=1) as llm:
+    with LLM(str(target), draft="none", method="pp", dtype="float32", threads=1) as llm:
         (said,) = llm.generate([LEARNT], LONG)
     return Folders(
         target,
@@ -123,7 +127,7 @@ def test_several_ends_and_ends_within_the_pipeline(folders: Folders, tmp_path: P
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     drafts = [f"spd:{folders.heart}", f"spd:{folders.spd},ngram", f"exit:{folders.exit[3]}"]
     for draft, method in ((draft, method) for draft in drafts for method in ("spd", "fullpipe")):
-        with LLM(str(folder), draft=draft, stages=3, dtype="float32", threads=1, costs="unit", method=method) as llm:
+        with simulated(folder, draft=draft, stages=3, dtype="float32", method=method) as llm:
             (one,) = llm.generate([LEARNT], SamplingParams(max_tokens=400))
             assert (one.token_ids, one.finish_reason) == (said[: first + 1], "stop"), (draft, method)
             (one,) = llm.generate([LEARNT], SamplingParams(max_tokens=60, ignore_eos=True))
@@ -142,8 +146,8 @@ def test_a_run_without_the_draft_leaves_nothing_at_its_station(folders: Folders,
     """`pp` on a pipeline whose stages tap: hidden states come, and nobody will ever ask about them."""
     with open_llm(folders, 3, f"spd:{folders.spd}", method="pp") as llm:
         assert answers(llm) == truth
-        llm._engine.drain()
-        source = llm._assembly.pipeline._reader  # type: ignore[attr-defined]
+        llm._service.call(lambda engine: engine.drain())
+        source = llm._service.engine.pipeline._reader  # type: ignore[attr-defined]
         assert not source._early and not source._readers
         llm.use("spd")
         assert answers(llm) == truth
@@ -154,12 +158,14 @@ def test_a_run_without_the_draft_leaves_nothing_at_its_station(folders: Folders,
 
 @pytest.fixture(scope="module")
 def processes(folders: Folders) -> Iterator[Callable[..., LLM]]:
-    """A distributed pipeline that knows the text by heart, and what its draft station answered."""
+    """Makes pipelines of processes. pace: what their stations take at least."""
     made: list[LLM] = []
 
-    def make(stages: int, draft: str, **more: object) -> LLM:
-        made.append(LLM(str(folders.target), draft=draft, stages=stages, dtype="float32", pipeline="distributed",
-                        **more))  # type: ignore[arg-type]
+    def make(stages: int, draft: str, pace: dict[str, dict[int, float]] | None = None,
+             listeners: Sequence[Listener] = (), **more: object) -> LLM:
+        prepared = prepare(Options.of(model=str(folders.target), draft=draft, stages=stages, dtype="float32", **more))
+        pipeline = WorkersPipeline(prepared.stages, prepared.draft, pace=pace)
+        made.append(LLM.over(prepared, pipeline, clock="wall", listeners=listeners))
         return made[-1]
 
     yield make

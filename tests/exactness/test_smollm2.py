@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from simulated import simulated
+
 from fullpipe import LLM, SamplingParams
 from fullpipe.hub import resolve
 
@@ -15,7 +17,7 @@ PROMPTS = ["Write a Python function that reverses a string.", "What is the capit
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("smollm2-135m", draft="ngram", stages=6, dtype="float32", costs="unit", threads=1) as llm:
+    with simulated("smollm2-135m", draft="ngram", stages=6, dtype="float32") as llm:
         yield llm
 
 
@@ -55,7 +57,7 @@ def test_so_do_processes_and_samples(llm: LLM, asked: list[list[int]], plain: li
     sampled = SamplingParams(max_tokens=16, temperature=1.0, seed=7)
     llm.use("pp")
     (reference,) = llm.generate(asked[:1], sampled)
-    with LLM("smollm2-135m", draft="ngram", stages=2, dtype="float32", pipeline="distributed") as other:
+    with LLM("smollm2-135m", draft="ngram", stages=2, dtype="float32") as other:
         (greedy,) = other.generate(asked[3:], SamplingParams(max_tokens=24, ignore_eos=True))
         (sample,) = other.generate(asked[:1], sampled)
     assert greedy.token_ids == plain[3][:24]

@@ -11,7 +11,8 @@ from driving import TellingEngine
 from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Opening, Part, Ready, Tap, Woken
 from fullpipe.methods import make_method
-from fullpipe.pipeline.inprocess import InProcessPipeline, unit_costs
+from fullpipe.pipeline.durations import unit_costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.base import TapCount

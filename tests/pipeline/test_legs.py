@@ -31,8 +31,8 @@ def test_waiting_unseen_for_the_flight_before_is_made_good_first() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.lists(stays, min_size=3, max_size=3), seconds, seconds), max_size=8))
-def test_legs_are_in_order_and_between_sending_and_landing(flights: list[tuple[float, list[Stay], float, float]]) -> None:
-    """However long the hops took, each leg is as long as it was."""
+def test_legs_are_in_order_and_as_long_as_they_were(flights: list[tuple[float, list[Stay], float, float]]) -> None:
+    """However long the hops took; and all lie between sending and landing."""
     legs, sent, landed, before = Legs(NAMES), 1000.0, 0.0, [0.0] * 3
     for gap, at, carried, hops in flights:
         sent += gap

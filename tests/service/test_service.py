@@ -394,3 +394,13 @@ def raising(error: Exception) -> Callable[[Engine], None]:
         raise error
 
     return act
+
+
+def test_a_token_that_ends_the_text_is_not_read() -> None:
+    whole, caller = plain([7], 10), Caller()
+    end = next(token for place, token in enumerate(whole) if place >= 4 and whole.index(token) == place)
+    with closing(serve()) as service:
+        service.submit([7], SamplingParams(max_tokens=40, stop_token_ids=(end,)), caller)
+        tokens, text, reason = caller.result()
+    assert (tokens, reason) == (whole[: whole.index(end) + 1], "stop")
+    assert text == "".join(f"{token} " for token in tokens[:-1])

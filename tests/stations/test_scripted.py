@@ -15,10 +15,10 @@ from fullpipe.stations.scripted import ScriptedStage
 def _said(truth: dict[str, Any], request: int, positions: list[int]) -> list[int]:
     """What a single stage answers at these positions of a request whose prompt has 2 tokens."""
     slots = list(range(len(positions)))
-    part = Part(request, [], slots, slots, positions, slots, [[slot] for slot in slots], [True] * len(slots))
-    opening = Opening(request, 16, 2, SamplingParams())
-    verdict = ScriptedStage(0, 1, truth).run(Flight(0, [part], [opening]), None)
-    tokens: list[int] = verdict.tokens  # type: ignore[union-attr]
+    part = Part(request + 7, [], slots, slots, positions, slots, [[slot] for slot in slots], [True] * len(slots))
+    opening = Opening(request + 7, 16, 2, SamplingParams(), request=request)
+    landed = ScriptedStage(0, 1, truth).run(Flight(0, [part], [opening]), None)
+    tokens: list[int] = landed.tokens  # type: ignore[union-attr]
     return tokens
 
 

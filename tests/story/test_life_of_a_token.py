@@ -17,7 +17,8 @@ import tokenizers
 import torch
 
 import tiny
-from fullpipe import LLM, Chunk, SamplingParams
+from simulated import simulated
+from fullpipe import Chunk, SamplingParams
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched
 
 PROMPT = "w1 w17 w9 w33 w17 w9"
@@ -48,8 +49,8 @@ class Told:
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     target, draft = write_models(tmp_path_factory.mktemp("models"))
     events: list[Event] = []
-    with LLM(target, draft=draft, stages=STAGES, method="fullpipe", width=WIDTH, dtype="float32", costs="unit",
-             threads=1, listeners=[events.append]) as llm:
+    with simulated(target, draft=draft, stages=STAGES, method="fullpipe", width=WIDTH, dtype="float32",
+                   listeners=[events.append]) as llm:
         chunks = list(llm.stream(PROMPT, PARAMS))
         heard = events.copy()
         llm.use("pp")

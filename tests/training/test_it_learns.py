@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 
 import pytest
+from simulated import simulated
 
-from fullpipe import LLM, SamplingParams
+from fullpipe import SamplingParams
 from fullpipe.hub import resolve
 from fullpipe.training.plan import Plan
 from fullpipe.training.run import gather, train
@@ -42,7 +43,7 @@ def test_a_minute_of_training_beats_ngram_on_prompts_that_were_held_out(tmp_path
 
 def hit_rate(draft: str, asked: list[list[dict[str, str]]]) -> float:
     """Share of the emitted tokens that were in flight, by the same method."""
-    with LLM("smollm2-135m", draft=draft, stages=STAGES, method="spd", dtype="bfloat16", costs="unit") as llm:
+    with simulated("smollm2-135m", draft=draft, stages=STAGES, method="spd", dtype="bfloat16", threads=2) as llm:
         said = [llm.chat(prompt, SamplingParams(max_tokens=32)).speculation for prompt in asked]
     hits, misses = (sum(one[name] for one in said) for name in ("hits", "misses"))
     return hits / (hits + misses)

@@ -14,7 +14,8 @@ from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
-from fullpipe.pipeline.inprocess import InProcessPipeline, measured_costs, unit_costs
+from fullpipe.pipeline.durations import measured_costs, unit_costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe_lab.clusters import Cluster, DraftCosts
 
@@ -29,12 +30,12 @@ def _silent(line: str) -> None:
 @dataclass(slots=True)
 class Said:
     """What became of one prompt. stats: in seconds of the pipeline's clock. finish: "stop" or "length", None while it
-    runs. margins: how far each token stood above the second best, where that was asked for. wall_s: what it took
-    here."""
+    runs. margins: how far each token stood above the second best; None without a second, or where it was not
+    asked. wall_s: what it took here."""
 
     stats: RequestStats
     tokens: list[int] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
+    margins: list[float | None] = field(default_factory=list)
     finish: str | None = None
     wall_s: float = 0.0
 
@@ -111,8 +112,7 @@ class Asker:
             case Emitted():
                 said = self._running[event.request]
                 said.tokens.append(event.token)
-                if event.margin is not None:
-                    said.margins.append(event.margin)
+                said.margins.append(event.margin)
             case Finished():
                 said = self._running.pop(event.request)
                 said.finish, said.stats = event.reason, copy.copy(said.stats)  # what lands later is not counted

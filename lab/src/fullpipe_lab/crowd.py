@@ -21,7 +21,8 @@ from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Drafted, Emitted, Event, Expansion, Finished, Flight, Landed, Leg, Part
 from fullpipe.pipeline.base import Pipeline
-from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
+from fullpipe.pipeline.durations import Costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.stations.base import DraftLike
 from fullpipe_lab.recording import Answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def record(target: Simulated, recording: Recording, prompts: Sequence[FilePrompt
             asked = [target.encode(_conversation(target, recording, prompt, turn)) for prompt in part]
             for prompt, tokens, said in zip(part, asked, target.ask(asked, recording.head.params)):
                 assert said.finish is not None
-                margins = [round(margin, 5) if math.isfinite(margin) else None for margin in said.margins]
+                margins = [None if margin is None else round(margin, 5) for margin in said.margins]
                 recording.add(Answer(f"{prompt.id}#{turn}", task_of(prompt), tokens, said.tokens, said.finish, margins,
                                      digest(prompt.turns[: turn + 1])))
                 done += 1

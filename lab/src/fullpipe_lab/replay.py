@@ -19,7 +19,8 @@ from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Drafted, Emitted, Event, Flight, Landed, Launched, Leg, Part
 from fullpipe.methods import Method
-from fullpipe.pipeline.inprocess import Costs, InProcessPipeline
+from fullpipe.pipeline.durations import Costs
+from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Links
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.base import DraftLike

@@ -28,7 +28,7 @@ def demo(
     prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="The prompt.")] = PROMPT,
     pipeline: Annotated[PipelineOptions, Only("stages", "link_ms", "threads")]
     = PipelineOptions(stages=4, link_ms=25.0),
-    sampling: Annotated[SamplingParams, Only("max_tokens")] = SamplingParams(max_tokens=64),
+    sampling: Annotated[SamplingParams, Only("max_tokens")] = SamplingParams(max_tokens=96),
     picture: Annotated[Path, typer.Option("--picture", metavar="FILE", help="Where the picture of both pipelines over "
                                           "time goes, .png or .svg.")] = _PICTURE,
 ) -> None:
@@ -46,8 +46,8 @@ def demo(
         llm.use("pp")
         llm.generate(asked, SamplingParams(max_tokens=1))  # pays for what is made once
         console.print_note(f"\n{asked[0]['content']}")
-        plain, its_events = _run(llm, "pp", "plain pipeline parallelism: every token goes through all stages before the "
-                                 "next sets off", asked, sampling, events)
+        plain, its_events = _run(llm, "pp", "plain pipeline parallelism: a token goes through all stages before the "
+                                 "next one sets off", asked, sampling, events)
         ours, our_events = _run(llm, "fullpipe", "fullpipe: the stages are filled with guesses of the same text",
                                 asked, sampling, events)
     _compare(plain, ours, pipeline)

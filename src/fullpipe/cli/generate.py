@@ -34,15 +34,16 @@ def generate(
 ) -> None:
     """Answer a prompt; the text streams to standard output as it is committed."""
     asked = options.as_prompt(options.read_prompt(prompt), chat)
-    traces = Traces(trace or (), events, title=f"{method.method}, {model.model}", clock="wall-clock time")
+    traces = Traces(trace or (), events, clock="wall-clock time")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(traces)  # they are written when all has been told
         fetch_all(model, method.method)
         from fullpipe.llm import LLM
 
         llm = stack.enter_context(LLM.of(Options(model=model, method=method, pipeline=pipeline),
                                          listeners=[traces] if traces.wanted else [], progress=console.print_note))
-        traces.tokenizer = llm.tokenizer
-        stack.enter_context(traces)
+        where = "1 stage" if llm.num_stages == 1 else f"{llm.num_stages} stages"
+        traces.tokenizer, traces.title = llm.tokenizer, f"{llm.method} on {where}, {model.model}"
         _answer(llm, asked, sampling, as_json)
 
 

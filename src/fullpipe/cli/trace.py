@@ -12,7 +12,7 @@ import typer
 from fullpipe.cli import console
 from fullpipe.cli.options import one_of
 from fullpipe.errors import FullpipeError, MissingExtra, UsageError
-from fullpipe.messages import Event
+from fullpipe.messages import Event, Ready
 
 if TYPE_CHECKING:
     from fullpipe.models.tokenizer import Tokenizer
@@ -153,14 +153,15 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 class Traces:
     """Listens to an engine, and writes `files` when its `with` block ends, however it ends.
 
-    A .jsonl file is written as events come, the others at the end. No file is touched before the first event, so
-    what was refused leaves everything as it was. events: a file that gets the events whatever its ending.
+    A .jsonl file is written as events come, the others at the end. No file is touched before a request is there, so
+    what was refused leaves everything as it was. events: a file that gets the events whatever its ending. title: of
+    pages and pictures. tokenizer: spells their tokens.
 
     Raises `UsageError` for files that cannot be written and `MissingExtra` without matplotlib: here, for a failure
     at the end of a long run is dear. When the block ends with an exception, what cannot be written is only reported.
     """
 
-    def __init__(self, files: Iterable[Path], events: Path | None, *, title: str, clock: Clock) -> None:
+    def __init__(self, files: Iterable[Path], events: Path | None, *, title: str = "", clock: Clock) -> None:
         from fullpipe.trace.files import check_writable
 
         wanted = list(dict.fromkeys(files))
@@ -171,9 +172,10 @@ class Traces:
         self._drawn = [path for path in wanted if path.suffix.lower() != ".jsonl"]
         self._recorded = list(dict.fromkeys([path for path in wanted if path not in self._drawn]
                                             + ([events] if events is not None else [])))
-        self._title, self._clock = title, clock
+        self.title, self._clock = title, clock
         self._recorders: list[JsonlRecorder] = []
         self._events: list[Event] = []
+        self._early: list[Event] = []  # what idle stations said
         self._begun = False
         self.tokenizer: Tokenizer | None = None
 
@@ -182,8 +184,16 @@ class Traces:
         return bool(self._drawn or self._recorded)
 
     def __call__(self, event: Event) -> None:
+        if not self._begun and isinstance(event, Ready):
+            self._early.append(event)
+            return
         if not self._begun:
             self._begin()
+            for early in self._early:
+                self._take(early)
+        self._take(event)
+
+    def _take(self, event: Event) -> None:
         for recorder in self._recorders:
             recorder(event)
         if self._drawn:
@@ -212,7 +222,7 @@ class Traces:
     def _write(self, path: Path) -> FullpipeError | None:
         texts = token_texts(self.tokenizer, self._events) if self.tokenizer is not None else None
         try:
-            write(self._events, path, title=self._title, clock=self._clock, texts=texts)
+            write(self._events, path, title=self.title, clock=self._clock, texts=texts)
         except FullpipeError as failure:
             return failure
         console.print_note(f"wrote {path}")

@@ -122,17 +122,14 @@ def first_difference(prompt: str, method: str, one: Completion, reference: Compl
     for index, (token, wanted) in enumerate(zip(one.token_ids, reference.token_ids)):
         if token != wanted:
             # Margins are of scores that the temperature has divided; near-ties are of logits.
-            margin, its_margin = one.margins[index] * temperature, reference.margins[index] * temperature
-            return Difference(prompt, method, index, token, wanted, _finite(margin), _finite(its_margin),
-                              near_tie=max(margin, its_margin) <= near)
+            margin, its_margin = (None if above is None else above * temperature
+                                  for above in (one.margins[index], reference.margins[index]))
+            near_tie = all(above is not None and above <= near for above in (margin, its_margin))
+            return Difference(prompt, method, index, token, wanted, margin, its_margin, near_tie)
     if len(one.token_ids) != len(reference.token_ids):
         return Difference(prompt, method, min(len(one.token_ids), len(reference.token_ids)), -1, -1, None, None,
                           near_tie=False)
     return None
-
-
-def _finite(margin: float) -> float | None:
-    return margin if math.isfinite(margin) else None
 
 
 def _print(report: dict[str, Any], as_json: bool) -> None:

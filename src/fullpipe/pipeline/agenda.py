@@ -1,4 +1,4 @@
-"""What will happen on a virtual clock, in order of time. No torch."""
+"""An agenda holds what will happen on a virtual clock, in order of time. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import count
 
 from fullpipe.messages import Event
+from fullpipe.pipeline.links import Wire
 
 Action = Callable[[], Event | None]
 """Something that happens. It returns the event that tells the engine of it, if any."""
@@ -30,6 +31,14 @@ class Agenda:
     def begin_at(self, moment: float, action: Action) -> None:
         """Something may begin then."""
         heapq.heappush(self._heap, (moment, True, next(self._order), action))
+
+    def deliver(self, wire: Wire, size: int, action: Action) -> Event | None:
+        """Let it happen when a message of so many bytes, sent now, arrives: at once where it takes no time."""
+        arrival = wire.arrival(self.time, size)
+        if arrival <= self.time:
+            return action()
+        self.at(arrival, action)
+        return None
 
     def run(self) -> list[Event]:
         """Let happen what comes next, up to the end of the first instant that has events; these, in order."""

@@ -1,4 +1,4 @@
-"""The promise that every pipeline keeps. The engine knows nothing else about it."""
+"""Every pipeline keeps this promise, and the engine knows nothing else about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fullpipe.messages import Event, Flight
 
 
 class Pipeline(ABC):
-    """Stations in a row (stages), and one beside them (draft).
+    """Moves flights through stations in a row (stages), and jobs through one beside them (draft).
 
     Promises:
     - Flights leave every station in the order in which they entered it; so do draft jobs. `Landed` and

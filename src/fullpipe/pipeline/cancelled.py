@@ -1,4 +1,4 @@
-"""What is remembered of cancels, which overtake the flights that they are about. No torch."""
+"""Stations remember cancels, which overtake the flights that they are about. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PROMPT = -1  # the node id of every prompt row: not an id, so nobody can mean i
 
 
 class Cancelled:
-    """Ids of nodes that nobody needs, as far as a worker has heard. Safe between threads.
+    """Holds the nodes that nobody needs, as far as a worker has heard. Safe between threads.
 
     A node passes a station once at most, so an id is forgotten when its row is dropped. An id whose row
     has been computed here already is never met again; so only the newest `most` ids are kept.
@@ -49,7 +49,7 @@ class Cancelled:
 
 
 class CancelTimes:
-    """When each node was cancelled that is still in a flight, for stations of one process and one clock."""
+    """Holds when each node was cancelled that is still in a flight, for stations of one process and one clock."""
 
     def __init__(self) -> None:
         self._times: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""What the types of the messages cannot say of a worker's answer: does it belong to what was sent?
+"""These checks ask what types cannot say of a worker's answer: does it belong to what was sent?
 
 A worker that is damaged, or of another version, must become one `Failed` event and not an exception somewhere in the
 engine, or a token that nobody chose. Each check raises `NonsenseError`.
@@ -15,7 +15,7 @@ from fullpipe.pipeline.wire import NonsenseError
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What may be said of a flight or job that is under way.
+    """Knows what may be said of a flight or job that is under way.
 
     sent: when it went out, by the pipeline's clock. nodes: of its rows; wanted: of those with `wants`, in order.
     prompts: arenas of which it carries prompt rows.

@@ -1,4 +1,4 @@
-"""Emulated links and paced devices on the wall clock: what a worker does to make time pass. No torch.
+"""A worker makes time pass here, for emulated links and paced devices on the wall clock. No torch.
 
 A worker holds a message until `links.Wire` says that it has arrived, counted from the moment at which it really came,
 by its own clock. (So an emulated link comes on top of the real one, which takes a fraction of a millisecond.) What a
@@ -35,7 +35,7 @@ Reply = Free | Answered | Guessed
 
 @dataclass(slots=True)
 class Arrival:
-    """What reaches a station: a flight or job, its stays so far, and its hidden rows.
+    """Reaches a station: a flight or job, its stays so far, and its hidden rows.
 
     size: its bytes on the link. came: when it really came; due: when it counts as arrived. Both by this process's
     `time.monotonic`.
@@ -69,7 +69,7 @@ def wake_promptly() -> None:
 
 
 class Outbox:
-    """Frames on their way to the engine. On an instant link they go out when they are sent.
+    """Sends frames to the engine when their link has carried them; on an instant link at once.
 
     transmit: really sends a frame; called from a thread of this object's unless the link is instant.
     """
@@ -95,7 +95,7 @@ class Outbox:
 
 
 class Inbound:
-    """Flights from the stage before, over an emulated link, taken in by a thread while they are on their way.
+    """Takes in flights from the stage before, by a thread, while they are on an emulated link.
 
     Back-pressure: no more is let come than `Link.window` allows to be on the link or to wait here. The sender
     has one more in its hands, which sets off when a receive waits for it; that one is counted too. Where

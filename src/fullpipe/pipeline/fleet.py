@@ -1,4 +1,4 @@
-"""The worker processes of one pipeline: hearing from them, and ending them without a trace."""
+"""A fleet is the worker processes of one pipeline: it hears from them, and ends them without a trace."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ News = FromWorker | EOFError | NonsenseError
 
 @dataclass(slots=True)
 class Worker:
-    """One process as its fleet sees it.
+    """Is one process as its fleet sees it.
 
     name: "stage 0", "stage 1", ..., "draft".
     heard: when its last frame arrived, seconds of `time.monotonic`.
@@ -61,7 +61,7 @@ class Worker:
 
 
 class Fleet:
-    """The worker processes of one pipeline; `launch.start_fleet` starts them.
+    """Holds the worker processes of one pipeline; `launch.start_fleet` starts them.
 
     starting_done: not set while processes are being started; `close` waits for it. ended: set when all are gone.
     """

@@ -1,4 +1,4 @@
-"""What engine and workers tell each other: a struct for each kind of message, sent as msgpack, read by its type.
+"""Engine and workers tell each other these things: a struct for each kind of message, sent as msgpack.
 
 No message holds a moment. Every process has a clock of its own, so what is told of time is how long something took
 (`Stay`); where that lies on the engine's clock the pipeline works out (`legs`).
@@ -18,7 +18,7 @@ Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 
 
 class Stay(Struct, array_like=True):
-    """One flight's stay at one station, in seconds of that station's own clock.
+    """Tells of one flight's stay at one station, in seconds of that station's own clock.
 
     carried: for which it was held back, because the emulated link to here takes so long.
     waited: from then until work on it began. worked: until the work was done. held: until the next station let it come.
@@ -36,7 +36,7 @@ class Stay(Struct, array_like=True):
 
 
 class Setup(Struct, tag_field="kind", tag=True):
-    """What a process is to be; its first message.
+    """Tells a process what it is to be; its first message.
 
     rank: its number, the draft's behind those of the stages. world: how many there are. tapping: ranks of the stages
     that send hidden states to the draft. pace: least seconds of work by rows. parent: the engine's process.
@@ -69,7 +69,7 @@ class Setup(Struct, tag_field="kind", tag=True):
 
 
 class Work(Struct, tag_field="kind", tag=True):
-    """A flight for the first stage, or a job for the draft."""
+    """Brings a flight to the first stage, or a job to the draft."""
 
     flight: Flight
 
@@ -97,8 +97,8 @@ class Free(Struct, tag_field="kind", tag=True):
 
 
 class Answered(Struct, tag_field="kind", tag=True):
-    """The last stage's answer to a flight. stays: at each stage. carried: seconds for which the emulated link to the
-    engine held it."""
+    """Brings the last stage's answer to a flight. stays: at each stage. carried: seconds for which the emulated link to
+    the engine held it."""
 
     landed: Landed
     stays: list[Stay]
@@ -106,7 +106,7 @@ class Answered(Struct, tag_field="kind", tag=True):
 
 
 class Guessed(Struct, tag_field="kind", tag=True):
-    """The draft's answer to a job. taps, tap_bytes: what had come from the stages by then. carried: as above."""
+    """Brings the draft's answer to a job. taps, tap_bytes: what had come from the stages by then. carried: as above."""
 
     job: int
     expansions: list[Expansion]

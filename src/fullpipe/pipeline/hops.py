@@ -1,4 +1,4 @@
-"""How hidden rows get from one worker to the next: over gloo, point to point."""
+"""Hidden rows hop from one worker to the next, over gloo, point to point."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NeighbourLostError(Exception):
 
 
 class Outgoing:
-    """The way to another process over gloo, at its beginning. One thread uses it.
+    """Sends to another process over gloo. One thread uses it.
 
     A message is an opening of fixed size, with as much as it holds, and a second piece if something is left.
     Gloo moves bytes only when a receive of just that size waits for them, so a size that had to be announced
@@ -55,7 +55,7 @@ class Outgoing:
 
 
 class Incoming(Generic[Header]):
-    """The other end of an `Outgoing`. name: whose, for words about it. kind: of its messages' headers."""
+    """Receives what an `Outgoing` sends. name: whose, for words about it. kind: of its messages' headers."""
 
     def __init__(self, rank: int, name: str, kind: type[Header]) -> None:
         self._rank, self.name, self._kind = rank, name, kind
@@ -99,7 +99,7 @@ class Incoming(Generic[Header]):
 
 
 class Neighbours:
-    """Point-to-point hops between the stages.
+    """Connects a stage with those before and after it.
 
     Each stage lets one flight wait: a receive for it is posted while the one before is computed, so it
     travels meanwhile. A stage that has a flight to hand on first waits until its last one was received.

@@ -1,4 +1,4 @@
-"""All stations in this process, run in order of events.
+"""All stations run in this process, in order of events.
 
 With the virtual clock every station's work is really computed, and its duration (measured, or given)
 advances that station's own clock: the tokens are real, the machine is imagined. With the wall clock the
@@ -12,44 +12,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready, Woken
 from fullpipe.pipeline.agenda import Agenda
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.cancelled import CancelTimes
+from fullpipe.pipeline.durations import Costs, unit_costs
 from fullpipe.pipeline.inprocess_taps import TapWay
 from fullpipe.pipeline.links import INSTANT, Link, Links, Wire
 from fullpipe.stations.base import DraftLike, StageLike, TapCount, drop_rows, tap_reader, untapped
-
-
-class Costs(Protocol):
-    """How long a station takes, in seconds of the virtual clock.
-
-    station: "stage 0", ..., "draft". rows: those that were still wanted when it began. measured: seconds that
-    the work took here. context: tokens in the longest path of the flight.
-    """
-
-    def __call__(self, station: str, rows: int, measured: float, context: int) -> float: ...
-
-
-def unit_costs(station: str, rows: int, measured: float, context: int) -> float:
-    """Every stage step and every draft call takes one second; a flight whose rows all died takes none."""
-    return 1.0 if rows else 0.0
-
-
-def measured_costs(station: str, rows: int, measured: float, context: int) -> float:
-    """What the work took here, as if every station were a machine like this one."""
-    return measured
-
 
 _REPLY_ROW_BYTES = 64  # of a row in what travels without hidden states: jobs, drafts, landings
 
 
 @dataclass(slots=True)
 class _Cargo:
-    """A flight on its way, with what the stage before made of it and the legs behind it. since: when it came to
+    """Carries a flight, with what the stage before made of it and the legs behind it. since: when it came to
     the queue in which it waits."""
 
     flight: Flight
@@ -59,7 +39,7 @@ class _Cargo:
 
 
 class _Station:
-    """What works through a queue. wire: by which flights come in. ahead: flights that are on it, or wait here, not yet
+    """Works through a queue. wire: by which flights come in. ahead: flights that are on it, or wait here, not yet
     started. held: what the station has finished but may not hand on yet."""
 
     def __init__(self, name: str, run: Callable[[Flight, Any], Any], device: str, link: Link) -> None:
@@ -75,11 +55,9 @@ class _Station:
 class InProcessPipeline(Pipeline):
     """Runs its stations itself.
 
-    stages: the slices in order. draft: who proposes, or None.
-
-    clock: "virtual" or "wall". costs: durations on the virtual clock. links: what the hops take on the virtual
-    clock (None: nothing). message_bytes: size of a flight of so many rows with its hidden states. device_of:
-    where a station sits; stations of one device take turns (None: each has its own).
+    stages: the slices in order. draft: who proposes, or None. clock: "virtual" or "wall". costs: durations on the
+    virtual clock. links: what the hops take there (None: nothing). message_bytes: size of a flight of so many rows with
+    its hidden states. device_of: where a station sits; stations of one device take turns.
 
     A stage that has finished keeps the flight, and does nothing else, while as many as `Link.window` says are
     on their way to the next stage or wait there: a slow stage slows those before it.
@@ -187,11 +165,10 @@ class InProcessPipeline(Pipeline):
         station.ahead -= 1
         self._busy.add(station.device)
         self._release_before(station)
-        flight, hidden = cargo.flight, cargo.hidden
         if station is not self._draft:  # a cancel overtakes, but takes a latency
-            heard = self._cancelled.heard(flight, self._agenda.time - station.wire.link.latency_s)
-            flight, hidden = drop_rows(flight, hidden, heard)
-        self._compute(station, _Cargo(flight, hidden, cargo.legs))
+            heard = self._cancelled.heard(cargo.flight, self._agenda.time - station.wire.link.latency_s)
+            cargo.flight, cargo.hidden = drop_rows(cargo.flight, cargo.hidden, heard)
+        self._compute(station, cargo)
 
     def _compute(self, station: _Station, cargo: _Cargo) -> None:
         flight = cargo.flight
@@ -217,7 +194,8 @@ class InProcessPipeline(Pipeline):
         self._free(station)
         size = _REPLY_ROW_BYTES * sum(len(expansion.tokens) for expansion in cargo.hidden)
         (leg,) = cargo.legs
-        return self._reply("draft", size, lambda: Drafted(self.now(), cargo.flight.id, cargo.hidden, leg))
+        return self._agenda.deliver(self._back["draft"], size,
+                                    lambda: Drafted(self.now(), cargo.flight.id, cargo.hidden, leg))
 
     def _done(self, station: _Station, cargo: _Cargo) -> Event | None:
         """A stage has computed a flight: hand it on, now or when there is room."""
@@ -261,18 +239,10 @@ class InProcessPipeline(Pipeline):
 
         if self.num_stages == 1:
             self._agenda.at(self._agenda.time, self._ready)
-        return self._reply("landing", _REPLY_ROW_BYTES * len(answer.nodes), landed)
+        return self._agenda.deliver(self._back["landing"], _REPLY_ROW_BYTES * len(answer.nodes), landed)
 
     def _ready(self) -> Event | None:
-        return self._reply("ready", 0, lambda: Ready(self.now()))
-
-    def _reply(self, wire: str, size: int, event: Callable[[], Event]) -> Event | None:
-        """The event now, or later where there is a way to travel."""
-        arrival = self._back[wire].arrival(self._agenda.time, size)
-        if arrival <= self._agenda.time:
-            return event()
-        self._agenda.at(arrival, event)
-        return None
+        return self._agenda.deliver(self._back["ready"], 0, lambda: Ready(self.now()))
 
     def _free(self, station: _Station) -> None:
         self._busy.discard(station.device)

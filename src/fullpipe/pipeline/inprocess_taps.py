@@ -1,4 +1,4 @@
-"""The way of hidden states to a draft in the same process, on the virtual clock. No torch."""
+"""Hidden states go to a draft in the same process, on the virtual clock. No torch."""
 
 from __future__ import annotations
 

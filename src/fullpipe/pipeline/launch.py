@@ -1,4 +1,4 @@
-"""Starting worker processes, one per station on this machine.
+"""Worker processes are started here, one per station on this machine.
 
 What they need has no name anywhere that could be left behind: workers are reached through socket pairs that they
 inherit (nobody else can connect, so there is nothing to authenticate), the workers' meeting point for gloo is an
@@ -37,7 +37,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What is to be started.
+    """Says what is to be started.
 
     stages: one spec per stage, in order. One whose `args` have `taps` sends hidden states to the draft station.
     draft: its spec, or None for none.

@@ -1,4 +1,4 @@
-"""Where on the engine's clock a flight was at which station."""
+"""A flight was at which station when, on the engine's clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network does to messages: each link takes time for every byte, and time for the way. No torch.
+"""A network does this to messages: each link takes time for every byte, and time for the way. No torch.
 
 A link is a `Link`; who is connected by which is said by `Links`; `Wire` is one direction of a link in
 use, and tells when what is sent now arrives. The in-process pipeline puts these times on its virtual
@@ -19,7 +19,9 @@ _BITS_PER_BYTE, _MEGA = 8, 1e6
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """latency_s: seconds from a message's last byte leaving to its arriving.
+    """Takes time for messages.
+
+    latency_s: seconds from a message's last byte leaving to its arriving.
 
     bandwidth: bytes per second; infinite: a message of any size leaves at once.
 
@@ -69,7 +71,7 @@ INSTANT = Link()
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The links of a pipeline of n stages. What is left out is instant.
+    """Says by which links a pipeline of n stages is connected. What is left out is instant.
 
     stage_hops: from stage i to stage i + 1, n - 1 of them.
     to_first: between engine and stage 0, both ways: flights go down it, `Ready` comes up. Instant when the
@@ -131,9 +133,12 @@ class Links:
 
 @dataclass(frozen=True, slots=True)
 class StationLinks:
-    """The links around one station. inward: by which flights or jobs come. ready: on which stage 0 says that it is
-    free. answer: on which landings or drafts go to the engine. cancel_s: seconds that a `cancel` takes. taps: by which
-    each stage's hidden states come to the draft station; none elsewhere."""
+    """Says by which links one station is connected.
+
+    inward: by which flights or jobs come. ready: on which stage 0 says that it is free. answer: on which landings or
+    drafts go to the engine. cancel_s: seconds that a `cancel` takes. taps: by which each stage's hidden states come to
+    the draft station; none elsewhere.
+    """
 
     inward: Link
     ready: Link
@@ -159,7 +164,7 @@ class StationLinks:
 
 
 class Wire:
-    """One direction of a link in use. Messages leave one after another and arrive in that order; several
+    """Is one direction of a link in use. Messages leave one after another and arrive in that order; several
     may be on their way at once."""
 
     def __init__(self, link: Link) -> None:

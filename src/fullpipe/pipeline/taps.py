@@ -1,4 +1,4 @@
-"""The way of hidden states from the stages' processes to the draft's, beside that of the flights.
+"""Hidden states go from the stages' processes to the draft's, beside the way of the flights.
 
 A stage that taps has a thread that sends them, and the draft has one for each such stage, which takes them in. What
 these take in goes to the draft's one thread through its inbox (`TapInbox`).
@@ -24,12 +24,12 @@ from fullpipe.pipeline.links import Link, Wire
 from fullpipe.stations.base import TapCount, TapReader, drop_rows
 
 if TYPE_CHECKING:
-    from fullpipe.pipeline.worker import Control
+    from fullpipe.pipeline.serve import Control
 
 
 @dataclass(slots=True)
 class TapArrival:
-    """A tap that has come to the draft station, and its bytes. It counts as arrived from `due` on, seconds of
+    """Brings a tap to the draft station, with its bytes. It counts as arrived from `due` on, seconds of
     `time.monotonic`, when its link has carried it."""
 
     tap: Tap
@@ -39,7 +39,7 @@ class TapArrival:
 
 @dataclass(slots=True)
 class CancelArrival:
-    """Nodes of a cancel, which counts from `due` on."""
+    """Brings the nodes of a cancel, which counts from `due` on."""
 
     nodes: list[int]
     due: float
@@ -49,8 +49,8 @@ News = Arrival | TapArrival | CancelArrival  # what comes to an inbox
 
 
 class TapSender:
-    """A stage's taps on their way to the draft station, from a thread of their own: neither the stage nor the next
-    one waits for them. What piles up here is at most what is in flight, for the draft's end takes them in at any time.
+    """Sends a stage's taps to the draft station from a thread of its own: neither the stage nor the next one waits
+    for them. What piles up here is at most what is in flight, for the draft's end takes them in at any time.
 
     Raises `NeighbourLostError` in that thread.
     """
@@ -78,7 +78,7 @@ def receive_taps(stage: int, link: Link, deliver: Callable[[TapArrival], None]) 
 
 
 class TapInbox:
-    """What has come to a draft station that reads taps: jobs that wait, and what they wait for.
+    """Holds what has come to a draft station that reads taps: jobs that wait, and what they wait for.
 
     All of it comes through the worker's inbox, and one thread, that which runs the jobs, takes it out: between two jobs
     and while it waits for one. So `take` never runs while `run` does, without a lock, and a draft need know nothing

@@ -1,4 +1,4 @@
-"""Looking for workers that are silent, and for flights and jobs that get nowhere."""
+"""A watch finds workers that are silent, and flights and jobs that get nowhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GRACE_S = 1.0  # between losing a neighbour and that neighbour's own end being 
 
 
 class UnderWay:
-    """What is on its way through some workers (the stages, or the draft station), and since when nothing moved.
+    """Knows what is on its way through some workers (the stages, or the draft), and since when nothing moved.
 
     newest: the id of what went out last; -1: nothing has. moved: seconds of `time.monotonic`.
     """
@@ -63,7 +63,7 @@ class Watch:
     def __init__(self, flights: UnderWay, jobs: UnderWay, *, heartbeat_timeout: float, timeout: float) -> None:
         self._flights, self._jobs = flights, jobs
         self._heartbeat_timeout, self._timeout = heartbeat_timeout, timeout
-        self._bereft: tuple[float, Worker, str] | None = None  # since when, who lost a neighbour, words
+        self._lost: tuple[float, Worker, str] | None = None  # since when, who lost a neighbour, words
 
     def note_beat(self, worker: Worker, beat: Beat) -> None:
         """Raises `NonsenseError`."""
@@ -77,7 +77,7 @@ class Watch:
 
     def note_lost(self, worker: Worker, message: str) -> None:
         """It lost a neighbour, whose own end will be seen if it is the neighbour's fault."""
-        self._bereft = self._bereft or (time.monotonic(), worker, message)
+        self._lost = self._lost or (time.monotonic(), worker, message)
 
     def complaint(self) -> tuple[Worker, str] | None:
         """Who has failed, and what is wrong."""
@@ -89,16 +89,16 @@ class Watch:
             if now > under_way.deadline(self._timeout):
                 return under_way.holder(), (f"no progress for {self._timeout:g} s with {what} "
                                             f"{under_way.expected[0].id}")
-        if self._bereft and now - self._bereft[0] > _GRACE_S:
-            return self._bereft[1:]
+        if self._lost and now - self._lost[0] > _GRACE_S:
+            return self._lost[1:]
         return None
 
     def patience(self) -> float:
         """Seconds until there may be a complaint."""
         until = [worker.heard + self._heartbeat_timeout for worker in self._workers]
         until += [under_way.deadline(self._timeout) for under_way in (self._flights, self._jobs)]
-        if self._bereft:
-            until.append(self._bereft[0] + _GRACE_S)
+        if self._lost:
+            until.append(self._lost[0] + _GRACE_S)
         return max(0.0, min(until) - time.monotonic())
 
     @property

@@ -1,4 +1,4 @@
-"""How bytes travel between processes. Torch is imported only when a torch tensor passes.
+"""Bytes travel between processes. Torch is imported only when a torch tensor passes.
 
 - **Control**: `Channel`, a stream socket with length-prefixed frames, between the engine's process and each worker.
 - **Data**: one hop from worker to worker. `pack` makes a single byte array of a header and the hidden rows, `unpack`
@@ -38,7 +38,7 @@ _LARGEST = 1 << 32  # bytes of a hop; hidden rows of the longest prompts and wid
 
 
 class NonsenseError(Exception):
-    """What arrived is no message of ours. Its text completes "station X answers nonsense: "."""
+    """Is raised where what arrived is no message of ours. Its text completes "station X answers nonsense: "."""
 
 
 def frame_size(frame: Struct) -> int:
@@ -59,7 +59,7 @@ def _read(data: Any, kind: Any) -> Any:
 
 
 class Channel(Generic[T]):
-    """Frames over a connected stream socket. One thread may receive while any number send.
+    """Sends and receives frames over a connected stream socket. One thread may receive while any number send.
 
     kind: of what is received, a struct or a union of tagged ones.
     """
@@ -115,7 +115,7 @@ class Channel(Generic[T]):
 
 
 class Rows(Struct, array_like=True):
-    """What the receiver must know to view raw bytes as hidden rows again."""
+    """Says what the receiver must know to view raw bytes as hidden rows again."""
 
     library: Literal["numpy", "torch"]
     dtype: str

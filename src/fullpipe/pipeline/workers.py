@@ -1,11 +1,11 @@
-"""The pipeline whose stations are processes on this machine, on wall-clock time.
+"""The stations are processes on this machine, on wall-clock time.
 
 Flights go to the first stage, and jobs to the draft station, over their control connections; from stage
 to stage they travel with their hidden states, unseen by this process; landings and drafts come back
 over the control connections. There is no thread on this side's token path: `events` itself waits on the
 connections, so a message is one wake-up away from the engine.
 
-See `worker` for the other end of the connections, `launch` and `fleet` for the processes, `watch` for failures.
+See `serve` for the other end of the connections, `launch` and `fleet` for the processes, `watch` for failures.
 """
 
 from __future__ import annotations

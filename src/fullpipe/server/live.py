@@ -202,7 +202,8 @@ class Live(Observer):
 
     # ---- HTTP --------------------------------------------------------------------------------------------
 
-    def router(self, guards: Sequence[params.Depends] = (_KEY,), write_timeout_s: float = ServerOptions().write_timeout) -> APIRouter:
+    def router(self, guards: Sequence[params.Depends] = (_KEY,),
+               write_timeout_s: float = ServerOptions().write_timeout) -> APIRouter:
         """`/`, the page, and `/live`, its feed (Server-Sent Events). guards: what `/live` asks for, if not for an API
         key of the application; the page itself tells nothing. write_timeout_s: how long a watcher may take nothing of
         the feed before it counts as gone."""

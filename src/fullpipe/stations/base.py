@@ -1,4 +1,4 @@
-"""What sits inside a station: something that takes a flight and gives back what the next one needs.
+"""Inside a station sits something that takes a flight and gives back what the next one needs.
 
 The in-process pipeline calls these objects directly; a worker process hosts exactly one. Both drive the same code.
 No torch here.
@@ -15,7 +15,7 @@ from fullpipe.messages import Expansion, Flight, Tap
 
 
 class StageLike(Protocol):
-    """One slice of the model.
+    """Computes one slice of the model.
 
     `run` takes the flight (cancelled rows already dropped) and, except at the first stage, the previous
     stage's output: one hidden-state row per flight row, in order of parts, [rows, hidden]. It returns the
@@ -27,13 +27,13 @@ class StageLike(Protocol):
 
 
 class DraftLike(Protocol):
-    """Who proposes: answers each row of the job that has `wants` with an `Expansion`."""
+    """Proposes: answers each row of the job that has `wants` with an `Expansion`."""
 
     def run(self, job: Flight) -> list[Expansion]: ...
 
 
 class Tapped:
-    """What a stage's `run` returns that is to send hidden states to the draft station: its result, and with it
+    """Is what a stage's `run` returns that is to send hidden states to the draft station: its result, and with it
     `layers` and `features` as in `messages.Tap`."""
 
     __slots__ = ("features", "layers", "result")
@@ -43,7 +43,7 @@ class Tapped:
 
 
 class TapReader(Protocol):
-    """A draft that reads hidden states out of the stages.
+    """Proposes by hidden states that it reads out of the stages.
 
     The pipeline calls `take` for every tap that arrives, from one stage in the order of its flights, never while
     `run` is at work. Before it starts a job it asks `ready`; while the answer is no the job waits, and is asked for
@@ -68,7 +68,7 @@ class TapReader(Protocol):
 
 @dataclass(slots=True)
 class TapCount:
-    """What has reached the draft station: messages, and their bytes on the link."""
+    """Counts what has reached the draft station: messages, and their bytes on the link."""
 
     count: int = 0
     bytes: int = 0

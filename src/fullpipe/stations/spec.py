@@ -1,4 +1,4 @@
-"""How a station is described so that any process can build it: a function's name and plain values.
+"""A spec describes a station so that any process can build it: a function's name and plain values.
 
 A spec travels to a worker as it is. Nothing that executes on arrival (pickle) ever does, and a spec can
 only name functions of this package: a worker builds what it is told, so it is told little.
@@ -17,7 +17,7 @@ from fullpipe.stations.base import DraftLike, StageLike
 
 @dataclass(frozen=True, slots=True)
 class StationSpec:
-    """A station that has not been built yet.
+    """Describes a station that has not been built yet.
 
     builder: "fullpipe.module:function"; calling it with `args` gives a `StageLike` or a `DraftLike`.
     args: keyword arguments, plain JSON values (no tuples, no paths, string keys).

@@ -1,4 +1,4 @@
-"""What a station knows of one request's cache slots: token, position, and the committed path.
+"""A station knows this of one request's cache slots: token, position, and the committed path.
 
 A slot is an index into a request's arena, the same on every station. Stations are first-in-first-out, so a later
 owner's write always follows the dead one's. No torch here.
@@ -15,7 +15,7 @@ from fullpipe.messages import ArenaId, Opening, Part
 
 
 class SlotTable:
-    """What a station knows of one request's slots: token, position, and the committed path.
+    """Knows each slot of one request: token, position, and the committed path.
 
     Filled from the parts that arrive, in order; `apply` comes before anything is asked about a part.
     """

@@ -1,4 +1,4 @@
-"""Events to a file and back: one JSON object per line, for traces, plots and bug reports. No torch.
+"""Events go to a file and come back: one JSON object per line, for traces, plots and bug reports. No torch.
 
 A line is the event's type and its fields, structs within it as objects:
 `{"type": "Emitted", "time": 0.5, "request": 0, ...}`.
@@ -26,7 +26,7 @@ _BUFFER = 1 << 16  # bytes
 
 
 class JsonlRecorder:
-    """A `Recorder` that writes to `path`, replacing what was there.
+    """Writes the events that it is called with to `path`, replacing what was there.
 
     Lines are buffered; `close` (or leaving the `with` block) writes what is left, and may be called more
     than once. A disk that fails while a request runs costs the trace, not the request: the first failure

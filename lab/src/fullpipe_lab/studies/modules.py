@@ -12,6 +12,7 @@ next begins: a run that is killed goes on where it was. `--write` keeps the rece
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ def near_tie(truth: dict[str, Any], tokens: Sequence[int]) -> int | None:
     place = next((k for k, (a, b) in enumerate(zip(truth["tokens"], tokens)) if a != b), None)
     assert place is not None, f"a text of {len(tokens)} tokens instead of {len(truth['tokens'])}"
     margin = truth["margins"][place]
-    assert margin < NEAR, f"token {place} is {tokens[place]}, not {truth['tokens'][place]}, which led by {margin:.2f}"
+    lead = math.inf if margin is None else margin  # None: it had no rival
+    assert lead < NEAR, f"token {place} is {tokens[place]}, not {truth['tokens'][place]}, which led by {lead:.2f}"
     return place
 
 

@@ -1,4 +1,4 @@
-"""The shipped fake: a draft that proposes what it is told, with a stated accuracy. No torch.
+"""The shipped fake draft proposes what it is told, with a stated accuracy. No torch.
 
 It knows the truth (see `fullpipe.stations.scripted`) and puts the true token first with probability
 `accuracy`, among its other guesses with probability `coverage - accuracy`, and else leaves it out. Which
@@ -21,7 +21,9 @@ _RESOLUTION = 1 << 20
 
 
 class ScriptedDraft:
-    """accuracy: how often the first guess is true. coverage: how often any guess is.
+    """Knows what is true, and says it as often as it is told.
+
+    accuracy: how often the first guess is true. coverage: how often any guess is.
 
     Guess r (from 0) is given the probability accuracy * (1 - accuracy)**r: the truth is rarer further
     down, as with a real draft.
@@ -63,7 +65,7 @@ class ScriptedDraft:
 
 
 class TapChecker(ScriptedDraft):
-    """A scripted draft that reads the taps of scripted stages, and checks that each is what it should be.
+    """Reads the taps of scripted stages besides, and checks that each is what it should be.
 
     needs: layers of a node that must have come before a job that wants it may start.
     tell: answer with the layers that have come for the node, as a chain of tokens in order of arrival: no guesses.

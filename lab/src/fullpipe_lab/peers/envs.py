@@ -126,7 +126,7 @@ def _size(folder: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fullpipe_lab.peers", description=(
-        "Make the virtual environments of the peers that `fullpipe bench --peers` measures."))
+        "Make the virtual environments of the peers that `fullpipe-lab peers` measures."))
     parser.add_argument("names", nargs="*", metavar="NAME", help=(
         f"one of {', '.join(ENVIRONMENTS)}; default: all but the large ones "
         f"({', '.join(name for name, one in ENVIRONMENTS.items() if one.large)})"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import shutil
+import signal
 from pathlib import Path
 
 import pytest

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from simulated import simulated
-
 from fullpipe import LLM, SamplingParams
 from fullpipe.hub import resolve
+from simulated import simulated
 
 PROMPTS = ["Write a Python function that reverses a string.", "What is the capital of France?",
            "Count from one to ten.", "Rewrite this: the cat sat on the mat, the cat sat on the hat."]

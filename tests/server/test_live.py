@@ -27,8 +27,8 @@ from fullpipe.messages import (
     Ready,
     Submitted,
 )
-from fullpipe.server import live as module
 from fullpipe.options import ServerOptions
+from fullpipe.server import live as module
 from fullpipe.server.app import ServedModel, create_app
 from fullpipe.server.live import Live
 from fullpipe.supervision import Status

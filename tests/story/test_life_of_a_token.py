@@ -17,9 +17,9 @@ import tokenizers
 import torch
 
 import tiny
-from simulated import simulated
 from fullpipe import Chunk, SamplingParams
 from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched
+from simulated import simulated
 
 PROMPT = "w1 w17 w9 w33 w17 w9"
 LAST_OF_PROMPT = 5  # its position

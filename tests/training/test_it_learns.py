@@ -12,12 +12,12 @@ import json
 from pathlib import Path
 
 import pytest
-from simulated import simulated
 
 from fullpipe import SamplingParams
 from fullpipe.hub import resolve
 from fullpipe.training.plan import Plan
 from fullpipe.training.run import gather, train
+from simulated import simulated
 
 ANSWERS = Path(__file__).with_name("answers.jsonl.gz")
 STAGES, HELD_OUT = 4, 25  # every 25th prompt is for the engine

@@ -26,10 +26,9 @@ from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.methods import Method
 from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline
-from fullpipe.recovery import IDLE_S, Recovery
 from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe.sequences.sequence import Sequence as Running
-from fullpipe.supervision import Observer, Status
+from fullpipe.supervision import IDLE_S, Observer, Recovery, Status
 from fullpipe.text import Detokenizer, Reply
 
 log = logging.getLogger(__name__)
@@ -317,7 +316,7 @@ class Service(Generic[W]):
                                one.ticket.cached_tokens)
         one.deliver(update)
 
-    # ---- what recovery asks (`recovery.Callers`) ---------------------------------------------------------
+    # ---- what recovery asks (`supervision.Callers`) ---------------------------------------------------------
 
     def tell_news(self) -> None:
         touched, self._touched = self._touched, {}

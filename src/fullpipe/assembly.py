@@ -24,7 +24,7 @@ from fullpipe.costs import Machine
 from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.hub import CATALOGUE, cache, resolve
 from fullpipe.methods import OF_SOME, Method, make_method
-from fullpipe.options import Options
+from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.stations.base import DraftLike, StageLike
@@ -100,6 +100,11 @@ class Prepared:
     def reads_taps(self) -> bool:
         """Whether the draft reads hidden states of the stages."""
         return any(module_folder(name) for name in self.drafts)
+
+    def engine_options(self, asked: EngineOptions) -> EngineOptions:
+        """What an engine may do with these stations: a draft that reads hidden states would never hear of rows that
+        another request has computed, so with one prefixes are not shared."""
+        return replace(asked, enable_prefix_caching=asked.enable_prefix_caching and not self.reads_taps)
 
     def method(self, machine: Machine | None = None, name: str | None = None, **changes: Any) -> Method:
         """The method of the options; or another one, to which those of its options go that it has. changes: options

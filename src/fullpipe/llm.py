@@ -122,6 +122,7 @@ class LLM:
         return llm
 
     def _open(self, made: Assembly, engine: EngineOptions, clock: str, listeners: Iterable[Listener]) -> None:
+        engine = made.prepared.engine_options(engine)
         self._prepared, self._machine, self._clock = made.prepared, made.method.machine, clock
         self._shares_prefixes, self.max_num_seqs = engine.enable_prefix_caching, engine.max_num_seqs
         try:

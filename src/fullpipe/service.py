@@ -21,14 +21,14 @@ from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 from fullpipe.engine import Engine, Listener, RequestStats
-from fullpipe.errors import FullpipeError, Overloaded, Unavailable
+from fullpipe.errors import FullpipeError, Overloaded
 from fullpipe.messages import Emitted, Event, Finished
 from fullpipe.methods import Method
 from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe.sequences.sequence import Sequence as Running
-from fullpipe.supervision import Observer, State, Status, Supervision, what_failed
+from fullpipe.supervision import IDLE_S, Observer, Recovery, Status
 from fullpipe.text import Detokenizer, Reply
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,6 @@ class Ticket:
     cached_tokens: int = 0
 
 
-_IDLE_S = 0.5  # between two looks at stations that have nothing to do
 _BUSY_S = 0.1  # of waiting for events before the inbox is looked at again
 _CLOSE_S = 15.0  # for the engine's thread to end: a pipeline is closed within about two
 
@@ -146,14 +145,14 @@ class Service(Generic[W]):
     max_waiting: requests that wait, beyond those that run, before new ones are turned away; None: as many as come.
     listeners: told of every event; an `Observer` also of what no event tells.
 
-    max_model_len: tokens of prompt and answer together. capacity: requests at a time. failure: the newest.
+    max_model_len: tokens of prompt and answer together. capacity: requests at a time.
     """
 
     def __init__(self, pipeline: Pipeline, method: Method, model: Served[W], *, options: EngineOptions | None = None,
                  rebuild: Callable[[], Pipeline] | None = None, max_waiting: int | None = None,
                  listeners: Sequence[Listener] = ()) -> None:
         options = options or EngineOptions()
-        self.model, self._rebuild = model, rebuild
+        self.model = model
         self._observers = [one for one in listeners if isinstance(one, Observer)]
         # Ours comes last: it may end a request, which the others must not hear before what it was ended for.
         self.engine = Engine(pipeline, method, options=options, listeners=[*listeners, self._hear])
@@ -162,19 +161,16 @@ class Service(Generic[W]):
         self.capacity = (sys.maxsize if max_waiting is None or options.max_num_seqs is None
                          else options.max_num_seqs + max_waiting)
         self._kv_total = options.kv_cache_tokens or 0
-        self.failure: BaseException | None = None
-        self._supervision, self._retry_at = Supervision(), 0.0
-        self._state: State = "ready"
+        self._recovery = Recovery(self.engine, rebuild, self._observers, self)
         self._counts = (0, 0, 0)  # running, waiting, cache slots
         self._ids = count()
         self._lock = threading.Lock()  # of what callers change: _clients' keys, _state
         self._clients: dict[int, _Client] = {}
         self._touched: dict[int, _Client] = {}  # with news
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopping = threading.Event()
         for observer in self._observers:
             observer.on_start(self.engine.stats)
-        self._thread = threading.Thread(target=self._run, name="fullpipe-engine", daemon=True)
+        self._thread = threading.Thread(target=self._recovery.run, name="fullpipe-engine", daemon=True)
         self._thread.start()
 
     # ---- any thread --------------------------------------------------------------------------------------
@@ -194,7 +190,7 @@ class Service(Generic[W]):
         now = self.engine.now()
         clients = [self._client(one, now) for one in asked]
         with self._lock:
-            self._check_open(len(clients))
+            self._check_room(len(clients))
             self._clients |= {one.request.id: one for one in clients}
         self._inbox.put(lambda: self._enter(clients, now))
         return [one.ticket for one in clients]
@@ -225,7 +221,7 @@ class Service(Generic[W]):
                 done.set_exception(error)
 
         with self._lock:
-            self._check_open(0)
+            self._recovery.check_open()
             self._inbox.put(act)
         done.result()
 
@@ -233,18 +229,21 @@ class Service(Generic[W]):
     def busy(self) -> bool:
         return bool(self._clients)
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The newest of the pipeline, as it was raised."""
+        return self._recovery.failure
+
     def status(self) -> Status:
-        running, waiting, used = self._counts
-        state, told = self._state, self._supervision
-        wait = max(1.0, self._retry_at - time.monotonic()) if state != "ready" else 0.0
-        return Status(state, running, max(waiting, len(self._clients) - running), used, self._kv_total,
-                      told.restarts, told.last_failure, wait)
+        recovery, (running, waiting, used) = self._recovery, self._counts
+        if recovery.state in ("rebuilding", "failed"):
+            running, waiting, used = 0, 0, 0
+        return Status(recovery.state, running, max(waiting, len(self._clients) - running), used, self._kv_total,
+                      recovery.supervision.restarts, recovery.supervision.last_failure, recovery.retry_after_s)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take nothing new and wait until all is answered; False when time ran out."""
-        with self._lock:
-            if self._state != "stopped":
-                self._state = "draining"
+        self._recovery.turn("draining")
         end = math.inf if timeout is None else time.monotonic() + timeout
         while self._clients and self._thread.is_alive():
             if time.monotonic() >= end:
@@ -255,59 +254,32 @@ class Service(Generic[W]):
     def close(self, timeout: float = _CLOSE_S) -> None:
         """End everything now; requests that run get the reason "abort". timeout: seconds that the engine's thread may
         take. One that starts a pipeline cannot be stopped: it is left behind, and gives up what it has started."""
-        with self._lock:
-            self._state = "stopped"
-        self._stopping.set()
+        self._recovery.turn("stopped")
         self._inbox.put(lambda: None)
         self._thread.join(timeout)
         if self._thread.is_alive():
             log.warning("the engine has not ended within %g s and is left behind; it may be starting a pipeline",
                         timeout)
-            self._leave_all("abort")
+            self.give_up_all("abort")
 
-    def _check_open(self, more: int) -> None:
-        if self._state in ("failed", "draining", "stopped"):
-            why = f" ({self._supervision.last_failure})" if self._state == "failed" else ""
-            raise Unavailable(f"the service is {self._state}{why}", retry_after_s=self.status().retry_after_s,
-                              hint="Try again later.")
+    def _check_room(self, more: int) -> None:
+        self._recovery.check_open()
         if len(self._clients) + more > self.capacity:
             raise Overloaded(f"{len(self._clients)} requests are here already", retry_after_s=1.0,
                              hint="Try again in a moment, or start the server with a longer queue.")
 
     # ---- the engine's thread -----------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                self._serve()
-            except BaseException as error:  # a bug of ours, too, must not leave callers waiting for ever
-                self._note_failure(error, built=True)
-                self.engine.pipeline.close()
-                while not (self._stopping.is_set() or self._recover()):
-                    pass
-        self.engine.pipeline.close()
-        self._take_inbox()
-        self._leave_all("abort")
-
-    def _serve(self) -> None:
+    def step(self) -> None:
         engine = self.engine
-        while not self._stopping.is_set():
-            self._take_inbox(wait=0.0 if engine.busy else _IDLE_S)
-            began = time.thread_time()
-            engine.step(_BUSY_S if engine.busy else 0.0)
-            self._tell_news()
-            engine.isolate(self._supervision.suspect)
-            self._counts = engine.num_running, engine.num_waiting, engine.kv_used
-            for observer in self._observers:
-                observer.on_engine_time(time.thread_time() - began)
-
-    def _take_inbox(self, wait: float = 0.0) -> None:
-        try:
-            self._inbox.get(timeout=wait)() if wait else self._inbox.get_nowait()()
-            while True:
-                self._inbox.get_nowait()()
-        except queue.Empty:
-            pass
+        self.take_inbox(wait=0.0 if engine.busy else IDLE_S)
+        began = time.thread_time()
+        engine.step(_BUSY_S if engine.busy else 0.0)
+        self.tell_news()
+        engine.isolate(self._recovery.supervision.suspect)
+        self._counts = engine.num_running, engine.num_waiting, engine.kv_used
+        for observer in self._observers:
+            observer.on_engine_time(time.thread_time() - began)
 
     def _enter(self, clients: list[_Client], arrived: float) -> None:
         for one in clients:
@@ -330,24 +302,12 @@ class Service(Generic[W]):
         elif one.take(event):
             self.engine.end(event.request, "stop")
 
-    def _tell_news(self) -> None:
-        touched, self._touched = self._touched, {}
-        for one in touched.values():
-            if one.fresh.token_ids:
-                self._supervision.got_on(one.request.id)
-            if one.sequence is not None:
-                one.ticket.cached_tokens = one.sequence.cached
-            if one.reason is not None:
-                self._leave(one, one.reason, one.error)
-            else:
-                one.deliver(one.news())
-
     def _leave(self, one: _Client, reason: str, error: str | None = None) -> None:
         """The last that a caller hears."""
         with self._lock:
             if self._clients.pop(one.request.id, None) is None:
                 return
-        self._supervision.forget(one.request.id)
+        self._recovery.supervision.forget(one.request.id)
         one.reply.finish()
         update = one.news()
         update.reason, update.error = reason, error
@@ -356,52 +316,36 @@ class Service(Generic[W]):
                                one.ticket.cached_tokens)
         one.deliver(update)
 
-    def _leave_all(self, reason: str, error: str | None = None) -> None:
+    # ---- what recovery asks (`supervision.Callers`) ---------------------------------------------------------
+
+    def tell_news(self) -> None:
+        touched, self._touched = self._touched, {}
+        for one in touched.values():
+            if one.fresh.token_ids:
+                self._recovery.supervision.got_on(one.request.id)
+            if one.sequence is not None:
+                one.ticket.cached_tokens = one.sequence.cached
+            if one.reason is not None:
+                self._leave(one, one.reason, one.error)
+            else:
+                one.deliver(one.news())
+
+    def on_stations(self) -> dict[int, int]:
+        return {id: one.num_tokens for id, one in self._clients.items() if one.on_stations}
+
+    def give_up(self, id: int, why: str) -> None:
+        self._clients[id].error = why
+        self.engine.end(id, "error")
+
+    def give_up_all(self, reason: str, error: str | None = None) -> None:
         for one in list(self._clients.values()):
             self.engine.end(one.request.id, reason)
             self._leave(one, reason, error)
 
-    # ---- failures ----------------------------------------------------------------------------------------
-
-    def _note_failure(self, error: BaseException, *, built: bool) -> None:
-        """What was emitted before is delivered; who is the cause is ended; the rest waits. built: it was a pipeline
-        that failed; else none could be started, which is no request's fault."""
-        self.failure = error
-        log.error("%s", error, exc_info=None if isinstance(error, FullpipeError) else error)
-        self._tell_news()
-        station, reason = what_failed(error)
-        for observer in self._observers:
-            observer.on_restart(station, reason)
-        tokens = {id: one.num_tokens for id, one in self._clients.items() if built and one.on_stations}
-        for id, why in self._supervision.failed(reason, tokens):
-            self._clients[id].error = why
-            self.engine.end(id, "error")
-        self._tell_news()
-        self._counts = (0, len(self._clients), 0)
-        with self._lock:
-            if self._state in ("ready", "rebuilding"):
-                hopeless = self._supervision.hopeless or self._rebuild is None
-                self._state = "failed" if hopeless else "rebuilding"
-        if self._state == "failed":
-            self._leave_all("error", reason)
-
-    def _recover(self) -> bool:
-        """Have the engine go on with another pipeline; False when that did not work, or there was no time for it."""
-        if self._rebuild is None:
-            self._take_inbox(_IDLE_S)
-            return False
-        pause = self._supervision.pause_s
-        self._retry_at = time.monotonic() + pause
-        if self._stopping.wait(pause):
-            return False
+    def take_inbox(self, wait: float = 0.0) -> None:
         try:
-            self.engine.attach(self._rebuild())
-        except Exception as error:
-            self._note_failure(error, built=False)
-            return False
-        self.engine.isolate(self._supervision.suspect)
-        self._supervision.built()
-        with self._lock:
-            if self._state in ("rebuilding", "failed"):
-                self._state = "ready"
-        return True
+            self._inbox.get(timeout=wait)() if wait else self._inbox.get_nowait()()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            pass

@@ -147,8 +147,7 @@ def test_a_run_without_the_draft_leaves_nothing_at_its_station(folders: Folders,
     with open_llm(folders, 3, f"spd:{folders.spd}", method="pp") as llm:
         assert answers(llm) == truth
         llm._service.call(lambda engine: engine.drain())
-        source = llm._service.engine.pipeline._reader  # type: ignore[attr-defined]
-        assert not source._early and not source._readers
+        assert not llm._service.engine.pipeline._taps._reader._arenas  # type: ignore[attr-defined]
         llm.use("spd")
         assert answers(llm) == truth
 

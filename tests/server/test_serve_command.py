@@ -29,7 +29,7 @@ class NothingMade:
     """A test double of `Assembly`."""
 
     pipeline = method = rebuild = None
-    prepared = SimpleNamespace(reads_taps=False)
+    prepared = SimpleNamespace(engine_options=lambda asked: asked)
 
 
 @pytest.fixture

@@ -284,7 +284,7 @@ def test_callers_hear_one_line_of_a_failure_and_the_log_all(monkeypatch: pytest.
     monkeypatch.setattr("fullpipe.supervision._PAUSES_S", (0.0, 0.0, 0.0, 0.0, 30.0))
     start, caller = Fragile(failures=99), Caller()
     start.failure = "stage 1 failed: it died; it printed:\n    File /secret/path"
-    with closing(serve(start)) as service, caplog.at_level("ERROR", "fullpipe.service"):
+    with closing(serve(start)) as service, caplog.at_level("ERROR", "fullpipe.supervision"):
         service.submit([1], SamplingParams(max_tokens=3900), caller)
         assert caller.begun.wait(10)
         broken(start.pipelines[0])

@@ -141,8 +141,8 @@ def test_who_is_held_back_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     start = Failing(left=4, looks=1)
     with serving(start, monkeypatch, seqs=2) as service:
         first, second = Told(), Told()
-        monkeypatch.setattr(service._supervision, "got_on", lambda id: None)  # the trial does not end
-        monkeypatch.setattr(service._supervision, "forget", lambda id: None)
+        monkeypatch.setattr(service._recovery.supervision, "got_on", lambda id: None)  # the trial does not end
+        monkeypatch.setattr(service._recovery.supervision, "forget", lambda id: None)
         service.submit([1], SamplingParams(max_tokens=5), first)
         ticket = service.submit([2], SamplingParams(max_tokens=5), second)
         assert first.reason() == "length"

@@ -99,11 +99,9 @@ def _service(options: Options, server: ServerOptions, *listeners: Any) -> Servic
     from fullpipe.service import Service
 
     made = assemble(options, console.print_note)
-    # Of rows that are not computed a draft that reads hidden states would never hear.
-    shared = options.engine.enable_prefix_caching and not made.prepared.reads_taps
     try:
         service = Service(made.pipeline, made.method, made.prepared, rebuild=made.rebuild, listeners=listeners,
-                          options=replace(options.engine, enable_prefix_caching=shared), max_waiting=server.max_waiting)
+                          options=made.prepared.engine_options(options.engine), max_waiting=server.max_waiting)
     except BaseException:
         made.pipeline.close()
         raise

@@ -1,0 +1,29 @@
+"""`fullpipe demo` on tiny models: two runs that were lived through, one text, and a picture of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command import Models, run
+
+
+@pytest.mark.processes
+def test_the_demo_shows_both_runs_and_what_comes_next(models: Models, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture = tmp_path / "both.svg"
+    result = run("demo", "hello there", "--model", models.target, "--draft", models.draft, "--dtype", "float32",
+                 "--stages", "2", "--link-ms", "5", "--max-tokens", "12", "--picture", picture)
+    assert result.exit_code == 0, result.output
+    plain, ours, *told = [line for line in result.stdout.splitlines() if line]
+    assert plain == ours
+    assert told[0] == "text identical: yes" and told[1].startswith("speedup: ")
+    assert told[2] == f"picture of both pipelines over time: {picture}" and "stage 1" in picture.read_text()
+    for part in ("loading target as 2 stages", "measuring what rows cost", "--- plain pipeline parallelism",
+                 "--- fullpipe", "emulated links of 5 ms", "fullpipe serve", "fullpipe-lab simulate", "Several hosts"):
+        assert part in result.stderr
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    result = run("demo", "--picture", tmp_path / "nowhere" / "p.png")
+    assert result.exit_code == 2 and "nowhere" in result.stderr and "loading" not in result.stderr

@@ -18,7 +18,8 @@ import torch
 
 import tiny
 from fullpipe import LLM, Chunk, SamplingParams
-from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched
+from fullpipe.events import Died, Emitted, Finished, Launched
+from fullpipe.messages import Drafted, Event, Landed
 
 PROMPT = "w1 w17 w9 w33 w17 w9"
 LAST_OF_PROMPT = 5  # its position

@@ -12,25 +12,8 @@ import pytest
 
 from fullpipe import messages
 from fullpipe.errors import UsageError
-from fullpipe.messages import (
-    Admitted,
-    Asked,
-    Attached,
-    Died,
-    Drafted,
-    Emitted,
-    Event,
-    Expansion,
-    Failed,
-    Finished,
-    Landed,
-    Launched,
-    Leg,
-    Preempted,
-    Ready,
-    Submitted,
-    Woken,
-)
+from fullpipe.events import Admitted, Asked, Attached, Died, Emitted, Finished, Launched, Preempted, Submitted
+from fullpipe.messages import Drafted, Event, Expansion, Failed, Landed, Leg, Ready, Woken
 from fullpipe.trace.recorder import JsonlRecorder, Recorder, read_events
 
 EVENTS: list[Event] = [

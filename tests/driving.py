@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fullpipe.engine import Engine, Listener, RequestStats
-from fullpipe.messages import Emitted, Event, Finished
+from fullpipe.events import Emitted, Finished
+from fullpipe.messages import Event
 from fullpipe.methods import Load, Method
 from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline

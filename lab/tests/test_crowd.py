@@ -13,7 +13,8 @@ import pytest
 from fullpipe.cluster.provenance import provenance
 from fullpipe.engine import Engine, Listener
 from fullpipe.errors import UsageError
-from fullpipe.messages import ArenaId, Emitted, Event, Expansion, Flight, Landed, Launched, Opening, Part
+from fullpipe.events import Emitted, Launched
+from fullpipe.messages import ArenaId, Event, Expansion, Flight, Landed, Opening, Part
 from fullpipe.methods import make_method
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.request import SamplingParams

@@ -15,8 +15,9 @@ import torch
 import tiny
 from fullpipe.engine import Engine, RequestStats
 from fullpipe.errors import UsageError
+from fullpipe.events import Died, Emitted, Finished, Launched
 from fullpipe.hub import resolve
-from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Flight, Landed, Launched, Ready
+from fullpipe.messages import Drafted, Event, Flight, Landed, Ready
 from fullpipe.methods import METHODS, make_method
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES

@@ -22,7 +22,8 @@ from typing import Generic, Protocol, TypeVar
 
 from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.errors import FullpipeError, Overloaded
-from fullpipe.messages import Emitted, Event, Finished
+from fullpipe.events import Emitted, Finished
+from fullpipe.messages import Event
 from fullpipe.methods import Method
 from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline

@@ -13,8 +13,9 @@ from command import METHODS, PIPELINES, PROMPT, Models, asking, run, running
 
 import fullpipe
 from fullpipe.cli import generate as verb
+from fullpipe.events import Emitted, Finished, Launched
 from fullpipe.llm import LLM, Chunk
-from fullpipe.messages import Emitted, Finished, Landed, Launched
+from fullpipe.messages import Landed
 from fullpipe.request import SamplingParams
 from fullpipe.trace.recorder import read_events
 from simulated import simulated

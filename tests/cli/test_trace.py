@@ -12,7 +12,8 @@ from command import Models, asking, run, running
 
 from fullpipe.cli.trace import Traces, token_text
 from fullpipe.errors import UsageError
-from fullpipe.messages import Emitted, Event
+from fullpipe.events import Emitted
+from fullpipe.messages import Event
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.trace.recorder import JsonlRecorder, read_events
 from recorded import recorded

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from driving import TellingEngine
 from fullpipe.engine import RequestStats
-from fullpipe.messages import Emitted, Flight, Landed
+from fullpipe.events import Emitted
+from fullpipe.messages import Flight, Landed
 from fullpipe.methods import METHODS, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from driving import TellingEngine
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import PipelineError, PromptError, StationFailed, UsageError
-from fullpipe.messages import Emitted, Event, Finished, Flight, Launched
+from fullpipe.events import Emitted, Finished, Launched
+from fullpipe.messages import Event, Flight
 from fullpipe.methods import Method, make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams

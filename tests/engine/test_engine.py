@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from driving import TellingEngine
 from fullpipe.engine import RequestStats
 from fullpipe.errors import PipelineError, UsageError
-from fullpipe.messages import Emitted, Event, Finished
+from fullpipe.events import Emitted, Finished
+from fullpipe.messages import Event
 from fullpipe.methods import METHODS, make_method
 from fullpipe.pipeline.durations import unit_costs
 from fullpipe.pipeline.inprocess import InProcessPipeline

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from driving import TellingEngine
 from fullpipe.engine import RequestStats
-from fullpipe.messages import Emitted, Expansion, Flight
+from fullpipe.events import Emitted
+from fullpipe.messages import Expansion, Flight
 from fullpipe.methods import WITH_REFRESH, make_method
 from fullpipe.pipeline.durations import unit_costs
 from fullpipe.pipeline.inprocess import InProcessPipeline

@@ -8,7 +8,8 @@ import pytest
 
 from driving import TellingEngine
 from fullpipe.engine import Stats
-from fullpipe.messages import Asked, Emitted, Event, Finished, Launched, Preempted
+from fullpipe.events import Asked, Emitted, Finished, Launched, Preempted
+from fullpipe.messages import Event
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams

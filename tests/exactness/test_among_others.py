@@ -17,7 +17,8 @@ from msgspec import to_builtins
 import tiny
 from driving import TellingEngine
 from fullpipe.costs import CostCurve, Machine
-from fullpipe.messages import Emitted, Event, Launched
+from fullpipe.events import Emitted, Launched
+from fullpipe.messages import Event
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.workers import WorkersPipeline

@@ -13,7 +13,7 @@ import torch
 import tiny
 from driving import TellingEngine
 from fullpipe.cluster.partition import cut
-from fullpipe.messages import Emitted
+from fullpipe.events import Emitted
 from fullpipe.methods import METHODS, WITH_REFRESH, make_method
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.weights import open_model

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fullpipe.engine import RequestStats
-from fullpipe.messages import Emitted, Fate
+from fullpipe.events import Emitted, Fate
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 from fullpipe.service import Deliver, Ticket, Update

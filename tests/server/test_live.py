@@ -13,20 +13,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from fullpipe.engine import Stats
-from fullpipe.messages import (
-    Admitted,
-    Attached,
-    Died,
-    Drafted,
-    Emitted,
-    Event,
-    Finished,
-    Landed,
-    Launched,
-    Leg,
-    Ready,
-    Submitted,
-)
+from fullpipe.events import Admitted, Attached, Died, Emitted, Finished, Launched, Submitted
+from fullpipe.messages import Drafted, Event, Landed, Leg, Ready
 from fullpipe.options import ServerOptions
 from fullpipe.server import live as module
 from fullpipe.server.app import ServedModel, create_app

@@ -15,7 +15,8 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from fullpipe.engine import Stats
-from fullpipe.messages import Admitted, Emitted, Event, Fate, Landed, Launched, Ready, Submitted
+from fullpipe.events import Admitted, Emitted, Fate, Launched, Submitted
+from fullpipe.messages import Event, Landed, Ready
 from fullpipe.server.guard import Keyring
 from fullpipe.server.live import Live
 from fullpipe.supervision import State, Status

@@ -8,22 +8,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fullpipe.engine import Engine, RequestStats
-from fullpipe.messages import (
-    Admitted,
-    Asked,
-    Attached,
-    Died,
-    Drafted,
-    Emitted,
-    Event,
-    Fate,
-    Finished,
-    Landed,
-    Launched,
-    Leg,
-    Preempted,
-    Submitted,
-)
+from fullpipe.events import Admitted, Asked, Attached, Died, Emitted, Fate, Finished, Launched, Preempted, Submitted
+from fullpipe.messages import Drafted, Event, Landed, Leg
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams

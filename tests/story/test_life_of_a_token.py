@@ -18,7 +18,8 @@ import torch
 
 import tiny
 from fullpipe import Chunk, SamplingParams
-from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched
+from fullpipe.events import Died, Emitted, Finished, Launched
+from fullpipe.messages import Drafted, Event, Landed
 from simulated import simulated
 
 PROMPT = "w1 w17 w9 w33 w17 w9"

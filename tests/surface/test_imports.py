@@ -23,6 +23,7 @@ LAYERS = (
     ("request",),
     ("options", "prompts"),
     ("messages", "costs"),
+    ("events",),
     ("sequences",),
     ("methods",),
     ("engine",),

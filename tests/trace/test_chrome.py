@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import Died, Emitted, Event, Failed, Landed, Launched
+from fullpipe.events import Died, Emitted, Launched
+from fullpipe.messages import Event, Failed, Landed
 from fullpipe.trace.chrome import chrome_trace, write_chrome_trace
 from recorded import recorded, uneven
 

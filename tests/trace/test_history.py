@@ -8,7 +8,8 @@ import pytest
 
 import recorded as runs
 from fullpipe.errors import UsageError
-from fullpipe.messages import Died, Emitted, Launched, Ready
+from fullpipe.events import Died, Emitted, Launched
+from fullpipe.messages import Ready
 from fullpipe.stations.scripted import hash_token
 from fullpipe.trace.history import DRAFT, history, tokens_of
 from recorded import recorded, uneven

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import Died, Emitted, Event, Landed, Launched
+from fullpipe.events import Died, Emitted, Launched
+from fullpipe.messages import Event, Landed
 from fullpipe.trace.page import page_data, write_page
 from recorded import recorded, uneven
 

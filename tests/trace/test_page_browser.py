@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fullpipe.messages import Died, Drafted, Emitted, Event, Finished, Landed, Launched, Leg
+from fullpipe.events import Died, Emitted, Finished, Launched
+from fullpipe.messages import Drafted, Event, Landed, Leg
 from fullpipe.trace.page import write_page
 from recorded import recorded, uneven
 

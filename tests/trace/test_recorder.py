@@ -10,27 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fullpipe import messages
+from fullpipe import events
 from fullpipe.errors import UsageError
-from fullpipe.messages import (
-    Admitted,
-    Asked,
-    Attached,
-    Died,
-    Drafted,
-    Emitted,
-    Event,
-    Expansion,
-    Failed,
-    Finished,
-    Landed,
-    Launched,
-    Leg,
-    Preempted,
-    Ready,
-    Submitted,
-    Woken,
-)
+from fullpipe.events import Admitted, Asked, Attached, Died, Emitted, Finished, Launched, Preempted, Submitted
+from fullpipe.messages import Drafted, Event, Expansion, Failed, Landed, Leg, Ready, Woken
 from fullpipe.trace.recorder import JsonlRecorder, Recorder, read_events
 
 EVENTS: list[Event] = [
@@ -62,7 +45,7 @@ def record(path: Path, events: list[Event]) -> None:
 
 
 def test_every_kind_of_event_comes_back_equal(tmp_path: Path) -> None:
-    kinds = {kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, Event)}
+    kinds = {kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)}
     assert {type(event) for event in EVENTS} == kinds - {Event}
     record(tmp_path / "trace.jsonl", EVENTS)
     assert list(read_events(tmp_path / "trace.jsonl")) == EVENTS

@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 
 from fullpipe.assembly import Prepared, prepare, start
 from fullpipe.engine import Engine, Listener, RequestStats
-from fullpipe.messages import Emitted, Event, Finished
+from fullpipe.events import Emitted, Finished
+from fullpipe.messages import Event
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.durations import measured_costs, unit_costs

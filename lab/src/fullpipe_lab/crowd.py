@@ -19,7 +19,8 @@ import numpy as np
 
 from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.errors import UsageError
-from fullpipe.messages import ArenaId, Drafted, Emitted, Event, Expansion, Finished, Flight, Landed, Leg, Part
+from fullpipe.events import Emitted, Finished
+from fullpipe.messages import ArenaId, Drafted, Event, Expansion, Flight, Landed, Leg, Part
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.durations import Costs
 from fullpipe.pipeline.inprocess import InProcessPipeline

@@ -17,7 +17,8 @@ from typing import Protocol
 
 from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.errors import UsageError
-from fullpipe.messages import ArenaId, Drafted, Emitted, Event, Flight, Landed, Launched, Leg, Part
+from fullpipe.events import Emitted, Launched
+from fullpipe.messages import ArenaId, Drafted, Event, Flight, Landed, Leg, Part
 from fullpipe.methods import Method
 from fullpipe.pipeline.durations import Costs
 from fullpipe.pipeline.inprocess import InProcessPipeline

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fullpipe.engine.loop import Listener, Loop
 from fullpipe.errors import PipelineError, UsageError
-from fullpipe.messages import Attached, Submitted
+from fullpipe.events import Attached, Submitted
 from fullpipe.methods.base import Method
 from fullpipe.request import Request
 from fullpipe.sequences.sequence import Sequence

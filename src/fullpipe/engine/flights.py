@@ -6,7 +6,8 @@ from collections.abc import Collection
 from collections.abc import Sequence as Many
 from itertools import count
 
-from fullpipe.messages import ArenaId, Flight, Landed, Launched, Part
+from fullpipe.events import Launched
+from fullpipe.messages import ArenaId, Flight, Landed, Part
 from fullpipe.methods.base import Load, Method
 from fullpipe.options import EngineOptions
 from fullpipe.sequences.sequence import Sequence

@@ -16,20 +16,8 @@ from fullpipe.engine.memory import Memory
 from fullpipe.engine.scheduler import Scheduler
 from fullpipe.engine.stats import Stats
 from fullpipe.errors import StationFailed, UsageError
-from fullpipe.messages import (
-    Admitted,
-    Asked,
-    Died,
-    Drafted,
-    Emitted,
-    Event,
-    Failed,
-    Fate,
-    Finished,
-    Landed,
-    Preempted,
-    Ready,
-)
+from fullpipe.events import Admitted, Asked, Died, Emitted, Fate, Finished, Preempted
+from fullpipe.messages import Drafted, Event, Failed, Landed, Ready
 from fullpipe.methods.base import Method
 from fullpipe.options import EngineOptions
 from fullpipe.sequences.blocks import Kept

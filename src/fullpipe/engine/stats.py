@@ -10,20 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fullpipe.messages import (
-    Admitted,
-    Asked,
-    Attached,
-    Died,
-    Emitted,
-    Event,
-    Finished,
-    Landed,
-    Launched,
-    Leg,
-    Preempted,
-    Submitted,
-)
+from fullpipe.events import Admitted, Asked, Attached, Died, Emitted, Finished, Launched, Preempted, Submitted
+from fullpipe.messages import Event, Landed, Leg
 
 
 @dataclass(slots=True)

@@ -23,7 +23,8 @@ from fastapi import APIRouter, Depends, Request, params
 from fastapi.responses import HTMLResponse, Response
 
 from fullpipe.engine import RequestStats, Stats
-from fullpipe.messages import Admitted, Drafted, Emitted, Event, Fate, Finished, Landed, Launched, Leg, Ready
+from fullpipe.events import Admitted, Emitted, Fate, Finished, Launched
+from fullpipe.messages import Drafted, Event, Landed, Leg, Ready
 from fullpipe.options import ServerOptions
 from fullpipe.server.guard import EventStream, needs_key
 from fullpipe.server.problems import Problem, retry_after

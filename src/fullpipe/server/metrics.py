@@ -27,7 +27,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from fullpipe.engine import RequestStats, Stats, Totals
-from fullpipe.messages import Admitted, Drafted, Emitted, Event, Finished, Landed, Launched, Leg, Submitted
+from fullpipe.events import Admitted, Emitted, Finished, Launched, Submitted
+from fullpipe.messages import Drafted, Event, Landed, Leg
 from fullpipe.supervision import Observer, State, Status
 from fullpipe.trace.flying import Flying
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fullpipe.messages import Attached, Died, Event, Landed, Launched, Leg
+from fullpipe.events import Attached, Died, Launched
+from fullpipe.messages import Event, Landed, Leg
 
 
 @dataclass(slots=True)

@@ -14,18 +14,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import (
-    Died,
-    Drafted,
-    Emitted,
-    Event,
-    Expansion,
-    Failed,
-    Finished,
-    Landed,
-    Launched,
-    Leg,
-)
+from fullpipe.events import Died, Emitted, Finished, Launched
+from fullpipe.messages import Drafted, Event, Expansion, Failed, Landed, Leg
 
 E = TypeVar("E", bound=Event)
 DRAFT = "draft"

@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fullpipe.messages import Died, Drafted, Emitted, Event, Fate, Finished, Landed, Launched
+from fullpipe.events import Died, Emitted, Fate, Finished, Launched
+from fullpipe.messages import Drafted, Event, Landed
 from fullpipe.trace.files import replacing
 from fullpipe.trace.history import PROMPT, History, Stay, history
 

@@ -16,7 +16,8 @@ from typing import Any, Self
 from msgspec import MsgspecError, json
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import AnyEvent, Event
+from fullpipe.events import AnyEvent
+from fullpipe.messages import Event
 
 Recorder = Callable[[Event], None]
 """What the engine hands its events to. Must return at once and not raise. `list.append` is one."""

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fullpipe.errors import CacheError, UsageError
+from fullpipe.events import Emitted, Finished
 from fullpipe.llm import LLM
-from fullpipe.messages import Emitted, Event, Finished
+from fullpipe.messages import Event
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.prompts import read_prompts
 from fullpipe.request import SamplingParams

@@ -4,10 +4,12 @@ import math
 
 import pytest
 
-from driving import expanded, launched
+from driving import Alone, expanded, launched
+from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion
-from fullpipe.methods import METHODS, WITH_DEPTH, WITH_REFRESH, make_method
+from fullpipe.methods import METHODS, WITH_DEPTH, WITH_REFRESH, Load, make_method
+from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.tree import Node, TokenTree
 
 
@@ -201,3 +203,28 @@ def test_a_refresh_is_taken_by_those_that_have_one_and_is_off_by_default() -> No
     assert WITH_REFRESH == ("spd", "fullpipe")
     assert not any(make_method(name).refresh or make_method(name, refresh=False).refresh for name in METHODS)
     assert all(make_method(name, refresh=True).refresh for name in WITH_REFRESH)
+
+
+@pytest.mark.parametrize("machine", [None, Machine(4, CostCurve.of(lambda rows: 1 + 0.001 * rows))])
+def test_a_width_bounds_each_sequence_whatever_rows_cost(machine: Machine | None) -> None:
+    method = make_method("fullpipe", width=3, machine=machine)
+    trees = [second_round() for _ in range(2)]
+    for tree in trees:
+        launch(tree, [tree.root])
+    answer(trees[0], trees[0].root, *((token, 0.12) for token in range(8)))  # the other one has no guesses yet
+    alone = [Alone(tree) for tree in trees]
+    alone[1].request = Request(1, (1,), SamplingParams())
+    chosen = method.launch(alone, Load(2, under_way=1))  # type: ignore[arg-type]
+    assert [len(nodes) for _, nodes in chosen] == [3]
+
+
+def test_without_a_width_it_is_what_pays() -> None:
+    dear = make_method("fullpipe", machine=Machine(4, CostCurve.of(lambda rows: float(rows))))
+    cheap = make_method("fullpipe", machine=Machine(4, CostCurve.of(lambda rows: 1 + 1e-4 * rows)))
+    found = []
+    for method in (dear, cheap):
+        tree = second_round()
+        launch(tree, [tree.root])
+        answer(tree, tree.root, *((token, 0.12) for token in range(8)))
+        found.append(len(launched(method, tree)))
+    assert found == [0, 8]

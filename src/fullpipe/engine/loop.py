@@ -173,11 +173,12 @@ class Loop:
         self._tell(Died(self._now, sequence.request.id, [node.id for node in dead]))
 
     def _close(self, kept: Kept) -> None:
-        """Have the stations close an arena. The draft has been told that it will be, whether it was opened there or
-        not (`Opening.drafts`)."""
-        if kept.in_stages:
+        """Have the stations close an arena, opened there or not: a draft that reads hidden states waits for both ends
+        to know that it is over."""
+        known = kept.in_stages or kept.in_draft
+        if known:
             self._flights.closes.append(kept.arena)
-        if kept.in_draft or (kept.in_stages and self.method.needs_draft):
+        if kept.in_draft or (known and self.method.needs_draft):
             self._jobs.closes.append(kept.arena)
 
     def _tell(self, event: Event) -> None:
@@ -191,7 +192,7 @@ class Loop:
     def _for_guesses(self) -> int:
         """Slots of a request beyond prompt and answer."""
         spare = self._options.spare_slots
-        return max(64 + 4 * self.pipeline.num_stages * self.method.width if spare is None else spare,
+        return max(64 + 4 * self.pipeline.num_stages * self.method.spare_slots if spare is None else spare,
                    self.method.least_slots)
 
     def _checked(self, method: Method) -> Method:

@@ -64,6 +64,11 @@ class Method(ABC):
         """Slots beyond prompt and answer without which the method could wait for ever."""
         return 2
 
+    @property
+    def spare_slots(self) -> int:
+        """Slots of a sequence that a flight takes as a rule."""
+        return self.width
+
     @abstractmethod
     def launch(self, sequences: Many[Sequence], load: Load) -> Chosen:
         """The nodes that should enter stage 0 now; empty to wait. The caller launches all of them.

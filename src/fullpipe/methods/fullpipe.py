@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
@@ -28,6 +29,7 @@ _FLIGHTS_AHEAD = 2  # the draft looks at nothing whose children come after so ma
 # price is that of one row more, and does not see how slow a flight gets with all that are just worth it
 # (lab/reports/batching).
 _MOST_ROWS = 96
+_SPARE_ROWS = 32  # slots of a sequence for each flight that may be under way, where nobody has said a width
 
 
 class FullPipe(RefreshingMethod):
@@ -50,10 +52,14 @@ class FullPipe(RefreshingMethod):
         if prefill_share <= 0:
             raise UsageError(f"the prefill share must be above 0 (got {prefill_share:g})",
                              hint="1 lets tokens take twice as long while a prompt comes in.")
-        self._most = width if width is not None else None if machine and machine.stage else self.width
         self._prices = Prices(machine, machine.stage, prefill_share) if machine and machine.stage else None
+        self._most = None if width is None and self._prices else self.width  # of a sequence in a flight
         self._rows = 1  # of the newest flight, without prompts'
         self._least = -math.inf  # log path probability below which no guess was worth its row then
+
+    @property
+    def spare_slots(self) -> int:
+        return self.width if self._most is not None else _SPARE_ROWS
 
     def launch(self, sequences: Many[Sequence], load: Load) -> Chosen:
         prices = self._prices
@@ -61,7 +67,7 @@ class FullPipe(RefreshingMethod):
             return []
         share, limit = self._shares(load.running)
         least = (lambda number, is_root: self._least_worth(prices, number, is_root, load)) if prices else _anything
-        taken = _merge(sequences, lambda one: one.tree.unlaunched(self.floor), share, least, limit)
+        taken = _merge(sequences, lambda one: one.tree.unlaunched(self.floor), share, least, limit, self._most)
         self._rows = max(1, sum(len(nodes) for _, nodes in taken))
         if prices:
             self._least = prices.least_guess(load.prompt_rows + self._rows, load.running)
@@ -79,7 +85,7 @@ class FullPipe(RefreshingMethod):
             ahead, share, limit = _FLIGHTS_AHEAD * self.width, self.draft_width, self.draft_width * many
         least = max(self.floor, self._least)
         chosen = _merge(sequences, lambda one: one.tree.unasked(max(least, one.tree.launch_cutoff(ahead))), share,
-                        _anything, limit)
+                        _anything, limit, None if self._prices else share)
         return [(one, self.fill(one.tree, nodes)) for one, nodes in chosen] if self.refresh else chosen
 
     def prompt_rows(self, chunk: int, deciding: int) -> int | None:
@@ -105,13 +111,13 @@ class FullPipe(RefreshingMethod):
 
 
 def _merge(sequences: Many[Sequence], candidates: Callable[[Sequence], Candidates], share: int,
-           least: Callable[[int, bool], float], limit: int) -> Chosen:
+           least: Callable[[int, bool], float], limit: int, most: int | None = None) -> Chosen:
     """Up to `limit` nodes of all trees, best first, while they are at least as likely as `least` of how many there are
     already and whether it is a root that waits; a root comes along in any case where nothing else does. Of equals that
     of the sequence that has waited longer, and before all others those that are among the first `share` of their
-    sequence.
+    sequence. most: nodes of one sequence; None: any.
     """
-    heap = [found for one in sequences if (found := _Ranked(one, candidates(one), share)).advance()]
+    heap = [found for one in sequences if (found := _Ranked(one, candidates(one), share, most)).advance()]
     heapq.heapify(heap)
     taken: list[_Ranked] = []
     number = 0
@@ -135,20 +141,22 @@ def _merge(sequences: Many[Sequence], candidates: Callable[[Sequence], Candidate
 class _Ranked:
     """A sequence while nodes of it are chosen; of several the one whose next node goes first is the least.
 
-    share: nodes that it has before all others. nodes: those that were chosen. best: log path probability of the next.
+    share: nodes that it has before all others. most: nodes that it has at all. nodes: those that were chosen. best: log
+    path probability of the next.
     """
 
-    __slots__ = ("_kept", "_new", "_room", "_share", "_source", "best", "nodes", "root_waits", "sequence")
+    __slots__ = ("_kept", "_most", "_new", "_room", "_share", "_source", "best", "nodes", "root_waits", "sequence")
 
-    def __init__(self, sequence: Sequence, source: Candidates, share: int) -> None:
+    def __init__(self, sequence: Sequence, source: Candidates, share: int, most: int | None) -> None:
         self.sequence, self.nodes, self.best = sequence, list[Node](), -math.inf
         self.root_waits = sequence.tree.root.state is State.PROPOSED
         self._source, self._share, self._room, self._new = source, share, sequence.room, 0
+        self._most = sys.maxsize if most is None else most
         self._kept = sequence.tree.root.slot is None  # the root never lacks a slot
 
     def advance(self) -> bool:
         """Look at the next node. False: there is none, or no slot for it."""
-        best = self._source.best()
+        best = self._source.best() if len(self.nodes) < self._most else None
         if best is None or (self._room <= self._new and not (self._kept and not self._new)
                             and not self._source.has_slot()):
             return False

@@ -28,6 +28,7 @@ import math
 
 from fullpipe.costs import CostCurve, Machine
 
+_LEAST_S = 1e-9  # a curve may say that a station takes no time
 _TOGETHER = 16  # traversals for which roots of one flight stay together
 _LEAST_CHUNK = 16  # rows of prompts in a flight, however dear: a prompt must end some day
 _DRAFT_PATIENCE = 1.5  # a draft job may take so many times as long as a stage, or as a job of one row
@@ -41,7 +42,7 @@ class Prices:
 
     def __init__(self, machine: Machine, curve: CostCurve, prefill_share: float) -> None:
         self._machine, self._curve, self._prefill_share = machine, curve, prefill_share
-        self._depth = machine.num_stages + math.ceil(machine.link_s / curve(1))
+        self._depth = machine.num_stages + math.ceil(machine.link_s / max(curve(1), _LEAST_S))
 
     def full(self, under_way: int, roots: int, running: int) -> bool:
         """Whether the pipeline is so full that a flight with so many roots should wait for a landing."""
@@ -54,7 +55,7 @@ class Prices:
     def least_guess(self, rows: int, running: int) -> float:
         """Log of the path probability that a guess needs to be worth a row where there are `rows` already: above 0 if
         even a sure one is not."""
-        traversal = self._machine.num_stages * self._curve(self.evenly(running)) + self._machine.link_s
+        traversal = max(self._machine.num_stages * self._curve(self.evenly(running)) + self._machine.link_s, _LEAST_S)
         price = running * self._curve.marginal(max(rows, 1)) / traversal
         return math.log(price) if price > 0 else -math.inf
 

@@ -74,7 +74,7 @@ class ScriptedStage:
         passed = self._pass_on(flight, hidden)
         answer = self._land(flight) if self.index == self.num_stages - 1 else passed
         for arena in flight.closes:
-            del self._tables[arena]
+            self._tables.pop(arena, None)
         return Tapped(answer, self.taps, tap_features(flight, self.taps)) if self.taps else answer
 
     def _pass_on(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32]:

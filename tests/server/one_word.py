@@ -34,7 +34,7 @@ class OneWord:
             raise PromptError("the prompt is empty")
         self.asked.append(params)
         told = [] if params.logprobs is None else [[(1, -0.5), *((2 + k, -1.0) for k in range(params.logprobs))]]
-        deliver(Update("yes", [1], told, "length"))
+        deliver(Update("yes", [1], told, reason="length"))
         return Ticket(len(self.asked), len(prompt), RequestStats(0.0))
 
     def cancel(self, ticket: Ticket) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fullpipe.bench import hops
 
 import tiny
+from fullpipe.cluster import hops
 from fullpipe.cluster.measure import _Cells, _ends, _layers, _Standing
 from fullpipe.errors import PipelineError
 from fullpipe.models.decoder import DecoderSlice

@@ -18,7 +18,7 @@ from fullpipe.errors import UsageError
 from fullpipe.events import Died, Emitted, Finished, Launched
 from fullpipe.hub import resolve
 from fullpipe.messages import Drafted, Event, Flight, Landed, Ready
-from fullpipe.methods import METHODS, make_method
+from fullpipe.methods import METHODS, make_method, options_of
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def really(models: Models, method: str, on: Cluster, params: SamplingParams, *, 
 
 
 def policy(method: str) -> Any:
-    return make_method(method, width=WIDTH, depth=3 if method in ("chain", "static-tree") else None)
+    return make_method(method, **options_of(method, width=WIDTH, depth=3))
 
 
 def answer_of(events: list[Event], prompt: tuple[int, ...] = PROMPT) -> Answer:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from fullpipe.cluster.partition import cut
 from fullpipe.costs import Machine
 from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.hub import CATALOGUE, cache, resolve
-from fullpipe.methods import OF_SOME, Method, make_method
+from fullpipe.methods import Method, make_method, options_of
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import Link, Links
@@ -114,7 +115,7 @@ class Prepared:
         values = {one.name: getattr(own, one.name) for one in fields(own) if one.name != "method"}
         if values["refresh"] is None:
             values["refresh"] = any(draft.startswith("spd:") for draft in self.drafts) or None
-        values = {key: value for key, value in values.items() if name in OF_SOME.get(key, (name,))}
+        values = options_of(name, **values)
         return make_method(name, machine=machine, **values | {k: v for k, v in changes.items() if v is not None})
 
     def build(self) -> tuple[list[StageLike], DraftLike | None]:
@@ -215,31 +216,40 @@ def _in_this_process(stages: Sequence[StageLike], draft: DraftLike | None, threa
 # ---- what rows cost here ---------------------------------------------------------------------------------
 
 
-def measured(prepared: Prepared, pipeline: Pipeline, say: Say = _silent) -> Machine | None:
-    """What rows cost on these stations, for the method that weighs it. A file keeps what took a while to measure."""
+def measured(prepared: Prepared, pipeline: Pipeline, say: Say = _silent) -> Machine:
+    """What a method is to know of these stations. Rows are measured for the one that weighs what they cost; a file
+    keeps what took a while."""
     if prepared.options.method.method != "fullpipe":
-        return None
+        return Machine(pipeline.num_stages)
     return _costs(prepared, pipeline, say)
 
 
 def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
     kept = _kept_costs(prepared)
     if machine := kept.load():
+        say(f"what rows cost: from {kept.path}; remove it to have it measured again")
         return machine
     say("measuring what rows cost")
     options = prepared.options.pipeline
     link_s = len(prepared.stages) * options.link_ms / 1e3 if options.stages else 0.0
     machine = measure_machine(pipeline, _ROWS, draft=not prepared.reads_taps, link_s=link_s)
     if machine.stage and sum(machine.stage.seconds) > _WORTH_KEEPING_S and kept.save(machine):
-        say(f"kept in {kept.path}; remove it to have it measured again")
+        say(f"kept in {kept.path}")
     return machine
 
 
 def _kept_costs(prepared: Prepared) -> KeptCosts:
     options, target = prepared.options.pipeline, prepared.target
     return KeptCosts.of(cache.home() / "profiles", {
-        "model": str(target.path), "draft": ",".join(prepared.drafts), "dtype": target.dtype, "stages": options.stages,
+        "versions": [version("fullpipe"), version("torch")], "model": [str(target.path), _fingerprint(target.path)],
+        "draft": ",".join(prepared.drafts), "dtype": target.dtype, "stages": options.stages,
         "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """Changes when a model's files do: sizes and moments of the last change."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [number for file in files for number in (file.stat().st_size, int(file.stat().st_mtime))]
 
 
 def _assemble_what_pays(prepared: Prepared, say: Say, may_do_without: bool) -> Assembly:

@@ -12,7 +12,7 @@ from driving import TellingEngine
 from fullpipe.engine import RequestStats
 from fullpipe.events import Emitted
 from fullpipe.messages import Flight, Landed
-from fullpipe.methods import METHODS, make_method
+from fullpipe.methods import METHODS, make_method, options_of
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.scripted import ScriptedDraft
@@ -47,7 +47,8 @@ def run(method: str, last: ScriptedStage, *, accuracy: float, tokens: int = 30,
         width: int | None = None, prompt: tuple[int, ...] = PROMPT) -> tuple[list[Emitted], RequestStats]:
     stages = [*(ScriptedStage(k, STAGES, TRUTH) for k in range(STAGES - 1)), last]
     draft = ScriptedDraft(TRUTH, accuracy=accuracy, coverage=accuracy, vocab=VOCAB)
-    engine = TellingEngine(InProcessPipeline(stages, draft), make_method(method, width=width), fanout=4)
+    engine = TellingEngine(InProcessPipeline(stages, draft), make_method(method, **options_of(method, width=width)),
+                           fanout=4)
     engine.submit(Request(0, prompt, SamplingParams(max_tokens=tokens, accept_typical=0.3)))
     said = []
     while engine.busy:

@@ -16,7 +16,7 @@ from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import PipelineError, PromptError, StationFailed, UsageError
 from fullpipe.events import Emitted, Finished, Launched
 from fullpipe.messages import Event, Flight
-from fullpipe.methods import Method, make_method
+from fullpipe.methods import Method, make_method, options_of
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Sequence
@@ -46,7 +46,7 @@ def pipeline(stages: int, curve: CostCurve = FLAT, accuracy: float = 0.8) -> InP
 
 def method_of(name: str, stages: int, curve: CostCurve | None = FLAT, width: int | None = None) -> Method:
     """The method, told what rows cost; None: it is told nothing."""
-    return make_method(name, width=width, machine=Machine(stages, curve, curve) if curve else None)
+    return make_method(name, **options_of(name, width=width), machine=Machine(stages, curve, curve) if curve else None)
 
 
 def run(engine: TellingEngine, requests: list[Request]) -> tuple[dict[int, Sequence], dict[int, list[int]], float]:

@@ -14,7 +14,7 @@ from fullpipe.engine import RequestStats
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.events import Emitted, Finished
 from fullpipe.messages import Event
-from fullpipe.methods import METHODS, make_method
+from fullpipe.methods import METHODS, make_method, options_of
 from fullpipe.pipeline.durations import unit_costs
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
@@ -68,7 +68,8 @@ def test_every_method_shape_and_timing_emits_the_same_text(
         durations: list[int], link: float, spare: int) -> None:
     cycle = itertools.cycle(durations)
     pipe = pipeline(stages, accuracy, lambda station, rows, measured, context: next(cycle) / 4 if rows else 0.0, link)
-    engine = TellingEngine(pipe, make_method(method, width=width), prefill_chunk=chunk, spare_slots=spare)
+    engine = TellingEngine(pipe, make_method(method, **options_of(method, width=width)), prefill_chunk=chunk,
+                           spare_slots=spare)
     requests = [request(k, tuple(prompt), tokens=5 + 9 * k) for k, prompt in enumerate(prompts)]
     texts, figures, news = run(engine, *requests)
     for req in requests:

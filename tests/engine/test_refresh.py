@@ -17,7 +17,7 @@ from driving import TellingEngine
 from fullpipe.engine import RequestStats
 from fullpipe.events import Emitted
 from fullpipe.messages import Expansion, Flight
-from fullpipe.methods import WITH_REFRESH, make_method
+from fullpipe.methods import WITH_REFRESH, make_method, options_of
 from fullpipe.pipeline.durations import unit_costs
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
@@ -73,7 +73,8 @@ def run(source: Changeable, method: str, *, stages: int = 6, tokens: int = 60, w
     pipeline = InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)], source, costs=costs,
                                  links=Links.even(stages, Link(link_s)))
     can = refresh and method in WITH_REFRESH
-    engine = TellingEngine(pipeline, make_method(method, width=width, refresh=can), prefill_chunk=2, spare_slots=spare)
+    made = make_method(method, **options_of(method, width=width, refresh=can))
+    engine = TellingEngine(pipeline, made, prefill_chunk=2, spare_slots=spare)
     engine.submit(Request(0, PROMPT, SamplingParams(max_tokens=tokens)))
     said = []
     while engine.busy:

@@ -14,7 +14,7 @@ import tiny
 from driving import TellingEngine
 from fullpipe.cluster.partition import cut
 from fullpipe.events import Emitted
-from fullpipe.methods import METHODS, WITH_REFRESH, make_method
+from fullpipe.methods import METHODS, WITH_REFRESH, make_method, options_of
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
@@ -102,7 +102,8 @@ def test_the_text_does_not_depend_on_the_method(
         folders: dict[str, Path], stages: Callable[[int], list[ModelStage]], truth: dict[str, list[int]],
         kind: str, method: str, count: int, width: int) -> None:
     pipeline = InProcessPipeline(stages(count), DraftModel(whole(folders["draft"])))
-    tokens, hit_rate = run(TellingEngine(pipeline, make_method(method, width=width), prefill_chunk=4), PARAMS[kind])
+    made = make_method(method, **options_of(method, width=width))
+    tokens, hit_rate = run(TellingEngine(pipeline, made, prefill_chunk=4), PARAMS[kind])
     assert tokens == truth[kind]
     # One stage lands before any guess can be launched behind its root.
     whole_flights = method in ("chain", "static-tree")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from fullpipe.assembly import Prepared, prepare, start
+from fullpipe.assembly import Prepared, measured, prepare, start
+from fullpipe.costs import Machine
 from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.events import Emitted, Finished
 from fullpipe.messages import Event
@@ -44,12 +45,14 @@ class Said:
 class Asker:
     """A model behind an engine of our own, to be asked by token ids: what `LLM` does, with every event in reach.
 
-    at_once: requests that share the stages. listeners: are told every event.
+    machine: what methods are to know of the stations. at_once: requests that share the stages. listeners: are told
+    every event.
     """
 
-    def __init__(self, prepared: Prepared, pipeline: Pipeline, *, at_once: int | None = None,
-                 listeners: Iterable[Listener] = ()) -> None:
-        self.prepared, self.pipeline, self.method = prepared, pipeline, prepared.method()
+    def __init__(self, prepared: Prepared, pipeline: Pipeline, *, machine: Machine | None = None,
+                 at_once: int | None = None, listeners: Iterable[Listener] = ()) -> None:
+        self.prepared, self.pipeline, self._machine = prepared, pipeline, machine
+        self.method = prepared.method(machine)
         self.engine = Engine(pipeline, self.method, options=EngineOptions(max_num_seqs=at_once),
                              listeners=[self._note, *listeners])
         self._running: dict[int, Said] = {}
@@ -62,7 +65,7 @@ class Asker:
     def use(self, method: str, **options: Any) -> None:
         """Change the method; the text stays the same. Model and stages stay loaded."""
         self.engine.drain()
-        self.method = self.prepared.method(name=method, **options)
+        self.method = self.prepared.method(self._machine, method, **options)
         self.engine.use(self.method)
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -151,7 +154,8 @@ class Real(Asker):
 
     def __init__(self, options: Options, *, progress: Say = _silent) -> None:
         prepared = prepare(options, progress)
-        super().__init__(prepared, start(prepared, progress))
+        pipeline = start(prepared, progress)
+        super().__init__(prepared, pipeline, machine=measured(prepared, pipeline, progress))
 
 
 def _imagined(on: Cluster | int, costs: Costs, drafts: Sequence[str], row_bytes: int) -> dict[str, Any]:

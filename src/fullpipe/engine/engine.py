@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fullpipe.engine.loop import Listener, Loop
-from fullpipe.errors import PipelineError, UsageError
+from fullpipe.errors import UsageError
 from fullpipe.events import Attached, Submitted
 from fullpipe.methods.base import Method
 from fullpipe.request import Request
@@ -19,7 +19,7 @@ class Engine(Loop):
     """Drives requests through a pipeline with a method: `submit` them, then `step` while it is `busy`.
 
     listeners: called with every event, the engine's own included, as it happens. All news leave this way. One that
-    raises is dropped and logged. `end` may be called from inside one.
+    raises is dropped and logged. owner: called last; it may call `end` there, and what it raises breaks the step.
     """
 
     @property
@@ -58,10 +58,11 @@ class Engine(Loop):
         Raises PromptError for one that would need more than all of the cache memory.
         """
         self._check_whole()
+        self._now = self.now()
         assert request.id not in {one.request.id for one in self.unfinished()}, "request ids must be unique"
         sequence = Sequence(request, self.now() if arrived is None else arrived)
         self._scheduler.add(sequence)
-        self._tell(Submitted(self.now(), request.id, len(request.prompt), sequence.arrived))
+        self._tell(Submitted(self._now, request.id, len(request.prompt), sequence.arrived))
         return sequence
 
     def end(self, request: int, reason: str = "abort") -> None:
@@ -84,12 +85,10 @@ class Engine(Loop):
     def attach(self, pipeline: Pipeline) -> None:
         """Go on with another pipeline. Every request waits to be admitted there, and goes on from its committed tokens:
         text is a function of what stands before, so nothing is lost. The caller closes the pipeline before."""
-        for sequence in self._scheduler.running.values():
-            sequence.tree.clear()
+        newest = self.pipeline.newest_flight, self.pipeline.newest_job
         self.pipeline = pipeline
-        self._checked(self.method)
         self._scheduler.forget_stations()
-        self._begin()
+        self._begin(*newest)
         self._tell(Attached(self._now))
 
     def use(self, method: Method) -> None:
@@ -106,11 +105,6 @@ class Engine(Loop):
         self._memory.give_up_kept()
         while self._flights.under_way or self._flights.closes or self._jobs.closes or not self._draft_ready:
             self.step()
-
-    def _check_whole(self) -> None:
-        if self._broken:
-            raise PipelineError("the pipeline stopped in the middle of a step and cannot go on",
-                                hint="Attach another one (a new LLM).")
 
     def check(self) -> None:
         """Raise AssertionError unless every tree, slot and table is as it must be (tests, idle servers)."""

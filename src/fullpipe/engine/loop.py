@@ -15,7 +15,7 @@ from fullpipe.engine.jobs import Jobs
 from fullpipe.engine.memory import Memory
 from fullpipe.engine.scheduler import Scheduler
 from fullpipe.engine.stats import Stats
-from fullpipe.errors import StationFailed, UsageError
+from fullpipe.errors import PipelineError, StationFailed, UsageError
 from fullpipe.events import Admitted, Asked, Died, Emitted, Fate, Finished, Preempted
 from fullpipe.messages import Drafted, Event, Failed, Landed, Ready
 from fullpipe.methods.base import Method
@@ -38,18 +38,19 @@ class Loop:
     """Holds the data of an engine and goes round; `engine.Engine` adds what its users call."""
 
     def __init__(self, pipeline: Pipeline, method: Method, *, options: EngineOptions | None = None,
-                 listeners: Iterable[Listener] = ()) -> None:
+                 listeners: Iterable[Listener] = (), owner: Listener | None = None) -> None:
         self.pipeline, self.stats = pipeline, Stats()
         self.method = self._checked(method)
         options = self._options = options or EngineOptions()
-        self._listeners: tuple[Listener, ...] = (self.stats, *listeners)
+        self._listeners, self._owner = tuple(listeners), owner
         self._memory = Memory(options, self._for_guesses(), self._close)
         self._scheduler = Scheduler(options, self._memory)
         self._begin()
 
-    def _begin(self) -> None:
-        self._flights = Flights(self._options, self.pipeline.newest_flight)
-        self._jobs = Jobs(self._options, self.pipeline.newest_job)
+    def _begin(self, newest_flight: int = -1, newest_job: int = -1) -> None:
+        """Nothing is on the stations. newest_flight, newest_job: ids that have been used."""
+        self._flights = Flights(self._options, max(self.pipeline.newest_flight, newest_flight))
+        self._jobs = Jobs(self._options, max(self.pipeline.newest_job, newest_job))
         self._logprobs: dict[int, list[tuple[int, float]]] = {}  # by node that has landed, until its turn or its death
         self._stage_ready = self.pipeline.newest_flight >= 0  # who used it before has taken its last `Ready`
         self._draft_ready = True
@@ -67,6 +68,8 @@ class Loop:
         Raises StationFailed when a stage or the draft is gone. After an exception of any kind, Ctrl-C included, the
         engine takes nothing more until it is attached to another pipeline.
         """
+        self._check_whole()
+        self._now = self.pipeline.now()  # nothing may have happened for long
         try:
             self._send()
             for event in self.pipeline.events(wait):
@@ -182,12 +185,16 @@ class Loop:
             self._jobs.closes.append(kept.arena)
 
     def _tell(self, event: Event) -> None:
+        """Count it, tell those who watch, and last who owns the engine, who may end a request for it."""
+        self.stats(event)
         for listener in self._listeners:
             try:
                 listener(event)
             except Exception:
                 log.exception("a listener failed and is dropped")
                 self._listeners = tuple(one for one in self._listeners if one is not listener)
+        if self._owner is not None:
+            self._owner(event)
 
     def _for_guesses(self) -> int:
         """Slots of a request beyond prompt and answer."""
@@ -200,6 +207,11 @@ class Loop:
             raise UsageError(f"the method {method.name} needs a draft",
                              hint="Name one (a model, or ngram), or use the method pp.")
         return method
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise PipelineError("the pipeline stopped in the middle of a step and cannot go on",
+                                hint="Attach another one (a new LLM).")
 
 
 def _end_of_text(sequence: Sequence, token: int) -> str | None:

@@ -117,7 +117,7 @@ class RequestStats:
             return 0.0
         return (self.last_token - self.first_token) / (self.num_emitted - 1)
 
-    def speculation(self, method: str, num_stages: int, width: int) -> dict[str, object]:
+    def speculation(self, method: str, num_stages: int, width: int | None) -> dict[str, object]:
         """The `speculation` block of `fullpipe generate --json`."""
         return {
             "method": method,

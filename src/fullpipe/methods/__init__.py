@@ -19,8 +19,10 @@ METHODS: dict[str, type[Method]] = {
 }
 WITH_DEPTH = tuple(name for name, method in METHODS.items() if issubclass(method, StaticTree))
 WITH_REFRESH = tuple(name for name, method in METHODS.items() if issubclass(method, RefreshingMethod))
-# Options that some methods have alone.
-OF_SOME = {"depth": WITH_DEPTH, "refresh": WITH_REFRESH, "prefill_share": (FullPipe.name,)}
+# Options that not all methods have: flights of pp and chain have no shape to choose.
+OF_SOME = {"width": tuple(name for name in METHODS if name not in (PlainPipeline.name, Chain.name)),
+           "floor": tuple(name for name in METHODS if name != PlainPipeline.name),
+           "depth": WITH_DEPTH, "refresh": WITH_REFRESH, "prefill_share": (FullPipe.name,)}
 
 
 def make_method(name: str, *, width: int | None = None, depth: int | None = None, floor: float | None = None,
@@ -28,17 +30,12 @@ def make_method(name: str, *, width: int | None = None, depth: int | None = None
                 machine: Machine | None = None) -> Method:
     """Make the method of that name; None means its default.
 
-    A width is ignored by pp and chain, a floor by pp: their flights have no shape to choose. A depth is for the
-    methods `WITH_DEPTH` alone, a refresh for `WITH_REFRESH`, a prefill share for fullpipe. machine: what is known of
-    the stations.
+    `OF_SOME` names the options that not all methods have. machine: what is known of the stations.
 
     Raises UsageError on an unknown method, on values out of range, and on an option that the method does not have.
     """
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}", hint=f"Methods are: {', '.join(METHODS)}.")
-    if width is not None and width < 1:
-        raise UsageError(f"width must be 1 or more (got {width})",
-                         hint="The width is the number of tree nodes in a flight.")
     options: dict[str, Any] = {"width": width, "floor": floor, "depth": depth, "refresh": refresh or None,
                                "prefill_share": prefill_share}
     for option, methods in OF_SOME.items():
@@ -48,7 +45,11 @@ def make_method(name: str, *, width: int | None = None, depth: int | None = None
     return METHODS[name](machine=machine, **{key: value for key, value in options.items() if value is not None})
 
 
+def options_of(name: str, **options: Any) -> dict[str, Any]:
+    """Leave out the options that the method does not have."""
+    return {key: value for key, value in options.items() if name in OF_SOME.get(key, (name,))}
+
+
 __all__ = ["METHODS", "OF_SOME", "PROBABILITY_FLOOR", "WITH_DEPTH", "WITH_REFRESH", "Chain", "Chosen", "FullPipe",
-           "Load",
-           "Method", "PerTree", "PipeDec", "PlainPipeline", "Ppsd", "RefreshingMethod", "Spd", "StaticTree",
-           "make_method"]
+           "Load", "Method", "PerTree", "PipeDec", "PlainPipeline", "Ppsd", "RefreshingMethod", "Spd", "StaticTree",
+           "make_method", "options_of"]

@@ -65,6 +65,11 @@ class Method(ABC):
         return 2
 
     @property
+    def most_nodes(self) -> int | None:
+        """Nodes of a sequence in one flight at most; None: as many as pay."""
+        return self.width
+
+    @property
     def spare_slots(self) -> int:
         """Slots of a sequence that a flight takes as a rule."""
         return self.width

@@ -29,6 +29,7 @@ _FLIGHTS_AHEAD = 2  # the draft looks at nothing whose children come after so ma
 # price is that of one row more, and does not see how slow a flight gets with all that are just worth it
 # (lab/reports/batching).
 _MOST_ROWS = 96
+_WIDTH = 8  # where nobody knows what rows cost
 _SPARE_ROWS = 32  # slots of a sequence for each flight that may be under way, where nobody has said a width
 
 
@@ -45,17 +46,20 @@ class FullPipe(RefreshingMethod):
 
     def __init__(self, *, width: int | None = None, floor: float = PROBABILITY_FLOOR, draft_width: int | None = None,
                  refresh: bool = False, machine: Machine | None = None, prefill_share: float = 1.0) -> None:
-        super().__init__(width=width or 8, floor=floor, draft_width=draft_width or min(max(16, 2 * (width or 8)), 32),
+        wide = _WIDTH if width is None else width
+        super().__init__(width=wide, floor=floor, draft_width=draft_width or min(max(16, 2 * wide), 32),
                          refresh=refresh, machine=machine)
-        if width is not None and width < 1:
-            raise UsageError(f"width must be 1 or more (got {width})")
         if prefill_share <= 0:
             raise UsageError(f"the prefill share must be above 0 (got {prefill_share:g})",
                              hint="1 lets tokens take twice as long while a prompt comes in.")
         self._prices = Prices(machine, machine.stage, prefill_share) if machine and machine.stage else None
-        self._most = None if width is None and self._prices else self.width  # of a sequence in a flight
+        self._most = None if width is None and self._prices else self.width
         self._rows = 1  # of the newest flight, without prompts'
         self._least = -math.inf  # log path probability below which no guess was worth its row then
+
+    @property
+    def most_nodes(self) -> int | None:
+        return self._most
 
     @property
     def spare_slots(self) -> int:

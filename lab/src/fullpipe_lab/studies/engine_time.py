@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from fullpipe.engine import Engine
-from fullpipe.methods import make_method
+from fullpipe.methods import make_method, options_of
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.scripted import ScriptedDraft
@@ -35,7 +35,7 @@ def measure(method: str, stages: int, width: int, tokens: int, repeats: int = 5)
     for _ in range(repeats):
         pipeline = InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
                                      ScriptedDraft(TRUTH, accuracy=0.7, coverage=0.97, vocab=1000), clock="virtual")
-        engine = Engine(pipeline, make_method(method, width=width))
+        engine = Engine(pipeline, make_method(method, **options_of(method, width=width)))
         sequence = engine.submit(Request(0, (1, 2, 3), SamplingParams(max_tokens=tokens)))
         stats = engine.stats.of(0)
         gc.collect()

@@ -16,7 +16,7 @@ from typing import Any
 
 from fullpipe import hub
 from fullpipe.cli.console import print_table
-from fullpipe.methods import make_method
+from fullpipe.methods import make_method, options_of
 from fullpipe_lab.clusters import Cluster, DraftCosts, unit_cluster
 from fullpipe_lab.memo import MemoDraft, Memos
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
@@ -30,7 +30,8 @@ METHODS = ("pipedec", "fullpipe")
 def sample(answer: Answer, recording: Recording, memos: Memos, method: str, width: int,
            cluster: Cluster) -> dict[str, Any]:
     """One prompt with one method."""
-    run = replay(answer, recording.head.params, MemoDraft(memos.of(answer)), make_method(method, width=width), cluster,
+    made = make_method(method, **options_of(method, width=width))
+    run = replay(answer, recording.head.params, MemoDraft(memos.of(answer)), made, cluster,
                  costs=DraftCosts(cluster, ["model"]))
     stats = run.stats
     return {"set": answer.task, "id": answer.id, "method": method, "width": width, "tokens": stats.num_emitted,

@@ -5,9 +5,10 @@
 
 Stage processes with emulated links, one compute thread each; engine and draft sit with stage 0. In every cell all
 methods take turns on the same running pipeline, prompt by prompt: what is compared ran one after the other. A method's
-width is the best of --widths on the first prompt, tried in the same pipeline before anything is counted (chain: its
-depth). Stages and draft compete for this machine's cores when several have work: that is in the figures. Prompts: the
-first of each category of the set that comes with Fullpipe.
+width is the best of --widths on a prompt that is not counted, tried in the same pipeline before (chain: its depth;
+fullpipe: also none, which lets in whatever pays by what rows cost here, measured). Stages and draft compete for this
+machine's cores when several have work: that is in the figures. Prompts: the first of each category of the set that
+comes with Fullpipe.
 
 Ends with 1 when two texts differ. `--write` keeps the receipt in lab/receipts/wall_clock.json.
 """
@@ -55,8 +56,9 @@ def ask(on: Real, prompt: Prompt, method: str, size: int | None, tokens: int) ->
     return Run(prompt[0], method, size, tuple(said.tokens), said.stats.tbt_s, said.stats.hits, said.stats.misses)
 
 
-def best_size(on: Real, prompt: Prompt, method: str, sizes: Sequence[int], tokens: int) -> int:
-    return min(sizes, key=lambda size: ask(on, prompt, method, size, tokens).tbt_s)
+def best_size(on: Real, prompt: Prompt, method: str, sizes: Sequence[int], tokens: int) -> int | None:
+    tried: list[int | None] = [*sizes] if method != "fullpipe" else [None, *sizes]
+    return min(tried, key=lambda size: ask(on, prompt, method, size, tokens).tbt_s)
 
 
 def turns(on: Real, prompts: Sequence[Prompt], sizes: dict[str, int | None], repeats: int,
@@ -100,11 +102,11 @@ def main() -> None:
     for stages, ms in product(integers(asked.stages, "--stages"), decimals(asked.links, "--links")):
         with Real(Options.of(model=asked.model, stages=stages, link_ms=ms, draft=asked.draft, method="fullpipe",
                              dtype=asked.dtype, threads=1)) as on:
-            prompts = [(one.id, on.encode([{"role": "user", "content": one.text}]))
-                       for one in choose(None, 1)[: asked.prompts]]
-            ask(on, prompts[0], "pp", None, 8)  # warm: first touches of weights and caches
+            *prompts, other = [(one.id, on.encode([{"role": "user", "content": one.text}]))
+                               for one in choose(None, 1)[: asked.prompts + 1]]
+            ask(on, other, "pp", None, 8)  # warm: first touches of weights and caches
             widths = integers(asked.widths, "--widths")
-            sizes = {"pp": None} | {method: best_size(on, prompts[0], method, widths, asked.tokens // 2)
+            sizes = {"pp": None} | {method: best_size(on, other, method, widths, asked.tokens // 2)
                                     for method in asked.methods}
             found = turns(on, prompts, sizes, asked.repeats, asked.tokens)
         for method in sizes:

@@ -229,7 +229,9 @@ class _Arena:
 
 
 class ModuleDraft:
-    """module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
+    """Guesses with a draft module, from the hidden states that the stages have sent.
+
+    module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
     it. draft_ids: int64 [draft vocab], the target's token of each row of the head; None: all.
     vocab: number of the target's real tokens.
     """

@@ -35,7 +35,8 @@ def test_a_picture_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_
 
 
 @pytest.mark.parametrize(("ours", "plain", "said"), [
-    ([1, 2], [1, 2], "yes"), ([1, 3, 4], [1, 2, 4], "NO, from token 1 ("), ([1], [1, 2], "NO: one text ends earlier (")])
+    ([1, 2], [1, 2], "yes"), ([1, 3, 4], [1, 2, 4], "NO, from token 1 ("),
+    ([1], [1, 2], "NO: one text ends earlier (")])
 def test_it_says_where_two_texts_part(ours: list[int], plain: list[int], said: str) -> None:
     both: list[Any] = [SimpleNamespace(token_ids=tokens) for tokens in (ours, plain)]
     assert demo._sameness(*both).startswith(said)

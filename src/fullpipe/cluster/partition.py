@@ -43,7 +43,7 @@ def stage_costs(
 
 
 class _Search:
-    """Finds a best cut by dynamic programming over (stage, first layer after it), for it begins with a best cut."""
+    """Finds a best cut by dynamic programming over (stage, first layer after it): each begins with a best cut."""
 
     def __init__(self, costs: Sequence[float], head: float, embedding: float, stages: int) -> None:
         assert min(*costs, head, embedding) >= 0, "costs are 0 or more"

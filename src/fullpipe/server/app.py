@@ -142,7 +142,7 @@ class _GuardedRoute(APIRoute):
 
 
 class _JsonRequest(Request):
-    """JSON as the standard has it: no NaN, no lone surrogates, no bottomless nesting."""
+    """Reads JSON as the standard has it: no NaN, no lone surrogates, no bottomless nesting."""
 
     async def json(self) -> Any:
         try:

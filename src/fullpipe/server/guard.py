@@ -1,5 +1,5 @@
-"""What stands before the application: who may come in, how much they may send, how long they may take nothing of what
-is sent, and a line in the log for each."""
+"""A guard stands before the application: who may come in, how much they may send, how long they may take nothing of
+what is sent, and a line in the log for each."""
 
 from __future__ import annotations
 

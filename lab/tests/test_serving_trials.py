@@ -11,7 +11,14 @@ import pytest
 from fullpipe_lab.studies.serving import kills, soak
 from fullpipe_lab.studies.serving.kills import Blow, Strike, asks, note_first_texts, plan
 from fullpipe_lab.studies.serving.processes import Footprint, Reply, _take, station_names
-from fullpipe_lab.studies.serving.soak import bad_requests, good_ask, judged, leftover_faults, log_faults, memory_fault
+from fullpipe_lab.studies.serving.soak import (
+    bad_requests,
+    good_ask,
+    leftover_faults,
+    log_faults,
+    memory_fault,
+    status_fault,
+)
 
 NAMES = station_names(2)
 
@@ -97,7 +104,7 @@ def test_an_error_in_a_stream_fails_the_reply() -> None:
     (200, None, True), (400, None, True), (429, "1", True), (429, None, False), (503, "1", True), (503, None, False),
     (500, "1", False), (502, None, False)])
 def test_which_statuses_are_never_right(status: int, retry_after: str | None, right: bool) -> None:
-    assert (judged(status, retry_after) == "") is right
+    assert (status_fault(status, retry_after) == "") is right
 
 
 def test_memory_may_warm_up_but_not_climb() -> None:

@@ -84,7 +84,7 @@ def _is_point(rows: object, seconds: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a method may know of the stations that it chooses for.
+    """Tells a method what it may know of the stations that it chooses for.
 
     stage: seconds of the slowest stage by rows of a flight; None: rows cost nothing, as far as anybody knows.
     draft: seconds of a draft call by rows of a job; None: no matter.

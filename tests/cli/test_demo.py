@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command import Models, run
+
+from fullpipe.cli import demo
 
 
 @pytest.mark.processes
@@ -27,3 +32,26 @@ def test_the_demo_shows_both_runs_and_what_comes_next(models: Models, tmp_path: 
 def test_a_picture_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     result = run("demo", "--picture", tmp_path / "nowhere" / "p.png")
     assert result.exit_code == 2 and "nowhere" in result.stderr and "loading" not in result.stderr
+
+
+@pytest.mark.parametrize(("ours", "plain", "said"), [
+    ([1, 2], [1, 2], "yes"), ([1, 3, 4], [1, 2, 4], "NO, from token 1 ("),
+    ([1], [1, 2], "NO: one text ends earlier (")])
+def test_it_says_where_two_texts_part(ours: list[int], plain: list[int], said: str) -> None:
+    both: list[Any] = [SimpleNamespace(token_ids=tokens) for tokens in (ours, plain)]
+    assert demo._sameness(*both).startswith(said)
+
+
+@pytest.mark.processes
+def test_two_texts_that_differ_end_it_with_1(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = demo._run
+
+    def cut_short(llm: Any, method: str, *rest: Any) -> Any:
+        completion, events = honest(llm, method, *rest)
+        kept = completion.token_ids[:-1] if method == "pp" else completion.token_ids
+        return replace(completion, token_ids=kept), events
+
+    monkeypatch.setattr(demo, "_run", cut_short)
+    result = run("demo", "hello there", "--model", models.target, "--draft", models.draft, "--dtype", "float32",
+                 "--stages", "2", "--link-ms", "0", "--max-tokens", "6", "--picture", tmp_path / "both.svg")
+    assert result.exit_code == 1 and "text identical: NO: one text ends earlier" in result.stdout, result.output

@@ -1,6 +1,6 @@
 """One contract for every pipeline: what `fullpipe.pipeline.base` promises, under random traffic.
 
-`Traffic` is a small engine without a policy: it opens requests, sends their prompts in chunks, grows
+`Traffic` is a small engine without a method: it opens requests, sends their prompts in chunks, grows
 random trees, commits random children, kills random subtrees, reuses the slots of the dead at once, and
 asks a draft station about random nodes. Arenas begin too small and are enlarged on the way, and a request may begin
 as a copy of another one's committed path. It knows what every row must answer, for the stages answer from

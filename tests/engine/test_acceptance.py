@@ -31,12 +31,12 @@ class Lenient(ScriptedStage):
         self.count, self.every = count, every
 
     def run(self, flight: Flight, hidden: Any) -> Any:
-        verdict = super().run(flight, hidden)
-        assert isinstance(verdict, Landed)
+        landed = super().run(flight, hidden)
+        assert isinstance(landed, Landed)
         positions = [part.positions[row] for part in flight.parts for row in range(len(part)) if part.wants[row]]
-        verdict.others = [passing(token, self.count) if position % self.every == 0 else []
-                          for token, position in zip(verdict.tokens, positions)]
-        return verdict
+        landed.others = [passing(token, self.count) if position % self.every == 0 else []
+                         for token, position in zip(landed.tokens, positions)]
+        return landed
 
 
 def passing(token: int, count: int) -> list[int]:

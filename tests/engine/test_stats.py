@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from driving import TellingEngine
-from fullpipe.engine import Stats
+from fullpipe.engine import Stats, Totals
 from fullpipe.events import Asked, Emitted, Finished, Launched, Preempted
 from fullpipe.messages import Event
 from fullpipe.methods import make_method
@@ -96,3 +96,8 @@ def test_a_token_that_a_listener_ends_the_text_with_keeps_its_fate() -> None:
     assert sequence.finished == "stop" and len(sequence.output) == len(said) == 3
     assert sequence.output[0] == hash_token([4, 8, 15], 50, 3)
     assert "last" not in {one.fate for one in said}
+
+
+def test_totals_have_no_rates_before_there_was_a_hit_or_a_miss() -> None:
+    assert (Totals(emitted=1).hit_rate, Totals(emitted=1).mean_acceptance_length) == (0.0, 0.0)
+    assert (Totals(hits=6, misses=3).hit_rate, Totals(hits=6, misses=3).mean_acceptance_length) == (6 / 9, 3.0)

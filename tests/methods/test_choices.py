@@ -1,4 +1,4 @@
-"""Policies: what each method launches on a tree that everybody can draw."""
+"""Choices: what each method launches on a tree that everybody can draw."""
 
 import math
 

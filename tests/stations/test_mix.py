@@ -21,7 +21,7 @@ def test_every_guess_once_and_chains_kept() -> None:
     assert [math.exp(logprob) for logprob in merged.logprobs] == pytest.approx([0.6, 0.4, 0.1, 0.8, 0.9, 0.2])
 
 
-def test_without_a_judge_nothing_is_discounted() -> None:
+def test_nothing_is_discounted_where_the_first_draft_is_silent() -> None:
     chain = expansion((1, 0.9, -1), (2, 0.8, 0))
     assert merge([Expansion(4, [], [], []), chain]) == chain
 

@@ -90,7 +90,7 @@ def test_the_life_of_a_token(told: Told) -> None:
     drafted = told.first(Drafted, lambda event: event.expansions[0].node == root)
     assert drafted.time == 1 and hero in drafted.expansions[0].tokens
 
-    # Stops 7 and 8. Stage 0 is free, and the policy wants the likeliest guesses in it: hero and rivals get
+    # Stops 7 and 8. Stage 0 is free, and the method wants the likeliest guesses in it: hero and rivals get
     # a node and a slot each and enter as one flight, two seconds before anyone can say which of them is right.
     launched = told.first(Launched, lambda event: hero in event.tokens and event.parents[0] == root)
     assert launched.time == 1 and launched.parents == [root] * WIDTH

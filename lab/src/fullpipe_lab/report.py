@@ -90,8 +90,8 @@ def _best_other(results: Results, cluster: str, heat: float, task: str) -> str:
     if ours is None or not ours.tbt_s or not others:
         return "-"
     ratio = min(others) / ours.tbt_s
-    verdict = "" if ratio > 1 else "even with " if ratio * _ALLOWANCE >= 1 else "SLOWER than "
-    return f"{ratio:.2f}x ({verdict}{others[min(others)]})"
+    standing = "" if ratio > 1 else "even with " if ratio * _ALLOWANCE >= 1 else "SLOWER than "
+    return f"{ratio:.2f}x ({standing}{others[min(others)]})"
 
 
 def _cluster(results: Results, info: ClusterInfo, figure: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the verbs print with. Results go to standard output, everything else to standard error."""
+"""The verbs print with these functions. Results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def error_console() -> Console:
 
 
 class _Bar:
-    """Progress that is drawn when there is some, and gone when its `with` ends."""
+    """Draws progress when there is some, and is gone when its `with` ends."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -86,7 +86,8 @@ class _Bar:
 
 
 class TransferBar(_Bar):
-    """A `fullpipe.hub.Progress`: a bar on a terminal, a line per quarter elsewhere. Use it in a `with`."""
+    """Shows a download, as a `fullpipe.hub.Progress`: a bar on a terminal, a line per quarter elsewhere. Use it in a
+    `with`."""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -121,7 +122,7 @@ def _new_bar(total: int) -> Progress:
 
 
 class StepBar(_Bar):
-    """Progress by steps: a bar on a terminal, a line per eighth elsewhere. Use it in a `with`."""
+    """Shows progress by steps: a bar on a terminal, a line per eighth elsewhere. Use it in a `with`."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -148,8 +149,8 @@ class StepBar(_Bar):
 
 
 class ShareBar(_Bar):
-    """Progress by shares of the whole, with figures: a bar with the time that is left on a terminal, a line every half
-    minute elsewhere. Use it in a `with`."""
+    """Shows progress by shares of the whole, with figures: a bar with the time that is left on a terminal, a line every
+    half minute elsewhere. Use it in a `with`."""
 
     def __init__(self, what: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`fullpipe convert`: draft modules of other programs into ours. A verb for each kind of file."""
+"""`fullpipe convert` makes our draft modules of those of other programs. A verb for each kind of file."""
 
 from __future__ import annotations
 

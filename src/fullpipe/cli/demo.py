@@ -1,4 +1,4 @@
-"""`fullpipe demo`: the same answer twice on stages with slow links between them, without speculation and with it."""
+"""`fullpipe demo` gives the same answer twice on stages with slow links between them, without and with speculation."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ def demo(
     if drawable:
         _draw(its_events, our_events, picture)
     _what_next()
+    if ours.token_ids != plain.token_ids:
+        raise typer.Exit(1)
 
 
 def _run(llm: LLM, method: str, title: str, asked: list[dict[str, str]], params: SamplingParams,
@@ -82,17 +84,19 @@ def _speed(one: Completion) -> str:
 
 def _compare(plain: Completion, ours: Completion, pipeline: PipelineOptions) -> None:
     faster = plain.timing["tbt_s"] / ours.timing["tbt_s"] if ours.timing["tbt_s"] else 0.0
-    typer.echo(f"\ntext identical: {_verdict(ours, plain)}\n"
+    typer.echo(f"\ntext identical: {_sameness(ours, plain)}\n"
                f"speedup: {faster:.2f}x on the wall clock, time between tokens")
     console.print_note(f"Lived through here: {pipeline.stages} processes and a draft on this one machine, with "
                        f"emulated links of {pipeline.link_ms:g} ms one way. No part of it was calculated.")
 
 
-def _verdict(ours: Completion, plain: Completion) -> str:
+def _sameness(ours: Completion, plain: Completion) -> str:
+    """Say whether the texts are the same, and where they part."""
     if ours.token_ids == plain.token_ids:
         return "yes"
-    index = next((i for i, pair in enumerate(zip(ours.token_ids, plain.token_ids)) if pair[0] != pair[1]), "the end")
-    return f"NO, from token {index} (see docs/exactness.md on near-ties, and run fullpipe verify)"
+    index = next((i for i, pair in enumerate(zip(ours.token_ids, plain.token_ids)) if pair[0] != pair[1]), None)
+    where = ": one text ends earlier" if index is None else f", from token {index}"
+    return f"NO{where} (see docs/exactness.md on near-ties, and run fullpipe verify)"
 
 
 def _can_draw(picture: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Fetching what a verb is about to load."""
+"""A verb fetches here what it is about to load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fullpipe generate`: answer one prompt."""
+"""`fullpipe generate` answers one prompt."""
 
 from __future__ import annotations
 

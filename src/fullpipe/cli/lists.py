@@ -1,4 +1,4 @@
-"""Options that take numbers with commas between."""
+"""These options take numbers with commas between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fullpipe load`: requests to an OpenAI-compatible server, any one, and how fast it answers them."""
+"""`fullpipe load` sends requests to any OpenAI-compatible server, and says how fast it answers them."""
 
 from __future__ import annotations
 

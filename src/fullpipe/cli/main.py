@@ -1,4 +1,4 @@
-"""The `fullpipe` command. A verb is a function in a file of its own; `_VERBS` is their list.
+"""The `fullpipe` command begins here. A verb is a function in a file of its own; `_VERBS` is their list.
 
 Importing this module must stay quick, so a verb imports what is heavy (torch, the engine) in its function.
 """

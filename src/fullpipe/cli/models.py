@@ -1,4 +1,4 @@
-"""`fullpipe models`: what can be had by name, and what is here."""
+"""`fullpipe models` says what can be had by name, and what is here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From dataclasses of options to a command line: a verb names the dataclasses, and gets them filled.
+"""Dataclasses of options become a command line: a verb names the dataclasses, and gets them filled.
 
     def show(model: ModelOptions, pipeline: Annotated[PipelineOptions, Only("stages")]) -> None: ...
 
@@ -53,7 +53,7 @@ class Without(Only):
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A parameter of a verb that is a dataclass of options."""
+    """Is a parameter of a verb that is a dataclass of options."""
 
     name: str
     default: Any

@@ -1,4 +1,4 @@
-"""`fullpipe profile`: what this machine takes for the parts of a step, in a file."""
+"""`fullpipe profile` writes into a file what this machine takes for the parts of a step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def profile(
 
 
 def _draft_model(model: str, draft: str) -> str | None:
-    """The one model among the sources that `draft` stands for; n-gram costs nothing worth measuring."""
+    """The one model among the drafts that `draft` stands for; n-gram costs nothing worth measuring."""
     from fullpipe.assembly import draft_names
     from fullpipe.stations.drafts.names import module_folder
 

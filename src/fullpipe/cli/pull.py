@@ -1,4 +1,4 @@
-"""`fullpipe pull`: fetch models into the cache."""
+"""`fullpipe pull` fetches models into the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fullpipe serve`: an OpenAI-compatible server over one speculative pipeline."""
+"""`fullpipe serve` runs an OpenAI-compatible server over one speculative pipeline."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def _server() -> Callable[[Options, ServerOptions, socket.socket], None]:
 
 
 def _with_names_and_keys(server: ServerOptions, model: str) -> ServerOptions:
-    """An empty variable is an empty key, which is refused: who set it wanted the door locked."""
+    """Fill in the names that callers use, and the keys. A variable that is set but empty is an empty key, which is
+    refused: whoever set it meant to ask for a key."""
     own = os.environ.get("FULLPIPE_API_KEY")
     keys = server.api_key or (() if own is None else (own,))
     return replace(server, api_key=keys, served_model_name=server.served_model_name or (model,))

@@ -1,4 +1,4 @@
-"""`fullpipe show`: what a model is made of, and where it would be cut."""
+"""`fullpipe show` says what a model is made of, and where it would be cut."""
 
 from __future__ import annotations
 

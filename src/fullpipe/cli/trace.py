@@ -1,4 +1,4 @@
-"""`fullpipe trace`: pictures of a recorded run; and what `fullpipe generate --trace` writes them with."""
+"""`fullpipe trace` draws a recorded run, and `fullpipe generate --trace` draws with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fullpipe train`: what a draft module needs, and its training. A verb is a function; `_VERBS` is their list."""
+"""`fullpipe train` makes what a draft module needs, and trains it. A verb is a function; `_VERBS` is their list."""
 
 from __future__ import annotations
 

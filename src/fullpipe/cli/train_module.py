@@ -1,4 +1,4 @@
-"""`fullpipe train spd` and `fullpipe train exit`."""
+"""`fullpipe train spd` and `fullpipe train exit` train draft modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The boundary around every verb: an error becomes one line, a hint and an exit code."""
+"""An error becomes one line, a hint and an exit code at the boundary around every verb."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fullpipe verify`: do the methods say what the model alone says, here, with this model and dtype?"""
+"""`fullpipe verify` asks whether the methods say what the model alone says, here, with this model and dtype."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first token at which a method left `pp`'s text.
+    """Is the first token at which a method left `pp`'s text.
 
     token, reference: what the method and `pp` said there; both -1 where one of the texts had ended.
     margins: how far each pick's logit stood above its rival's, noise included; None where there was no rival.

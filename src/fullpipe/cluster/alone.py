@@ -1,4 +1,4 @@
-"""One process that does everything in turn: does guessing pay there, with which draft, and how far ahead?
+"""`choose` says for one process that does everything in turn whether guessing pays, with which draft, and how far.
 
 Guess k tokens, one after the other, d seconds each; verify them and the root in one flight of k + 1 rows, which takes
 the stage c(k + 1) seconds. If a guess is right with probability p, a round emits 1 + p + ... + p^k tokens, so a token
@@ -6,9 +6,10 @@ takes
 
     t(k) = (k d + c(k + 1)) / (1 + p + ... + p^k)
 
-seconds, against c(1) without a draft. Guessing pays where the least t(k) is below 90% of that; the rest is for what p
-owes to the text. d and c are measured. p is not: 0.8 is what the default pair shows (0.73 on a chat, 0.92 on code), and
-0.15 what n-gram does, which costs next to nothing and has something to say only where a text repeats itself.
+seconds, against c(1) without a draft. Guessing counts as paying where the least t(k) is below 90% of that: the
+other 10% are a margin, for p differs from text to text. d and c are measured. p is not: 0.8 is what the default pair
+shows (0.73 on a chat, 0.92 on code), and 0.15 what n-gram does, which costs next to nothing and has something to say
+only where a text repeats itself.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _NGRAM = "ngram"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """drafts: who guesses; empty: nobody. depth: tokens guessed at a time. why: in one line."""
+    """Says who guesses, and how far ahead.
+
+    drafts: who guesses; empty: nobody. depth: tokens guessed at a time. why: in one line.
+    """
 
     drafts: tuple[str, ...]
     depth: int

@@ -1,4 +1,4 @@
-"""Measuring what rows cost, on the very stations that will serve, before an engine drives them."""
+"""`measure_machine` measures what rows cost, on the very stations that will serve, before an engine drives them."""
 
 from __future__ import annotations
 

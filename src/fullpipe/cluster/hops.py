@@ -1,4 +1,4 @@
-"""What a hop costs: two processes of this machine send a message to and fro, as stages do.
+"""Two processes of this machine send a message to and fro, as stages do, to learn what a hop costs.
 
     python -m fullpipe.cluster.hops RANK MEETING_FILE REPEATS SIZE...
 
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 class _End:
-    """One end of the way for messages of `size` bytes of hidden rows. other: rank of the other end."""
+    """Is one end of the way for messages of `size` bytes of hidden rows. other: rank of the other end."""
 
     def __init__(self, other: int, size: int) -> None:
         import torch

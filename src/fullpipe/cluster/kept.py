@@ -1,4 +1,4 @@
-"""What rows cost on a pipeline, in a file, so that it need not be measured again. No torch."""
+"""What rows cost on a pipeline is kept in a file, so that it need not be measured again. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fullpipe.costs import CostCurve, Machine
 
 
 class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """of: what it was measured on. stage, draft: [rows, seconds], rising."""
+    """Says what the file holds. of: what it was measured on. stage, draft: [rows, seconds], rising."""
 
     of: dict[str, Any]
     num_stages: int
@@ -27,7 +27,10 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class KeptCosts:
-    """path: of the file. of: everything that the costs depend on; costs of anything else are not taken for it."""
+    """Keeps the costs of one pipeline.
+
+    path: of the file. of_what: everything that the costs depend on; costs of anything else are not taken for it.
+    """
 
     path: Path
     of_what: dict[str, Any]

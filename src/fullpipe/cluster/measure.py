@@ -1,4 +1,4 @@
-"""Taking the times of a profile: real layers of the real model, on this machine.
+"""The times of a profile are taken here, with real layers of the real model, on this machine.
 
 All cells (rows by context) are measured in turn, and that several times over: a noisy moment then hits all cells
 alike, and the median passes it by. The first round warms up and does not count.
@@ -31,6 +31,7 @@ from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES, pick_dtype
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.weights import open_model
+from fullpipe.options import EngineOptions
 from fullpipe.request import SamplingParams
 from fullpipe.stations.sampling import pick, rank
 from fullpipe.stations.table import SlotTable
@@ -47,7 +48,7 @@ CONTEXTS = (128, 512, 2048)
 MESSAGE_BYTES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 
 _COLD_BYTES = 256 << 20  # of layers: beyond the last cache of most processors (32 MB on the development machine)
-_TOP_K = 16  # candidates that a draft is asked for; the engine's own number
+_FANOUT = EngineOptions().fanout
 _HOP_REPEATS = 40  # a hop takes microseconds, and varies more than arithmetic does
 
 
@@ -120,7 +121,7 @@ def _threads(number: int) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Cells:
-    """The sizes to measure, and how often; works through them in turn."""
+    """Works in turn through the sizes to measure, as often as it is told."""
 
     rows: Sequence[int]
     contexts: Sequence[int]
@@ -160,8 +161,8 @@ class _Cells:
 
 
 class _Standing(SliceRunner):
-    """A runner whose requests begin with their context in place. Noise stands in the cache: what a step takes
-    does not depend on the numbers there. most: rows of its largest flight."""
+    """Runs requests that begin with their context in place. Noise stands in the cache: what a step takes does not
+    depend on the numbers there. most: rows of its largest flight."""
 
     def __init__(self, slice: DecoderSlice, most: int) -> None:
         super().__init__(slice)
@@ -180,7 +181,7 @@ class _Standing(SliceRunner):
                          [False] * context))
         slots = list(range(context, context + rows))
         return Flight(0, [Part(arena, [], list(range(rows)), [0] * rows, [context] * rows, slots,
-                               [[slot] for slot in slots], [True] * rows)], fanout=_TOP_K)
+                               [[slot] for slot in slots], [True] * rows)], fanout=_FANOUT)
 
 
 def _timed(work: Callable[..., object], *arguments: object) -> float:
@@ -226,7 +227,7 @@ def _ends(files: ModelFiles, dtype: str, cells: _Cells) -> list[Curve]:
 
 
 def _drafts(files: ModelFiles, dtype: str, cells: _Cells) -> Surface:
-    """A draft call as `sources/draft_model.py:DraftModel.run` makes it."""
+    """A draft call as `stations/drafts/model.py:DraftModel.run` makes it."""
     whole = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype])
     runner = _Standing(whole, max(cells.rows))
 

@@ -1,4 +1,4 @@
-"""Where to cut a model into stages. Pure arithmetic; costs may be seconds or bytes."""
+"""Arithmetic says here where to cut a model into stages. Costs may be seconds or bytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stage_costs(
 
 
 class _Search:
-    """Dynamic programming over (stage, first layer after it): a best cut begins with a best cut."""
+    """Finds a best cut by dynamic programming over (stage, first layer after it): each begins with a best cut."""
 
     def __init__(self, costs: Sequence[float], head: float, embedding: float, stages: int) -> None:
         assert min(*costs, head, embedding) >= 0, "costs are 0 or more"

@@ -1,4 +1,4 @@
-"""What this machine takes for the parts of a step: a file of measured seconds, and what lies between them. No torch.
+"""A profile says what this machine takes for the parts of a step: measured seconds, and what lies between. No torch.
 
 `fullpipe profile` writes the file (`bench/measure.py` takes the times). A cost is the median of some samples and
 their median absolute deviation. Between measured sizes, in rows and in context, a cost lies on a `CostCurve`; below the
@@ -37,7 +37,10 @@ class _Part(BaseModel):
 
 
 class Cost(_Part):
-    """seconds: the median. spread: median absolute deviation from it, in seconds. samples: of how many."""
+    """Is a measured time.
+
+    seconds: the median. spread: median absolute deviation from it, in seconds. samples: of how many.
+    """
 
     seconds: Seconds
     spread: Seconds
@@ -52,7 +55,7 @@ class Cost(_Part):
 
 
 class Curve(_Part):
-    """Costs by one size. sizes: rising. costs: one of each."""
+    """Gives costs by one size. sizes: rising. costs: one of each."""
 
     sizes: Sizes
     costs: tuple[Cost, ...]
@@ -72,7 +75,7 @@ class Curve(_Part):
 
 
 class Surface(_Part):
-    """Costs by rows and by tokens of context before them, both rising. costs: a list by context for each rows."""
+    """Gives costs by rows and by tokens of context before them, both rising. costs: for each rows, by context."""
 
     rows: Sizes
     contexts: Sizes
@@ -99,7 +102,7 @@ class Surface(_Part):
 
 
 class Shape(_Part):
-    """Of a model that was measured. Bytes of weights in `dtype`; see `model/config.py:Sizes`.
+    """Says how large the measured model is. Bytes are of weights in `dtype`; see `models/config.py:Sizes`.
 
     name: as it was given to `fullpipe profile`. kv_bytes: of a token in the cache of one layer. row_bytes: of a
     hidden state.
@@ -115,7 +118,7 @@ class Shape(_Part):
 
 
 class Profile(_Part):
-    """Costs of one target, and perhaps of one draft, on one machine. Sizes beside them are those measured.
+    """Holds the costs of one target, and perhaps of one draft, on one machine, at the sizes that were measured.
 
     threads: compute threads of the measured process. machine: what the figures hold for, versions included. commit: of
     Fullpipe's checkout, "unknown" for an installed package; dirty: its sources differed. date: UTC, ISO 8601.

@@ -1,4 +1,4 @@
-"""Where figures come from: command, commit, versions, machine. No torch."""
+"""These functions say where figures come from: command, commit, versions, machine. No torch."""
 
 from __future__ import annotations
 

@@ -154,6 +154,16 @@ class Totals:
     finished: int = 0
     preemptions: int = 0
 
+    @property
+    def hit_rate(self) -> float:
+        """hits / (hits + misses); 0 before the first of either."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """1 + hits per verification, each of which ends with a miss; 0 before the first hit or miss."""
+        return 1 + self.hits / max(self.misses, 1) if self.hits + self.misses else 0.0
+
 
 @dataclass(slots=True)
 class _Flight:

@@ -10,7 +10,7 @@ Depth decides how old knowledge about a token may be, and so who may see what:
 - a row of a completed token sees completed tokens only, so it can be kept for good;
 - a row of a token in flight sees the tokens before it as deep as they are *now*.
 
-`Layout` is that rule for a training text, where every position is the newest token once; the source on the draft
+`Layout` is that rule for a training text, where every position is the newest token once; the draft on its
 station applies it to the tokens that are really in flight. In the first layer a row's key and value follow from its
 type alone; deeper they also depend on how deep its neighbours were. So with one layer a block of rows for each type
 is exact, with more there is one for each token in flight.

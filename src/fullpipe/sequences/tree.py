@@ -3,7 +3,7 @@
 Knows tokens, log-probabilities and states; does not know slots' owners, requests, pipelines or time.
 The commit rule, `TokenTree.advance`, is the only way in which text comes about, whatever the method.
 
-A source may offer sixteen guesses for every node it looks at, most of which nobody will ever want. So a
+A draft may offer sixteen guesses for every node it looks at, most of which nobody will ever want. So a
 guess becomes a `Node` only when it is the best of those left: every node keeps its guesses sorted, and
 the frontier heap holds each node's next one. All orders are by cumulative log-probability since the
 request began; differences between live nodes are path probabilities relative to any common ancestor, so

@@ -1,4 +1,4 @@
-"""The choices of one HTTP request while they run: from the engine's thread into the event loop."""
+"""The choices of one HTTP request come from the engine's thread into the event loop here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class Choice:
-    """One text that was asked for. prompt: which of the request's prompts it answers. num_tokens: how many came so far.
+    """Stands for one text that was asked for.
+
+    prompt: which of the request's prompts it answers. num_tokens: how many came so far.
     reason: why it ended; None while it runs."""
 
     index: int
@@ -37,7 +39,7 @@ class Choice:
 
 @dataclass(slots=True)
 class News:
-    """What is new of one choice: several updates are one if the reader was slower than the engine."""
+    """Tells what is new of one choice: several updates are one if the reader was slower than the engine."""
 
     choice: Choice
     text: str = ""

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints over a `Service`. It decides nothing about tokens.
+"""The HTTP application has OpenAI's endpoints over a `Service`. It decides nothing about tokens.
 
 A request is checked, its prompts are tokenised in a thread, each choice becomes a ticket, and from there on news come
 from the engine's thread through a mailbox (`answer.py`). The first news are waited for before anything is sent, so that
@@ -57,8 +57,11 @@ _COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of max_tokens for complet
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """names: all that callers may use; the first is the one that is told. created: seconds since 1970.
-    max_model_len: tokens of prompt and answer together."""
+    """Says what callers must know of the model.
+
+    names: all that callers may use; the first is the one that is told. created: seconds since 1970.
+    max_model_len: tokens of prompt and answer together.
+    """
 
     names: Sequence[str]
     tokenizer: Tokenizer
@@ -139,7 +142,7 @@ class _GuardedRoute(APIRoute):
 
 
 class _JsonRequest(Request):
-    """JSON as the standard has it: no NaN, no lone surrogates, no bottomless nesting."""
+    """Reads JSON as the standard has it: no NaN, no lone surrogates, no bottomless nesting."""
 
     async def json(self) -> Any:
         try:

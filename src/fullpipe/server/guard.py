@@ -1,5 +1,5 @@
-"""What stands before the application: who may come in, how much they may send, how long they may take nothing of what
-is sent, and a line in the log for each."""
+"""A guard stands before the application: who may come in, how much they may send, how long they may take nothing of
+what is sent, and a line in the log for each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def request_id(scope: Scope) -> str:
 
 
 class Keyring:
-    """Who may come in. Empty: everybody."""
+    """Knows who may come in. Empty: everybody."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key.encode() for key in keys]
@@ -57,8 +57,8 @@ def needs_key(request: Request) -> None:
 
 
 class Guard:
-    """ASGI middleware. Bounds what comes in, gives every answer an `x-request-id` (the caller's own if it is fit to be
-    printed), and turns what nobody caught into a 500 of the usual shape."""
+    """Stands around the application as ASGI middleware. It bounds what comes in, gives every answer an `x-request-id`
+    (the caller's own if it is fit to be printed), and turns what nobody caught into a 500 of the usual shape."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self._app = app
@@ -120,7 +120,7 @@ class Guard:
 
 
 class _Reply:
-    """`send`, which remembers the status and adds the id."""
+    """Stands for `send`, remembers the status and adds the id."""
 
     def __init__(self, send: Send, id: str) -> None:
         self._send = send
@@ -135,7 +135,7 @@ class _Reply:
 
 
 class _Limited:
-    """`receive`, which raises `Problem` once the body is too large or late. After the body it only waits."""
+    """Stands for `receive`, and raises `Problem` once the body is too large or late. After the body it only waits."""
 
     def __init__(self, receive: Receive, options: ServerOptions) -> None:
         self._receive = receive
@@ -163,8 +163,8 @@ class _Limited:
 
 
 class EventStream(Response):
-    """Server-sent events, until they end or the reader takes nothing for `write_timeout_s`. Calls `close` then, and
-    closes the generator. pieces: what goes over the wire, any number of events in each."""
+    """Sends server-sent events, until they end or the reader takes nothing for `write_timeout_s`. Calls `close` then,
+    and closes the generator. pieces: what goes over the wire, any number of events in each."""
 
     media_type = "text/event-stream"
 

@@ -1,4 +1,4 @@
-"""The pipeline at this moment, for the page: who is where, and how the last seconds went.
+"""The page learns here who is where in the pipeline at this moment, and how the last seconds went.
 
 `Live` listens to the engine and remembers little: the flights under way, the last tokens, the last stays at stations.
 What is counted by request it reads from the engine. A picture is drawn only while somebody watches, a few times a
@@ -47,7 +47,7 @@ async def _stays() -> bool:
 
 @dataclass(slots=True)
 class _Stay:
-    """A station's time with a flight or a job; `alive` is the share of its rows that was not for nothing."""
+    """Holds a station's time with a flight or a job; `alive` is the share of its rows that was not for nothing."""
 
     station: str
     start: float

@@ -1,4 +1,4 @@
-"""Load on an OpenAI-compatible server, and what it did to the answers. One generator for every server. No torch.
+"""One generator puts load on any OpenAI-compatible server, and says what that did to the answers. No torch.
 
     server = Server("http://127.0.0.1:8000", "smollm2-135m")
     result = run_load(server, bundled(), Traffic(concurrency=8, max_tokens=64))
@@ -36,7 +36,7 @@ Seconds = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """How requests come, and what they ask for. Either `concurrency` or `rate` is set.
+    """Says how requests come, and what they ask for. Either `concurrency` or `rate` is set.
 
     concurrency: so many are under way at any time until all are answered (closed loop). rate: requests per second that
     arrive at random, as a Poisson process drawn from `seed`, whether answers come or not (open loop). seed: of the
@@ -81,7 +81,7 @@ class _Part(BaseModel):
 
 
 class LoadSample(_Part):
-    """One request. index: its place in the order in which they were to be sent. prompt: the prompt's id.
+    """Tells how one request went. index: its place in the order in which they were to be sent. prompt: the prompt's id.
 
     sent_s: seconds since the load began; late_s: of them, seconds after it was due (open loop; the generator's own
     lag). arrivals, end_s: seconds since it was sent (`openai_stream.Answer` says of what). error: the kind of failure,
@@ -121,7 +121,7 @@ class LoadSample(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of `count` values. Between two of them, percentiles are interpolated."""
+    """Summarises `count` values. Between two of them, percentiles are interpolated."""
 
     count: int
     median: float
@@ -139,7 +139,8 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Rates are of whole answers, over `span_s`: seconds from the first request's sending to the last one's end.
+    """Sums up a load. Rates are of whole answers, over `span_s`: seconds from the first request's sending to the last
+    one's end.
 
     ttft_s: until the first text. tbt_s: each answer's mean time between tokens. gap_s: between chunks, over all
     answers. latency_s: until the end. failures: how many of each kind.
@@ -159,7 +160,7 @@ class Summary:
 
 
 class LoadResult(_Part):
-    """A load and its samples, in order of sending. client_cpu_s: processor time that the generator itself took.
+    """Holds a load and its samples, in order of sending. client_cpu_s: processor time that the generator itself took.
 
     asked: requests that were to be sent; an interrupted load has fewer samples.
     """
@@ -251,7 +252,7 @@ def run_load(server: Server, prompts: Sequence[FilePrompt], traffic: Traffic,
 
 
 class _Run:
-    """One load under way."""
+    """Runs one load."""
 
     def __init__(self, server: Server, prompts: Sequence[FilePrompt], traffic: Traffic, progress: Progress) -> None:
         self._server, self._prompts, self._traffic, self._progress = server, prompts, traffic, progress

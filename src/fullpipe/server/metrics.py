@@ -1,4 +1,4 @@
-"""What the server counts, as Prometheus reads it.
+"""The server counts things here, and Prometheus reads them.
 
 `Metrics` hears every event of the engine, and reads from the engine what that counts itself (`engine/stats.py`). What
 vLLM has too carries vLLM's name behind our prefix, and, so that dashboards made for vLLM work, a second time under
@@ -91,7 +91,7 @@ _SHARED = {*list(_HISTOGRAMS)[:9], *list(_COUNTS)[:3], "request_success", "gener
 
 @dataclass(slots=True)
 class _Stage:
-    """Seconds at work; of these, on rows that were alive when it was done; and without work while somebody waited."""
+    """Holds seconds at work; of these, on rows that were alive when it was done; and idle while somebody waited."""
 
     busy: float = 0.0
     alive: float = 0.0
@@ -101,7 +101,7 @@ class _Stage:
 
 @dataclass(slots=True)
 class _Life:
-    """A request that has not ended. last_token: when its newest token came."""
+    """Remembers a request that has not ended. last_token: when its newest token came."""
 
     num_prompt: int
     admitted: bool = False
@@ -236,10 +236,9 @@ class Metrics(Observer, Collector):
         totals = self._stats.totals
         for name, (text, figure) in _TOTALS.items():
             yield CounterMetricFamily(name, text, figure(totals))
-        counted = totals.hits + totals.misses
-        yield GaugeMetricFamily("hit_ratio", "hits / (hits + misses) since the start.", _share(totals.hits, counted))
+        yield GaugeMetricFamily("hit_ratio", "hits / (hits + misses) since the start.", totals.hit_rate)
         yield GaugeMetricFamily("mean_acceptance_length", "1 + hits per verification since the start (0: nothing "
-                                "emitted).", 1 + totals.hits / max(totals.misses, 1) if counted else 0.0)
+                                "emitted).", totals.mean_acceptance_length)
 
     def _of_stages(self) -> Iterator[Metric]:
         stages = sorted(self._stages.items(), key=lambda entry: (len(entry[0]), entry[0]))

@@ -1,4 +1,4 @@
-"""One streamed request to an OpenAI-compatible server, and when each part of the answer came. No torch.
+"""A request is streamed from an OpenAI-compatible server, and it is noted when each part of the answer came. No torch.
 
 Needs httpx (the extra "load"). Whatever a server does becomes an `Answer`; nothing is raised over it.
 """
@@ -26,7 +26,9 @@ _DETAIL = 200  # characters of what a server says about an error
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """url: "http://host:port", with "/v1" behind it or not. model: as the server calls it.
+    """Names a server, and the model that is asked there.
+
+    url: "http://host:port", with "/v1" behind it or not. model: as the server calls it.
 
     Raises UsageError for what no request could be sent with.
     """
@@ -57,7 +59,7 @@ class Server:
 
 @dataclass(slots=True)
 class Answer:
-    """What came back. Times in seconds since the request was sent.
+    """Holds what came back. Times in seconds since the request was sent.
 
     arrivals: of each chunk that brought text; one may hold several tokens, and characters that take several tokens
     come with the last of them. end_s: when it ended, well or not. tokens, prompt_tokens: as `usage` counts them,
@@ -138,7 +140,7 @@ async def _read(response: httpx.Response, answer: Answer, sent: float) -> None:
         done = done or data == b"[DONE]"
         if not done:
             _take(answer, data, time.perf_counter() - sent)
-    _judge(answer, done)
+    _check_whole(answer, done)
 
 
 async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -180,7 +182,7 @@ def _take_choice(answer: Answer, choice: dict[str, Any], now: float) -> None:
     answer.finish = choice.get("finish_reason") or answer.finish
 
 
-def _judge(answer: Answer, done: bool) -> None:
+def _check_whole(answer: Answer, done: bool) -> None:
     """A stream that ended without an error may still be no whole answer."""
     if not done:
         answer.fail("cut off", "the stream ended without [DONE]")

@@ -1,4 +1,4 @@
-"""What is answered when something cannot be done: one shape for every 4xx and 5xx, OpenAI's."""
+"""When something cannot be done, the answer has one shape for every 4xx and 5xx, OpenAI's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _SHOWN = 60  # characters of a caller's own value that a message repeats
 
 
 class Error(BaseModel):
-    """param: the field at fault, as in "messages[0].role"; null where none is. code: for programs; null: none."""
+    """Says what was wrong.
+
+    param: the field at fault, as in "messages[0].role"; null where none is. code: for programs; null: none.
+    """
 
     message: str
     type: str
@@ -33,7 +36,7 @@ class ErrorBody(BaseModel):
 
 
 class Problem(HTTPException):
-    """An answer that is an error."""
+    """Is answered as an error."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:

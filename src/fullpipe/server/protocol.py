@@ -1,4 +1,4 @@
-"""What goes over the wire: OpenAI's requests and answers as far as this server supports them.
+"""These go over the wire: OpenAI's requests and answers as far as this server supports them.
 
 The schema says exactly what is taken. A field that exists elsewhere and means nothing here is declared with the values
 that ask for nothing (`null`, an empty list, a default), so that clients may send it; `REFUSED` says why no others are.
@@ -50,8 +50,8 @@ REFUSED = {
 
 
 class _Wire(BaseModel):
-    """One fault is enough: a body of thousands would take seconds to describe, in the event loop. So lists fail at the
-    first, dictionaries are measured first, and of unknown fields one is kept."""
+    """Checks what comes in. One fault is enough: a body of thousands would take seconds to describe, in the event loop.
+    So lists fail at the first, dictionaries are measured first, and of unknown fields one is kept."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -92,8 +92,11 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class StreamOptions(_Wire):
-    """include_usage: one more chunk at the end with the usage. continuous_usage_stats: and the usage so far on every
-    chunk (vLLM's)."""
+    """Says what a stream tells besides.
+
+    include_usage: one more chunk at the end with the usage. continuous_usage_stats: and the usage so far on every chunk
+    (vLLM's).
+    """
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -104,7 +107,7 @@ class TextFormat(_Wire):
 
 
 class Options(_Wire):
-    """What both kinds of request share. `null` is the default everywhere."""
+    """Holds what both kinds of request share. `null` is the default everywhere."""
 
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -166,8 +169,8 @@ Content = Annotated[
 
 
 class Message(_Wire):
-    """One turn. "developer" is what OpenAI now calls "system". Fields below `name` are those of an answer that a client
-    sends back as it got it."""
+    """Is one turn. "developer" is what OpenAI now calls "system". Fields below `name` are those of an answer that a
+    client sends back as it got it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
@@ -250,7 +253,7 @@ class PromptDetails(BaseModel):
 
 
 class CompletionDetails(BaseModel):
-    """accepted_prediction_tokens: hits. rejected_prediction_tokens: rows computed for guesses that were wrong."""
+    """Counts guesses. accepted_prediction_tokens: hits. rejected_prediction_tokens: rows computed for wrong guesses."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
@@ -259,8 +262,8 @@ class CompletionDetails(BaseModel):
 
 
 class Speculation(BaseModel):
-    """Fullpipe's extension: how the speculation went, over all choices together (times: of the first token of all; and
-    the mean between tokens, over the choices). Seconds and steps are of the pipeline's clock."""
+    """Tells, as Fullpipe's extension, how the speculation went, over all choices together (times: of the first token
+    of all; and the mean between tokens, over the choices). Seconds and steps are of the pipeline's clock."""
 
     hits: int
     misses: int
@@ -284,7 +287,10 @@ class Usage(BaseModel):
 
 
 class TokenLogprob(BaseModel):
-    """bytes: the token's own, which need not be whole characters; `token` then spells them out."""
+    """Gives a token's log-probability.
+
+    bytes: the token's own, which need not be whole characters; `token` then spells them out.
+    """
 
     token: str
     logprob: float
@@ -336,7 +342,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """usage: absent where the request does not ask for any."""
+    """Is a piece of a streamed chat. usage: absent where the request does not ask for any."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -348,7 +354,10 @@ class ChatChunk(BaseModel):
 
 
 class TextLogprobs(BaseModel):
-    """Lists in parallel, one entry for each token. text_offset: characters of the choice's text before the token."""
+    """Holds lists in parallel, one entry for each token.
+
+    text_offset: characters of the choice's text before the token.
+    """
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -368,7 +377,7 @@ class TextChoice(BaseModel):
 
 
 class TextCompletion(BaseModel):
-    """Also the chunk of a stream; `usage` is then absent where the request does not ask for any."""
+    """Is an answer in full, or the chunk of a stream; `usage` is then absent where the request does not ask for any."""
 
     id: str
     object: Literal["text_completion"]

@@ -1,4 +1,4 @@
-"""From the engine's tokens to OpenAI's objects: answers in full, chunks of a stream, log-probabilities, usage."""
+"""The engine's tokens become OpenAI's objects here: answers in full, chunks of a stream, log-probabilities, usage."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Told = Sequence[Sequence[tuple[int, float]]]
 
 
 class Replies(Protocol):
-    """Answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`."""
+    """Makes answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`."""
 
     def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
         """usage: put on every chunk, if given."""
@@ -54,7 +54,7 @@ class Replies(Protocol):
 
 
 class ChatReplies:
-    """logprobs: whether the request asks for them."""
+    """Makes the answers of chats. logprobs: whether the request asks for them."""
 
     def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
         self._head: dict[str, Any] = {"id": f"chatcmpl-{id}", "created": created, "model": model,
@@ -108,7 +108,7 @@ class ChatReplies:
 
 
 class TextReplies:
-    """logprobs: whether the request asks for them."""
+    """Makes the answers of text completions. logprobs: whether the request asks for them."""
 
     def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
         self._head: dict[str, Any] = {"id": f"cmpl-{id}", "object": "text_completion", "created": created,
@@ -162,7 +162,7 @@ class TextReplies:
 
 
 class _Offsets:
-    """Where in the text each token begins."""
+    """Knows where in the text each token begins."""
 
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Gumbel noise that is a pure function of seed, position and token id.
+"""Gumbel noise is a pure function of seed, position and token id here.
 
 The next token of a sampled request is `argmax(processed_logits + gumbel(seed, position))`. Stages, draft
 and tests must all see the same noise whatever machine they run on, whichever rows share a batch and in
@@ -52,7 +52,7 @@ def uniforms(seed: int, position: int, count: int) -> Tensor:
 
 
 class _Cache:
-    """The last few vectors: the rows of a flight share their positions, and so do target and draft.
+    """Keeps the last few vectors: the rows of a flight share their positions, and so do target and draft.
 
     Locked, for several pipelines of one process may run in threads of their own.
     """

@@ -1,4 +1,4 @@
-"""From logits to tokens: processors, shared noise, the pick of a stage and the guesses of a draft.
+"""Logits become tokens here: processors, shared noise, the pick of a stage and the guesses of a draft.
 
 The pick is `argmax(processed_logits + gumbel(seed, position))`: an exact sample from the softmax of the
 processed logits (the Gumbel-max trick), and a pure function of the row. Nothing here looks at two rows at
@@ -45,7 +45,7 @@ def _no_history() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 @dataclass(frozen=True, slots=True)
 class RowContext:
-    """What the pick of one row depends on, besides its logits.
+    """Holds what the pick of one row depends on, besides its logits.
 
     position: the position that the picked token will take (the row's own plus one); keys the noise.
     history: gives the prompt's and the output's token ids on this row's path, the row's own token

@@ -1,4 +1,4 @@
-"""Stations without a model, shipped for tests, benchmarks and simulation. No torch.
+"""Stations without a model are shipped for tests, benchmarks and simulation. No torch.
 
 `ScriptedStage` answers from a *truth*, a deterministic next-token function:
 
@@ -40,7 +40,7 @@ def hash_token(path: list[int], vocab: int, seed: int) -> int:
 
 
 class ScriptedStage:
-    """A stage that passes its rows on and, when it is the last, answers from a truth.
+    """Passes its rows on and, when it is the last, answers from a truth.
 
     The hidden rows are float32 [rows, 4]: token, position, slot, number of stages passed. Every stage
     checks that row i still describes the flight's row i, so rows dropped from the flight but not from
@@ -105,7 +105,7 @@ def tap_features(flight: Flight, layers: Sequence[int]) -> NDArray[np.float32]:
 
 
 class EchoDraft:
-    """A draft station that guesses `token + 1, token + 2, ...` for each wanted row, equally likely.
+    """Guesses `token + 1, token + 2, ...` for each wanted row, equally likely.
 
     It has no opinion worth having: it shows that jobs go out and answers come back.
 

@@ -1,4 +1,4 @@
-"""A slice of the model as a station: flights in, hidden states or tokens out.
+"""A slice of the model is a station: it takes flights in, and gives hidden states or tokens out.
 
 `SliceRunner` is what target stages and a draft model share: arenas and slot tables per request, and the
 way from a flight's integers to a decoder step. Nothing here outlives a request.
@@ -29,7 +29,7 @@ from fullpipe.stations.table import SlotTable, open_table
 
 @dataclass(slots=True)
 class Wanted:
-    """A row that somebody waits for: its index in the flight, and where it stands."""
+    """Is a row that somebody waits for: its index in the flight, and where it stands."""
 
     index: int
     part: Part
@@ -116,7 +116,7 @@ class SliceRunner:
 
 
 class ModelStage:
-    """A stage of the target. The last one picks the token that follows each wanted row.
+    """Is a stage of the target. The last one picks the token that follows each wanted row.
 
     vocab: number of real tokens; logits beyond it (padding of the matrix) are never picked.
     margins: report how far each pick stands above the second best.

@@ -1,4 +1,4 @@
-"""Events as a Chrome trace, to open in https://ui.perfetto.dev or chrome://tracing. No torch.
+"""Events become a Chrome trace, to open in https://ui.perfetto.dev or chrome://tracing. No torch.
 
 The format is Google's "Trace Event Format", its JSON object form. Every station is a thread of one process, every
 stay of a flight a complete event ("X"), a node's way through the stations a flow ("s", "t", "f"), and what the
@@ -45,7 +45,7 @@ def write_chrome_trace(events: Iterable[Event], path: str | Path) -> None:
 
 
 class _Scale:
-    """Where a record stands: its thread and its time."""
+    """Knows where a record stands: its thread and its time."""
 
     def __init__(self, told: History, threads: dict[str, int]) -> None:
         self._start, self._threads = told.start, threads

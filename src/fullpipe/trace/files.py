@@ -1,4 +1,4 @@
-"""Writing a picture without harm to what was there."""
+"""A picture is written without harm to what was there."""
 
 from __future__ import annotations
 

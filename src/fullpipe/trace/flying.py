@@ -1,21 +1,31 @@
-"""The rows that are under way at this moment, as the events tell it. No torch.
+"""Which rows are under way, and which of them die, is heard here from the events. No torch.
 
 A stage reports its work when the flight lands, and a row may have died while it was computed. How much of a stay was
-for nothing is therefore known only with the deaths at hand; who watches an engine while it runs keeps them here.
+for nothing is therefore known only with the deaths at hand: `Flying` keeps them while an engine runs, and `alive_rows`
+counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fullpipe.events import Attached, Died, Launched
 from fullpipe.messages import Event, Landed, Leg
 
 
+def alive_rows(leg: Leg, died: Mapping[int, float]) -> int:
+    """How many of a stay's rows were alive when it ended. died: when which node did; prompt rows never do."""
+    return sum(died.get(node, leg.end) >= leg.end for node in leg.nodes)
+
+
 @dataclass(slots=True)
 class Flying:
-    """Listens to an engine. flights: those under way, oldest first. owner: the request of each of their nodes that
-    lives. died: when those of them died that did."""
+    """Listens to an engine, and knows what is under way.
+
+    flights: those under way, oldest first. owner: the request of each of their nodes that lives. died: when those of
+    them died that did.
+    """
 
     flights: dict[int, Launched] = field(default_factory=dict)
     owner: dict[int, int] = field(default_factory=dict)
@@ -39,7 +49,7 @@ class Flying:
         """The share of a stay's rows that were alive when it ended. To be asked before the landing is told here."""
         if not self.died:
             return 1.0
-        return sum(self.died.get(node, leg.end) >= leg.end for node in leg.nodes) / len(leg.nodes)
+        return alive_rows(leg, self.died) / len(leg.nodes)
 
     def _forget(self, flight: int) -> None:
         if launched := self.flights.pop(flight, None):

@@ -1,4 +1,4 @@
-"""What a stream of events says of a run: who was where and when, and what became of every node. No torch.
+"""A stream of events is sorted here: who was where and when, and what became of every node. No torch.
 
 The stream tells things when the engine learns of them: where a flight has been only when it lands, whose child a
 missed token is only by its place in the text. Pictures need it sorted by station and by node, and `history` sorts it.
@@ -16,6 +16,7 @@ from typing import TypeVar
 from fullpipe.errors import UsageError
 from fullpipe.events import Died, Emitted, Finished, Launched
 from fullpipe.messages import Drafted, Event, Expansion, Failed, Landed, Leg
+from fullpipe.trace.flying import alive_rows
 
 E = TypeVar("E", bound=Event)
 DRAFT = "draft"
@@ -24,7 +25,7 @@ PROMPT = -1  # the node id of prompt rows
 
 @dataclass(slots=True)
 class Stay:
-    """A flight at a stage, or a job at the draft; `number` is its id.
+    """Says when a flight was at a stage, or a job at the draft; `number` is its id.
 
     nodes: rows computed there. alive: how many of them were alive at the end of the stay; prompt rows always are.
     """
@@ -39,7 +40,7 @@ class Stay:
 
 @dataclass(slots=True)
 class Life:
-    """A launched node.
+    """Tells the life of a launched node.
 
     parent: the node before it, -1 for the last prompt token. job, proposed: the first draft call that guessed it,
     and when its answer came; None for a token that nobody guessed, or only when it was launched already.
@@ -67,7 +68,7 @@ class Life:
 
 @dataclass(slots=True)
 class History:
-    """A run, sorted.
+    """Holds a run, sorted.
 
     start, end: of all that was seen. stays: per station, the draft first, then the stages; each in order of time.
     speculated: some node was launched before it was certain; a plain pipeline has neither hits nor misses. child: for
@@ -153,8 +154,7 @@ def _stays(legs: list[tuple[int, Leg]], dead: dict[int, float]) -> dict[str, lis
     found: dict[str, list[Stay]] = {station: [] for station in stations}
     for number, leg in legs:
         if leg.nodes:
-            alive = sum(dead.get(node, leg.end) >= leg.end for node in leg.nodes)
-            found[leg.station].append(Stay(leg.station, number, leg.start, leg.end, leg.nodes, alive))
+            found[leg.station].append(Stay(leg.station, number, leg.start, leg.end, leg.nodes, alive_rows(leg, dead)))
     for stays in found.values():
         stays.sort(key=lambda stay: stay.start)
     return found
@@ -171,7 +171,7 @@ def _place(station: str) -> tuple[int, str]:
 
 @dataclass(slots=True)
 class _Guess:
-    """A place in a draft's answer: guess `index` of `expansion`, or with -1 the node that it is about."""
+    """Names a place in a draft's answer: guess `index` of `expansion`, or with -1 the node that it is about."""
 
     expansion: Expansion
     index: int

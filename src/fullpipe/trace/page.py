@@ -1,4 +1,4 @@
-"""A run as one HTML page with a scrubber: stages, token tree, text and counters, step by step. No torch.
+"""A run becomes one HTML page with a scrubber: stages, token tree, text and counters, step by step. No torch.
 
 A step is a moment at which the engine learned or did something: events of equal time are one step. The page holds
 for every node the steps at which its state changed, so any step is drawn from scratch, forwards and backwards alike,

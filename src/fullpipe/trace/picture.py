@@ -1,4 +1,4 @@
-"""The pipeline over time as a picture: stages down, time across. No torch; needs matplotlib (extra `plot`).
+"""The pipeline over time becomes a picture: stages down, time across. No torch; needs matplotlib (extra `plot`).
 
 A box is a flight's stay at a stage. Its filled part is the share of its rows that were alive when the stage was done
 with them, its hatched part the share that had died; what is white is a bubble. So the coloured area over the whole
@@ -41,7 +41,7 @@ _BOX = 0.84  # height of a box in its lane
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """The part of a run that is drawn, counted from the run's beginning."""
+    """Is the part of a run that is drawn, counted from the run's beginning."""
 
     start: float
     end: float

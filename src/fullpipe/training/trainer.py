@@ -191,7 +191,7 @@ class Trainer:
             self.step += 1
             recent.add(loss, counts, tokens * self._accelerator.num_processes)
             self._elapsed = time.monotonic() - begun
-            self._judge(recent)
+            self._check_progress(recent)
             if self.step % _WINDOW == 0:
                 self.curve.append({"step": self.step, "elapsed_s": round(self._elapsed, 1)} | recent.figures())
             report(self.step, done, recent.line())
@@ -286,7 +286,7 @@ class Trainer:
         batch = make_batch(indices, self._tokens, self._learn, self._store, self._outer, self._columns)
         return batch.to(self._accelerator.device)
 
-    def _judge(self, recent: _Recent) -> None:
+    def _check_progress(self, recent: _Recent) -> None:
         """Stop a run that cannot come to anything."""
         if not math.isfinite(recent.losses[-1]):
             raise UsageError(f"the loss of step {self.step} is {recent.losses[-1]}",

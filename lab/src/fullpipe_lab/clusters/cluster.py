@@ -279,27 +279,27 @@ class Cluster:
 
 
 class DraftCosts:
-    """A cluster's costs for a pipeline whose draft station asks these sources, one after another.
+    """Says what a cluster's pipeline costs whose draft station asks these drafts, one after another.
 
-    sources: "ngram", "spd:DIR" or "exit:DIR" for draft modules, and anything else for the draft model. n-gram runs on a
-    processor: a call takes 0.05 ms and 0.04 ms a row (docs/log.md). A module takes its share of the target's layers
+    drafts: "ngram", "spd:DIR" or "exit:DIR" for draft modules, and anything else for the draft model. n-gram runs on a
+    processor: a call takes 0.05 ms and 0.04 ms a row (docs/log). A module takes its share of the target's layers
     (`Cluster.module_seconds`). A cluster whose draft has a cost curve means that curve, whoever guesses; one whose
     draft is measured counts the call as a whole, unless n-gram guesses alone.
 
     Raises UsageError for a module whose folder does not say how large it is.
     """
 
-    def __init__(self, cluster: Cluster, sources: Sequence[str]) -> None:
+    def __init__(self, cluster: Cluster, drafts: Sequence[str]) -> None:
         self._cluster = cluster
-        folders = [folder for name in sources if (folder := module_folder(name))]
-        models = [name for name in sources if name not in ("ngram", "none") and not module_folder(name)]
+        folders = [folder for name in drafts if (folder := module_folder(name))]
+        models = [name for name in drafts if name not in ("ngram", "none") and not module_folder(name)]
         whole = cluster.draft_is_curve or (cluster.draft_is_measured and bool(folders or models))
         self._modules = [] if whole else [ModuleSize.of(folder) for folder in folders]
         self._model = bool(models) or whole
-        self._ngram = "ngram" in sources and not whole
+        self._ngram = "ngram" in drafts and not whole
 
     def check(self) -> None:
-        """Raises UsageError unless the cluster says what these sources cost. n-gram's costs are known."""
+        """Raises UsageError unless the cluster says what these drafts cost. n-gram's costs are known."""
         if self._modules:
             self._cluster.check_module()
         if self._model:

@@ -1,4 +1,4 @@
-"""Several drafts on one station, their guesses merged into one tree. No torch of its own."""
+"""Several drafts share one station, and their guesses are merged into one tree. No torch of its own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _LN2 = math.log(2)
 
 
 class Mix:
-    """Asks every draft and merges what they say. Put the best judge first: see `merge`.
+    """Asks every draft and merges what they say. Put the draft first whose probabilities are the best: see
+    `merge`.
 
     second: rows that the drafts after the first are asked about. A job names the best nodes first, and what a
-    draft takes delays the answer to all of them (docs/log.md).
+    draft takes delays the answer to all of them (docs/log).
     """
 
     def __init__(self, drafts: Sequence[DraftLike], *, second: int = 4) -> None:
@@ -55,12 +56,12 @@ class Mix:
             for expansion in draft.run(self._question(rank, job)):
                 answers.setdefault(expansion.node, []).append(expansion)
             if rank == 0 and rank in self._readers:
-                judged = set(answers)
-                for node in judged & self._held.keys():
+                answered = set(answers)
+                for node in answered & self._held.keys():
                     answers[node] += self._held.pop(node)
         if 0 in self._readers:
-            self._held |= {node: said for node, said in answers.items() if node not in judged}
-            answers = {node: answers[node] for node in answers if node in judged}
+            self._held |= {node: said for node, said in answers.items() if node not in answered}
+            answers = {node: answers[node] for node in answers if node in answered}
         return [merge(expansions) for expansions in answers.values()]
 
     def _question(self, rank: int, job: Flight) -> Flight:
@@ -89,7 +90,7 @@ def merge(expansions: Sequence[Expansion]) -> Expansion:
     """
     merged = Expansion(expansions[0].node, [], [], [])
     places: dict[tuple[int, int], int] = {}  # (parent index in the merged one, token) -> index
-    judged = -1 in expansions[0].parents
+    first_spoke = -1 in expansions[0].parents
     for rank, expansion in enumerate(expansions):
         moved: list[int] = []
         for token, logprob, parent in zip(expansion.tokens, expansion.logprobs, expansion.parents):
@@ -97,7 +98,7 @@ def merge(expansions: Sequence[Expansion]) -> Expansion:
             index = places.setdefault((under, token), len(merged.tokens))
             if index == len(merged.tokens):
                 merged.tokens.append(token)
-                merged.logprobs.append(logprob - _LN2 if rank and judged and under < 0 else logprob)
+                merged.logprobs.append(logprob - _LN2 if rank and first_spoke and under < 0 else logprob)
                 merged.parents.append(under)
             else:
                 merged.logprobs[index] = math.log((math.exp(merged.logprobs[index]) + math.exp(logprob)) / 2)

@@ -1,4 +1,4 @@
-"""A small model that guesses: the whole of it on the draft station, with slots of its own.
+"""A small model guesses: the whole of it is on the draft station, with slots of its own.
 
 It expands any number of nodes per call under the tree mask. Candidates are ranked by its own logits plus
 the very noise that the target will add at that position (DESIGN section 3).
@@ -19,7 +19,10 @@ from fullpipe.stations.target import SliceRunner
 
 
 class DraftModel:
-    """vocab: number of real tokens that target and draft share; nothing beyond it is proposed."""
+    """Guesses with a whole model.
+
+    vocab: number of real tokens that target and draft share; nothing beyond it is proposed.
+    """
 
     def __init__(self, slice: DecoderSlice, *, vocab: int | None = None) -> None:
         self._runner = SliceRunner(slice)

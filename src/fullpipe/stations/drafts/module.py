@@ -1,4 +1,4 @@
-"""Speculative Pipeline Decoding (arXiv 2605.30852): a module that guesses from hidden states of every depth.
+"""Speculative Pipeline Decoding (arXiv 2605.30852): a module guesses from hidden states of every depth.
 
 The stages send hidden states here while they compute (`take`). A job is answered with what has arrived: every token as
 deep as it is known by now. So drafting never waits for verification, and nothing waits for drafting.
@@ -40,7 +40,7 @@ _CHUNK = 256  # completed tokens that become permanent rows in one forward
 
 @dataclass(slots=True)
 class _Question:
-    """A node whose followers are wanted. path: slots of it and its ancestors that were not committed when it was asked
+    """Asks what follows a node. path: slots of it and its ancestors that were not committed when it was asked
     about, its own last."""
 
     node: int
@@ -51,7 +51,7 @@ class _Question:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What a tap brings of one part. layers: which taps, as indices; features: [rows, len(layers), hidden]."""
+    """Holds what a tap brings of one part. layers: which taps, as indices; features: [rows, len(layers), hidden]."""
 
     flight: int
     part: Part
@@ -60,7 +60,7 @@ class _Rows:
 
 
 class _Reader:
-    """One request as the draft station knows it.
+    """Is one request as the draft station knows it.
 
     features: [capacity, taps, hidden] by slot, which of them are there in `known`, bool [capacity, taps], and whose
     they are in `owner` (a node), `flight` (that it came with), `token` and `position`. sent: the node that the engine
@@ -148,7 +148,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """The rows of one forward. slots: int64 [rows], completed tokens that are to be kept first, `fresh` of them.
+    """Holds the rows of one forward. slots: int64 [rows], completed tokens that are to be kept first, `fresh` of them.
     mask: bool [rows, kept + rows]. queries: int64 [questions], where they stand."""
 
     slots: NDArray[np.int64]
@@ -179,7 +179,7 @@ class _Window:
 
 
 class _Arena:
-    """An arena from the first word of it to the last, in whatever order they come.
+    """Is an arena from the first word of it to the last, in whatever order they come.
 
     The stages and the draft channel tell of an arena independently, each when it opens and when it closes there, and
     numbers of arenas say nothing about order. So it is known from whatever comes first until the draft channel has
@@ -229,7 +229,9 @@ class _Arena:
 
 
 class ModuleDraft:
-    """module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
+    """Guesses with a draft module, from the hidden states that the stages have sent.
+
+    module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
     it. draft_ids: int64 [draft vocab], the target's token of each row of the head; None: all.
     vocab: number of the target's real tokens.
     """

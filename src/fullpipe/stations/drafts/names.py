@@ -1,4 +1,4 @@
-"""How large a draft module is, measured in layers of the model that it reads. No torch.
+"""`ModuleSize` measures how large a draft module is, in layers of the model that it reads. No torch.
 
 A cluster imagines the target: the tokens are those of a small model, the time is that of a large one. A module is then
 imagined larger in the same proportion, so its size is counted in the target's layers and in the target's head.
@@ -23,8 +23,11 @@ def module_folder(name: str) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class ModuleSize:
-    """layers: all its weights but the head's, over those of a layer of its target. depth: its decoder layers, each of
-    which keeps keys and values. head: rows of its head, over those of the target's."""
+    """Says how large a draft module is.
+
+    layers: all its weights but the head's, over those of a layer of its target. depth: its decoder layers, each of
+    which keeps keys and values. head: rows of its head, over those of the target's.
+    """
 
     layers: float
     depth: int

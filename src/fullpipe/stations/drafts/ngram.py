@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last time these words stood here. No model, no torch.
+"""Prompt lookup guesses what followed the last time these words stood here. No model, no torch.
 
 `NgramIndex` finds earlier occurrences of a path's last n tokens, `Rates` learns how far such finds can be
 trusted, `NgramDraft` makes expansions of both.
@@ -20,14 +20,17 @@ _RANKS = 4  # rates are kept for the first, second, third and any later choice
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """tokens: what may follow. length: how many tokens before them agree (at most the index's max_n)."""
+    """Says what may follow.
+
+    tokens: those that followed before. length: how many tokens before them agree (at most the index's max_n).
+    """
 
     tokens: tuple[int, ...]
     length: int
 
 
 class NgramIndex:
-    """Where every n-gram of one request's committed text stands, for n from `min_n` to `max_n`.
+    """Knows where every n-gram of one request's committed text stands, for n from `min_n` to `max_n`.
 
     A token costs one dictionary entry and one integer per n when it commits, and is never looked at
     again. The occurrences of an n-gram form a chain from the newest to the oldest.
@@ -100,7 +103,7 @@ class NgramIndex:
 
 
 class Rates:
-    """How often a guess came true, by length of the match it rests on and by rank among its siblings.
+    """Learns how often a guess came true, by length of the match it rests on and by rank among its siblings.
 
     The estimate is (hits + S * prior) / (guesses + S): it starts at the prior and moves to what this
     request's text shows. S, the weight of the prior, is 4 guesses. The prior is the estimate of `common`, which
@@ -149,7 +152,7 @@ class Rates:
 
 
 class _Reader:
-    """One request as the draft sees it: its text so far, indexed, and how well its guesses do."""
+    """Is one request as the draft sees it: its text so far, indexed, and how well its guesses do."""
 
     def __init__(self, table: SlotTable, index: NgramIndex, common: Rates) -> None:
         self.table, self.index, self.rates = table, index, Rates(index.max_n, common)
@@ -171,7 +174,7 @@ class _Reader:
 
 
 class NgramDraft:
-    """A draft that guesses repeats. Answers with trees: chains of what followed, branching where earlier
+    """Guesses repeats. It answers with trees: chains of what followed, branching where earlier
     occurrences went different ways.
 
     min_n, max_n: shortest and longest match. max_continuation: depth of a chain. max_matches: chains per

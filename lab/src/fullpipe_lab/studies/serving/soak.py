@@ -184,7 +184,7 @@ class Soak:
             say(f"    FAULT {self.faults[-1]}")
 
 
-def judged(status: int, retry_after: str | None) -> str:
+def status_fault(status: int, retry_after: str | None) -> str:
     """Why this status is never right, "" where it may be."""
     if status >= 500 and not (status == 503 and retry_after):
         return f"status {status}"
@@ -225,7 +225,7 @@ async def do_read_slowly(soak: Soak) -> None:
     most = soak.draw.choice((5, 1000))
     async with soak.client.stream("POST", soak.url + what.path, json=what.body, timeout=_LIMIT_S) as response:
         if response.status_code != 200:
-            soak.note("slow", str(response.status_code), judged(response.status_code,
+            soak.note("slow", str(response.status_code), status_fault(response.status_code,
                                                                 response.headers.get("retry-after")))
             return
         number = 0
@@ -249,7 +249,7 @@ async def do_badly(soak: Soak) -> None:
             raise
         soak.note("bad input", "closed while the body was sent")  # refused at its head, and the rest is not read
         return
-    fault = judged(response.status_code, response.headers.get("retry-after"))
+    fault = status_fault(response.status_code, response.headers.get("retry-after"))
     if not fault and response.status_code not in one.statuses:
         fault = f"answered {response.status_code}, not {one.statuses}"
     if not fault:

@@ -11,6 +11,7 @@ The engine runs in a thread of its own, in a `Service`; what stands here waits f
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fullpipe.assembly import Assembly, Prepared, assemble
 from fullpipe.costs import Machine
-from fullpipe.engine import Listener
-from fullpipe.errors import FullpipeError, PipelineError, PromptError, UsageError
+from fullpipe.engine import Engine, Listener
+from fullpipe.errors import FullpipeError, PipelineError, PromptError, StationFailed, UsageError
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.request import SamplingParams
@@ -69,13 +70,20 @@ class Chunk:
 
 @dataclass(slots=True)
 class _Answer:
-    """A request that was submitted, and all its news so far."""
+    """A request that was submitted, and all its news so far. ended: when its last news came."""
 
     params: SamplingParams
     ticket: Ticket = field(init=False)
     mail: queue.SimpleQueue[Update] = field(default_factory=queue.SimpleQueue)
     begun: float = field(default_factory=time.monotonic)
+    ended: float | None = None
     whole: Update = field(default_factory=Update)
+
+    def deliver(self, update: Update) -> None:
+        """The engine's thread brings news."""
+        if update.reason is not None:
+            self.ended = time.monotonic()
+        self.mail.put(update)
 
     def next(self) -> Update:
         """Wait for news, and keep them."""
@@ -83,19 +91,38 @@ class _Answer:
         whole.text += update.text
         whole.token_ids += update.token_ids
         whole.margins += update.margins
-        whole.reason, whole.error = update.reason, update.error
+        whole.reason, whole.error, whole.failure = update.reason, update.error, update.failure
         return update
+
+    def rest(self) -> None:
+        """Wait for all its news."""
+        while self.whole.reason is None:
+            self.next()
+
+    def check(self) -> None:
+        """Raise an exception of its own where the request ended by a failure: StationFailed if a station failed, else
+        PipelineError."""
+        if self.whole.reason != "error":
+            return
+        text, failure = self.whole.error or "it failed", self.whole.failure
+        hint = failure.hint if isinstance(failure, FullpipeError) else None
+        if isinstance(failure, StationFailed) and text.startswith(begins := f"{failure.station} failed: "):
+            raise StationFailed(failure.station, text.removeprefix(begins), hint=hint) from failure
+        raise PipelineError(text, hint=hint) from failure
 
 
 class LLM:
-    """A model behind a pipeline, ready to answer.
+    """Answers prompts with a model behind a pipeline.
 
     model: a catalogue name, a safetensors directory, a GGUF file, or a Hugging Face id.
     options: those of `fullpipe.options`, by name: draft, dtype, stages, method, max_num_seqs, kv_cache_tokens, ...
     Without any the model runs in this process, with a draft where that pays. listeners: called with every event, from
     the engine's thread. progress: called with a line on what takes time.
 
-    Raises UsageError, ModelError and their kin for what cannot be done; StationFailed when a process dies.
+    Raises UsageError, ModelError and their kin for what cannot be done; StationFailed when a process does not start.
+    A process that dies later is replaced, and the texts go on. Where none can be started, or all that are started fail
+    again and again, `generate` and `stream` raise PipelineError (StationFailed where it was a station), and Unavailable
+    from then on until one has been started. With all stations in this process the first failure is the end.
     """
 
     def __init__(self, model: str | Path, *, listeners: Iterable[Listener] = (),
@@ -160,7 +187,8 @@ class LLM:
         answers = self._submit(asked, _one_each(params, len(asked)))
         try:
             for one in answers:
-                self._finish(one)
+                one.rest()
+                one.check()
         except (FullpipeError, KeyboardInterrupt) as error:
             self._cancel(answers)
             error.completions = [self._completion(one) for one in answers  # type: ignore[union-attr]
@@ -186,7 +214,7 @@ class LLM:
                 last = self._completion(one) if one.whole.reason else None
                 if last or update.text or update.token_ids:
                     yield Chunk(update.text, update.token_ids, last)
-            self._raise_if_failed(one)
+            one.check()
         except KeyboardInterrupt:
             if one.whole.reason is None:
                 text = len(one.whole.text)
@@ -235,22 +263,13 @@ class LLM:
 
     def _submit(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[_Answer]:
         answers = [_Answer(own) for own in params]
-        asked = [Asked(self.encode(prompt), one.params, one.mail.put) for prompt, one in zip(prompts, answers)]
+        asked = [Asked(self.encode(prompt), one.params, one.deliver) for prompt, one in zip(prompts, answers)]
         if not self._shares_prefixes and not self._service.busy:  # what an earlier request left would be in the way
-            self._service.call(lambda engine: engine.drain())
+            with contextlib.suppress(FullpipeError):  # recovery knows of it, and for these prompts it may go well
+                self._service.call(_drain_if_idle)
         for one, ticket in zip(answers, self._service.submit_all(asked)):
             one.ticket = ticket
         return answers
-
-    def _finish(self, one: _Answer) -> None:
-        while one.whole.reason is None:
-            one.next()
-        self._raise_if_failed(one)
-
-    def _raise_if_failed(self, one: _Answer) -> None:
-        if one.whole.reason == "error":
-            failure = self._service.failure
-            raise failure if isinstance(failure, FullpipeError) else PipelineError(one.whole.error or "it failed")
 
     def _cancel(self, answers: Sequence[_Answer]) -> None:
         """End those that run, and take in the last that is told of them."""
@@ -258,8 +277,7 @@ class LLM:
         for one in open:
             self._service.cancel(one.ticket)
         for one in open:
-            while one.whole.reason is None:
-                one.next()
+            one.rest()
 
     def _completion(self, one: _Answer) -> Completion:
         stats, whole, method = one.ticket.stats, one.whole, self._service.engine.method
@@ -267,11 +285,17 @@ class LLM:
         return Completion(
             whole.text, whole.token_ids, whole.reason or "abort",
             {"prompt_tokens": one.ticket.num_prompt, "completion_tokens": len(whole.token_ids)},
-            stats.speculation(method.name, self.num_stages, method.width) | {"accept": one.params.accept},
+            stats.speculation(method.name, self.num_stages, method.most_nodes) | {"accept": one.params.accept},
             {"clock": self._clock, "ttft_s": stats.ttft_s, "tbt_s": stats.tbt_s,
              "tokens_per_s": stats.num_emitted / spent if stats.num_emitted and spent > 0 else 0.0,
-             "wall_s": time.monotonic() - one.begun},
+             "wall_s": (one.ended or time.monotonic()) - one.begun},
             whole.margins)
+
+
+def _drain_if_idle(engine: Engine) -> None:
+    """Another thread's request may have come meanwhile, and then there is nothing to wait for."""
+    if not engine.busy:
+        engine.drain()
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,9 +1,9 @@
-"""One engine for many callers: requests come in from any thread, the engine runs in one of its own, and stays up.
+"""A service is one engine for many callers, in a thread of its own, that stays up when its pipeline fails.
 
-The engine knows no threads. `Service` owns one with its pipeline: its thread takes what callers have put into the
-inbox, steps the engine, and hands each request's news to that request's `deliver`. Text is made here, so stop strings
-are found here. When a station fails the service has the pipeline started anew and attaches the engine to it: the texts
-go on as if nothing had happened (DESIGN section 3). `LLM` and the server are its clients. Knows no HTTP.
+The engine knows no threads. The service's thread takes what callers have put into the inbox, steps the engine, and
+hands each request's news to that request's `deliver`. Text is made here, so stop strings are found here. When a station
+fails, the service starts another pipeline and attaches the engine to it: the texts go on as if nothing had happened
+(DESIGN section 3). `LLM` and the server are its clients. It knows no HTTP.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 from fullpipe.engine import Engine, Listener, RequestStats
-from fullpipe.errors import FullpipeError, Overloaded
+from fullpipe.errors import Overloaded, PipelineError, UsageError
 from fullpipe.events import Emitted, Finished
 from fullpipe.messages import Event
 from fullpipe.methods import Method
@@ -29,10 +29,11 @@ from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe.sequences.sequence import Sequence as Running
-from fullpipe.supervision import IDLE_S, Observer, Recovery, Status
+from fullpipe.supervision import Observer, Recovery, Status, guarded, what_failed
 from fullpipe.text import Detokenizer, Reply
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Update:
@@ -40,7 +41,8 @@ class Update:
 
     text: what became certain since the last update. token_ids: what was emitted since then. logprobs: parallel to
     token_ids where they are asked for, else empty; margins: parallel to them (both as in `Emitted`). reason: set on the
-    last update only: "stop", "length", "abort", "deadline" or "error". error: what happened, with the reason "error".
+    last update only: "stop", "length", "abort", "deadline" or "error". error, failure: what happened, with the reason
+    "error", in one line and as it was raised (others may have the same `failure`).
     """
 
     text: str = ""
@@ -49,10 +51,11 @@ class Update:
     margins: list[float | None] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
+    failure: BaseException | None = None
 
 
 Deliver = Callable[[Update], None]
-"""Called from the engine's thread; must not block."""
+"""Called from the engine's thread; must not block. What it raises is logged, and nobody else suffers."""
 
 
 @dataclass(slots=True)
@@ -65,6 +68,7 @@ class Ticket:
     cached_tokens: int = 0
 
 
+_IDLE_S = 0.5  # between two looks at stations that have nothing to do
 _BUSY_S = 0.1  # of waiting for events before the inbox is looked at again
 _CLOSE_S = 15.0  # for the engine's thread to end: a pipeline is closed within about two
 
@@ -118,6 +122,11 @@ class _Client:
     num_tokens: int = 0
     reason: str | None = None
     error: str | None = None
+    failure: BaseException | None = None
+
+    def fail(self, why: str, failure: BaseException) -> None:
+        """Keep what its caller is told at the end, which somebody else brings about."""
+        self.error, self.failure = why, failure
 
     def take(self, event: Emitted) -> bool:
         """True when a stop string is complete. Of a token that ends the text by itself nothing is to be read."""
@@ -128,6 +137,21 @@ class _Client:
             self.fresh.logprobs.append(event.logprobs)
         ends = event.token in self.request.eos or event.token in self.request.params.stop_token_ids
         return not ends and self.reply.push(event.token)
+
+    def last(self, reason: str) -> Update:
+        """Its last update. Where the rest of the text cannot be made, the reason is another."""
+        try:
+            self.reply.finish()
+        except Exception as error:
+            log.exception("the text of request %d failed", self.request.id)
+            if self.error is None:
+                reason = "error"
+                self.fail(what_failed(error)[1], error)
+        update = self.news()
+        update.reason = reason
+        if reason == "error":
+            update.error, update.failure = self.error, self.failure
+        return update
 
     def news(self) -> Update:
         news, self.fresh = self.fresh, Update()
@@ -141,7 +165,9 @@ class _Client:
 
 
 class Service(Generic[W]):
-    """pipeline: nothing is under way in it; the service closes it.
+    """Runs one engine, in a thread of its own, for callers in any thread, and starts its pipeline anew when that fails.
+
+    pipeline: nothing is under way in it; the service closes it.
     rebuild: starts another one like it, after a failure; None: the first failure is the end.
     max_waiting: requests that wait, beyond those that run, before new ones are turned away; None: as many as come.
     listeners: told of every event; an `Observer` also of what no event tells.
@@ -156,18 +182,19 @@ class Service(Generic[W]):
         self.model = model
         self._observers = [one for one in listeners if isinstance(one, Observer)]
         # Ours comes last: it may end a request, which the others must not hear before what it was ended for.
-        self.engine = Engine(pipeline, method, options=options, listeners=[*listeners, self._hear])
+        self.engine = Engine(pipeline, method, options=options, listeners=listeners, owner=self._hear)
         longest = self.engine.longest
         self.max_model_len = model.max_model_len if longest is None else min(model.max_model_len, longest)
         self.capacity = (sys.maxsize if max_waiting is None or options.max_num_seqs is None
                          else options.max_num_seqs + max_waiting)
         self._kv_total = options.kv_cache_tokens or 0
-        self._recovery = Recovery(self.engine, rebuild, self._observers, self)
+        self._lock = threading.Lock()  # of what callers change: _clients' keys, _calls, the state of recovery
+        self._recovery = Recovery(self.engine, rebuild, self._observers, self, self._lock)
         self._counts = (0, 0, 0)  # running, waiting, cache slots
         self._ids = count()
-        self._lock = threading.Lock()  # of what callers change: _clients' keys, _state
         self._clients: dict[int, _Client] = {}
         self._touched: dict[int, _Client] = {}  # with news
+        self._calls: set[Future[None]] = set()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         for observer in self._observers:
             observer.on_start(self.engine.stats)
@@ -193,7 +220,7 @@ class Service(Generic[W]):
         with self._lock:
             self._check_room(len(clients))
             self._clients |= {one.request.id: one for one in clients}
-        self._inbox.put(lambda: self._enter(clients, now))
+            self._inbox.put(lambda: self._enter(clients, now))
         return [one.ticket for one in clients]
 
     def _client(self, asked: Asked, now: float) -> _Client:
@@ -211,29 +238,25 @@ class Service(Generic[W]):
         self._inbox.put(lambda: self.engine.end(ticket.id, "abort"))
 
     def call(self, action: Callable[[Engine], None]) -> None:
-        """Do this between two steps of the engine, and wait until it is done. Raises what it raises."""
+        """Do this between two steps of the engine, and wait until it is done.
+
+        Raises UsageError where the action does and the engine is whole. Whatever else it raises counts as a failure of
+        the pipeline, which is started anew; then PipelineError is raised here. Raises Unavailable as `submit` does, and
+        where the service fails or stops before it comes to the action.
+        """
         done: Future[None] = Future()
-
-        def act() -> None:
-            try:
-                action(self.engine)
-                done.set_result(None)
-            except Exception as error:
-                done.set_exception(error)
-
         with self._lock:
             self._recovery.check_open()
-            self._inbox.put(act)
-        done.result()
+            self._calls.add(done)
+            self._inbox.put(lambda: self._act(action, done))
+        try:
+            done.result()
+        except CancelledError:
+            raise self._recovery.refusal() from None
 
     @property
     def busy(self) -> bool:
         return bool(self._clients)
-
-    @property
-    def failure(self) -> BaseException | None:
-        """The newest of the pipeline, as it was raised."""
-        return self._recovery.failure
 
     def status(self) -> Status:
         recovery, (running, waiting, used) = self._recovery, self._counts
@@ -273,14 +296,39 @@ class Service(Generic[W]):
 
     def step(self) -> None:
         engine = self.engine
-        self.take_inbox(wait=0.0 if engine.busy else IDLE_S)
+        self._take_inbox(wait=0.0 if engine.busy else _IDLE_S)
         began = time.thread_time()
         engine.step(_BUSY_S if engine.busy else 0.0)
         self.tell_news()
         engine.isolate(self._recovery.supervision.suspect)
         self._counts = engine.num_running, engine.num_waiting, engine.kv_used
         for observer in self._observers:
-            observer.on_engine_time(time.thread_time() - began)
+            guarded("an observer", observer.on_engine_time, time.thread_time() - began)
+
+    def _take_inbox(self, wait: float) -> None:
+        try:
+            self._inbox.get(timeout=wait)() if wait else self._inbox.get_nowait()()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _act(self, action: Callable[[Engine], None], done: Future[None]) -> None:
+        with self._lock:
+            self._calls.discard(done)
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            action(self.engine)
+        except BaseException as error:
+            if isinstance(error, UsageError) and not self.engine._broken:
+                done.set_exception(error)
+                return
+            told = PipelineError(what_failed(error)[1])
+            told.__cause__ = error
+            done.set_exception(told)
+            raise  # recovery must know
+        done.set_result(None)
 
     def _enter(self, clients: list[_Client], arrived: float) -> None:
         for one in clients:
@@ -288,8 +336,9 @@ class Service(Generic[W]):
                 continue  # it has ended, with everything else
             try:
                 one.sequence = self.engine.submit(one.request, arrived=arrived)
-            except FullpipeError as error:
-                self._leave(one, "error", error.message)
+            except Exception as error:
+                one.fail(what_failed(error)[1], error)
+                self._leave(one, "error")
             else:
                 one.ticket.stats = self.engine.stats.of(one.request.id)
 
@@ -300,53 +349,58 @@ class Service(Generic[W]):
         self._touched[event.request] = one
         if isinstance(event, Finished):
             one.reason = event.reason
-        elif one.take(event):
-            self.engine.end(event.request, "stop")
+            return
+        try:
+            ends = "stop" if one.take(event) else None
+        except Exception as error:  # its text cannot be made
+            log.exception("the text of request %d failed", event.request)
+            one.fail(what_failed(error)[1], error)
+            ends = "error"
+        if ends:
+            self.engine.end(event.request, ends)
 
-    def _leave(self, one: _Client, reason: str, error: str | None = None) -> None:
+    def _leave(self, one: _Client, reason: str) -> None:
         """The last that a caller hears."""
         with self._lock:
             if self._clients.pop(one.request.id, None) is None:
                 return
         self._recovery.supervision.forget(one.request.id)
-        one.reply.finish()
-        update = one.news()
-        update.reason, update.error = reason, error
+        update, ticket = one.last(reason), one.ticket
         for observer in self._observers:
-            observer.on_finish(one.request.id, reason, one.ticket.num_prompt, one.num_tokens, one.ticket.stats,
-                               one.ticket.cached_tokens)
-        one.deliver(update)
+            guarded("an observer", observer.on_finish, ticket.id, update.reason or reason, ticket.num_prompt,
+                    one.num_tokens, ticket.stats, ticket.cached_tokens)
+        guarded("a caller", one.deliver, update)
 
     # ---- what recovery asks (`supervision.Callers`) ---------------------------------------------------------
 
     def tell_news(self) -> None:
-        touched, self._touched = self._touched, {}
-        for one in touched.values():
+        while self._touched:
+            id = next(iter(self._touched))
+            one = self._touched.pop(id)
             if one.fresh.token_ids:
-                self._recovery.supervision.got_on(one.request.id)
+                self._recovery.supervision.got_on(id)
             if one.sequence is not None:
                 one.ticket.cached_tokens = one.sequence.cached
             if one.reason is not None:
-                self._leave(one, one.reason, one.error)
-            else:
-                one.deliver(one.news())
+                self._leave(one, one.reason)
+            elif id in self._clients:
+                guarded("a caller", one.deliver, one.news())
 
     def on_stations(self) -> dict[int, int]:
-        return {id: one.num_tokens for id, one in self._clients.items() if one.on_stations}
+        return {id: one.num_tokens for id, one in list(self._clients.items()) if one.on_stations}
 
-    def give_up(self, id: int, why: str) -> None:
-        self._clients[id].error = why
-        self.engine.end(id, "error")
+    def give_up(self, id: int, why: str, failure: BaseException) -> None:
+        if one := self._clients.get(id):
+            one.fail(why, failure)
+            guarded("ending a request", self.engine.end, id, "error")
 
-    def give_up_all(self, reason: str, error: str | None = None) -> None:
+    def give_up_all(self, reason: str, why: str | None = None, failure: BaseException | None = None) -> None:
         for one in list(self._clients.values()):
-            self.engine.end(one.request.id, reason)
-            self._leave(one, reason, error)
-
-    def take_inbox(self, wait: float = 0.0) -> None:
-        try:
-            self._inbox.get(timeout=wait)() if wait else self._inbox.get_nowait()()
-            while True:
-                self._inbox.get_nowait()()
-        except queue.Empty:
-            pass
+            if why is not None and failure is not None:
+                one.fail(why, failure)
+            guarded("ending a request", self.engine.end, one.request.id, reason)
+            self._leave(one, reason)
+        with self._lock:
+            calls, self._calls = self._calls, set()
+        for call in calls:
+            call.cancel()

@@ -1,10 +1,13 @@
-"""Keeping a service up: what follows from a pipeline's failures, and what those see who watch.
+"""Keeps a service up when its pipeline fails, and tells observers of it.
 
-`Recovery` is the main loop of a service's thread, and attaches the engine to another pipeline after a failure.
-`Supervision` says when to try again, when to give up, and whether one request is the cause. Bad luck may strike a
-request three times, but hardly while it runs alone, too. So a request that ran at three failures without getting a
-token in between goes on alone, and is ended if that fails twice more: nobody else is ended with it. Together these are
-no more failures than a service bears before it gives up.
+`Recovery` is the main loop of a service's thread. After a failure it starts another pipeline and attaches the engine to
+it. `Supervision` counts failures: it says how long to wait before the next try, when to give up, and whether one
+request is the cause.
+
+A request is blamed like this. Chance may strike a request three times, but hardly while it runs alone. So a request
+that was on the stations at three failures, without getting a token in between, goes on alone; if two more failures
+follow, it is ended, and no other request with it. These five failures are no more than a service bears before it gives
+up.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, ParamSpec, Protocol
 
 from fullpipe.engine import Engine, RequestStats, Stats
 from fullpipe.errors import FullpipeError, StationFailed, Unavailable
@@ -24,9 +27,10 @@ from fullpipe.pipeline.base import Pipeline
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+
 State = Literal["ready", "rebuilding", "failed", "draining", "stopped"]
 
-IDLE_S = 0.5  # between two looks at stations that have nothing to do
 _PATIENCE = 5  # failures without a token in between, and then the service counts as failed
 _PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the next try
 _STEADY_S = 60.0  # a pipeline that stood so long worked, whether or not anybody asked it for a token
@@ -80,7 +84,10 @@ class Observer:
 
 
 class Supervision:
-    """suspect: the request that is to run alone. restarts: failures so far. last_failure: in one line."""
+    """Counts failures, and says what follows from them: when to try again, when to give up, and who is the cause.
+
+    suspect: the request that is to run alone. restarts: failures so far. last_failure: in one line.
+    """
 
     def __init__(self) -> None:
         self.suspect: int | None = None
@@ -152,8 +159,16 @@ def what_failed(error: BaseException) -> tuple[str, str]:
     return station, whole.partition("\n")[0].removesuffix("; it printed:")
 
 
+def guarded(what: str, act: Callable[P, object], *values: P.args, **named: P.kwargs) -> None:
+    """Call somebody whose failure is nobody else's: it is logged. what: is done there."""
+    try:
+        act(*values, **named)
+    except Exception:
+        log.exception("%s failed", what)
+
+
 class Callers(Protocol):
-    """What a service does for its callers, and recovery has it do."""
+    """Does for a service's callers what recovery asks for; only `step` raises."""
 
     def step(self) -> None:
         """Take what callers want, and step the engine. Raises what the engine raises."""
@@ -161,32 +176,29 @@ class Callers(Protocol):
     def tell_news(self) -> None:
         """Deliver what was emitted."""
 
-    def take_inbox(self, wait: float = 0.0) -> None:
-        """Do what callers want done, waiting for it for so many seconds."""
-
     def on_stations(self) -> dict[int, int]:
         """How many tokens each request has that any station has heard of."""
 
-    def give_up(self, id: int, why: str) -> None:
-        """End a request that is the cause of failures."""
+    def give_up(self, id: int, why: str, failure: BaseException) -> None:
+        """End a request that is the cause of failures. why: what it is told. failure: the newest."""
 
-    def give_up_all(self, reason: str, error: str | None = None) -> None:
-        """End all of them."""
+    def give_up_all(self, reason: str, why: str | None = None, failure: BaseException | None = None) -> None:
+        """End all of them, and refuse what else was to be done."""
 
 
 class Recovery:
-    """rebuild: starts another pipeline; None: the first failure is the end.
+    """Runs the main loop of a service: it steps the engine, and after a failure goes on with another pipeline.
 
-    state: what the service says of itself. failure: the newest.
+    rebuild: starts another pipeline; None: the first failure is the end. lock: the service's, which takes nothing in
+    without holding it and having called `check_open`. state: what the service says of itself.
     """
 
     def __init__(self, engine: Engine, rebuild: Callable[[], Pipeline] | None, observers: Sequence[Observer],
-                 callers: Callers) -> None:
+                 callers: Callers, lock: threading.Lock) -> None:
         self._engine, self._rebuild, self._observers, self._callers = engine, rebuild, observers, callers
         self.supervision = Supervision()
-        self.failure: BaseException | None = None
         self.state: State = "ready"
-        self._lock = threading.Lock()  # of the state
+        self._lock = lock  # of the state
         self._retry_at = 0.0
         self._stopping = threading.Event()
 
@@ -207,47 +219,64 @@ class Recovery:
     def check_open(self) -> None:
         """Raise Unavailable where nothing new is taken."""
         if self.state in ("failed", "draining", "stopped"):
-            why = f" ({self.supervision.last_failure})" if self.state == "failed" else ""
-            raise Unavailable(f"the service is {self.state}{why}", retry_after_s=self.retry_after_s,
-                              hint="Try again later.")
+            raise self.refusal()
+
+    def refusal(self) -> Unavailable:
+        """What is told to who comes while nothing is taken, or has come and is given up."""
+        why = f" ({self.supervision.last_failure})" if self.state == "failed" else ""
+        over = self._rebuild is None or self.state == "stopped"
+        return Unavailable(f"the service is {self.state}{why}", retry_after_s=self.retry_after_s,
+                           hint="It does not come back: make a new one." if over else "Try again later.")
 
     # ---- the engine's thread -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Step until told to stop, on one pipeline after another; then close the last one."""
-        while not self._stopping.is_set():
-            try:
-                self._callers.step()
-            except BaseException as error:  # a bug of ours, too, must not leave callers waiting for ever
-                self._note(error, built=True)
-                self._engine.pipeline.close()
-                while not (self._stopping.is_set() or self._recover()):
-                    pass
-        self._engine.pipeline.close()
-        self._callers.take_inbox()
-        self._callers.give_up_all("abort")
+        """Step until told to stop, on one pipeline after another; then close the last one and end all requests."""
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self._callers.step()
+                except BaseException as error:  # a bug of ours, too, must not leave callers waiting for ever
+                    self._start_over(error)
+        finally:
+            self.turn("stopped")  # nothing is taken in from here on, so what is given up now is all there is
+            guarded("closing the pipeline", self._engine.pipeline.close)
+            self._callers.give_up_all("abort")
+
+    def _start_over(self, error: BaseException) -> None:
+        self._note(error, built=True)
+        guarded("closing the pipeline", self._engine.pipeline.close)
+        while not (self._stopping.is_set() or self._recover()):
+            pass
 
     def _note(self, error: BaseException, *, built: bool) -> None:
-        """What was emitted before is delivered; who is the cause is ended; the rest waits. built: it was a pipeline
-        that failed; else none could be started, which is no request's fault."""
-        self.failure = error
+        """Take a failure in. built: it was a pipeline that failed; else none could be started, which is no request's
+        fault."""
         log.error("%s", error, exc_info=None if isinstance(error, FullpipeError) else error)
-        self._callers.tell_news()
         station, reason = what_failed(error)
-        for observer in self._observers:
-            observer.on_restart(station, reason)
-        for id, why in self.supervision.failed(reason, self._callers.on_stations() if built else {}):
-            self._callers.give_up(id, why)
-        self._callers.tell_news()
-        hopeless = self.supervision.hopeless or self._rebuild is None
+        try:
+            self._blame(station, reason, error, built)
+            hopeless = self.supervision.hopeless or self._rebuild is None
+        except Exception:
+            log.exception("what follows from a failure has failed, too")
+            hopeless = True
         self._turn_unless_ending("failed" if hopeless else "rebuilding")
-        if self.state == "failed":
-            self._callers.give_up_all("error", reason)
+        if hopeless:
+            self._callers.give_up_all("error", reason, error)
+
+    def _blame(self, station: str, reason: str, error: BaseException, built: bool) -> None:
+        """What was emitted before is delivered; who is the cause is ended; the rest waits."""
+        self._callers.tell_news()
+        for observer in self._observers:
+            guarded("an observer", observer.on_restart, station, reason)
+        for id, why in self.supervision.failed(reason, self._callers.on_stations() if built else {}):
+            self._callers.give_up(id, why, error)
+        self._callers.tell_news()
 
     def _recover(self) -> bool:
         """Have the engine go on with another pipeline; False when that did not work, or there was no time for it."""
         if self._rebuild is None:
-            self._callers.take_inbox(IDLE_S)
+            self._stopping.wait()
             return False
         pause = self.supervision.pause_s
         self._retry_at = time.monotonic() + pause

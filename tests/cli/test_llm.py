@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from command import Models
 
-from fullpipe.errors import StationFailed, UsageError
-from fullpipe.llm import LLM
+from fullpipe.engine import Engine
+from fullpipe.errors import PipelineError, StationFailed, Unavailable, UsageError
+from fullpipe.llm import LLM, _Answer
+from fullpipe.messages import Event
 from fullpipe.methods import WITH_DEPTH
 from fullpipe.request import SamplingParams
+from fullpipe.service import Service, Update
 from simulated import simulated
 
 PARAMS = SamplingParams(max_tokens=12)
@@ -173,3 +177,70 @@ def test_processes_that_start_too_slowly(models: Models) -> None:
     """No interpreter starts within a millisecond."""
     with pytest.raises(StationFailed, match=r"not ready after 0.001 s\nLoading may just be slow here"):
         LLM(str(models.target), draft="none", method="pp", stages=2, dtype="float32", start_timeout=0.001)
+
+
+# ---- what fails, and when --------------------------------------------------------------------------------
+
+
+def test_a_request_that_fails_says_why_and_the_next_is_refused(models: Models) -> None:
+    gone = StationFailed("stage 1", "it fell over; it printed:\nmuch", hint="What was emitted is kept.")
+
+    def events(wait: float | None = None) -> list[Event]:
+        raise gone
+
+    with simulated(models.target, draft="ngram", stages=2, dtype="float32") as llm:
+        llm._service.engine.pipeline.events = events  # type: ignore[method-assign]
+        try:
+            llm.generate("hello", PARAMS)
+        except StationFailed as error:
+            assert error is not gone and error.__cause__ is gone
+            assert str(error) == "stage 1 failed: it fell over\nWhat was emitted is kept."
+        except Unavailable as error:  # it was noticed before the request came
+            assert "it fell over" in str(error)
+        with pytest.raises(Unavailable, match=r"the service is failed \(stage 1 failed: it fell over\)\n.* a new one"):
+            llm.generate("hello", PARAMS)
+
+
+def test_every_request_raises_its_own_exception() -> None:
+    failure = StationFailed("draft", "it fell over", hint="Start again.")
+    told = []
+    for error in ("draft failed: it fell over", "draft failed: it fell over", "it failed 5 times: draft"):
+        one = _Answer(PARAMS)
+        one.deliver(Update(reason="error", error=error, failure=failure))
+        one.rest()
+        with pytest.raises(PipelineError) as raised:
+            one.check()
+        assert (raised.value.message, raised.value.hint, raised.value.exit_code) == (error, "Start again.", 7)
+        assert raised.value.__cause__ is failure
+        told.append(raised.value)
+    assert [type(one) for one in told] == [StationFailed, StationFailed, PipelineError]
+    assert len({id(one) for one in [*told, failure]}) == 4
+
+
+def test_whose_request_comes_between_is_no_error(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service was idle when it was looked at, and is not when the engine is asked to wait for its stations."""
+    real = Service.call
+
+    def call(service: Service[Any], action: Any) -> None:
+        def first(engine: Engine) -> None:
+            monkeypatch.setattr(Engine, "busy", property(lambda self: True))
+            try:
+                action(engine)
+            finally:
+                monkeypatch.undo()
+
+        real(service, first)
+
+    with simulated(models.target, draft="ngram", stages=2, dtype="float32") as llm:
+        (before,) = llm.generate("hello", PARAMS)
+        monkeypatch.setattr(Service, "call", call)
+        (after,) = llm.generate("hello", PARAMS)
+    assert before.token_ids == after.token_ids
+
+
+def test_the_time_ends_with_the_answer_and_not_with_its_reader(llm: LLM) -> None:
+    stream = llm.stream("hello", PARAMS)
+    next(stream)
+    time.sleep(1.0)
+    *_, last = stream
+    assert last.completion and 0 < last.completion.timing["wall_s"] < 1.0

@@ -337,6 +337,17 @@ def test_a_job_begins_when_its_last_tap_comes(needs: int, start: float) -> None:
     assert drafted(one).leg.start == start
 
 
+@pytest.mark.parametrize("wait", [None, 0.0, 0.1])
+def test_a_job_that_waits_for_what_nobody_will_send_is_an_error(wait: float | None) -> None:
+    one = tapped([[1]], Reader(1))
+    assert [type(event) for event in one.events(wait)] == [Ready]
+    if wait is not None:
+        assert one.events(wait) == []
+    asks(one, 0)
+    with pytest.raises(PipelineError, match="draft job 0 waits for hidden states that nobody will send"):
+        one.events(wait)
+
+
 def test_jobs_behind_one_that_waits_keep_their_order() -> None:
     reader = Reader(1)
     one = tapped([[1]], reader)

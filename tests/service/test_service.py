@@ -345,8 +345,8 @@ def test_without_another_pipeline_the_first_failure_is_the_end() -> None:
         broken(pipeline)
         tokens, _, reason = caller.result()
         assert reason == "error" and caller.updates[-1].error == "a wire was cut" and tokens == plain([1], len(tokens))
-        assert isinstance(service.failure, PipelineError) and service.status().state == "failed"
-        with pytest.raises(Unavailable, match="the service is failed"):
+        assert isinstance(caller.updates[-1].failure, PipelineError) and service.status().state == "failed"
+        with pytest.raises(Unavailable, match=r"the service is failed.*\n.*make a new one"):
             service.submit([1], SamplingParams(), late)
         with pytest.raises(Unavailable):
             service.call(lambda engine: engine.drain())
@@ -404,3 +404,191 @@ def test_a_token_that_ends_the_text_is_not_read() -> None:
         tokens, text, reason = caller.result()
     assert (tokens, reason) == (whole[: whole.index(end) + 1], "stop")
     assert text == "".join(f"{token} " for token in tokens[:-1])
+
+
+# ---- what somebody else does wrong -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calls", [False, True], ids=["submit", "call"])
+def test_who_comes_while_it_closes_is_answered(monkeypatch: pytest.MonkeyPatch, calls: bool) -> None:
+    """Closing begins when the caller has been told that the service is open, and has all the time in the world."""
+    service, caller = serve(), Caller()
+    check, closes = service._recovery.check_open, threading.Thread(target=service.close)
+
+    def slow() -> None:
+        check()
+        closes.start()
+        closes.join(1.0)
+
+    monkeypatch.setattr(service._recovery, "check_open", slow)
+    if calls:
+        try:
+            service.call(lambda engine: None)
+        except Unavailable as refused:
+            assert "the service is stopped" in str(refused)
+    else:
+        service.submit([1], SamplingParams(max_tokens=3900), caller)
+        assert caller.result()[2] == "abort"
+    closes.join(10)
+    monkeypatch.undo()
+    with pytest.raises(Unavailable, match="stopped"):
+        service.submit([1], SamplingParams(), Caller())
+
+
+def test_an_action_that_waits_when_the_service_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fullpipe.supervision._PAUSES_S", (0.0, 0.0, 0.0, 0.0, 30.0))
+    start, refused = Fragile(failures=99), list[str]()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fails(engine: Engine) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        raise PipelineError("a wire was cut")
+
+    with closing(serve(start)) as service:
+
+        def ask(action: Callable[[Engine], None]) -> None:
+            with pytest.raises((PipelineError, Unavailable)) as told:
+                service.call(action)
+            refused.append(str(told.value))
+
+        callers = [threading.Thread(target=ask, args=(action,)) for action in (fails, lambda engine: None)]
+        callers[0].start()
+        assert begun.wait(10)
+        callers[1].start()
+        while len(service._calls) < 1:
+            time.sleep(0.01)
+        go_on.set()
+        for one in callers:
+            one.join(10)
+        assert sorted(refused)[0] == "a wire was cut" and "the service is failed" in sorted(refused)[1]
+
+
+@pytest.mark.parametrize("error", [PipelineError("it is lost"), UsageError("it is lost"), RuntimeError("it is lost")],
+                         ids=lambda error: type(error).__name__)
+def test_an_action_after_which_the_engine_is_broken_is_a_failure_of_the_pipeline(error: Exception) -> None:
+    def breaks(engine: Engine) -> None:
+        real = engine.pipeline.events
+
+        def events(wait: float | None = None) -> list[Event]:
+            engine.pipeline.events = real  # type: ignore[method-assign]
+            raise error
+
+        engine.pipeline.events = events  # type: ignore[method-assign]
+        engine.step(0.0)
+
+    start, caller = Fragile(failures=0), Caller()
+    with closing(serve(start)) as service:
+        with pytest.raises(PipelineError, match="it is lost") as told:
+            service.call(breaks)
+        assert told.value is not error and told.value.__cause__ is error
+        service.submit([1], SamplingParams(max_tokens=9), caller)
+        assert caller.result()[0] == plain([1], 9)
+        assert service.status().restarts == 1 and len(start.pipelines) == 2
+
+
+def test_a_caller_who_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(update: Update) -> None:
+        raise RuntimeError("my pipe is broken")
+
+    good = [Caller() for _ in range(2)]
+    with closing(serve()) as service:
+        for deliver in (fails, good[0], fails, good[1]):
+            service.submit([1], SamplingParams(max_tokens=30), deliver)
+        assert [caller.result()[0] for caller in good] == [plain([1], 30)] * 2
+        assert service.drain(5) and service.status().restarts == 0
+    assert "my pipe is broken" in caplog.text
+
+
+class Clumsy(Observer):
+    """Fails whenever it is told anything."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+
+    def on_finish(self, *news: object) -> None:
+        self._fail("finish")
+
+    def on_restart(self, station: str, reason: str) -> None:
+        self._fail("restart")
+
+    def on_engine_time(self, seconds: float) -> None:
+        self._fail("time")
+
+    def _fail(self, what: str) -> None:
+        self.told.add(what)
+        raise RuntimeError(what)
+
+
+def test_an_observer_who_fails_harms_nobody() -> None:
+    start, clumsy, caller = Fragile(failures=0), Clumsy(), Caller()
+    with closing(serve(start, listeners=[clumsy])) as service:
+        service.submit([1], SamplingParams(max_tokens=2000), caller)
+        assert caller.begun.wait(10)
+        broken(start.pipelines[0])
+        assert caller.result()[::2] == (plain([1], 2000), "length")
+        assert service.drain(5) and service.status().restarts == 1
+    assert clumsy.told == {"finish", "restart", "time"}
+
+
+class Stumbling(Words):
+    """Of its texts the first cannot be made: at its third token, or only at its end."""
+
+    def __init__(self, at_end: bool) -> None:
+        self._at_end, self._left = at_end, -1
+        self._streams = 0
+
+    def stream(self) -> Words:
+        self._streams += 1
+        if self._streams > 1:
+            return Words()
+        self._left = 3
+        return self
+
+    def push(self, token: int) -> str:
+        self._left -= 1
+        if self._left == 0 and not self._at_end:
+            raise ValueError("no such token")
+        return super().push(token)
+
+    def finish(self) -> str:
+        raise ValueError("no such token")
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_text_that_cannot_be_made_ends_that_request_alone(at_end: bool) -> None:
+    class Odd(Model):
+        tokenizer = Stumbling(at_end)
+
+    unlucky, lucky = Caller(), Caller()
+    with closing(Service(inprocess(), make_method("fullpipe"), Odd())) as service:
+        for caller in (unlucky, lucky):
+            service.submit([1], SamplingParams(max_tokens=30), caller)
+        tokens, _, reason = unlucky.result()
+        assert (tokens, reason) == (plain([1], 30 if at_end else 3), "error")
+        assert unlucky.updates[-1].error == "ValueError: no such token"
+        assert lucky.result()[::2] == (plain([1], 30), "length")
+        assert service.drain(5) and service.status().restarts == 0
+
+
+def test_who_cannot_be_ended_in_the_engine_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, caller = serve(), Caller()
+    service.submit([1], SamplingParams(max_tokens=3900), caller)
+    assert caller.begun.wait(10)
+
+    def end(id: int, reason: str) -> None:
+        raise RuntimeError("a table is wrong")
+
+    monkeypatch.setattr(service.engine, "end", end)
+    service.close()
+    assert caller.result()[2] == "abort"
+
+
+def test_a_failure_while_draining_is_the_end_where_no_other_pipeline_is() -> None:
+    pipeline, caller = inprocess(), Caller()
+    with closing(Service(pipeline, make_method("fullpipe"), Model())) as service:
+        service.submit([1], SamplingParams(max_tokens=3900), caller)
+        assert caller.begun.wait(10)
+        assert not service.drain(0.0)
+        broken(pipeline)
+        assert caller.result()[2] == "error" and service.drain(5)

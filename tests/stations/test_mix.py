@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fullpipe.messages import Expansion, Flight, Part
+from fullpipe.messages import ArenaId, Expansion, Flight, Part, Tap
 from fullpipe.stations.drafts.mix import Mix, merge
 
 
@@ -57,3 +57,40 @@ def test_later_sources_are_asked_about_the_first_rows_and_see_all() -> None:
     (seen,) = second.jobs
     assert [p.wants for p in seen.parts] == [[True, False, True], [True, False]]
     assert [(p.nodes, p.commits) for p in seen.parts] == [(p.nodes, p.commits) for p in job.parts]
+
+
+class Late(Eager):
+    """Answers for nothing until it is told to, and then for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[int] = []
+
+    def run(self, job: Flight) -> list[Expansion]:
+        answers, self.answers = self.answers, []
+        return [Expansion(node, [99], [-1.0], [-1]) for node in answers]
+
+    def take(self, tap: Tap) -> None:
+        pass
+
+    def ready(self, job: Flight) -> bool:
+        return True
+
+    def forget(self, nodes: list[int]) -> None:
+        pass
+
+
+def test_what_is_held_for_the_first_draft_ends_with_the_arena() -> None:
+    def asks(arena: int, node: int) -> Part:
+        return Part(ArenaId(arena), [], [node], [node], [node], [node], [[node]], [True])
+
+    late = Late()
+    mix = Mix([late, Eager()])
+    assert mix.run(Flight(0, [asks(0, 1), asks(1, 2), asks(1, 3)], fanout=4)) == []
+    assert sorted(mix._held) == [1, 2, 3]
+    late.answers = [3]
+    (answer,) = mix.run(Flight(1))
+    assert (answer.node, answer.tokens) == (3, [99, 3])
+    assert mix.run(Flight(2, closes=[ArenaId(1)])) == [] and sorted(mix._held) == [1]
+    mix.forget([1])
+    assert not mix._held and not mix._open

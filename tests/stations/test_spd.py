@@ -629,7 +629,7 @@ def test_a_request_whose_method_asks_for_no_drafts_leaves_nothing() -> None:
     hand.through(Token(-1, PROMPT[:2], 1))
     assert not hand.source._arenas
     hand.end()
-    assert not hand.source._arenas
+    assert not hand.source._arenas and not hand.source._undrafted
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3, 4])
@@ -654,6 +654,18 @@ def test_a_request_may_be_over_before_the_job_that_opens_it_comes() -> None:
     hand.take(*taps)
     assert hand.send(hand.job(hand.part([Token(-1, PROMPT[:1], 0), root], [0, 1], [root]), opens=True)) == []
     assert hand.send(hand.job(closes=True)) == []
+    assert not hand.source._arenas
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_a_request_that_ends_before_the_stages_have_opened_it_leaves_nothing(first: int) -> None:
+    """Some stages tell of its end before the job that opens it comes, others after the job that closes it."""
+    hand = Hand(SPD)
+    ends = [Tap(Flight(0, closes=[0]), [tap, 99], torch.empty(0, 2, HIDDEN)) for tap in hand.taps]
+    hand.take(*ends[:first])
+    assert hand.send(hand.job(hand.part([Token(-1, PROMPT[:1], 0)]), opens=True)) == []
+    assert hand.send(hand.job(closes=True)) == []
+    hand.take(*ends[first:])
     assert not hand.source._arenas
 
 

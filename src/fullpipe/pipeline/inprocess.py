@@ -116,11 +116,13 @@ class InProcessPipeline(Pipeline):
         begun = time.thread_time()
         happened = self._agenda.run()
         self.seconds_inside += time.thread_time() - begun
-        if happened or wait is not None:  # nothing comes of waiting: whatever will happen is on the agenda
+        if happened:
             return happened
         if self._taps and (job := self._taps.waiting) is not None:
             raise PipelineError(f"draft job {job} waits for hidden states that nobody will send",
                                 hint="A draft must be ready for nodes that were never launched, or not be asked.")
+        if wait is not None:  # nothing comes of waiting: whatever will happen is on the agenda
+            return []
         raise PipelineError("nothing is under way in the pipeline, so nothing can be waited for")
 
     def now(self) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from msgspec import convert
 from msgspec.structs import replace
 
-from fullpipe.messages import Expansion, Flight, Tap
+from fullpipe.messages import ArenaId, Expansion, Flight, Tap
 from fullpipe.stations.base import DraftLike, tap_reader
 from fullpipe.stations.spec import StationSpec
 
@@ -28,7 +28,8 @@ class Mix:
         self._drafts = list(drafts)
         self._second = second
         self._readers = {rank: reader for rank, draft in enumerate(drafts) if (reader := tap_reader(draft))}
-        self._held: dict[int, list[Expansion]] = {}  # said of nodes that the first draft has yet to answer for
+        self._open: dict[int, ArenaId] = {}  # nodes that the first draft has yet to answer for
+        self._held: dict[int, list[Expansion]] = {}  # what the others said of them
 
     @property
     def reads_taps(self) -> bool:
@@ -45,8 +46,7 @@ class Mix:
     def forget(self, nodes: list[int]) -> None:
         for reader in self._readers.values():
             reader.forget(nodes)
-        for node in nodes:
-            self._held.pop(node, None)
+        self._let_go(nodes)
 
     def run(self, job: Flight) -> list[Expansion]:
         """A draft that reads taps may answer for a node later. What the others say of it waits, for a node is
@@ -60,9 +60,24 @@ class Mix:
                 for node in answered & self._held.keys():
                     answers[node] += self._held.pop(node)
         if 0 in self._readers:
-            self._held |= {node: said for node, said in answers.items() if node not in answered}
+            self._hold(job, {node: said for node, said in answers.items() if node not in answered}, answered)
             answers = {node: answers[node] for node in answers if node in answered}
         return [merge(expansions) for expansions in answers.values()]
+
+    def _hold(self, job: Flight, said: dict[int, list[Expansion]], answered: set[int]) -> None:
+        """Keep what was said of nodes that wait for the first draft, until it answers, somebody forgets them, or their
+        arena ends."""
+        self._open |= {node: part.arena for part in job.parts for node, wanted in zip(part.nodes, part.wants) if wanted}
+        self._let_go(answered)
+        for node in said.keys() & self._open.keys():
+            self._held[node] = said[node]
+        if job.closes:
+            self._let_go([node for node, arena in self._open.items() if arena in job.closes])
+
+    def _let_go(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            self._open.pop(node, None)
+            self._held.pop(node, None)
 
     def _question(self, rank: int, job: Flight) -> Flight:
         return first_rows(job, self._second) if rank else job

@@ -244,6 +244,7 @@ class ModuleDraft:
         self._has_embedding = config.bounds[0] == 0
         self._dtype = dtype
         self._arenas: dict[ArenaId, _Arena] = {}
+        self._undrafted: set[tuple[ArenaId, int]] = set()  # open at a stage (its first layer), and no job tells of them
         self._admitted = -1  # job
 
     # ---- what the pipeline calls -------------------------------------------------------------------------
@@ -253,15 +254,20 @@ class ModuleDraft:
         columns = [column for column, layer in enumerate(tap.layers) if layer in self._taps]
         if not columns:
             return
+        stage = tap.layers[columns[0]]
         for opening in tap.flight.opens:
             if opening.drafts:
                 self._known(opening.arena)
+            else:
+                self._undrafted.add((opening.arena, stage))
             if reader := self._reader(opening.arena):
                 reader.enlarge(opening.capacity)
         self._keep_rows(tap, columns)
         for arena_id in tap.flight.closes:
-            if arena := self._arenas.get(arena_id):
-                arena.close_layers(tap.layers)
+            if (arena_id, stage) in self._undrafted:
+                self._undrafted.remove((arena_id, stage))
+            else:  # maybe the first that is heard of it: the draft will be told of its end in any case
+                self._known(arena_id).close_layers(tap.layers)
                 self._drop_if_over(arena_id)
 
     def _keep_rows(self, tap: Tap, columns: list[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from driving import TellingEngine
 from fullpipe.messages import Event
-from fullpipe.methods import make_method
+from fullpipe.methods import make_method, options_of
 from fullpipe.pipeline.durations import Costs, unit_costs
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
@@ -27,7 +27,7 @@ def recorded(method: str = "fullpipe", stages: int = 4, *, tokens: int = 30, acc
                                  ScriptedDraft(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
                                  costs=costs)
     events: list[Event] = []
-    engine = TellingEngine(pipeline, make_method(method) if method == "pp" else make_method(method, width=width),
+    engine = TellingEngine(pipeline, make_method(method, **options_of(method, width=width)),
                     listeners=[events.append])
     for id in range(requests):
         engine.submit(Request(id, PROMPTS[id], SamplingParams(max_tokens=tokens)))

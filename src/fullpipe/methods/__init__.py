@@ -36,6 +36,9 @@ def make_method(name: str, *, width: int | None = None, depth: int | None = None
     """
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}", hint=f"Methods are: {', '.join(METHODS)}.")
+    if width is not None and width < 1:
+        raise UsageError(f"width must be 1 or more (got {width})",
+                         hint="The width is the number of tree nodes in a flight.")
     options: dict[str, Any] = {"width": width, "floor": floor, "depth": depth, "refresh": refresh or None,
                                "prefill_share": prefill_share}
     for option, methods in OF_SOME.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,28 +61,40 @@ def load(
     from fullpipe.server.load import Traffic, take
     from fullpipe.server.openai_stream import Server, require_httpx, served_model
 
-    def traffic(at_once: int | None = None, per_second: float | None = None) -> Traffic:
-        return Traffic(at_once, per_second, sampling.max_tokens, sampling.temperature, sampling.seed,
-                       sampling.ignore_eos, "completions" if completions else "chat", timeout)
-
     require_httpx()
-    if concurrency is not None and rate is not None:
-        raise UsageError("requests come by concurrency or by rate", hint="Give --concurrency or --rate, not both.")
-    levels = ([traffic(per_second=one) for one in decimals(rate, "--rate")] if rate is not None
-              else [traffic(one) for one in integers(concurrency or "1", "--concurrency")])
+    levels = [Traffic(at_once, per_second, sampling.max_tokens, sampling.temperature, sampling.seed,
+                      sampling.ignore_eos, "completions" if completions else "chat", timeout)
+              for at_once, per_second in _levels(concurrency, rate)]
     chosen = take(choose(prompts, limit), num_prompts)
     server = Server(url, model or served_model(url, api_key), api_key)
     if json_file is not None:
         _make_folder(json_file.parent)  # what cannot be written had better be known now
-    if warmup and _run(server, take(chosen, warmup), traffic(1), "warm" if distinct else None,
-                       "warming up").interrupted:
+    _conclude(_measure(server, chosen, levels, warmup, distinct), json_file, api_key)
+
+
+def _levels(concurrency: str | None, rate: str | None) -> list[tuple[int | None, float | None]]:
+    """How many at once, or per second, one after another."""
+    if concurrency is not None and rate is not None:
+        raise UsageError("requests come by concurrency or by rate", hint="Give --concurrency or --rate, not both.")
+    if rate is not None:
+        return [(None, one) for one in decimals(rate, "--rate")]
+    return [(one, None) for one in integers(concurrency or "1", "--concurrency")]
+
+
+def _measure(server: Server, prompts: list[FilePrompt], levels: list[Traffic], warmup: int,
+             distinct: bool) -> list[LoadResult]:
+    """Take the levels in turn, until one is interrupted."""
+    from fullpipe.server.load import take
+
+    first = replace(levels[0], concurrency=1, rate=None)
+    if warmup and _run(server, take(prompts, warmup), first, "warm" if distinct else None, "warming up").interrupted:
         raise KeyboardInterrupt
     results: list[LoadResult] = []
     for level in levels:
-        results.append(_run(server, chosen, level, _name(level) if distinct else None, _name(level)))
+        results.append(_run(server, prompts, level, _name(level) if distinct else None, _name(level)))
         if results[-1].interrupted:
             break
-    _conclude(results, json_file, api_key)
+    return results
 
 
 def _run(server: Server, prompts: list[FilePrompt], traffic: Traffic, tag: str | None, name: str) -> LoadResult:

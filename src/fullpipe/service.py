@@ -321,7 +321,7 @@ class Service(Generic[W]):
         try:
             action(self.engine)
         except BaseException as error:
-            if isinstance(error, UsageError) and not self.engine._broken:
+            if isinstance(error, UsageError) and not self.engine.broken:
                 done.set_exception(error)
                 return
             told = PipelineError(what_failed(error)[1])

@@ -282,9 +282,13 @@ class Recovery:
         self._retry_at = time.monotonic() + pause
         if self._stopping.wait(pause):
             return False
+        pipeline = None
         try:
-            self._engine.attach(self._rebuild())
+            pipeline = self._rebuild()
+            self._engine.attach(pipeline)
         except Exception as error:
+            if pipeline is not None:
+                pipeline.close()
             self._note(error, built=False)
             return False
         self._engine.isolate(self.supervision.suspect)

@@ -8,6 +8,7 @@ import torch
 
 from fullpipe import LLM, SamplingParams
 from fullpipe.hub import resolve
+from fullpipe.methods import options_of
 from simulated import simulated
 
 PROMPTS = ["Write a Python function that reverses a string.", "What is the capital of France?",
@@ -44,7 +45,7 @@ def test_greedy_text_is_what_transformers_generate_says(asked: list[list[int]], 
 @pytest.mark.weights
 @pytest.mark.parametrize("method", ["chain", "static-tree", "pipedec", "fullpipe"])
 def test_every_method_says_the_same(llm: LLM, asked: list[list[int]], plain: list[list[int]], method: str) -> None:
-    llm.use(method, width=4)
+    llm.use(method, **options_of(method, width=4))
     (one,) = llm.generate(asked[3:], SamplingParams(max_tokens=64, ignore_eos=True))
     assert one.token_ids == plain[3]
     assert one.speculation["hits"] > 0

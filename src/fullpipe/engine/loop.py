@@ -54,7 +54,7 @@ class Loop:
         self._logprobs: dict[int, list[tuple[int, float]]] = {}  # by node that has landed, until its turn or its death
         self._stage_ready = self.pipeline.newest_flight >= 0  # who used it before has taken its last `Ready`
         self._draft_ready = True
-        self._broken = False  # once a step ended in the middle: nobody knows what the stations hold
+        self.broken = False  # once a step ended in the middle: nobody knows what the stations hold
         self._now = self.pipeline.now()
 
     # ---- the loop ----------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class Loop:
             self._end_overdue()
             self._send()
         except BaseException:
-            self._broken = True
+            self.broken = True
             raise
 
     def _send(self) -> None:
@@ -157,7 +157,7 @@ class Loop:
         sequence.finished = reason
         if sequence.request.id in self._scheduler.running:
             self._drop(sequence, sequence.tree.clear())
-        self._scheduler.remove(sequence, keep=not self._broken)
+        self._scheduler.remove(sequence, keep=not self.broken)
         self._tell(Finished(self._now, sequence.request.id, reason))
         self.stats.forget(sequence.request.id)
 
@@ -171,7 +171,7 @@ class Loop:
         launched, asked = self._flights.launched, self._jobs.asked
         unneeded = [node.id for node in dead  # in flight, or asked about: the draft may be waiting for them
                     if (launched.pop(node.id, None) is not None) | (asked.pop(node.id, None) is not None)]
-        if unneeded and not self._broken:
+        if unneeded and not self.broken:
             self.pipeline.cancel(unneeded)
         self._tell(Died(self._now, sequence.request.id, [node.id for node in dead]))
 
@@ -209,7 +209,7 @@ class Loop:
         return method
 
     def _check_whole(self) -> None:
-        if self._broken:
+        if self.broken:
             raise PipelineError("the pipeline stopped in the middle of a step and cannot go on",
                                 hint="Attach another one (a new LLM).")
 

@@ -416,7 +416,7 @@ async def _check_end(trial: Trial) -> None:
 
 def check_log(trial: Trial, log: str) -> None:
     """Every failure is a line that names the station."""
-    said = Counter(re.findall(r"ERROR fullpipe\.server\.service: (stage \d+|draft) failed: ", log))
+    said = Counter(re.findall(r"ERROR fullpipe\.supervision: (stage \d+|draft) failed: ", log))
     struck = Counter(blow.victim for blow in trial.blows)
     if said != struck:
         trial.faults.append(f"the log names {dict(said)}, and struck were {dict(struck)}")

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from synthetic_receipt import cluster, receipt, sample, whole_receipt
 
 from fullpipe.errors import UsageError
-from fullpipe_lab.receipts import Candidate, Tuning, load_receipt, save_receipt, write_whole
+from fullpipe.files import write_whole
+from fullpipe_lab.receipts import Candidate, Tuning, load_receipt, save_receipt
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats(allow_nan=False, allow_infinity=False)

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "fullpipe"
 # its own and from itself, but not from its neighbours on the line. docs/architecture.md has the same list.
 LAYERS = (
     ("errors", "threads", "text"),
-    ("request",),
+    ("request", "files"),
     ("options", "prompts"),
     ("messages", "costs"),
     ("events",),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,6 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         raise UsageError(f"cannot make the folder {folder}: {error.strerror or error}",
                          hint="Name a folder that is writable.") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file changes in one move. Raises UsageError, and leaves what was there, when it cannot be written."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}",
-                         hint="Name a file in a folder that exists, is writable and has room.") from error
-    finally:
-        with suppress(OSError):
-            fresh.unlink(missing_ok=True)  # after the move there is none
 
 
 class Lines:

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fullpipe.cluster.provenance import provenance
 from fullpipe.errors import UsageError
+from fullpipe.files import write_whole
 from fullpipe_lab.clusters import Cluster
-from fullpipe_lab.files import write_whole
 from fullpipe_lab.recording import Recording
 
 FORMAT, VERSION = "fullpipe-bench", 1

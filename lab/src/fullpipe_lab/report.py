@@ -12,8 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fullpipe.files import write_whole
 from fullpipe_lab import figures
-from fullpipe_lab.files import make_folder, write_whole
+from fullpipe_lab.files import make_folder
 from fullpipe_lab.metrics import ALL, PLAIN, Estimate, Results, Summary
 from fullpipe_lab.receipts import ClusterInfo, Receipt, Sample, Tuning
 

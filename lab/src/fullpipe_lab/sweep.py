@@ -27,13 +27,14 @@ from pydantic import ValidationError
 import fullpipe
 from fullpipe.assembly import MIXED_MIN_N
 from fullpipe.errors import PipelineError, UsageError
+from fullpipe.files import write_whole
 from fullpipe.methods import METHODS, Method, make_method
 from fullpipe.pipeline.worker import die_with_parent
 from fullpipe.stations.base import DraftLike
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe_lab.clusters import Cluster, DraftCosts
-from fullpipe_lab.files import Lines, make_folder, write_whole
+from fullpipe_lab.files import Lines, make_folder
 from fullpipe_lab.receipts import Candidate, Sample, Tuning
 from fullpipe_lab.recording import Answer, Head
 from fullpipe_lab.replay import Run, replay

@@ -8,10 +8,8 @@ smallest it is that of the smallest.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fullpipe.costs import CostCurve
 from fullpipe.errors import UsageError
+from fullpipe.files import write_whole
 
 FORMAT: Literal["fullpipe-profile"] = "fullpipe-profile"
 VERSION: Literal[1] = 1
@@ -197,20 +196,7 @@ class Profile(_Part):
 
         Raises UsageError when it cannot be written; what was there stays.
         """
-        path = Path(path)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(fresh, "w", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, path)
-        except OSError as error:
-            raise UsageError(f"cannot write the profile {path}: {error.strerror or error}",
-                             hint="Name a file in a folder that exists, is writable and has room.") from error
-        finally:
-            with suppress(OSError):
-                fresh.unlink(missing_ok=True)  # after the move there is none
+        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

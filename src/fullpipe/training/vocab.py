@@ -7,10 +7,8 @@ training text it can say.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.errors import DraftMismatch, UsageError
+from fullpipe.files import write_whole
 from fullpipe.models.tokenizer import Tokenizer
 from fullpipe.training.data import Sample, end_of_answer
 
@@ -85,16 +84,7 @@ def save_vocab(vocab: Vocab, path: Path, *, tokenizer: Tokenizer, model: str, fi
     values = {"model": model, "tokenizer_hash": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
               "draft_vocab_size": len(vocab), "mass": vocab.mass, "total": vocab.total,
               "files": [str(file) for file in files], "token_ids": vocab.ids.tolist()}
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_text(json.dumps(values) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}",
-                         hint="Name a file in a folder that exists, is writable and has room.") from error
-    finally:
-        with suppress(OSError):
-            fresh.unlink(missing_ok=True)  # after the move there is none
+    write_whole(path, json.dumps(values) + "\n")
 
 
 def load_vocab(path: Path, *, tokenizer: Tokenizer) -> Vocab:

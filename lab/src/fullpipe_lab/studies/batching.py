@@ -26,12 +26,13 @@ from fullpipe import hub
 from fullpipe.cluster.provenance import provenance
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.engine import Engine
+from fullpipe.files import write_whole
 from fullpipe.methods import make_method
 from fullpipe.options import EngineOptions
 from fullpipe_lab import figures
 from fullpipe_lab.clusters import Cluster, DraftCosts
 from fullpipe_lab.crowd import CrowdDraft, CrowdRun, MakeEngine, Schedule, Spread, closed, play, poisson
-from fullpipe_lab.files import Journal, make_folder, write_whole
+from fullpipe_lab.files import Journal, make_folder
 from fullpipe_lab.memo import MemoDraft, Memos
 from fullpipe_lab.receipts import HERE, STUDIES, save_receipt, study_receipt
 from fullpipe_lab.recording import Answer, Recording

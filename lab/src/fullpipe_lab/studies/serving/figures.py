@@ -56,11 +56,6 @@ class Level:
         return {sample.prompt: sample.text for result in reversed(self.results) for sample in result.whole}
 
     @property
-    def cores_busy(self) -> float:
-        """Of the server's processes, on average."""
-        return sum(sum(one.values()) for one in self.cpu) / self.span_s if self.span_s else 0.0
-
-    @property
     def cpu_per_token(self) -> float:
         """Processor seconds of the server's processes; threads that wait by spinning count, too."""
         return sum(sum(one.values()) for one in self.cpu) / self.tokens if self.tokens else 0.0

@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot write .*profile"):
+    with pytest.raises(UsageError, match=r"cannot write .*profile"):
         profile().save(tmp_path / "nowhere" / "profile.json")
     with pytest.raises(UsageError, match="cannot read the profile"):
         Profile.load(tmp_path / "nowhere")

@@ -18,7 +18,7 @@ from fullpipe.assembly import stage_ends
 from fullpipe.models.config import ModelConfig, Rope
 from fullpipe.models.spd_checkpoint import ModuleConfig, VerifierIdentity, identity_of, save_checkpoint
 from fullpipe.models.spd_module import PipelineDraftModule
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
 from fullpipe.training.data import Sample
 from fullpipe.training.trainer import Material
@@ -130,7 +130,7 @@ def random_checkpoint(target: Path, folder: Path, *, kind: str = "spd", stages: 
         draft_vocab_size=shape.vocab_size if draft_ids is None else len(draft_ids),
         stages=tuple(stage_ends(shape, count) for count in stages), train_span=1024, qk_norm=shape.qk_norm,
         attention_bias=shape.qkv_bias, shared_head=draft_ids is None,
-        verifier=identity_of(target, name="tiny", dtype="float32", tokenizer=Tokenizer.load(target)))
+        verifier=identity_of(target, name="tiny", dtype="float32", tokenizer=load_tokenizer(target)))
     module = PipelineDraftModule(config, shape)
     randomise(module, torch.Generator().manual_seed(seed))
     save_checkpoint(folder, config, module.state_dict(), None if draft_ids is None else torch.tensor(draft_ids))
@@ -154,7 +154,7 @@ def write_letters(folder: Path, ends: Sequence[int] = ()) -> Path:
 
 def material_of(target: Path, texts: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]] = ()) -> Material:
     """What a run learns from: all of these texts but the first token. The draft vocabulary is the whole one."""
-    tokenizer, files = Tokenizer.load(target), open_model(target)
+    tokenizer, files = load_tokenizer(target), open_model(target)
     made = [Sample(np.array(text, np.int32), np.arange(len(text)) > 0, str(number))
             for number, text in enumerate((*texts, *held_out))]
     identity = identity_of(target, name="tiny", dtype="float32", tokenizer=tokenizer)

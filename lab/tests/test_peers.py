@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 
 from fullpipe.errors import FetchError, UsageError
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ModelOptions
 from fullpipe.prompts import bundled
 from fullpipe.request import SamplingParams

@@ -21,7 +21,7 @@ from fullpipe.messages import Drafted, Event, Flight, Landed, Ready
 from fullpipe.methods import METHODS, make_method, options_of
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams
@@ -379,7 +379,7 @@ def test_so_with_a_real_model() -> None:
     vocab = open_model(path).config.vocab_size
     models = load(path, path, dtype="bfloat16", cuts=(0, 10, 20, 30), vocab=vocab)
     params = SamplingParams(max_tokens=24, temperature=1.0, seed=7)
-    prompt = tuple(Tokenizer.load(path).encode("Count from one to ten: one, two,"))
+    prompt = tuple(load_tokenizer(path).encode("Count from one to ten: one, two,"))
     on = unit_cluster(3)
     events, stats = really(models, "fullpipe", on, params, prompt=prompt, vocab=vocab)
     answer = answer_of(events, prompt)

@@ -35,7 +35,7 @@ from fullpipe.threads import cores
 
 if TYPE_CHECKING:
     from fullpipe.models.config import ModelConfig
-    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.tokens.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 _NGRAM = "fullpipe.stations.drafts.ngram:build_ngram"
@@ -155,7 +155,7 @@ def assemble(options: Options, say: Say = _silent) -> Assembly:
 def prepare(options: Options, say: Say = _silent) -> Prepared:
     """Find the models, check that they fit together and with the options, and cut the target into stages."""
     from fullpipe.models.dtypes import pick_dtype
-    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.tokens.loading import load_tokenizer
     from fullpipe.models.weights import open_model
 
     name, asked = options.model.model, options.method
@@ -171,7 +171,7 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
         names = []
     path = resolve(name)
     files = open_model(path)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
     target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype), vocab, ends)
@@ -336,14 +336,15 @@ def draft_spec(names: Sequence[str], target: Target, say: Say) -> StationSpec | 
 
 
 def _one_draft(name: str, target: Target, say: Say) -> StationSpec:
-    from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
+    from fullpipe.models.tokens.loading import load_tokenizer
+    from fullpipe.models.tokens.tokenizer import check_same_vocabulary
 
     if name == "ngram":
         return StationSpec(_NGRAM)
     if folder := module_folder(name):
         return _module_spec(name, folder, target, say)
     path = resolve(name)
-    check_same_vocabulary(target.tokenizer, Tokenizer.load(path))
+    check_same_vocabulary(target.tokenizer, load_tokenizer(path))
     return StationSpec("fullpipe.stations.drafts.model:build_draft_model",
                        {"model": str(path), "dtype": target.dtype, "vocab": target.vocab})
 

@@ -30,7 +30,7 @@ from fullpipe.request import SamplingParams
 from fullpipe.service import Asked, Service, Ticket, Update
 
 if TYPE_CHECKING:
-    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.tokens.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Plain text (continued as it stands), token ids, or chat messages with "role" and "content"."""

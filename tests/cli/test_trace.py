@@ -14,7 +14,7 @@ from fullpipe.cli.trace import Traces, token_text
 from fullpipe.errors import UsageError
 from fullpipe.events import Emitted
 from fullpipe.messages import Event
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.trace.recorder import JsonlRecorder, read_events
 from recorded import recorded
 
@@ -75,7 +75,7 @@ def test_the_page_spells_tokens_with_a_tokenizer(file: Path, models: Models) -> 
 
 
 def test_a_special_token_reads_as_its_name(models: Models) -> None:
-    assert token_text(Tokenizer.load(models.target), 0) == "<|im_end|>"
+    assert token_text(load_tokenizer(models.target), 0) == "<|im_end|>"
 
 
 def test_the_clock_is_what_the_file_or_the_user_says(events: list[Event], tmp_path: Path) -> None:

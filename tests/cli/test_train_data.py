@@ -15,7 +15,7 @@ from typer.testing import Result
 
 from fullpipe.errors import CacheError
 from fullpipe.llm import LLM
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.training.data import Report, read_samples
 from fullpipe.training.distill import Distiller, Settings, read_conversations
 from fullpipe.training.vocab import load_vocab
@@ -30,7 +30,7 @@ def ending(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The target, but every letter ends its answers, so that they end at many places and out of order."""
     folder = tmp_path_factory.mktemp("ending") / "model"
     shutil.copytree(models.target, folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     ends = [id for id, token in tokenizer.tokens.items() if len(token) == 1 and token in "abcdefghijklm"]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return folder
@@ -140,7 +140,7 @@ def test_what_was_distilled_can_be_learnt(models: Models, prompts: Path, tmp_pat
     out = tmp_path / "out.jsonl"
     result = distill(models.target, prompts, out)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    tokenizer, report = Tokenizer.load(models.target), Report()
+    tokenizer, report = load_tokenizer(models.target), Report()
     samples = read_samples([out], tokenizer, max_length=100, min_length=2, report=report)
     assert report.used == 7 and {line["finish_reason"] for line in lines} == {"length"}
     assert any(line["retokenises"] for line in lines)
@@ -156,7 +156,7 @@ def test_a_vocabulary_of_distilled_text(whole: bytes, ending: Path, tmp_path: Pa
     data.write_bytes(whole)
     result = run("train", "vocab", "--model", ending, "--data", data, "--size", "64", "--out", out)
     assert result.exit_code == 0, result.stderr
-    vocab = load_vocab(out, tokenizer=Tokenizer.load(ending))
+    vocab = load_vocab(out, tokenizer=load_tokenizer(ending))
     (row,) = [line for line in result.stdout.splitlines() if str(out) in line]
     assert row.split()[:2] == ["64", f"{vocab.mass:.2%}"] and f"{vocab.total:,} labels" in result.stdout
     assert "7 documents used" in result.stderr

@@ -41,7 +41,7 @@ from fullpipe.models.spd_checkpoint import (
     save_checkpoint,
     tokenizer_hash,
 )
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
 from tiny import save, tiny_model, write_gguf
 
@@ -429,7 +429,7 @@ def test_a_folder_in_bfloat16(tmp_path: Path) -> None:
     found = identity_of(folder)
     assert (found.name, found.revision, found.architecture) == ("org/tiny", "0123abc", "Qwen3ForCausalLM")
     assert (found.dtype, found.quantisation) == ("bfloat16", None)
-    assert found.tokenizer_hash == tokenizer_hash(Tokenizer.load(folder))
+    assert found.tokenizer_hash == tokenizer_hash(load_tokenizer(folder))
     assert identity_of(folder, name="mine", dtype="float32") == dataclasses.replace(found, name="mine", dtype="float32")
 
 
@@ -437,7 +437,7 @@ def test_a_folder_in_bfloat16(tmp_path: Path) -> None:
     (gguf.GGMLQuantizationType.Q4_1, None, "Q4_1"), (gguf.GGMLQuantizationType.F16, "float16", None)])
 def test_a_gguf_file(tmp_path: Path, kind: gguf.GGMLQuantizationType, dtype: str | None,
                      quantisation: str | None) -> None:
-    tokenizer = Tokenizer.load(spd_reference.write_tokenizer(tmp_path))
+    tokenizer = load_tokenizer(spd_reference.write_tokenizer(tmp_path))
     found = identity_of(write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", kind=kind), tokenizer=tokenizer)
     assert (found.name, found.revision, found.dtype, found.quantisation) == ("tiny", None, dtype, quantisation)
 
@@ -458,7 +458,7 @@ def test_the_tokenizer_hash_is_of_tokens_and_ids(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()
-    one, same, other = (tokenizer_hash(Tokenizer.load(spd_reference.write_tokenizer(folder, first)))
+    one, same, other = (tokenizer_hash(load_tokenizer(spd_reference.write_tokenizer(folder, first)))
                         for folder, first in zip(folders, "aab"))
     assert one == same != other
 

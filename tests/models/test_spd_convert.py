@@ -25,7 +25,7 @@ from fullpipe.models.spd_checkpoint import (
     tokenizer_hash,
 )
 from fullpipe.models.spd_convert import Converted, auto_bounds, convert_file, read_reference
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
 from spd_reference import (
     BOUNDS,
@@ -86,7 +86,7 @@ def test_the_module_knows_its_base_model(base: Path, tmp_path: Path) -> None:
     target = ModelConfig.from_hf(json.loads((base / "config.json").read_text()))
     assert found.verifier == VerifierIdentity(
         name="base", architecture="Qwen3ForCausalLM", config_hash=config_hash(target),
-        tokenizer_hash=tokenizer_hash(Tokenizer.load(base)), dtype="bfloat16")
+        tokenizer_hash=tokenizer_hash(load_tokenizer(base)), dtype="bfloat16")
     assert check_fits(found, target, found.verifier, (2, 4, 6, 8), "bfloat16") == []
 
 

@@ -10,7 +10,7 @@ import pytest
 from fake_service import FakeService
 from openai_server import MAX_MODEL_LEN, Serve, Served, byte_tokenizer, fresh, running
 
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.server.app import ServedModel, create_app
 

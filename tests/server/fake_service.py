@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fullpipe.engine import RequestStats
 from fullpipe.events import Emitted, Fate
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 from fullpipe.service import Deliver, Ticket, Update
 from fullpipe.supervision import Status

@@ -15,8 +15,8 @@ import uvicorn
 from fake_service import FakeService
 from fastapi import FastAPI
 
-from fullpipe.models.chat_template import ChatTemplate
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.template import ChatTemplate
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 
 CHATML = (

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import tokenizers
 
-from fullpipe.models.chat_template import ChatTemplate
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.template import ChatTemplate
+from fullpipe.models.tokens.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fullpipe.errors import FullpipeError, MissingExtra, UsageError
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.training.data import (
     Report,
     Sample,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fullpipe.errors import CacheError, UsageError
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.training.data import Message
 from fullpipe.training.distill import Answers, Settings, read_conversations, retokenises
 

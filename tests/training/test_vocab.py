@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fullpipe.errors import DraftMismatch, UsageError
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.training.data import Sample
 from fullpipe.training.vocab import Vocab, build_vocab, count_labels, load_vocab, must_have, save_vocab
 

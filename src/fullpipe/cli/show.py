@@ -43,12 +43,12 @@ def show(
 
 def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str, Any]:
     from fullpipe.models.dtypes import pick_dtype
-    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.tokens.loading import load_tokenizer
     from fullpipe.models.weights import open_model
 
     dtype = pick_dtype(dtype)
     config = open_model(path).config
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     known = hub.CATALOGUE.get(name.lower())
     return {
         "name": name,

@@ -15,7 +15,7 @@ from fullpipe.errors import FullpipeError, MissingExtra, UsageError
 from fullpipe.messages import Event, Ready
 
 if TYPE_CHECKING:
-    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.tokens.tokenizer import Tokenizer
     from fullpipe.trace.picture import Clock
     from fullpipe.trace.recorder import JsonlRecorder
 
@@ -60,7 +60,7 @@ def trace(
     from fullpipe.trace.recorder import read_events
 
     events = list(read_events(file))
-    texts = None if tokenizer is None else token_texts(load_tokenizer(tokenizer), events)
+    texts = None if tokenizer is None else token_texts(tokenizer_of(tokenizer), events)
     for path in outputs:
         write(events, path, title=file.stem, clock=_clock(clock, events), texts=texts, start=start, end=end)
         typer.echo(path)
@@ -125,12 +125,12 @@ def write(events: Sequence[Event], path: Path, *, title: str, clock: Clock, text
             draw(events, path, title=title, clock=clock, start=start, end=end)
 
 
-def load_tokenizer(model: str) -> Tokenizer:
+def tokenizer_of(model: str) -> Tokenizer:
     from fullpipe import hub
-    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.tokens.loading import load_tokenizer
 
     with console.TransferBar() as bar:
-        return Tokenizer.load(hub.resolve(model, progress=bar))
+        return load_tokenizer(hub.resolve(model, progress=bar))
 
 
 def token_texts(tokenizer: Tokenizer, events: Iterable[Event]) -> dict[int, str]:

@@ -19,7 +19,7 @@ from fullpipe.options import EngineOptions, MethodOptions, ModelOptions, Options
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
-    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.tokens.tokenizer import Tokenizer
 
 Data = Annotated[list[Path], typer.Option("--data", metavar="FILE", help="Training text: plain text, JSON lines or "
                                           "parquet with messages, conversations or text, or a folder of such; may be "
@@ -44,7 +44,7 @@ def vocab(
     from fullpipe.training.data import Report, read_samples
     from fullpipe.training.vocab import count_labels, pick, save_vocab
 
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = tokenizer_of(model.model)
     report = Report()
     samples = read_samples(data, tokenizer, max_length=_WHOLE, min_length=1, report=report)
     console.print_note(report.summary())
@@ -92,12 +92,12 @@ def distill(
         console.print_note(f"{done.too_long} prompts are longer than the context and were left out")
 
 
-def load_tokenizer(model: str) -> Tokenizer:
+def tokenizer_of(model: str) -> Tokenizer:
     """Fetched with a progress bar if it is not here; the weights are not read."""
-    from fullpipe.models.tokenizer import Tokenizer
+    from fullpipe.models.tokens.loading import load_tokenizer
 
     with console.TransferBar() as bar:
-        return Tokenizer.load(hub.resolve(model, progress=bar))
+        return load_tokenizer(hub.resolve(model, progress=bar))
 
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train draft modules, and what they need.")

@@ -38,7 +38,8 @@ from torch import Tensor
 from fullpipe.errors import DamagedModel, DraftMismatch, ModelNotFound, UnsupportedModel, UsageError
 from fullpipe.models.config import FAMILIES, ModelConfig
 from fullpipe.models.gguf_file import read_tensors
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.models.weights import open_model
 
 CONFIG, WEIGHTS, FIXTURE = "config.json", "model.safetensors", "parity_fixture.safetensors"
@@ -718,7 +719,7 @@ def identity_of(path: Path, *, name: str | None = None, dtype: str | None = None
     called, revision = name_and_revision(path)
     return VerifierIdentity(
         name=name or called, revision=revision, architecture=FAMILIES[config.family].architecture,
-        config_hash=config_hash(config), tokenizer_hash=tokenizer_hash(tokenizer or Tokenizer.load(path)),
+        config_hash=config_hash(config), tokenizer_hash=tokenizer_hash(tokenizer or load_tokenizer(path)),
         dtype=dtype or _FLOATS.get(stored), quantisation=None if stored in _FLOATS else stored)
 
 

@@ -31,7 +31,7 @@ from fullpipe.models.spd_checkpoint import (
     save_checkpoint,
     tokenizer_hash,
 )
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
 
 REFERENCE_SPAN = 2048  # its trainer's greatest text by default; the file does not say
@@ -200,7 +200,7 @@ def _base_of(path: Path, name: str | None) -> _Base:
     """The labels' dtype and quantisation are the reference's (bfloat16, none), whatever is stored at `path`."""
     values = _hf_values(path)
     foreign = values is not None and values.get("model_type") in _FOREIGN
-    tokens = tokenizer_hash(Tokenizer.load(path))
+    tokens = tokenizer_hash(load_tokenizer(path))
     called, revision = name_and_revision(path)
     name = name or called
     if values is not None and foreign:

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, PromptError, UsageError
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from fullpipe.engine import RequestStats
-from fullpipe.models.tokenizer import TextStream, Tokenizer
+from fullpipe.models.tokens.tokenizer import TextStream, Tokenizer
 from fullpipe.server.answer import Choice, News
 from fullpipe.server.protocol import (
     AnswerMessage,

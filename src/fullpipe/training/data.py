@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.errors import MissingExtra, UsageError
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 
 Message = dict[str, str]
 """One turn: "role" (system, user, assistant or tool) and "content"."""

@@ -18,7 +18,7 @@ from fullpipe.errors import CacheError, UsageError
 from fullpipe.events import Emitted, Finished
 from fullpipe.llm import LLM
 from fullpipe.messages import Event
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.prompts import read_prompts
 from fullpipe.request import SamplingParams
 from fullpipe.training.data import ENTRY_ENDINGS, Message, encode_chat, is_text, read_entries, turns_of

@@ -11,7 +11,7 @@ import torch
 
 from fullpipe.errors import UsageError
 from fullpipe.models.spd_checkpoint import hash_of, identity_of
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
 from fullpipe.training.data import Report, fingerprint, read_samples, split
 from fullpipe.training.plan import Plan
@@ -27,7 +27,7 @@ def gather(plan: Plan, model: Path, name: str, data: Sequence[Path], *, vocab: P
 
     Raises `UsageError` for text that cannot be used, and what opening the model raises.
     """
-    files, tokenizer, report = open_model(model), Tokenizer.load(model), Report()
+    files, tokenizer, report = open_model(model), load_tokenizer(model), Report()
     if plan.max_length > files.config.max_positions:
         raise UsageError(f"texts of {plan.max_length} tokens are longer than the model's {files.config.max_positions}",
                          hint="Give a smaller --max-length.")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.files import write_whole
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.training.data import Sample, end_of_answer
 
 _REBUILD = "Build one for this model with `fullpipe train vocab`."

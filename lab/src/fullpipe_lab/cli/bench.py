@@ -249,14 +249,15 @@ def _draft_path(model: ModelOptions) -> str | None:
     """The draft model's weights, fetched if need be. Raises DraftMismatch for a vocabulary that is not the target's."""
     from fullpipe import hub
     from fullpipe.assembly import draft_names
-    from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
+    from fullpipe.models.tokens.loading import load_tokenizer
+    from fullpipe.models.tokens.tokenizer import check_same_vocabulary
 
     models = [name for name in draft_names(model.model, model.draft) if name != "ngram"]
     if not models:
         return None
     fetch_all(model)
     path = hub.resolve(models[0])
-    check_same_vocabulary(Tokenizer.load(hub.resolve(model.model)), Tokenizer.load(path))
+    check_same_vocabulary(load_tokenizer(hub.resolve(model.model)), load_tokenizer(path))
     return str(path)
 
 

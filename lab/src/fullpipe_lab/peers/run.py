@@ -13,7 +13,8 @@ from typing import Any
 
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
-from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
+from fullpipe.models.tokens.loading import load_tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
 from fullpipe.threads import cores
@@ -90,9 +91,9 @@ def run_peers(prompts: Sequence[FilePrompt], params: SamplingParams, models: Pee
         raise UsageError("prompts, repeats, threads and the time limit must be one or more",
                          hint="Leave an option out to get its default.")
     model, draft = resolve(models.target), resolve(models.draft) if models.draft else None
-    tokenizer = Tokenizer.load(model)
+    tokenizer = load_tokenizer(model)
     if draft:
-        check_same_vocabulary(tokenizer, Tokenizer.load(draft))
+        check_same_vocabulary(tokenizer, load_tokenizer(draft))
     questions = [Question(one.id, one.category, _encode(tokenizer, one.text)) for one in prompts]
     job = Job(questions, tokenizer, model, draft, params.max_tokens, dtype, threads or cores(), repeats, limit_s)
     return measure_all(peers, job, progress or (lambda line: None), keep or (lambda results: None))

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.hub import resolve
-from fullpipe.models.tokenizer import Tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.threads import cores
 from fullpipe_lab.peers import envs
 from fullpipe_lab.peers.known import PEERS
@@ -109,7 +109,7 @@ def shared_folder(model: str, dtype: str, place: Path) -> Path:
     path = resolve(model)
     if path.is_dir():
         return path
-    weights, tokenizer = as_folder(path, dtype), Tokenizer.load(path)
+    weights, tokenizer = as_folder(path, dtype), load_tokenizer(path)
     place.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         (place / name).unlink(missing_ok=True)

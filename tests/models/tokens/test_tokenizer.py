@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from fullpipe.errors import DamagedModel, DraftMismatch, UnsupportedModel, UsageError
 from fullpipe.hub import resolve
-from fullpipe.models.chat_template import ChatTemplate
 from fullpipe.models.gguf_header import read_header
-from fullpipe.models.tokenizer import Tokenizer, check_same_vocabulary
+from fullpipe.models.tokens.loading import load_tokenizer
+from fullpipe.models.tokens.template import ChatTemplate
+from fullpipe.models.tokens.tokenizer import Tokenizer, check_same_vocabulary
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
@@ -84,7 +85,7 @@ def write_directory(folder: Path, backend: Any, **files: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(backend: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", backend))
+    return load_tokenizer(write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", backend))
 
 
 # Against transformers.
@@ -103,7 +104,7 @@ def test_qwen_encodes_as_transformers_does() -> None:
     )
     added = [i for i, kind in enumerate(kinds) if kind in (3, 4)]
     theirs.add_tokens([AddedToken(tokens[i], special=kinds[i] == 3, normalized=False) for i in added])
-    ours = Tokenizer.load(path)
+    ours = load_tokenizer(path)
     assert ours.eos_ids == {151643, 151645}
     assert ours.vocab_size == len(theirs) == 151665
     for text in [*TEXTS, "½ ² ٣", "cafe\u0301"]:  # the last is in decomposed form
@@ -118,7 +119,7 @@ def test_smollm_encodes_as_transformers_does() -> None:
 
     path = resolve("smollm2-135m")
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    ours = Tokenizer.load(path)
+    ours = load_tokenizer(path)
     assert ours.eos_ids == {0, 2}
     assert ours.vocab_size == len(theirs)
     for text in TEXTS:
@@ -135,7 +136,7 @@ def test_smollm_encodes_as_transformers_does() -> None:
 def test_chats_are_rendered_as_transformers_renders_them(name: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    ours = Tokenizer.load(resolve(name))
+    ours = load_tokenizer(resolve(name))
     assert ours.template is not None
     theirs = PreTrainedTokenizerFast(tokenizer_object=ours.backend, chat_template=ours.template.source)
     user = {"role": "user", "content": "What is 2 + 2?"}
@@ -178,7 +179,7 @@ def test_a_gguf_file_and_a_directory_make_the_same_tokenizer(
     tiny: Tokenizer, backend: Any, tmp_path: Path
 ) -> None:
     folder = write_directory(tmp_path / "model", backend)
-    other = Tokenizer.load(folder)
+    other = load_tokenizer(folder)
     assert tiny.tokens == other.tokens
     assert tiny.fingerprint == other.fingerprint
     check_same_vocabulary(tiny, other)
@@ -202,7 +203,7 @@ def test_end_tokens_of_a_directory(backend: Any, tmp_path: Path) -> None:
         tmp_path / "model", backend, config={"eos_token_id": 3}, generation_config={"eos_token_id": [3, 4]},
         tokenizer_config={"eos_token": {"content": "<|im_end|>"}},
     )
-    assert Tokenizer.load(folder).eos_ids == {3, 4, backend.token_to_id("<|im_end|>")}
+    assert load_tokenizer(folder).eos_ids == {3, 4, backend.token_to_id("<|im_end|>")}
 
 
 def test_special_tokens_are_no_text(tiny: Tokenizer) -> None:
@@ -212,7 +213,7 @@ def test_special_tokens_are_no_text(tiny: Tokenizer) -> None:
 
 
 def test_a_beginning_token_is_added_on_request(backend: Any, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_gguf(tmp_path / "bos.gguf", backend, add_bos_token=True))
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "bos.gguf", backend, add_bos_token=True))
     bos = backend.token_to_id("<|endoftext|>")
     assert tokenizer.encode("x", add_special=True) == [bos, *tokenizer.encode("x")]
 
@@ -221,12 +222,12 @@ def test_a_beginning_token_is_added_on_request(backend: Any, tmp_path: Path) -> 
 def test_an_unknown_kind_is_refused_by_name(changes: dict[str, Any], backend: Any, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "odd.gguf", backend, **changes)
     with pytest.raises(UnsupportedModel, match=repr(next(iter(changes.values())))):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_a_file_without_merges_is_damaged(backend: Any, tmp_path: Path) -> None:
     with pytest.raises(DamagedModel, match=r"no tokenizer\.ggml\.merges"):
-        Tokenizer.load(write_gguf(tmp_path / "odd.gguf", backend, merges=None))
+        load_tokenizer(write_gguf(tmp_path / "odd.gguf", backend, merges=None))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 10, 1000])
@@ -234,7 +235,7 @@ def test_a_truncated_header_is_damaged(keep: int, backend: Any, tmp_path: Path) 
     path = write_gguf(tmp_path / "cut.gguf", backend)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DamagedModel, match="is not that of a whole GGUF file"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_another_version_of_the_format_is_refused(backend: Any, tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_another_version_of_the_format_is_refused(backend: Any, tmp_path: Path) 
     data[4] = 1
     path.write_bytes(data)
     with pytest.raises(UnsupportedModel, match="GGUF version 1"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_metadata_is_what_the_gguf_package_reads(backend: Any, tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_metadata_is_what_the_gguf_package_reads(backend: Any, tmp_path: Path) -
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"no tokenizer\.json"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -264,7 +265,7 @@ def test_broken_files_of_a_directory_are_named(name: str, backend: Any, tmp_path
     write_directory(tmp_path, backend)
     (tmp_path / name).write_text("{")
     with pytest.raises(DamagedModel, match=name):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("settings", [
@@ -272,10 +273,10 @@ def test_broken_files_of_a_directory_are_named(name: str, backend: Any, tmp_path
     {"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]},
 ])
 def test_templates_of_a_directory(settings: dict[str, Any], backend: Any, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_directory(tmp_path, backend, tokenizer_config=settings))
+    tokenizer = load_tokenizer(write_directory(tmp_path, backend, tokenizer_config=settings))
     assert tokenizer.template is not None and tokenizer.template.source == CHATML
     (tmp_path / "chat_template.jinja").write_text("own file")
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.template is not None and tokenizer.template.source == "own file"
 
 
@@ -283,7 +284,7 @@ def test_templates_of_a_directory(settings: dict[str, Any], backend: Any, tmp_pa
 
 
 def test_a_model_without_a_template_says_what_to_do(backend: Any, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_directory(tmp_path / "plain", backend))
+    tokenizer = load_tokenizer(write_directory(tmp_path / "plain", backend))
     with pytest.raises(UsageError, match="plain has no chat template") as caught:
         tokenizer.chat("hi")
     assert caught.value.hint is not None and "--no-chat-template" in caught.value.hint
@@ -363,7 +364,7 @@ def test_every_byte_is_the_bytes_of_a_token(tiny: Tokenizer) -> None:
 
 
 def test_rows_of_padding_have_no_bytes(backend: Any, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_gguf(tmp_path / "m.gguf", backend))
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", backend))
     assert tokenizer.token_bytes(max(tokenizer.tokens) + 1) == b""
 
 

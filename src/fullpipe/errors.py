@@ -38,7 +38,13 @@ class FullpipeError(Exception):
 
 
 class UsageError(FullpipeError, ValueError):
+    """`param`: the name of the option at fault, where it is one."""
+
     exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None, param: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
 
 
 class PromptError(UsageError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,8 +34,9 @@ class SamplingParams:
     logit_bias: token id -> number added to its logit.
     seed: the text is a function of model, prompt, parameters and seed.
     max_tokens: stop after so many new tokens.
-    stop: strings that end the text; they are not part of it.
+    stop: strings that end the text; they are not part of it. The text of a special token also ends it at that token.
     stop_token_ids: tokens that end the text, beside the model's own end tokens.
+    skip_special_tokens: leave special tokens out of the text. A token that ends it is never part of it.
     ignore_eos: do not stop at the model's end tokens.
     logprobs: report with every token its log-probability and those of so many likeliest ones, 0 to 20; None: nothing.
         Natural logarithms of the softmax of the target's raw logits, before any processor (vLLM's `raw_logprobs`).
@@ -59,6 +60,7 @@ class SamplingParams:
     stop: tuple[str, ...] = _option((), "End the text at this string; may be repeated.")
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = _option(False, "Go on past the model's end tokens.")
+    skip_special_tokens: bool = _option(True, "Leave special tokens out of the text.")
     logprobs: int | None = None
     accept_typical: float = _option(0.0, "0: the model's own text. Above 0 (1 at most): LOSSY, a guessed token may "
                                     "stand where the model would have said another; the smaller, the more.")
@@ -81,6 +83,7 @@ class SamplingParams:
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in [0, 20], or None"),
             (0 <= self.accept_typical <= 1, "accept_typical must be in [0, 1]"),
             (all(self.stop), "stop strings must not be empty"),
+            (all(map(_is_text, self.stop)), "stop strings must be text that UTF-8 can spell"),
             (all(bias < math.inf for bias in self.logit_bias.values()), "logit_bias must be numbers below infinity"),
         ):
             if not ok:
@@ -105,21 +108,29 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+def _is_text(text: str) -> bool:
+    """Not so where half of a surrogate pair is in it: no model says one."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 _MOST = 3.4028234663852886e38  # the largest float32; logits are float32, and a bias beyond it is infinite
 
 
-def fitted(prompt: Sequence[int], params: SamplingParams, *, vocab: int, max_model_len: int) -> SamplingParams:
-    """The parameters, with `max_tokens` cut to what the context still holds.
+def fitted(prompt: Sequence[int], params: SamplingParams, *, vocab: int, max_model_len: int,
+           special: Mapping[str, int]) -> SamplingParams:
+    """The parameters, with `max_tokens` cut to what the context still holds, and tokens to stop at for stop strings
+    that are their texts.
 
-    vocab: number of real tokens. Raises PromptError for a prompt that fills the context, and UsageError for tokens that
-    do not exist and for a logit_bias from which the last stage could pick nothing: there it would end the pipeline.
+    vocab: number of real tokens. special: the special ones, by their texts. Raises PromptError for a prompt that fills
+    the context, and UsageError for tokens that do not exist, for stop strings that can never match, and for a
+    logit_bias from which the last stage could pick nothing: there it would end the pipeline.
     """
     room = max_model_len - len(prompt)
     if room < 1:
         raise PromptError(f"the prompt has {len(prompt)} tokens, the context holds {max_model_len}",
                           hint="Shorten the prompt, or use a model with a longer context.")
     bias = params.logit_bias
-    if bad := [token for token in (*prompt, *bias) if not 0 <= token < vocab]:
+    if bad := [token for token in (*prompt, *bias, *params.stop_token_ids) if not 0 <= token < vocab]:
         raise UsageError(f"token {bad[0]} is not in the vocabulary of {vocab} tokens")
     if bad := [token for token, value in bias.items() if value > _MOST]:
         raise UsageError(f"the logit_bias of token {bad[0]} is too large (got {bias[bad[0]]:g})",
@@ -127,7 +138,21 @@ def fitted(prompt: Sequence[int], params: SamplingParams, *, vocab: int, max_mod
     if len(bias) >= vocab and all(value < -_MOST for value in bias.values()):
         raise UsageError(f"logit_bias forbids every one of the {vocab} tokens, so there is nothing to pick",
                          hint="Leave at least one token without -inf.")
-    return replace(params, max_tokens=min(params.max_tokens, room))
+    return replace(params, max_tokens=min(params.max_tokens, room),
+                   stop_token_ids=(*params.stop_token_ids, *_special_stops(params, special)))
+
+
+def _special_stops(params: SamplingParams, special: Mapping[str, int]) -> list[int]:
+    """Special tokens that stop strings mean. The text leaves those tokens out, so in it no such string is found."""
+    if not params.skip_special_tokens:
+        return []
+    for stop in params.stop:
+        if stop not in special and (within := next((text for text in special if text in stop), None)) is not None:
+            raise UsageError(
+                f"the stop string {stop!r} can never match: the text leaves out the special token {within!r}",
+                hint=f"Stop at the token itself: stop={within!r}, or stop_token_ids=[{special[within]}]. Or keep such "
+                     "tokens in the text: skip_special_tokens=False.", param="stop")
+    return [special[stop] for stop in params.stop if stop in special]
 
 
 @dataclass(frozen=True, slots=True)

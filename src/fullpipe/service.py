@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from itertools import count
@@ -40,14 +40,16 @@ class Update:
     """News of one request, in order.
 
     text: what became certain since the last update. token_ids: what was emitted since then. logprobs: parallel to
-    token_ids where they are asked for, else empty; margins: parallel to them (both as in `Emitted`). reason: set on the
-    last update only: "stop", "length", "abort", "deadline" or "error". error, failure: what happened, with the reason
+    token_ids where they are asked for, else empty, and so are offsets: characters of the text that were certain before
+    the token; margins: parallel to token_ids (as logprobs, they are those of `Emitted`). reason: set on the last update
+    only: "stop", "length", "abort", "deadline" or "error". error, failure: what happened, with the reason
     "error", in one line and as it was raised (others may have the same `failure`).
     """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     margins: list[float | None] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
@@ -79,7 +81,10 @@ class Words(Protocol):
     @property
     def eos_ids(self) -> frozenset[int]: ...
 
-    def stream(self) -> Detokenizer: ...
+    @property
+    def special(self) -> Mapping[str, int]: ...
+
+    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer: ...
 
 
 W = TypeVar("W", bound=Words, covariant=True)
@@ -135,6 +140,7 @@ class _Client:
         self.fresh.margins.append(event.margin)
         if self.request.params.logprobs is not None:
             self.fresh.logprobs.append(event.logprobs)
+            self.fresh.offsets.append(self.reply.length)
         ends = event.token in self.request.eos or event.token in self.request.params.stop_token_ids
         return not ends and self.reply.push(event.token)
 
@@ -225,13 +231,15 @@ class Service(Generic[W]):
 
     def _client(self, asked: Asked, now: float) -> _Client:
         prompt, model = asked.prompt, self.model
-        params = fitted(prompt, asked.params, vocab=model.vocab_size, max_model_len=self.max_model_len)
+        params = fitted(prompt, asked.params, vocab=model.vocab_size, max_model_len=self.max_model_len,
+                        special=model.tokenizer.special)
         eos = frozenset() if params.ignore_eos else model.tokenizer.eos_ids
         request = Request(next(self._ids), tuple(prompt), params, eos, asked.priority,
                           math.inf if asked.timeout_s is None else now + asked.timeout_s)
         self.engine.check_fits(request)
         ticket = Ticket(request.id, len(prompt), RequestStats(started=now))
-        return _Client(ticket, request, Reply(model.tokenizer.stream(), params.stop), asked.deliver)
+        words = model.tokenizer.stream(prompt, params.skip_special_tokens)
+        return _Client(ticket, request, Reply(words, params.stop), asked.deliver)
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits for it any more. Its rows are free within one step of the engine."""

@@ -19,6 +19,8 @@ class Reply:
 
     stop: strings that end the text; neither they nor what follows is part of it. Text that may be the
     beginning of a stop string is held back until it is known not to be.
+
+    length: characters that the tokens so far have certainly brought, those that are held back or cut off among them.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
@@ -28,6 +30,7 @@ class Reply:
         self._held = ""  # certain text that may begin a stop string
         self._fresh: list[str] = []
         self.text = ""
+        self.length = 0
 
     def push(self, token: int) -> bool:
         """Take a token in; True when a stop string is complete."""
@@ -48,6 +51,7 @@ class Reply:
     def _take(self, text: str) -> bool:
         if self._ended:
             return True
+        self.length += len(text)
         self._held += text
         ends = [found for stop in self._stop if (found := self._held.find(stop)) >= 0]
         if ends:
@@ -55,7 +59,7 @@ class Reply:
             self._held = ""
             self._ended = True
             return True
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         self._give(self._held[:cut])
         self._held = self._held[cut:]
@@ -67,6 +71,6 @@ class Reply:
             self._fresh.append(text)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command import Models, asking, run, running
 
-from fullpipe.cli.trace import Traces, token_text
+from fullpipe.cli.trace import Traces
 from fullpipe.errors import UsageError
 from fullpipe.events import Emitted
 from fullpipe.messages import Event
@@ -75,7 +75,7 @@ def test_the_page_spells_tokens_with_a_tokenizer(file: Path, models: Models) -> 
 
 
 def test_a_special_token_reads_as_its_name(models: Models) -> None:
-    assert token_text(load_tokenizer(models.target), 0) == "<|im_end|>"
+    assert load_tokenizer(models.target).token_text(0) == "<|im_end|>"
 
 
 def test_the_clock_is_what_the_file_or_the_user_says(events: list[Event], tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class FakeService:
             ticket = Ticket(len(self.submitted), len(prompt), RequestStats(started=0.0), cached_tokens=2)
             self.submitted.append((list(prompt), params, priority, timeout_s))
             tokens = list(self.script(prompt, params))
-            reply = Reply(self._tokenizer.stream(), params.stop)
+            reply = Reply(self._tokenizer.stream(prompt, params.skip_special_tokens), params.stop)
             self._jobs[ticket.id] = _Job(ticket, params, deliver, tokens, reply)
             self.changed.notify_all()
         return ticket
@@ -103,12 +103,14 @@ class FakeService:
             return self._end(job, Update(reason="stop"))
         token = job.tokens.pop(0)
         full = stats.num_emitted + 1 == params.max_tokens
+        offset = job.reply.length
         stopped = "stop" if job.reply.push(token) else None
         stats.on_launch(0.0, 2)
         fate: Fate = "last" if full else "hit" if stats.num_emitted % 2 == 0 else "miss"
         stats.on_emit(Emitted(float(stats.num_emitted), job.ticket.id, -1, token, 0, fate))
         update = Update(token_ids=[token])
         if params.logprobs is not None:
+            update.offsets = [offset]
             update.logprobs = [[(token, -0.5), *((other, -1.0 - other) for other in range(params.logprobs))]]
         if stopped or full:
             update.reason = stopped or "length"

@@ -95,7 +95,7 @@ _BEYOND: dict[str, list[Any]] = {
     "response_format": [{}, {"type": None}, {"type": "json_object"}, {"type": "json_schema"}, {"type": 1},
                         {"type": "text", "x": 1}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}],
     "service_tier": ["flex", "priority", "", "Auto", "default "], "echo": [True], "use_beam_search": [True],
-    "skip_special_tokens": [False], "include_stop_str_in_output": [True], "model": ["", "M", "m ", "gpt-4", "../m"],
+    "include_stop_str_in_output": [True], "model": ["", "M", "m ", "gpt-4", "../m"],
 }
 _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
     CHAT: {

@@ -217,7 +217,7 @@ _WRONG: dict[str, Any] = {
     "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{}], "function_call": "auto",
     "response_format": {"type": "json_object"}, "modalities": ["text", "audio"], "service_tier": "flex",
     "min_tokens": 3, "echo": True, "suffix": "end", "best_of": 3, "use_beam_search": True,
-    "skip_special_tokens": False, "include_stop_str_in_output": True, "prompt_logprobs": 1,
+    "include_stop_str_in_output": True, "prompt_logprobs": 1,
 }
 _TEXT_ONLY = {"suffix", "best_of"}
 

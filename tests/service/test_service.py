@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,8 +36,9 @@ class Words:
     """Tokens that read as numbers."""
 
     eos_ids: frozenset[int] = frozenset()
+    special: Mapping[str, int] = {}
 
-    def stream(self) -> Words:
+    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> Words:
         return Words()
 
     def push(self, token: int) -> str:
@@ -538,7 +539,7 @@ class Stumbling(Words):
         self._at_end, self._left = at_end, -1
         self._streams = 0
 
-    def stream(self) -> Words:
+    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> Words:
         self._streams += 1
         if self._streams > 1:
             return Words()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import count
 
@@ -27,8 +27,9 @@ class Silent:
     """Words without text."""
 
     eos_ids: frozenset[int] = frozenset()
+    special: Mapping[str, int] = {}
 
-    def stream(self) -> Detokenizer:
+    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
         return self
 
     def push(self, token: int) -> str:

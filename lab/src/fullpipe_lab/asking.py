@@ -103,7 +103,8 @@ class Asker:
 
     def _submit(self, prompt: Sequence[int], params: SamplingParams) -> Said:
         prepared = self.prepared
-        params = fitted(prompt, params, vocab=prepared.vocab_size, max_model_len=prepared.max_model_len)
+        params = fitted(prompt, params, vocab=prepared.vocab_size, max_model_len=prepared.max_model_len,
+                        special=prepared.tokenizer.special)
         eos = frozenset[int]() if params.ignore_eos else prepared.tokenizer.eos_ids
         begun = time.perf_counter()
         self.engine.submit(Request(self._asked, tuple(prompt), params, eos))

@@ -84,7 +84,7 @@ def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None
     name = server.served_model_name[0]
     metrics = Metrics(name)
     live = Live(options.pipeline.stages or 1, lambda: service.status(),
-                lambda token: service.model.tokenizer.decode([token]), model_name=name, show_text=not server.api_key)
+                lambda token: service.model.tokenizer.token_text(token), model_name=name, show_text=not server.api_key)
     service = _service(options, server, metrics, live)
     try:
         app = _application(service, server, metrics, live)

@@ -137,14 +137,7 @@ def token_texts(tokenizer: Tokenizer, events: Iterable[Event]) -> dict[int, str]
     """What the tokens in the events read, each by itself."""
     from fullpipe.trace.history import tokens_of
 
-    return {token: token_text(tokenizer, token) for token in tokens_of(events)}
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """What a token reads in the middle of a text: some tokenizers swallow a leading space at its beginning. A
-    special token reads as its name."""
-    text = tokenizer.decode([token, token])[len(tokenizer.decode([token])) :]
-    return text or tokenizer.tokens.get(token, "")
+    return {token: tokenizer.token_text(token) for token in tokens_of(events)}
 
 
 # ---- while it runs -----------------------------------------------------------------------------------------

@@ -45,11 +45,13 @@ class News:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
 
     def add(self, update: Update) -> None:
         self.text += update.text
         self.token_ids += update.token_ids
         self.logprobs += update.logprobs
+        self.offsets += update.offsets
         self.choice.num_tokens += len(update.token_ids)
         if update.reason is not None:
             self.choice.reason, self.choice.error = update.reason, update.error or ""

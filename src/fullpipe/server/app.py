@@ -389,7 +389,7 @@ def _base_seed(body: Options) -> int:
 def _params(body: Options, *, seed: int, max_tokens: int, logprobs: int | None) -> SamplingParams:
     """OpenAI's defaults: temperature 1, no filters, no penalties."""
     named = {name: value for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-                                      "repetition_penalty", "ignore_eos")
+                                      "repetition_penalty", "ignore_eos", "skip_special_tokens")
              if (value := getattr(body, name)) is not None}
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature, seed=seed, max_tokens=max_tokens,

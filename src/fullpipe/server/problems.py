@@ -64,7 +64,8 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, Unavailable):
         return _unavailable(error)
     if isinstance(error, UsageError):
-        return Problem(400, told(error), code="invalid_prompt" if isinstance(error, PromptError) else None)
+        return Problem(400, told(error), param=error.param,
+                       code="invalid_prompt" if isinstance(error, PromptError) else None)
     return Problem(500, "the server failed on this request", code="internal_error")
 
 

@@ -44,7 +44,6 @@ REFUSED = {
     "best_of": "all that is made is returned: best_of must be n",
     "use_beam_search": "the text is sampled, or greedy at temperature 0",
     "prompt_logprobs": "log-probabilities are of what is generated",
-    "skip_special_tokens": "special tokens are never part of the text",
     "include_stop_str_in_output": "stop strings are never part of the text",
 }
 
@@ -78,7 +77,6 @@ def _boolean(value: Any) -> Any:
 
 
 _Off = Annotated[Literal[False], BeforeValidator(_boolean)]
-_On = Annotated[Literal[True], BeforeValidator(_boolean)]
 Nothing = Annotated[None, Field(description="not supported")]
 NoneListed = Annotated[list[None], Field(max_length=0, fail_fast=True)]
 _Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -124,6 +122,7 @@ class Options(_Wire):
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[_Token], Field(max_length=128, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
@@ -144,7 +143,6 @@ class Options(_Wire):
     echo: _Off | None = None
     use_beam_search: _Off | None = None
     prompt_logprobs: Nothing = None
-    skip_special_tokens: _On | None = None
     include_stop_str_in_output: _Off | None = None
 
     def asked_tokens(self) -> tuple[str, int | None]:
@@ -356,7 +354,7 @@ class ChatChunk(BaseModel):
 class TextLogprobs(BaseModel):
     """Holds lists in parallel, one entry for each token.
 
-    text_offset: characters of the choice's text before the token.
+    text_offset: characters that were certain before the token: of the choice's text, and in a stop string behind it.
     """
 
     tokens: list[str]

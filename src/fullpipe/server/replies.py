@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from fullpipe.engine import RequestStats
-from fullpipe.models.tokens.tokenizer import TextStream, Tokenizer
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.server.answer import Choice, News
 from fullpipe.server.protocol import (
     AnswerMessage,
@@ -117,7 +117,6 @@ class TextReplies:
         self._logprobs = logprobs
         self._texts: dict[int, list[str]] = {}
         self._told: dict[int, TextLogprobs] = {}
-        self._offsets: dict[int, _Offsets] = {}
 
     def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
         told = self._lists(news) if self._logprobs and news.logprobs else None
@@ -148,31 +147,16 @@ class TextReplies:
 
     def _lists(self, news: News) -> TextLogprobs:
         """`top_logprobs` have the picked token too, as OpenAI's: they may be one more than was asked for."""
-        offsets = self._offsets.setdefault(news.choice.index, _Offsets(self._tokenizer.stream()))
         lists = TextLogprobs.empty()
+        lists.text_offset += news.offsets
         for picked, *others in news.logprobs:
             lists.tokens.append(self._spell(picked[0]))
             lists.token_logprobs.append(max(picked[1], _LEAST))
             lists.top_logprobs.append({self._spell(token): max(value, _LEAST) for token, value in (*others, picked)})
-            lists.text_offset.append(offsets.push(picked[0]))
         return lists
 
     def _spell(self, token: int) -> str:
         return spell(self._tokenizer.token_bytes(token))
-
-
-class _Offsets:
-    """Knows where in the text each token begins."""
-
-    def __init__(self, stream: TextStream) -> None:
-        self._stream = stream
-        self._given = 0
-
-    def push(self, token: int) -> int:
-        """Characters that are certain before `token`."""
-        before = self._given
-        self._given += len(self._stream.push(token))
-        return before
 
 
 def _told_reason(choice: Choice) -> str | None:

@@ -32,7 +32,7 @@ def simulate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
     model: Annotated[ModelOptions, Without("max_model_len")],
     method: MethodOptions,
-    sampling: Annotated[SamplingParams, Without("stop", "accept_typical")],
+    sampling: Annotated[SamplingParams, Without("stop", "accept_typical", "skip_special_tokens")],
     chat: ChatOptions,
     cluster: Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="As if on the cluster that a TOML "
                                                 "file, or a preset, describes.")] = None,
@@ -67,35 +67,37 @@ def simulate(
                                             listeners=[traces] if traces.wanted else ()))
         traces.tokenizer = run.prepared.tokenizer
         stack.enter_context(traces)
-        said = _answer(run, asked, sampling, as_json)
+        said, text = _answer(run, asked, sampling, as_json)
         if as_json:
-            console.print_json(figures(run, said))
+            console.print_json(figures(run, said, text))
         else:
             console.print_note(summary(run, said))
 
 
-def _answer(run: Simulated, asked: str | list[dict[str, str]], params: SamplingParams, as_json: bool) -> Said:
+def _answer(run: Simulated, asked: str | list[dict[str, str]], params: SamplingParams,
+            as_json: bool) -> tuple[Said, str]:
     """Stream it. Whatever ends it, what was emitted has been printed."""
-    tokenizer, shown = run.prepared.tokenizer, 0
-    words = tokenizer.stream()
+    tokenizer, shown, text = run.prepared.tokenizer, 0, ""
     tokens = tokenizer.encode(asked, add_special=True) if isinstance(asked, str) else run.encode(asked)
+    words = tokenizer.stream(tokens)
     for said in run.stream(tokens, params):
         fresh = "".join(map(words.push, said.tokens[shown:]))
-        shown = len(said.tokens)
+        text, shown = text + fresh, len(said.tokens)
         if not as_json:
             sys.stdout.write(fresh)
             sys.stdout.flush()
+    rest = words.finish()
     if not as_json:
-        sys.stdout.write(words.finish() + "\n")
+        sys.stdout.write(rest + "\n")
         sys.stdout.flush()
-    return said
+    return said, text + rest
 
 
-def figures(run: Simulated, said: Said) -> dict[str, Any]:
+def figures(run: Simulated, said: Said, text: str) -> dict[str, Any]:
     """What `--json` prints."""
     stats = said.stats
     return {
-        "text": run.prepared.tokenizer.decode(said.tokens), "token_ids": said.tokens, "finish_reason": said.finish,
+        "text": text, "token_ids": said.tokens, "finish_reason": said.finish,
         "method": run.method.name, "stages": run.num_stages,
         "speculation": {"steps": round(stats.steps, 3), "steps_per_token": round(stats.steps_per_token, 4),
                         "hits": stats.hits, "misses": stats.misses, "hit_rate": round(stats.hit_rate, 4),

@@ -7,25 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from fullpipe.errors import DraftMismatch, UsageError
+from fullpipe.models.tokens.stream import Decoding, TextStream
 from fullpipe.models.tokens.template import ChatTemplate
-
-_REPLACEMENT = "�"  # what incomplete or invalid UTF-8 decodes to
-_MAX_CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so its beginning is at most so many tokens back
-
-# GPT-2's alphabet, by which byte-level tokens are written: a printable Latin-1 character is its own byte, the others
-# follow from U+0100 on in their order.
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
-}
-_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how sentencepiece writes a byte that is no character of its own
 
 Message = Mapping[str, Any]
 
@@ -37,12 +26,17 @@ class Tokenizer:
     backend: the `tokenizers.Tokenizer`.
     eos_ids: every token after which the model has nothing more to say.
     template: None for a model without a chat template.
+
+    Raises `UnsupportedModel` for a decoder that we do not know.
     """
 
     backend: Any
     eos_ids: frozenset[int] = frozenset()
     template: ChatTemplate | None = None
     name: str = field(default="this model")
+
+    def __post_init__(self) -> None:
+        self._decoding  # noqa: B018 - a decoder that we do not know is refused here and not at the first token
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids of `text`; with `add_special`, also those that the model puts around plain text (BOS).
@@ -71,36 +65,33 @@ class Tokenizer:
             messages.insert(0, {"role": "system", "content": system})
         return self.encode(self.template.render(messages))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of these tokens; bytes that are no UTF-8 become U+FFFD."""
+        stream = self.stream(skip_special_tokens=skip_special_tokens)
+        return "".join([*map(stream.push, ids), stream.finish()])
 
-    def stream(self) -> TextStream:
-        """Decodes token by token."""
-        return TextStream(self)
+    def stream(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
+        """Decodes token by token what continues `prompt`: together with what is certain of the prompt's own text it is
+        what `decode` says of both. A leading space, or a character whose first bytes the prompt has, depend on it."""
+        return self._decoding.stream(prompt, skip_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token stands for: bytes that need not be whole characters. Of a special token they are its name's;
-        an id without a token has none."""
-        if (added := self._added.get(token)) is not None:
-            return added.encode()
-        text = self.backend.id_to_token(token) or ""
-        if self._byte_level:
-            return bytes(_BYTES[character] for character in text)
-        if _BYTE_TOKEN.fullmatch(text):
-            return bytes.fromhex(text[3:-1])
-        return str(text).replace("▁", " ").encode()
+        """What one token stands for in the middle of a text: bytes that need not be whole characters. Of a special
+        token they are its name's; an id without a token has none."""
+        return self._decoding.bytes_of(token)
+
+    def token_text(self, token: int) -> str:
+        r"""The same for people to read: what is no whole character is spelled out, as in "\xe2\x80"."""
+        return self.token_bytes(token).decode(errors="backslashreplace")
 
     @cached_property
-    def _added(self) -> dict[int, str]:
-        """Tokens beside the vocabulary, special ones among them: their text is written as it is."""
-        return {id_: token.content for id_, token in self.backend.get_added_tokens_decoder().items()}
+    def special(self) -> dict[str, int]:
+        """The special tokens by their texts."""
+        return {token.content: id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
-    def _byte_level(self) -> bool:
-        """Whether a token's characters stand for bytes, as in GPT-2; else they are text, as in sentencepiece."""
-        decoder = self.backend.decoder
-        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+    def _decoding(self) -> Decoding:
+        return Decoding(self.backend, self.name, frozenset(self.special))
 
     @cached_property
     def tokens(self) -> dict[int, str]:
@@ -121,47 +112,6 @@ class Tokenizer:
         for merge in json.loads(self.backend.to_str())["model"].get("merges", ()):
             digest.update(f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode())
         return digest.hexdigest()
-
-
-class TextStream:
-    """Turns tokens into text as they come. The pieces together are what `decode` says of all tokens.
-
-    Decoders look at neighbours (a leading space, the bytes of one character), so a window of recent tokens is
-    decoded each time and what it says beyond the text already given is new. Only the last character of the
-    window can still change, and only if it is U+FFFD: it may be the first bytes of a character.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._given = 0  # characters of the window's text
-
-    def push(self, token: int) -> str:
-        """The text that is certain after `token`; may be empty."""
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        certain = text.removesuffix(_REPLACEMENT)
-        new = certain[self._given :]
-        self._given = max(self._given, len(certain))
-        self._shorten(text)
-        return new
-
-    def finish(self) -> str:
-        """What was held back. The stream is empty afterwards."""
-        rest = self._tokenizer.decode(self._window)[self._given :]
-        self._window, self._given = [], 0
-        return rest
-
-    def _shorten(self, text: str) -> None:
-        """Drops the beginning of the window where the rest decodes the same without it."""
-        if len(self._window) < 2 * _MAX_CHARACTER_TOKENS:
-            return
-        open_ended = text.endswith(_REPLACEMENT)
-        shorter = self._window[-_MAX_CHARACTER_TOKENS if open_ended else -1 :]
-        said = self._tokenizer.decode(shorter)
-        if said:  # a window of special tokens only would make the next token look like the text's first
-            self._window = shorter
-            self._given = len(said) - open_ended
 
 
 def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:

@@ -65,7 +65,7 @@ class Decoding:
     def __init__(self, backend: Any, name: str, special: frozenset[str]) -> None:
         self._backend, self._special = backend, special
         steps = [] if backend.decoder is None else _flat(json.loads(backend.decoder.__getstate__()))
-        placed = list(takewhile(lambda step: step["type"] in _PLACED, steps))
+        placed = list(takewhile(_is_placed, steps))
         self._placed = _Placed(placed, spaces=backend.decoder is None)
         self._behind = steps[len(placed):]
         self._joining = self._behind.pop(0) if self._behind and self._behind[0]["type"] in _JOINING else None
@@ -320,6 +320,11 @@ def _flat(decoder: Step) -> list[Step]:
 
 def _kind(step: Step | None) -> str:
     return "" if step is None else str(step["type"])
+
+
+def _is_placed(step: Step) -> bool:
+    """The library's `Strip` panics where it strips at the end and nothing is left, and then ours stands in."""
+    return step["type"] in _PLACED and not step.get("stop")
 
 
 def _may_follow(step: Step) -> bool:

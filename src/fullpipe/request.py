@@ -130,8 +130,11 @@ def fitted(prompt: Sequence[int], params: SamplingParams, *, vocab: int, max_mod
         raise PromptError(f"the prompt has {len(prompt)} tokens, the context holds {max_model_len}",
                           hint="Shorten the prompt, or use a model with a longer context.")
     bias = params.logit_bias
-    if bad := [token for token in (*prompt, *bias, *params.stop_token_ids) if not 0 <= token < vocab]:
+    if bad := [token for token in (*prompt, *bias) if not 0 <= token < vocab]:
         raise UsageError(f"token {bad[0]} is not in the vocabulary of {vocab} tokens")
+    if bad := [token for token in params.stop_token_ids if not 0 <= token < vocab]:
+        raise UsageError(f"the model never says token {bad[0]}: its vocabulary has {vocab} tokens",
+                         hint="Leave it out of stop_token_ids, or use the model's own id.", param="stop_token_ids")
     if bad := [token for token, value in bias.items() if value > _MOST]:
         raise UsageError(f"the logit_bias of token {bad[0]} is too large (got {bias[bad[0]]:g})",
                          hint="Logits are 32-bit floats: stay below 3.4e38.")

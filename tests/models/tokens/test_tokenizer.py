@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import tokenizers
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fullpipe.errors import DamagedModel, DraftMismatch, UnsupportedModel, UsageError
 from fullpipe.hub import resolve
@@ -308,46 +305,6 @@ def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
 def test_a_template_that_is_none_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="cannot be read"):
         ChatTemplate("{% for %}").render([])
-
-
-# Streams.
-
-
-@given(st.lists(st.integers(0, 410), max_size=60))
-def test_a_stream_says_what_decode_says(ids: list[int]) -> None:
-    tokenizer = STREAMED
-    stream = tokenizer.stream()
-    assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
-
-
-@given(st.text(alphabet="aé日🙂\u200d\ufffd \n", max_size=40))
-def test_a_stream_never_says_half_a_character(text: str) -> None:
-    stream, said = STREAMED.stream(), ""
-    for token in STREAMED.encode(text):
-        said += stream.push(token)
-        assert text.startswith(said)
-    assert said + stream.finish() == text
-
-
-STREAMED = Tokenizer(train(size=320))
-
-
-def test_a_stream_says_each_word_at_once(tiny: Tokenizer) -> None:
-    stream = tiny.stream()
-    ids = tiny.encode("Hello, world!")
-    assert [stream.push(token) for token in ids] == [tiny.decode([token]) for token in ids]
-    assert stream.finish() == ""
-
-
-def test_a_stream_decodes_leading_spaces_as_a_whole_text() -> None:
-    """Decoders of SentencePiece kind drop the space of the first word only."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1, "</s>": 2}, unk_token="▁a"))
-    backend.decoder = tokenizers.decoders.Metaspace()
-    backend.add_special_tokens(["</s>"])
-    tokenizer = Tokenizer(backend)
-    ids = random.Random(0).choices([0, 1, 2], k=100)
-    stream = tokenizer.stream()
-    assert "".join(map(stream.push, ids)) == tokenizer.decode(ids)
 
 
 # The bytes of single tokens.

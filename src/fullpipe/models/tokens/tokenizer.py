@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from fullpipe.errors import DraftMismatch, UsageError
+from fullpipe.models.tokens.messages import Message, conversation
 from fullpipe.models.tokens.template import ChatTemplate
 
 _REPLACEMENT = "�"  # what incomplete or invalid UTF-8 decodes to
@@ -27,8 +28,6 @@ _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
 }
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how sentencepiece writes a byte that is no character of its own
 
-Message = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -36,12 +35,13 @@ class Tokenizer:
 
     backend: the `tokenizers.Tokenizer`.
     eos_ids: every token after which the model has nothing more to say.
-    template: None for a model without a chat template.
+    template: None for a model without a chat template. special: the special tokens that have a name ("bos_token").
     """
 
     backend: Any
     eos_ids: frozenset[int] = frozenset()
     template: ChatTemplate | None = None
+    special: Mapping[str, str] = field(default_factory=dict)
     name: str = field(default="this model")
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
@@ -51,25 +51,29 @@ class Tokenizer:
         """
         return list(self.backend.encode(text, add_special_tokens=add_special).ids)
 
-    def chat(self, prompt: str | Sequence[Message], system: str | None = None) -> list[int]:
+    def chat(self, prompt: str | Sequence[Message], system: str | None = None, *,
+             add_generation_prompt: bool | None = None, continue_final_message: bool = False,
+             chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a conversation in the model's own format, up to where its answer begins.
 
-        prompt: what the user says, or messages with "role" and "content". system: the system message; None
-        leaves it to the template, which may have one of its own.
+        prompt: what the user says, or messages (`messages.Message`). system: the system message; None leaves it to the
+        template, which may have one of its own. The others: as of `ChatTemplate.render`.
 
         Raises `UsageError` when the model has no template, or it refuses these messages.
         """
         if self.template is None:
             raise UsageError(
                 f"{self.name} has no chat template",
-                hint="Use --no-chat-template (use_chat_template=False) to let it continue the plain text.",
+                hint="Give it one (--chat-template FILE, chat_template=), or let it continue plain text: with "
+                     "--no-chat-template, a str in Python, /v1/completions on a server.",
             )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = conversation([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
         if system is not None:
-            if messages and messages[0].get("role") == "system":
+            if messages and messages[0]["role"] == "system":
                 raise UsageError("two system messages: one in the messages, one beside", hint="Drop one.")
             messages.insert(0, {"role": "system", "content": system})
-        return self.encode(self.template.render(messages))
+        return self.encode(self.template.render(messages, add_generation_prompt, continue_final=continue_final_message,
+                                                variables=chat_template_kwargs))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -7,6 +7,7 @@ what fails at once has a status of its own.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
@@ -297,7 +298,8 @@ class _Asking:
             log.debug("%s tickets %s", request_id(request.scope), [choice.ticket.id for choice in answer.choices])
             if body.stream:
                 first = _checked(await answer.news())
-                events = self._events(body, answer, replies, first, request_id(request.scope))
+                events = _to_their_end(self._events(body, answer, replies, first, request_id(request.scope)),
+                                       request_id(request.scope))
                 return EventStream(events, self._options.write_timeout, answer.close)
             while not answer.done:
                 for news in _checked(await answer.news()):
@@ -379,6 +381,18 @@ class _Asking:
         if at_end:
             lines.append(_event(replies.last(usage_of(answer.choices))))
         yield "".join([*lines, _DONE]).encode()
+
+
+async def _to_their_end(events: AsyncGenerator[bytes, None], id: str) -> AsyncGenerator[bytes, None]:
+    """The events, and where they break off by a mistake of ours an error as the last: a connection that only closes
+    looks to some clients like the end of the answer."""
+    try:
+        async with contextlib.aclosing(events):
+            async for piece in events:
+                yield piece
+    except Exception as error:
+        log.exception("%s failed", id)
+        yield f"data: {problem_of(error).event()}\n\n{_DONE}".encode()
 
 
 def _json(model: BaseModel) -> Response:

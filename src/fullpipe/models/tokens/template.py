@@ -144,7 +144,8 @@ class ChatTemplate:
         if end < 0 or part["text"].strip() not in text[:end]:
             raise MessageError("continue_final_message", "the model's chat template does not write the final message "
                                "as it stands, so it cannot be continued", hint=_OWN_FILE)
-        return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()
+        whole = text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()
+        return whole.replace(_MARK, "").replace(_MARK.rstrip(), "")  # where the template writes the message twice
 
     # ---- the template itself -----------------------------------------------------------------------------
 
@@ -160,17 +161,15 @@ class ChatTemplate:
 
     @cached_property
     def _tree(self) -> nodes.Template:
-        try:
-            return self._environment.parse(self.source)
-        except Exception as error:  # a RecursionError, too
-            raise _unreadable(error) from error
+        self.check()
+        return self._environment.parse(self.source)
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
         try:
             return self._environment.from_string(self.source)
-        except Exception as error:  # a RecursionError, too
-            raise _unreadable(error) from error
+        except Exception as error:  # Python's own SyntaxError and RecursionError, too
+            raise UnsupportedModel(f"the model's chat template cannot be read: {error}", hint=_OWN_FILE) from error
 
 
 def template_source(given: str) -> str:
@@ -236,7 +235,3 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 def _refuse(message: str) -> NoReturn:
     raise _RefusedError(message)
-
-
-def _unreadable(error: Exception) -> UnsupportedModel:
-    return UnsupportedModel(f"the model's chat template cannot be read: {error}", hint=_OWN_FILE)

@@ -21,7 +21,7 @@ import typer
 from fullpipe.cli.lists import integers
 from fullpipe.errors import PromptError, UsageError
 from fullpipe.methods import METHODS
-from fullpipe.options import DTYPES, LOG_LEVELS, ChatOptions
+from fullpipe.options import DTYPES, LOG_LEVELS, ChatOptions, ModelOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
 _OBJECT = """Write '{"enable_thinking": false}', in single quotes for the shell."""
@@ -169,11 +169,15 @@ def read_prompt(prompt: str) -> str:
     return text
 
 
-def as_prompt(text: str, chat: ChatOptions) -> str | list[dict[str, str]]:
-    """Plain text, or messages for the model's chat template."""
+def as_prompt(text: str, chat: ChatOptions, model: ModelOptions) -> str | list[dict[str, str]]:
+    """Plain text, or messages for the model's chat template. Raises UsageError for what only a template gives effect
+    to, where none is used."""
     if not chat.use_chat_template:
-        if chat.system is not None:
-            raise UsageError("a system message needs the chat template", hint="Drop --system, or --no-chat-template.")
+        given = {"--system": chat.system, "--chat-template": model.chat_template,
+                 "--default-chat-template-kwargs": model.default_chat_template_kwargs}
+        if (flag := next((flag for flag, value in given.items() if value is not None), None)) is not None:
+            raise UsageError(f"{flag} has no effect without a chat template",
+                             hint=f"Drop {flag}, or --no-chat-template.")
         return text
     messages = [{"role": "user", "content": text}]
     return messages if chat.system is None else [{"role": "system", "content": chat.system}, *messages]

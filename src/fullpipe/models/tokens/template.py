@@ -121,10 +121,10 @@ class ChatTemplate:
         compiled = self._compiled
         try:
             return compiled.render(messages=turns, **told)
-        except _RefusedError as error:
-            raise UsageError(f"the model's chat template refuses these messages: {error}",
-                             hint=f"Send them as it wants them. {_OWN_FILE}") from error
         except Exception as error:  # strangers' code raises what it likes
+            if type(error) is jinja2.TemplateError:  # its own words, of raise_exception
+                raise UsageError(f"the model's chat template refuses these messages: {error}",
+                                 hint=f"Send them as it wants them. {_OWN_FILE}") from error
             kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             raise UsageError(
                 f"the model's chat template fails on these messages: {kind}{error}",
@@ -195,10 +195,6 @@ def check_variables(variables: Mapping[str, Any]) -> None:
                            hint="They are for what a template reads besides, such as enable_thinking.")
 
 
-class _RefusedError(jinja2.TemplateError):
-    """The template itself says no."""
-
-
 class _GenerationBlock(Extension):
     """`{% generation %}` marks the assistant's words for training; for decoding it is what is in it."""
 
@@ -234,4 +230,4 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 
 def _refuse(message: str) -> NoReturn:
-    raise _RefusedError(message)
+    raise jinja2.TemplateError(message)

@@ -155,7 +155,7 @@ def assemble(options: Options, say: Say = _silent) -> Assembly:
 def prepare(options: Options, say: Say = _silent) -> Prepared:
     """Find the models, check that they fit together and with the options, and cut the target into stages."""
     from fullpipe.models.dtypes import pick_dtype
-    from fullpipe.models.tokens.loading import load_tokenizer
+    from fullpipe.models.tokens.loading import load_tokenizer, with_template
     from fullpipe.models.weights import open_model
 
     name, asked = options.model.model, options.method
@@ -171,7 +171,8 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
         names = []
     path = resolve(name)
     files = open_model(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = with_template(load_tokenizer(path), options.model.chat_template,
+                              options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
     target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype), vocab, ends)

@@ -3,6 +3,7 @@
     FullpipeError
     ├── UsageError (also ValueError)      something asked for cannot be done as asked
     │   ├── PromptError                   empty, or longer than the context
+    │   ├── MessageError                  a message that no chat template could say
     │   └── DraftMismatch                 the draft does not fit the target
     ├── ModelError                        a model that cannot be used
     │   ├── ModelNotFound
@@ -49,6 +50,14 @@ class UsageError(FullpipeError, ValueError):
 
 class PromptError(UsageError):
     pass
+
+
+class MessageError(UsageError):
+    """A conversation, or what is asked of its template, cannot be. `where`: as in "messages[0].content"."""
+
+    def __init__(self, where: str, what: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{where}: {what}", hint=hint)
+        self.where = where
 
 
 class DraftMismatch(UsageError):

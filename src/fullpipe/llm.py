@@ -32,8 +32,9 @@ from fullpipe.service import Asked, Service, Ticket, Update
 if TYPE_CHECKING:
     from fullpipe.models.tokens.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Plain text (continued as it stands), token ids, or chat messages with "role" and "content"."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Plain text (continued as it stands), token ids, or chat messages with "role" and "content" (text, parts, or null
+with tool calls)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +197,20 @@ class LLM:
             raise
         return [self._completion(one) for one in answers]
 
-    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> Completion:
-        """Answer a conversation through the model's chat template."""
-        return self.generate([messages], params)[0]
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, *,
+             add_generation_prompt: bool | None = None, continue_final_message: bool = False,
+             chat_template_kwargs: Mapping[str, Any] | None = None) -> Completion:
+        """Answer a conversation through the model's chat template.
+
+        continue_final_message: go on with the last message rather than begin an answer, which add_generation_prompt
+        stands for (None: unless the last message is continued). chat_template_kwargs: what the template reads besides,
+        such as `enable_thinking`. All as vLLM has them. `tokenizer.chat` takes the same, for `stream`.
+        """
+        _check_there_is_something(messages)
+        tokens = self.tokenizer.chat(messages, add_generation_prompt=add_generation_prompt,
+                                     continue_final_message=continue_final_message,
+                                     chat_template_kwargs=chat_template_kwargs)
+        return self.generate([tokens], params)[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
         """Answer one prompt piece by piece; the last chunk carries the completion. Closing the generator
@@ -250,9 +262,7 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt of any kind. Raises PromptError when there are none."""
-        if not prompt or (not isinstance(prompt, str) and isinstance(prompt[-1], Mapping)
-                          and not str(prompt[-1].get("content", "")).strip()):
-            raise PromptError("the prompt is empty", hint="Write something to answer.")
+        _check_there_is_something(prompt)
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special=True)
         if isinstance(prompt[0], int):
@@ -298,8 +308,17 @@ def _drain_if_idle(engine: Engine) -> None:
         engine.drain()
 
 
+def _check_there_is_something(prompt: Prompt) -> None:
+    """Of a conversation: that somebody says something in the end. An answer that only calls tools says nothing."""
+    last = prompt[-1] if prompt else ""
+    said = last.get("content", "") if isinstance(last, Mapping) and not last.get("tool_calls") else "tokens"
+    if not prompt or (isinstance(said, str) and not said.strip()):
+        raise PromptError("the prompt is empty", hint="Write something to answer.")
+
+
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
+    if isinstance(prompts, str) or (prompts and (isinstance(prompts[0], (int, Mapping))
+                                                 or hasattr(prompts[0], "model_dump"))):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

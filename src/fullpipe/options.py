@@ -47,6 +47,10 @@ class ModelOptions:
                         "--draft", "-d")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 where the processor computes in it.")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
+    chat_template: str | None = option(None, "File with the chat template to use in place of the model's, or the "
+                                       "template itself.", metavar="FILE")
+    default_chat_template_kwargs: dict[str, Any] | None = option(None, "What chat templates are told besides, as a "
+                                                                 'JSON object: {"enable_thinking": false}.')
     margins: bool = False
 
     def __post_init__(self) -> None:
@@ -172,7 +176,8 @@ class ChatOptions:
     """How the text of a prompt becomes a prompt."""
 
     system: str | None = option(None, "System message.")
-    chat_template: bool = option(True, "Ask through the model's chat template, or continue the prompt as plain text.")
+    use_chat_template: bool = option(True, "Continue the prompt as plain text instead of asking through the model's "
+                                     "chat template.", " /--no-chat-template")
 
 
 T = TypeVar("T")

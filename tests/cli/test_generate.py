@@ -13,6 +13,7 @@ from command import METHODS, PIPELINES, PROMPT, Models, asking, run, running
 
 import fullpipe
 from fullpipe.cli import generate as verb
+from fullpipe.errors import PromptError, UsageError
 from fullpipe.events import Emitted, Finished, Launched
 from fullpipe.llm import LLM, Chunk
 from fullpipe.messages import Landed
@@ -208,6 +209,24 @@ def test_the_prompt_goes_through_the_chat_template_unless_told_not_to(models: Mo
     assert length("--no-chat-template") == len("abc")
     assert length() == len("user:abc;assistant:")
     assert length("--system", "xy") == len("system:xy;user:abc;assistant:")
+    own = "<{{ messages[0].content }}>{{ mood }}"
+    assert length("--chat-template", own) == len("<abc>")
+    assert length("--chat-template", own, "--default-chat-template-kwargs", '{"mood": "calm"}') == len("<abc>calm")
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--chat-template", "missing.jinja"], "missing.jinja"), (["--chat-template", "{% for %}"], "cannot be read"),
+    (["--chat-template", "{{ raise_exception('not today') }}"], "not today"),
+    (["--default-chat-template-kwargs", "{"], "is not JSON"), (["--default-chat-template-kwargs", "[]"], "JSON object"),
+    (["--default-chat-template-kwargs", '{"messages": []}'], "cannot set 'messages'"),
+    (["--no-chat-template", "--chat-template", "{{ x }}"], "--chat-template has no effect"),
+    (["--no-chat-template", "--system", "s"], "--system has no effect"),
+    (["--no-chat-template", "--default-chat-template-kwargs", "{}"], "has no effect"),
+])
+def test_a_template_that_cannot_be_used_is_refused(models: Models, options: list[str], says: str) -> None:
+    result = run(*asking(models.target, *options))
+    assert result.exit_code == 2 and says in result.output.replace("\n", " ")
+    assert "bug" not in result.output
 
 
 def test_a_stop_string_ends_the_text_before_it(models: Models) -> None:
@@ -306,6 +325,29 @@ def test_generate_takes_every_kind_of_prompt(llm: LLM) -> None:
     several = llm.generate(["hello", ids, messages], PARAMS)
     assert [one.token_ids for one in several] == [plain.token_ids, by_id.token_ids, talk.token_ids]
     assert llm.generate([], PARAMS) == []
+
+
+def test_a_chat_is_asked_for_as_of_vllm(llm: LLM) -> None:
+    def read(messages: Any, **options: Any) -> int:
+        return llm.chat(messages, SamplingParams(max_tokens=1), **options).usage["prompt_tokens"]
+
+    hello, begun = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "He"}
+    assert read([hello]) == len("user:hello;assistant:")
+    assert read([hello], add_generation_prompt=False) == len("user:hello;assistant:")  # which this template ignores
+    assert read([hello, begun], continue_final_message=True) == len("user:hello;assistant:He")
+    assert read([{"role": "user", "content": [{"type": "text", "text": "ab"}]}]) == len("user:ab;assistant:")
+    assert read([hello], chat_template_kwargs={"unread": 1}) == read([hello])
+    for options in ({"continue_final_message": True, "add_generation_prompt": True},
+                    {"chat_template_kwargs": {"tools": []}}):
+        with pytest.raises(UsageError):
+            read([hello, begun], **options)
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user", "content": " "}], [{"role": "user"}]])
+def test_a_chat_in_which_nothing_is_said_is_empty(llm: LLM, messages: Any) -> None:
+    for ask in (llm.chat, llm.encode):
+        with pytest.raises(PromptError, match="the prompt is empty"):
+            ask(messages)
 
 
 def test_several_at_a_time_say_what_they_say_alone(llm: LLM, models: Models) -> None:

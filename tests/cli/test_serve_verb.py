@@ -11,11 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 from command import Models, run
+from openai.types.chat import ChatCompletion
 
 LONG = 3000  # tokens: it takes a while, whatever the machine
 
@@ -40,12 +44,12 @@ class Served:
 
 
 @contextmanager
-def serving(models: Models) -> Iterator[Served]:
+def serving(models: Models, *options: str) -> Iterator[Served]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "-m", "fullpipe", "serve", "--model", str(models.target), "--draft", "ngram", "--stages", "2",
-         "--served-model-name", "m", "--port", str(port), "--threads", "1", "--log-level", "warning"])
+         "--served-model-name", "m", "--port", str(port), "--threads", "1", "--log-level", "warning", *options])
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
         while not _is_ready(url):
@@ -90,6 +94,23 @@ def test_the_second_signal_ends_it_at_once(models: Models) -> None:
         server.has_ended(128 + signal.SIGTERM)
 
 
+def test_openais_client_is_answered_through_the_template_that_was_given(models: Models, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}{% if quick %}!{% endif %}"
+                    "{% if add_generation_prompt %}:{% endif %}")
+    talk: Any = [{"role": "user", "content": [{"type": "text", "text": "ab"}]},
+                 {"role": "assistant", "content": "He"}]
+    options = ("--chat-template", str(file), "--default-chat-template-kwargs", '{"quick": true}')
+    with serving(models, *options) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+        for extra, prompt in (({}, "<ab><He>!:"), ({"add_generation_prompt": False}, "<ab><He>!"),
+                              ({"chat_template_kwargs": {"quick": False}}, "<ab><He>:"),
+                              ({"continue_final_message": True, "add_generation_prompt": False}, "<ab><He")):
+            reply = client.chat.completions.create(model="m", messages=talk, max_tokens=2, user="me", store=True,
+                                                   extra_body=extra)
+            ChatCompletion.model_validate(reply.model_dump(), strict=True)
+            assert reply.usage is not None and reply.usage.prompt_tokens == len(prompt)
+
+
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(models: Models) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -102,7 +123,8 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(models: Models) 
     (["--log-level", "loud"], "--log-level"),
     (["--port", "70000"], "the port must be below 65536"),
     (["--max-model-len", "5000", "--kv-cache-tokens", "4096"], "not 5000"),
-    (["--method", "pp", "--prefill-share", "2"], "the method pp has no prefill_share")])
+    (["--method", "pp", "--prefill-share", "2"], "the method pp has no prefill_share"),
+    (["--chat-template", "missing.jinja"], "missing.jinja"), (["--chat-template", "{% for %}"], "cannot be read")])
 def test_what_cannot_be_served_is_refused(models: Models, options: list[str], says: str) -> None:
     result = run("serve", "--model", models.target, "--draft", "ngram", "--stages", "1", *options)
     assert result.exit_code == 2 and says in result.output.replace("\n", " ")

@@ -30,7 +30,7 @@ class _Job:
 class FakeService:
     """Each step of its thread gives every request one more token of what `script` says for prompt and parameters.
 
-    refuse: what `submit` raises. fail_after: so many tokens, then "error". hold_at: after so many tokens a request
+    refuse: what `submit` raises. fail_after: so many tokens, then `fail_with`. hold_at: after so many tokens a request
     waits until it is cancelled. capacity: requests that it says it can have. submitted, cancelled: all that came, in
     order; `changed` is notified of both.
     """
@@ -39,6 +39,7 @@ class FakeService:
         self.script = script
         self.refuse: Exception | None = None
         self.fail_after: int | None = None
+        self.fail_with = "error"
         self.capacity = 1000
         self.hold_at: float = math.inf
         self.now = Status("ready", 0, 0, 0, 0, 0)
@@ -77,6 +78,12 @@ class FakeService:
         with self.changed:
             assert self.changed.wait_for(condition, timeout=10)
 
+    def go_on(self) -> None:
+        """No request is held any more."""
+        with self.changed:
+            self.hold_at = math.inf
+            self.changed.notify_all()
+
     def close(self) -> None:
         with self.changed:
             self._closed = True
@@ -98,7 +105,7 @@ class FakeService:
     def _step(self, job: _Job) -> None:
         stats, params = job.ticket.stats, job.params
         if stats.num_emitted == self.fail_after:
-            return self._end(job, Update(reason="error", error="stage 1 spoke nonsense"))
+            return self._end(job, Update(reason=self.fail_with, error="stage 1 spoke nonsense"))
         if not job.tokens:
             return self._end(job, Update(reason="stop"))
         token = job.tokens.pop(0)

@@ -59,18 +59,21 @@ _NOTHING = ("structured_outputs", "guided_json", "guided_regex", "guided_choice"
 _SHARED: dict[str, str] = {
     **dict.fromkeys(_INTEGERS, "null integer"), **dict.fromkeys(_NUMBERS, "null integer fraction"),
     **dict.fromkeys(_NOTHING, "null"),
-    **dict.fromkeys(("ignore_eos", "stream", "store", "echo", "use_beam_search", "skip_special_tokens",
+    **dict.fromkeys(("ignore_eos", "stream", "echo", "use_beam_search", "skip_special_tokens",
                      "include_stop_str_in_output"), "null boolean"),
-    **dict.fromkeys(("logit_bias", "metadata", "stream_options", "response_format"), "null object"),
-    "model": "string", "stop": "null string list", "stop_token_ids": "null list", "user": "null string",
-    "service_tier": "null string",
+    **dict.fromkeys(("logit_bias", "stream_options", "response_format"), "null object"),
+    **dict.fromkeys(("user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
+                     "prompt_cache_options", "prompt_cache_retention"), " ".join(_SAMPLES)),
+    "model": "string", "stop": "null string list", "stop_token_ids": "null list",
 }
 TAKES: dict[str, dict[str, str]] = {
     CHAT: {**_SHARED, "messages": "list", "max_completion_tokens": "null integer", "logprobs": "null boolean",
            "top_logprobs": "null integer", "tools": "null list", "functions": "null list", "modalities": "null list",
-           "tool_choice": "null string", "function_call": "null string",
-           **dict.fromkeys(("parallel_tool_calls", "audio", "prediction", "reasoning_effort", "verbosity",
-                            "web_search_options"), "null")},
+           "tool_choice": "null string", "function_call": "null string", "documents": "null list",
+           "parallel_tool_calls": " ".join(_SAMPLES), "chat_template_kwargs": "null object",
+           **dict.fromkeys(("add_generation_prompt", "continue_final_message"), "null boolean"),
+           **dict.fromkeys(("audio", "prediction", "moderation", "reasoning_effort", "verbosity", "web_search_options",
+                            "chat_template", "enable_thinking", "thinking"), "null")},
     TEXT: {**_SHARED, "prompt": "string list", "logprobs": "null integer", "best_of": "null integer",
            "suffix": "null string"},
 }
@@ -89,13 +92,11 @@ _BEYOND: dict[str, list[Any]] = {
     "logit_bias": [{"a": 1}, {"": 1}, {"-1": 1}, {"1.5": 1}, {" 1": 1}, {"1 ": 1}, {"1e1": 1}, {"٣": 1},
                    {"1234567890": 1}, {"9999": 1}, {"1": 100.5}, {"1": -100.5}, {"1": None}, {"1": "1"}, {"1": True},
                    {"1": []}, {"1": {}}, {"1": 0, "x": 0}, {str(k): 1 for k in range(1025)}],
-    "metadata": [{"a": 1}, {"a": None}, {"a": []}, {"a": {}}, {"a": True}, {"a": "x", "b": 0.5},
-                 {str(k): "" for k in range(1025)}],
     "stream_options": [{}, {"include_usage": True}],  # without stream
     "response_format": [{}, {"type": None}, {"type": "json_object"}, {"type": "json_schema"}, {"type": 1},
                         {"type": "text", "x": 1}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}],
-    "service_tier": ["flex", "priority", "", "Auto", "default "], "echo": [True], "use_beam_search": [True],
-    "include_stop_str_in_output": [True], "model": ["", "M", "m ", "gpt-4", "../m"],
+    "echo": [True], "use_beam_search": [True], "include_stop_str_in_output": [True],
+    "model": ["", "M", "m ", "gpt-4", "../m"],
 }
 _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
     CHAT: {
@@ -103,6 +104,12 @@ _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
         "tools": [[{}], [None], [{"type": "function", "function": {"name": "f"}}]],
         "functions": [[{}], [{"name": "f"}]],
         "tool_choice": ["auto", "required", "", "None"], "function_call": ["auto", "", "f"],
+        "continue_final_message": [1, "yes"], "add_generation_prompt": [0, "no"], "documents": [[{"text": "x"}]],
+        "chat_template": ["{{ messages }}", ""], "enable_thinking": [True, False],
+        "thinking": [{"type": "enabled"}], "reasoning_effort": ["low"], "moderation": [{"model": "x"}],
+        "chat_template_kwargs": [{"messages": []}, {"tools": []}, {"add_generation_prompt": False},
+                                 {"continue_final_message": True}, {"chat_template": "x"}, {"a": 1, "tools": None},
+                                 {str(k): "" for k in range(1025)}],
         "modalities": [["audio"], ["text", "audio"], [""], [None], [1], [[]]],
         "messages": [[None], ["hi"], [1], [True], [[]], [{}], [{"role": "user"}], [{"content": "x"}],
                      [{"role": "user", "content": _LONG}], [{"role": "user", "content": "x"}] * 40],
@@ -119,21 +126,25 @@ _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
 _PARTS = [[None], [""], [1], [[]], [{}], [{"type": "text"}], [{"text": "x"}], [{"type": None, "text": "x"}],
           [{"type": "Text", "text": "x"}], [{"type": "text", "text": None}], [{"type": "text", "text": 1}],
           [{"type": "text", "text": ["x"]}], [{"type": "text", "text": "x", "more": 1}],
+          [{"type": "text", "refusal": "x"}], [{"type": "refusal", "text": "x"}], [{"type": "refusal"}],
           [{"type": "image_url", "image_url": {"url": "x"}}], [{"type": "input_audio", "input_audio": {}}],
-          [{"type": "file", "file": {}}], [{"type": "refusal", "refusal": "x"}],
+          [{"type": "file", "file": {}}], [{"type": "video_url", "video_url": {"url": "x"}}],
           [{"type": "text", "text": "x"}, {"type": "image_url"}], [[{"type": "text", "text": "x"}]]]
 _IN_A_MESSAGE: dict[str, list[Any]] = {
-    "role": [None, "", "wizard", "tool", "function", "User", "SYSTEM", " user", 1, True, [], {}, ["user"]],
+    "role": [None, "", "wizard", "User", "SYSTEM", " user", "Tool", 1, True, [], {}, ["user"]],
     "content": [None, 1, 1.5, True, {}, {"type": "text", "text": "x"}, [], *_PARTS],
-    "name": [1, True, [], {}, ["x"]], "refusal": ["", "x", {}, []], "annotations": [[{}], [None], "x", {}, 1],
-    "audio": [{}, {"id": "x"}, "x", []], "function_call": [{}, {"name": "f"}, "auto", []],
-    "tool_calls": [[{}], [{"id": "x"}], [None], {}, "x"], "reasoning": ["", "x", {}],
-    "reasoning_content": ["", "x", []],
-    "tool_call_id": ["x", None], "Role": ["user"], "text": ["x"],
+    "name": [1, True, [], {}, ["x"]], "refusal": [1, {}, []],
+    "audio": [{}, {"id": "x"}, "x", []], "function_call": [{}, {"arguments": "{}"}, "auto", [], {"name": 1}],
+    "tool_calls": [[{}], [{"id": "x"}], [None], {}, "x", [{"function": {}}], [{"function": {"name": None}}],
+                   [{"function": {"name": "f", "arguments": "{"}}], [{"function": {"name": "f", "arguments": 1}}],
+                   [{"type": "custom", "custom": {"name": "f", "input": "x"}}], [{"function": {"name": "f"}, "x": 1}],
+                   [{"function": {"name": "f"}}]],  # of the last the template knows nothing
+    "reasoning": [1, [], {}], "reasoning_content": [1, [], {}], "tool_call_id": [1, [], {}],
+    "Role": ["user"], "text": ["x"], "prefix": [True], "reasoning_details": [[]],
 }
 _STREAM_OPTIONS: list[Any] = [{"x": 1}, {"include_usag": True}, {"include_usage": "yes"}, {"include_usage": 1},
                               {"include_usage": []}, {"continuous_usage_stats": 0}, {"continuous_usage_stats": {}},
-                              {"include_usage": True, "more": None}, {"include_obfuscation": False}]
+                              {"include_usage": True, "more": None}]
 
 
 # ---- families --------------------------------------------------------------------------------------------------------
@@ -216,7 +227,7 @@ def numbers() -> Iterator[Bad]:
 
 def nesting() -> Iterator[Bad]:
     for path in BOTH:
-        for field in ("stop", "metadata", "model", "user", "stream_options", "logit_bias", "response_format"):
+        for field in ("stop", "model", "stream_options", "logit_bias", "response_format"):
             for depth in (60, 150, 3000):
                 yield Bad(path, spliced(path, field, b"[" * depth + b"]" * depth), (field,))
                 yield Bad(path, spliced(path, field, b'{"0":' * depth + b"1" + b"}" * depth), (field,))
@@ -289,7 +300,7 @@ def repeated() -> Iterator[Bad]:
     """A field twice, of which the last is wrong: it is the one that counts."""
     for path in BOTH:
         for field, first, last in (("n", 1, 0), ("temperature", 1, -1), ("model", "m", 5), ("stream", False, "no"),
-                                   ("user", "u", 1), ("stop", "a", ""), ("top_p", 1, 0), ("seed", 1, 1.5)):
+                                   ("echo", False, 1), ("stop", "a", ""), ("top_p", 1, 0), ("seed", 1, 1.5)):
             whole = json.dumps(right(path, **{field: first}))
             yield Bad(path, f"{whole[:-1]}, {json.dumps(field)}: {json.dumps(last)}}}".encode(), (field,))
 

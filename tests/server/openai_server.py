@@ -81,7 +81,7 @@ def fresh(served: Served) -> None:
         return served.tokenizer.encode(f"You said {len(prompt)} tokens, seed {params.seed % 1000}. Ünï 🙂!")
 
     service.script, service.refuse, service.fail_after, service.hold_at = script, None, None, float("inf")
-    service.capacity = 1000
+    service.capacity, service.fail_with = 1000, "error"
     service.submitted.clear()
     service.cancelled.clear()
 

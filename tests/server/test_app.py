@@ -196,7 +196,7 @@ def test_parts_developer_and_an_answer_sent_back(served: Served, client: openai.
                   answer, {"role": "user", "content": "more"}]
     client.chat.completions.create(model="tiny", messages=turns)
     text = served.tokenizer.backend.decode(served.service.submitted[1][0], skip_special_tokens=False)
-    assert text.startswith("<|im_start|>system\nd<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n")
+    assert text.startswith("<|im_start|>system\nd<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\n")
 
 
 LONG = "x" * (MAX_MODEL_LEN - 5)  # tokens; as a chat's message, 5 and the template's too many

@@ -215,7 +215,7 @@ def test_pages_elsewhere_are_let_in_only_if_named(narrow: Served, client: httpx.
 
 _WRONG: dict[str, Any] = {
     "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{}], "function_call": "auto",
-    "response_format": {"type": "json_object"}, "modalities": ["text", "audio"], "service_tier": "flex",
+    "response_format": {"type": "json_object"}, "modalities": ["text", "audio"],
     "min_tokens": 3, "echo": True, "suffix": "end", "best_of": 3, "use_beam_search": True,
     "include_stop_str_in_output": True, "prompt_logprobs": 1,
 }
@@ -237,7 +237,7 @@ def test_what_is_not_supported_is_refused_by_name(served: Served, client: httpx.
     ({"n": True}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"logit_bias": {"9999": 1}}, "logit_bias"),
     ({"logit_bias": {"x": 1}}, "logit_bias.x"), ({"stream_options": {}}, "stream_options"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"), ({"stop": ["a"] * 17}, "stop"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
      "messages[0].content[0].type"),

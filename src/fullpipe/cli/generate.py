@@ -33,7 +33,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt; the text streams to standard output as it is committed."""
-    asked = options.as_prompt(options.read_prompt(prompt), chat)
+    asked = options.as_prompt(options.read_prompt(prompt), chat, model)
     traces = Traces(trace or (), events, clock="wall-clock time")
     with contextlib.ExitStack() as stack:
         stack.enter_context(traces)  # they are written when all has been told

@@ -9,6 +9,7 @@ field's, or that of the parameter's default where it has one.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
@@ -18,12 +19,12 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from fullpipe.cli.lists import integers
-from fullpipe.errors import PromptError
+from fullpipe.errors import PromptError, UsageError
 from fullpipe.methods import METHODS
-from fullpipe.options import DTYPES, LOG_LEVELS, ChatOptions
+from fullpipe.options import DTYPES, LOG_LEVELS, ChatOptions, ModelOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
-
+_OBJECT = """Write '{"enable_thinking": false}', in single quotes for the shell."""
 
 
 def one_of(*names: str) -> type[StrEnum]:
@@ -109,13 +110,16 @@ def _parameter(one: Field[Any], kind: Any, default: Any) -> inspect.Parameter:
     if one.name in _CHOICES:
         kind, default = _CHOICES[one.name], _CHOICES[one.name](default)
     parts = get_args(kind) or (kind,)
-    if bool in parts:
+    if bool in parts and not one.metadata.get("flags"):
         flags = [f"{flag}/--no-{flag.removeprefix('--')}"]
     if _is_list(kind, str):
         kind, default = list[str] | None, list(default) or None
     elif _is_list(kind, int):
         kind, default = str | None, ",".join(map(str, default)) if default else None
         more["metavar"] = "N,N,..."
+    elif _is_object(kind):
+        kind, default = str | None, json.dumps(default) if default else None
+        more["metavar"] = "JSON"
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default,
                              annotation=Annotated[kind, typer.Option(*flags, **more)])
 
@@ -130,6 +134,21 @@ def _is_list(kind: Any, item: type) -> bool:
     return any(get_origin(part) is tuple and get_args(part)[0] is item for part in (kind, *get_args(kind)))
 
 
+def _is_object(kind: Any) -> bool:
+    """Whether a field holds names with values; it may be None as well."""
+    return any(get_origin(part) is dict for part in (kind, *get_args(kind)))
+
+
+def _object(text: str, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {text[:60]!r} is not JSON ({error})", hint=_OBJECT) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{flag}: {text[:60]!r} is not a JSON object", hint=_OBJECT)
+    return value
+
+
 def _read(one: Field[Any], kind: Any, value: Any) -> Any:
     if one.name in _CHOICES:
         return str(value)
@@ -137,6 +156,8 @@ def _read(one: Field[Any], kind: Any, value: Any) -> Any:
         return tuple(value or ())
     if _is_list(kind, int) and value is not None:
         return tuple(integers(value, _flag(one), least=one.metadata.get("least", 1)))
+    if _is_object(kind) and value is not None:
+        return _object(value, _flag(one))
     return value
 
 
@@ -148,9 +169,15 @@ def read_prompt(prompt: str) -> str:
     return text
 
 
-def as_prompt(text: str, chat: ChatOptions) -> str | list[dict[str, str]]:
-    """Plain text, or messages for the model's chat template."""
-    if not chat.chat_template:
+def as_prompt(text: str, chat: ChatOptions, model: ModelOptions) -> str | list[dict[str, str]]:
+    """Plain text, or messages for the model's chat template. Raises UsageError for what only a template gives effect
+    to, where none is used."""
+    if not chat.use_chat_template:
+        given = {"--system": chat.system, "--chat-template": model.chat_template,
+                 "--default-chat-template-kwargs": model.default_chat_template_kwargs}
+        if (flag := next((flag for flag, value in given.items() if value is not None), None)) is not None:
+            raise UsageError(f"{flag} has no effect without a chat template",
+                             hint=f"Drop {flag}, or --no-chat-template.")
         return text
     messages = [{"role": "user", "content": text}]
     return messages if chat.system is None else [{"role": "system", "content": chat.system}, *messages]

@@ -19,7 +19,7 @@ from fullpipe.prompts import FilePrompt, read_prompts
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
-    from fullpipe.llm import LLM, Completion
+    from fullpipe.llm import LLM, Completion, Prompt
 
 # By how much a picked logit may stand above its rival where two runs disagree and it still counts as a tie that
 # rounding decided. A bfloat16 logit between 16 and 32 is itself rounded to the next eighth.
@@ -70,6 +70,7 @@ def verify(
     A --depth counts for the methods that have one. Exits with 1 when a difference is more than a near-tie.
     """
     questions = read_prompts(prompts, limit)
+    asked: list[Prompt] = [as_prompt(question.text, chat, model) for question in questions]
     methods = [str(chosen) for chosen in method or METHODS if chosen != "pp"]
     if not methods:
         raise UsageError("nothing to compare with pp", hint="Name another method, or none for all of them.")
@@ -85,7 +86,7 @@ def verify(
     near = NEAR_TIE[real.dtype] if tolerance is None else tolerance
     with LLM.of(Options(model=real, method=replace(shape, method=first), pipeline=pipeline),
                 progress=console.print_note) as llm:
-        report = _compare(llm, questions, methods, sampling, near, chat)
+        report = _compare(llm, questions, asked, methods, sampling, near)
         report |= {"model": model.model, "draft": model.draft, "stages": llm.num_stages, "dtype": real.dtype,
                    "near_tie_tolerance": near}
     _print(report, as_json)
@@ -93,9 +94,8 @@ def verify(
         raise typer.Exit(1)
 
 
-def _compare(llm: LLM, questions: list[FilePrompt], methods: list[str], params: SamplingParams, near: float,
-             chat: ChatOptions) -> dict[str, Any]:
-    asked = [as_prompt(question.text, chat) for question in questions]
+def _compare(llm: LLM, questions: list[FilePrompt], asked: list[Prompt], methods: list[str], params: SamplingParams,
+             near: float) -> dict[str, Any]:
     texts: dict[str, list[Completion]] = {}
     for method in ("pp", *methods):
         llm.use(method)

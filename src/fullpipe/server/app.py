@@ -7,6 +7,7 @@ what fails at once has a status of its own.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
@@ -25,14 +26,15 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from fullpipe.errors import FullpipeError, PromptError, UsageError
+from fullpipe.errors import FullpipeError, MessageError, PromptError, UnsupportedModel, UsageError
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
 from fullpipe.server.guard import EventStream, Guard, Keyring, log, needs_key, request_id
-from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, problem_of, retry_after, told
+from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, failure, problem_of, retry_after, told
 from fullpipe.server.protocol import (
+    IGNORED,
     ChatCompletion,
     ChatRequest,
     CompletionRequest,
@@ -52,6 +54,7 @@ Metrics = Callable[[], tuple[bytes, str]]
 
 _DONE = "data: [DONE]\n\n"
 _TOKENISERS = 4  # threads at most: the stages need the cores
+_MOST_SAID = 200  # ignored fields that a log tells of; names of variables are the callers' own
 _COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of max_tokens for completions; a chat's is what room there is
 
 
@@ -220,6 +223,7 @@ class _Asking:
         self._service = service
         self._options = options
         self._limiter: CapacityLimiter | None = None  # belongs to the loop, so it is made there
+        self._said: set[str] = set()
 
     def known(self, name: str) -> str:
         if name not in self.model.names:
@@ -231,12 +235,23 @@ class _Asking:
         model = self.known(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-        messages = [message.plain() for message in body.messages]
         replies = ChatReplies(request_id(request.scope), int(time.time()), model, self.model.tokenizer,
                               bool(body.logprobs))
         return await self._answer(
-            body, request, replies, [lambda: self.model.tokenizer.chat(messages)], "messages",
+            body, request, replies, [lambda: self._chat_tokens(body, request)], "messages",
             default=self.model.max_model_len, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+
+    def _chat_tokens(self, body: ChatRequest, request: Request) -> list[int]:
+        tokenizer, variables = self.model.tokenizer, body.chat_template_kwargs or {}
+        tokens = tokenizer.chat([message.plain() for message in body.messages],
+                                add_generation_prompt=body.add_generation_prompt, chat_template_kwargs=variables,
+                                continue_final_message=bool(body.continue_final_message))
+        assert tokenizer.template is not None, "it has just been rendered"
+        for name in variables:
+            if not tokenizer.template.reads(name):
+                self._say_once(request, f"chat_template_kwargs.{name[:60]}",
+                               "the model's chat template does not read it")
+        return tokens
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         model = self.known(body.model)
@@ -263,6 +278,8 @@ class _Asking:
                       encoders: Sequence[Callable[[], list[int]]], field: str, *, default: int,
                       logprobs: int | None) -> Response:
         """field: what a fault of a prompt is blamed on. default: new tokens at most where the body names no number."""
+        for path in body.ignored():
+            self._say_once(request, path, IGNORED[path])
         n = body.n or 1
         most = min(self._options.max_choices, self._service.capacity)
         if n * len(encoders) > most:
@@ -281,7 +298,8 @@ class _Asking:
             log.debug("%s tickets %s", request_id(request.scope), [choice.ticket.id for choice in answer.choices])
             if body.stream:
                 first = _checked(await answer.news())
-                events = self._events(body, answer, replies, first, request_id(request.scope))
+                events = _to_their_end(self._events(body, answer, replies, first, request_id(request.scope)),
+                                       request_id(request.scope))
                 return EventStream(events, self._options.write_timeout, answer.close)
             while not answer.done:
                 for news in _checked(await answer.news()):
@@ -299,8 +317,16 @@ class _Asking:
         self._limiter = self._limiter or CapacityLimiter(_TOKENISERS)
         try:
             return await anyio.to_thread.run_sync(lambda: [encode() for encode in encoders], limiter=self._limiter)
-        except UsageError as error:
+        except MessageError as error:
+            raise Problem(400, told(error), param=error.where) from error
+        except (UsageError, UnsupportedModel) as error:  # the latter: a chat template that is none
             raise Problem(400, f"{field}: {told(error)}", param=field) from error
+
+    def _say_once(self, request: Request, field: str, why: str) -> None:
+        """Log that a field has no effect, the first time that anybody sends it."""
+        if field not in self._said and len(self._said) < _MOST_SAID:
+            self._said.add(field)
+            log.warning("%s %r is taken and ignored: %s (said once)", request_id(request.scope), field, why)
 
     def _limit(self, prompt_tokens: int, body: Options, field: str, default: int) -> int:
         """New tokens at most. A number that is asked for must fit, as with vLLM: a caller who counts on so many should
@@ -357,6 +383,18 @@ class _Asking:
         yield "".join([*lines, _DONE]).encode()
 
 
+async def _to_their_end(events: AsyncGenerator[bytes, None], id: str) -> AsyncGenerator[bytes, None]:
+    """The events, and where they break off by a mistake of ours an error as the last: a connection that only closes
+    looks to some clients like the end of the answer."""
+    try:
+        async with contextlib.aclosing(events):
+            async for piece in events:
+                yield piece
+    except Exception as error:
+        log.exception("%s failed", id)
+        yield f"data: {problem_of(error).event()}\n\n{_DONE}".encode()
+
+
 def _json(model: BaseModel) -> Response:
     return Response(model.model_dump_json(), media_type="application/json")
 
@@ -366,11 +404,8 @@ def _event(chunk: BaseModel) -> str:
 
 
 def _failure(batch: list[News]) -> Problem | None:
-    for news in batch:
-        if news.choice.reason == "error":
-            return Problem(500, f"the request failed: {news.choice.error or 'the engine gave no reason'}",
-                           code="engine_error")
-    return None
+    problems = (failure(news.choice.reason, news.choice.error) for news in batch)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def _checked(batch: list[News]) -> list[News]:

@@ -16,6 +16,7 @@ from fullpipe.errors import FullpipeError, Overloaded, PromptError, Unavailable,
 from fullpipe.server.protocol import REFUSED
 
 TOO_LONG = "context_length_exceeded"
+_ENDING_S = 1.0  # until a server that is started anew, or its neighbour, may answer
 _SHOWN = 60  # characters of a caller's own value that a message repeats
 
 
@@ -67,6 +68,17 @@ def problem_of(error: Exception) -> Problem:
         return Problem(400, told(error), param=error.param,
                        code="invalid_prompt" if isinstance(error, PromptError) else None)
     return Problem(500, "the server failed on this request", code="internal_error")
+
+
+def failure(reason: str | None, error: str) -> Problem | None:
+    """What is told in place of an answer that ended so; None if it is one, or still runs. A server that is told to end
+    cuts off what is left ("abort"): another may answer."""
+    if reason == "error":
+        return Problem(500, f"the request failed: {error or 'the engine gave no reason'}", code="engine_error")
+    if reason == "abort":
+        return Problem(503, "the server is ending, and has cut the answer off", code="service_unavailable",
+                       headers=retry_after(_ENDING_S))
+    return None
 
 
 def told(error: FullpipeError) -> str:
@@ -139,5 +151,5 @@ def _message(error: Mapping[str, Any], path: Sequence[str | int], param: str | N
     if error["type"] == "missing":
         return f"the field {param!r} is missing" if param else "the body is empty; a JSON object is needed"
     if path and path[-1] == "type" and isinstance(error.get("input"), str) and "content" in path:
-        return f"{param}: parts of type {error['input'][:_SHOWN]!r} are not supported; only 'text' is"
+        return f"{param}: parts of type {error['input'][:_SHOWN]!r} are not supported; only text is"
     return f"{param or 'the body'}: {error['msg']}"

@@ -1,13 +1,15 @@
 """These go over the wire: OpenAI's requests and answers as far as this server supports them.
 
-The schema says exactly what is taken. A field that exists elsewhere and means nothing here is declared with the values
-that ask for nothing (`null`, an empty list, a default), so that clients may send it; `REFUSED` says why no others are.
-Values are not coerced: "5" is no number. Unknown fields are refused, for an option that has no effect is worse than one
-that fails.
+The schema says exactly what is taken. A field of others' that would change the text is declared with the values that
+ask for nothing (`null`, an empty list, a default), so that clients may send it; `REFUSED` says why no others are taken.
+One that changes nothing in any text, and that no client means as a demand, is taken with any value: `IGNORED`. Values
+are not coerced: "5" is no number. Unknown fields are refused, for an option that has no effect is worse than one that
+fails.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -21,7 +23,6 @@ MAX_ENTRIES = 1024  # of a dictionary
 REFUSED = {
     "tools": "this server calls no tools",
     "tool_choice": "this server calls no tools",
-    "parallel_tool_calls": "this server calls no tools",
     "functions": "this server calls no functions",
     "function_call": "this server calls no functions",
     "response_format": "answers are plain text, {\"type\": \"text\"}",
@@ -33,8 +34,12 @@ REFUSED = {
     "modalities": "answers are plain text",
     "audio": "answers are plain text",
     "prediction": "the server makes its own predictions",
-    "service_tier": "there is one tier",
-    "reasoning_effort": "the model's template decides how it reasons",
+    "moderation": "nothing is moderated",
+    "chat_template": "whoever starts the server chooses it (--chat-template)",
+    "documents": "put them into the messages, or into chat_template_kwargs if the template reads them",
+    "enable_thinking": "say it in chat_template_kwargs",
+    "thinking": "say it in chat_template_kwargs, by the name that the model's template has for it",
+    "reasoning_effort": "say it in chat_template_kwargs, if the model's template reads it",
     "verbosity": "say in a message how long the answer should be",
     "web_search_options": "this server searches nothing",
     "min_tokens": "use logit_bias or ignore_eos against an early end",
@@ -45,6 +50,33 @@ REFUSED = {
     "use_beam_search": "the text is sampled, or greedy at temperature 0",
     "prompt_logprobs": "log-probabilities are of what is generated",
     "include_stop_str_in_output": "stop strings are never part of the text",
+}
+
+# Fields that change no text, by their path, and why they have no effect here. A server says so once in its log.
+_NO_BOOKS = "it is for books that this server does not keep"
+_OWN_CACHE = "the server shares what requests have in common by itself"
+IGNORED = {
+    "user": _NO_BOOKS,
+    "metadata": _NO_BOOKS,
+    "store": _NO_BOOKS,
+    "safety_identifier": _NO_BOOKS,
+    "service_tier": "there is one tier",
+    "parallel_tool_calls": "this server calls no tools",
+    "prompt_cache_key": _OWN_CACHE,
+    "prompt_cache_options": _OWN_CACHE,
+    "prompt_cache_retention": _OWN_CACHE,
+    "stream_options.include_obfuscation": "chunks are not padded",
+    "messages.type": "a message is a message",
+    "messages.id": _NO_BOOKS,
+    "messages.status": _NO_BOOKS,
+    "messages.annotations": "they are no text",
+    "messages.parsed": "the content says the same",
+    "messages.provider_specific_fields": _NO_BOOKS,
+    "messages.cache_control": _OWN_CACHE,
+    "messages.tool_calls.index": "the order says the same",
+    "messages.content.annotations": "they are no text",
+    "messages.content.cache_control": _OWN_CACHE,
+    "messages.content.prompt_cache_breakpoint": _OWN_CACHE,
 }
 
 
@@ -62,6 +94,16 @@ class _Wire(BaseModel):
         unknown = next((key for key in data if key not in cls.model_fields), None)
         return data if unknown is None else {key: data[key] for key in (*cls.model_fields, unknown) if key in data}
 
+    def ignored(self, path: str = "") -> Iterator[str]:
+        """Paths of what was sent and has no effect; of several messages with the same, each."""
+        for name in self.model_fields_set:
+            value, place = getattr(self, name), path + name
+            if place in IGNORED and value is not None:
+                yield place
+            for one in value if isinstance(value, list) and value and isinstance(value[0], _Wire) else (value,):
+                if isinstance(one, _Wire):
+                    yield from one.ignored(f"{place}.")
+
 
 def _measured(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_ENTRIES:
@@ -77,6 +119,7 @@ def _boolean(value: Any) -> Any:
 
 
 _Off = Annotated[Literal[False], BeforeValidator(_boolean)]
+Ignored = Annotated[Any, Field(description="taken with any value, and ignored")]
 Nothing = Annotated[None, Field(description="not supported")]
 NoneListed = Annotated[list[None], Field(max_length=0, fail_fast=True)]
 _Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -98,6 +141,7 @@ class StreamOptions(_Wire):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: Ignored = None
 
 
 class TextFormat(_Wire):
@@ -126,10 +170,14 @@ class Options(_Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
-    # taken and ignored: they are for the caller's own books
-    user: str | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=MAX_ENTRIES), BeforeValidator(_measured)] | None = None
-    store: bool | None = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
     # not supported
     response_format: TextFormat | None = None
     structured_outputs: Nothing = None
@@ -137,7 +185,6 @@ class Options(_Wire):
     guided_regex: Nothing = None
     guided_choice: Nothing = None
     guided_grammar: Nothing = None
-    service_tier: Literal["auto", "default"] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
     timeout: Nothing = None
     echo: _Off | None = None
@@ -150,9 +197,16 @@ class Options(_Wire):
         return "max_tokens", self.max_tokens
 
 
-class TextPart(_Wire):
-    type: Literal["text"]
-    text: str
+class Part(_Wire):
+    """Is a piece of a text. "input_text" and "output_text" are what the Responses API calls it, "refusal" what a model
+    of OpenAI's says in place of an answer."""
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+    annotations: Ignored = None
+    cache_control: Ignored = None
+    prompt_cache_breakpoint: Ignored = None
 
 
 def _kind_of_content(value: Any) -> str | None:
@@ -160,32 +214,55 @@ def _kind_of_content(value: Any) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("parts")],
+    Annotated[str, Tag("text")] | Annotated[list[Part], Field(fail_fast=True), Tag("parts")],
     Discriminator(_kind_of_content, custom_error_type="content_type",
                   custom_error_message="must be a string or a list of parts"),
 ]
 
 
+class FunctionCall(_Wire):
+    """arguments: JSON as a string, as models write it; an object is taken too."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(_Wire):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+    index: Ignored = None
+
+
 class Message(_Wire):
-    """Is one turn. "developer" is what OpenAI now calls "system". Fields below `name` are those of an answer that a
-    client sends back as it got it."""
+    """Is one turn, of a conversation that may have been held elsewhere: tools are not offered to the model, yet calls
+    and results are told to it where its template has words for them. What goes together in a message is looked at where
+    it is brought into the templates' form (`models.tokens.messages`)."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content | None = None
     name: str | None = None
-    refusal: Nothing = None
-    annotations: NoneListed | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
     audio: Nothing = None
-    function_call: Nothing = None
-    tool_calls: NoneListed | None = None
-    reasoning: Nothing = None
-    reasoning_content: Nothing = None
+    type: Ignored = None
+    id: Ignored = None
+    status: Ignored = None
+    annotations: Ignored = None
+    parsed: Ignored = None
+    provider_specific_fields: Ignored = None
+    cache_control: Ignored = None
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        named = {"name": self.name} if self.name is not None else {}
-        return {"role": "system" if self.role == "developer" else self.role, "content": text, **named}
+    def plain(self) -> dict[str, Any]:
+        """Without what is ignored."""
+        return self.model_dump(exclude_none=True, exclude=_IGNORED_IN_MESSAGES)
+
+
+_IGNORED_IN_MESSAGES = {name for name in Message.model_fields if f"messages.{name}" in IGNORED}
 
 
 class ChatRequest(Options):
@@ -193,14 +270,23 @@ class ChatRequest(Options):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_ENTRIES), BeforeValidator(_measured)] | None \
+        = None
+    chat_template: Nothing = None
+    documents: NoneListed | None = None
+    enable_thinking: Nothing = None
+    thinking: Nothing = None
     tools: NoneListed | None = None
     tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: Nothing = None
+    parallel_tool_calls: Ignored = None
     functions: NoneListed | None = None
     function_call: Literal["none"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     audio: Nothing = None
     prediction: Nothing = None
+    moderation: Nothing = None
     reasoning_effort: Nothing = None
     verbosity: Nothing = None
     web_search_options: Nothing = None
@@ -244,6 +330,9 @@ class CompletionRequest(Options):
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
+
+FinishReason = Literal["stop", "length"]
+"""Of what OpenAI's clients accept, what this server says (`replies.finish_reason`)."""
 
 
 class PromptDetails(BaseModel):
@@ -314,7 +403,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: str
+    finish_reason: FinishReason
 
 
 class ChatCompletion(BaseModel):
@@ -336,7 +425,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
 
 
 class ChatChunk(BaseModel):
@@ -368,10 +457,12 @@ class TextLogprobs(BaseModel):
 
 
 class TextChoice(BaseModel):
+    """finish_reason: null on chunks before a choice's last."""
+
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: str | None
+    finish_reason: FinishReason | None
 
 
 class TextCompletion(BaseModel):

@@ -21,6 +21,7 @@ from fullpipe.server.protocol import (
     ChosenLogprob,
     CompletionDetails,
     Delta,
+    FinishReason,
     PromptDetails,
     Speculation,
     TextChoice,
@@ -72,7 +73,7 @@ class ChatReplies:
         if news.text or (self._logprobs and news.logprobs):
             told = ChatLogprobs(content=self._chosen(news.logprobs)) if self._logprobs else None
             yield self._chunk(index, Delta(content=news.text), usage, logprobs=told)
-        if (reason := _told_reason(news.choice)) is not None:
+        if (reason := finish_reason(news.choice)) is not None:
             yield self._chunk(index, Delta(), usage, finish_reason=reason)
 
     def last(self, usage: Usage) -> BaseModel:
@@ -86,12 +87,12 @@ class ChatReplies:
         return ChatCompletion(**self._head, usage=usage, choices=[
             ChatChoice(index=choice.index, message=AnswerMessage(content="".join(self._texts[choice.index])),
                        logprobs=ChatLogprobs(content=self._told[choice.index]) if self._logprobs else None,
-                       finish_reason=choice.reason or "abort")
+                       finish_reason=_finished(choice))
             for choice in choices
         ])
 
     def _chunk(self, index: int, delta: Delta, usage: Usage | None, *, logprobs: ChatLogprobs | None = None,
-               finish_reason: str | None = None) -> ChatChunk:
+               finish_reason: FinishReason | None = None) -> ChatChunk:
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
         more: dict[str, Any] = {"usage": usage} if usage is not None else {}  # what is not set is not in the event
         return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice], **more)
@@ -121,9 +122,9 @@ class TextReplies:
     def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
         told = self._lists(news) if self._logprobs and news.logprobs else None
         more: dict[str, Any] = {"usage": usage} if usage is not None else {}
-        if news.text or told or _told_reason(news.choice) is not None:
-            choice = TextChoice(index=news.choice.index, text=news.text, logprobs=told,
-                                finish_reason=_told_reason(news.choice))
+        reason = finish_reason(news.choice)
+        if news.text or told or reason is not None:
+            choice = TextChoice(index=news.choice.index, text=news.text, logprobs=told, finish_reason=reason)
             yield TextCompletion(**self._head, choices=[choice], **more)
 
     def last(self, usage: Usage) -> BaseModel:
@@ -141,7 +142,7 @@ class TextReplies:
     def full(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
         return TextCompletion(**self._head, usage=usage, choices=[
             TextChoice(index=choice.index, text="".join(self._texts[choice.index]),
-                       logprobs=self._told[choice.index] if self._logprobs else None, finish_reason=choice.reason)
+                       logprobs=self._told[choice.index] if self._logprobs else None, finish_reason=_finished(choice))
             for choice in choices
         ])
 
@@ -159,9 +160,20 @@ class TextReplies:
         return spell(self._tokenizer.token_bytes(token))
 
 
-def _told_reason(choice: Choice) -> str | None:
-    """What a chunk says of the end; an error is an event of its own."""
-    return None if choice.reason == "error" else choice.reason
+# How an answer may end. A request that ran out of time has what fitted, as one that ran out of tokens. Other ends
+# ("error", "abort") are no answer: they are an error of the request (`problems.failure`).
+_ENDS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "deadline": "length"}
+
+
+def finish_reason(choice: Choice) -> FinishReason | None:
+    """What is told of the end; None while it runs, and where an error is told in its place."""
+    return _ENDS.get(choice.reason or "")
+
+
+def _finished(choice: Choice) -> FinishReason:
+    reason = finish_reason(choice)
+    assert reason is not None, f"an answer that ended with {choice.reason}"
+    return reason
 
 
 def spell(token: bytes) -> str:

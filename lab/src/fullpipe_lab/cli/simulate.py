@@ -52,7 +52,7 @@ def simulate(
     virtual clock says what it would have taken there."""
     from fullpipe_lab.clusters import Cluster
 
-    asked = as_prompt(read_prompt(prompt), chat)
+    asked = as_prompt(read_prompt(prompt), chat, model)
     if cluster is not None and costs is not Costs.measured:
         raise UsageError("a cluster has its own costs", hint="Leave out --costs, or --cluster.")
     on = Cluster.load(cluster) if cluster is not None else stages

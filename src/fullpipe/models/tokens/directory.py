@@ -29,10 +29,9 @@ def directory_tokenizer(path: Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     settings = _read_json(path / "tokenizer_config.json")
-    source = _template_source(path, settings)
-    eos_token = _token_text(settings.get("eos_token"))
-    template = ChatTemplate(source, _token_text(settings.get("bos_token")), eos_token) if source else None
-    return Tokenizer(backend, _end_ids(path, backend, eos_token), template, name=path.name)
+    source, tokens = _template_source(path, settings), _named_tokens(path, settings)
+    template = ChatTemplate(source, tokens) if source else None
+    return Tokenizer(backend, _end_ids(path, backend, tokens.get("eos_token")), template, tokens, name=path.name)
 
 
 def _end_ids(path: Path, backend: Any, eos_token: str | None) -> frozenset[int]:
@@ -46,17 +45,29 @@ def _end_ids(path: Path, backend: Any, eos_token: str | None) -> frozenset[int]:
 
 def _template_source(path: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template's text: a file of its own, or in the settings, alone or as the list's "default"."""
-    if (file := path / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.jinja", "chat_templates/default.jinja"):
+        if (file := path / name).is_file():
+            return file.read_text(encoding="utf-8")
     template = settings.get("chat_template") or _read_json(path / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     return template
 
 
+def _named_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name, as transformers tells them to templates: bos_token, pad_token, and what a model has of
+    its own. Older models have some in a file beside."""
+    extra = settings.get("extra_special_tokens")
+    known = [(name, token) for source in (_read_json(path / "special_tokens_map.json"), settings)
+             for name, token in source.items() if name.endswith("_token")]
+    own = extra.items() if isinstance(extra, dict) else ()
+    return {name: text for name, token in (*known, *own) if (text := _token_text(token)) is not None}
+
+
 def _token_text(token: Any) -> str | None:
-    """A token as settings files have it: a string, or an object around it."""
-    return token.get("content") if isinstance(token, dict) else token
+    """A token as settings files have it: a string, or an object around it. Of settings that are none: None."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -49,6 +49,10 @@ _SPLITTINGS = {
     "llama-bpe": _Splitting(pattern=_LETTERS + r"\p{N}{1,3}" + _REST, ignore_merges=True),
 }
 
+# Special tokens that templates may name, and what GGUF calls them.
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "cls": "cls",
+            "mask": "mask"}
+
 # GGUF's `tokenizer.ggml.token_type`.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
@@ -60,10 +64,11 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     tokens: list[str] = values["tokens"]
     named = {values[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in values}
     ends = {i for i, kind in enumerate(values["token_type"]) if kind == _CONTROL and tokens[i] in _END_TOKENS}
-    bos, eos = (tokens[values[key]] if key in values else None for key in ("bos_token_id", "eos_token_id"))
+    special = {f"{name}_token": tokens[values[f"{key}_token_id"]] for name, key in _SPECIAL.items()
+               if values.get(f"{key}_token_id", len(tokens)) < len(tokens)}
     source = metadata.get("tokenizer.chat_template")
-    template = ChatTemplate(source, bos, eos) if source else None
-    return Tokenizer(backend, frozenset(named | ends), template, name=path.stem)
+    template = ChatTemplate(source, special) if source else None
+    return Tokenizer(backend, frozenset(named | ends), template, special, name=path.stem)
 
 
 def _byte_level_bpe(path: Path, values: Mapping[str, Any]) -> Any:

@@ -13,10 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from fullpipe.errors import DraftMismatch, UsageError
+from fullpipe.models.tokens.messages import Message, conversation
 from fullpipe.models.tokens.stream import Decoding, TextStream
 from fullpipe.models.tokens.template import ChatTemplate
-
-Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Tokenizer:
 
     backend: the `tokenizers.Tokenizer`.
     eos_ids: every token after which the model has nothing more to say.
-    template: None for a model without a chat template.
+    template: None for a model without a chat template. named: the special tokens that have a name ("bos_token").
 
     Raises `UnsupportedModel` for a decoder that we do not know.
     """
@@ -33,6 +32,7 @@ class Tokenizer:
     backend: Any
     eos_ids: frozenset[int] = frozenset()
     template: ChatTemplate | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
     name: str = field(default="this model")
 
     def __post_init__(self) -> None:
@@ -45,25 +45,29 @@ class Tokenizer:
         """
         return list(self.backend.encode(text, add_special_tokens=add_special).ids)
 
-    def chat(self, prompt: str | Sequence[Message], system: str | None = None) -> list[int]:
+    def chat(self, prompt: str | Sequence[Message], system: str | None = None, *,
+             add_generation_prompt: bool | None = None, continue_final_message: bool = False,
+             chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a conversation in the model's own format, up to where its answer begins.
 
-        prompt: what the user says, or messages with "role" and "content". system: the system message; None
-        leaves it to the template, which may have one of its own.
+        prompt: what the user says, or messages (`messages.Message`). system: the system message; None leaves it to the
+        template, which may have one of its own. The others: as of `ChatTemplate.render`.
 
         Raises `UsageError` when the model has no template, or it refuses these messages.
         """
         if self.template is None:
             raise UsageError(
                 f"{self.name} has no chat template",
-                hint="Use --no-chat-template (use_chat_template=False) to let it continue the plain text.",
+                hint="Give it one (--chat-template FILE, chat_template=), or let it continue plain text: with "
+                     "--no-chat-template, a str in Python, /v1/completions on a server.",
             )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = conversation([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
         if system is not None:
-            if messages and messages[0].get("role") == "system":
+            if messages and messages[0]["role"] == "system":
                 raise UsageError("two system messages: one in the messages, one beside", hint="Drop one.")
             messages.insert(0, {"role": "system", "content": system})
-        return self.encode(self.template.render(messages))
+        return self.encode(self.template.render(messages, add_generation_prompt, continue_final=continue_final_message,
+                                                variables=chat_template_kwargs))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these tokens; bytes that are no UTF-8 become U+FFFD."""

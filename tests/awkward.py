@@ -42,8 +42,10 @@ def cases() -> dict[str, dict[str, Any]]:
     count = len(pieces["tokens"])
     extra = {"tokens": [*pieces["tokens"], "<tool>", "\n  x", "  x", "[PAD1]"], "scores": [*pieces["scores"], *[-1e3] * 4],
              "token_type": [*pieces["token_type"], *[_USER_DEFINED] * 3, _UNUSED]}
-    t5 = pieces | {"model": "t5", "eos_token_id": 2, "unknown_token_id": 0,
-                   "scores": [-5 - score / -1e3 for score in pieces["scores"]]}
+    names, bytes_end = pieces["tokens"], 3 + 256  # t5 has no bytes
+    t5 = {"model": "t5", "tokens": [*names[:3], *names[bytes_end:]], "eos_token_id": 2, "unknown_token_id": 0,
+          "scores": [0.0] * 3 + [-5 - (i / 7) ** 0.5 for i in range(len(names) - bytes_end)],
+          "token_type": [*pieces["token_type"][:3], *pieces["token_type"][bytes_end:]]}
     return {f"gpt2/{name}": words | {"pre": name} for name in SPLITTINGS} | {
         "llama/plain": pieces,
         "llama/no-prefix": pieces | {"add_space_prefix": False},

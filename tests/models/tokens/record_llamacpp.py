@@ -1,5 +1,5 @@
-"""Records what llama.cpp makes of the awkward texts: run it where `xllamacpp` is installed (see the path of its library
-below), with `tests` and `src` in PYTHONPATH.
+"""Records what llama.cpp and sentencepiece make of the awkward texts. Run it where `xllamacpp` and `sentencepiece` are
+installed, with `tests` and `src` in PYTHONPATH:
 
     python tests/models/tokens/record_llamacpp.py .../site-packages/xllamacpp/xllamacpp.abi3.so
 """
@@ -11,9 +11,13 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
-from awkward import RECORD, TEXTS, cases, digest, write_vocabulary
+from awkward import RECORD, TEXTS, cases, digest, piece_cases, write_vocabulary
+
+Encode = Callable[[str], list[int]]
 
 
 class _ModelParams(ctypes.Structure):
@@ -23,32 +27,45 @@ class _ModelParams(ctypes.Structure):
                 ("flags", ctypes.c_uint8 * 64))
 
 
-def main(library: str) -> None:
+def by_llama_cpp(library: str) -> Iterator[tuple[str, Encode]]:
+    """With BOS and EOS as the file wants them, and special tokens read where the text spells them out."""
     llama = ctypes.CDLL(library)
     llama.llama_model_default_params.restype = _ModelParams
     llama.llama_model_load_from_file.restype = llama.llama_model_get_vocab.restype = ctypes.c_void_p
     llama.llama_backend_init()
     params = llama.llama_model_default_params()
     params.flags[0] = True
-    groups: dict[str, list[str]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, keys in cases().items():
+
+    def encode(text: str) -> list[int]:
+        raw = text.encode()
+        room = (ctypes.c_int32 * (len(raw) + 16))()
+        count = llama.llama_tokenize(vocab, raw, len(raw), room, len(room), True, True)
+        return list(room[:count])
+
+    for name, keys in cases().items():
+        with tempfile.TemporaryDirectory() as folder:
             path = write_vocabulary(Path(folder) / "vocabulary.gguf", keys)
             model = llama.llama_model_load_from_file(str(path).encode(), params)
-            assert model, name
-            vocab = ctypes.c_void_p(llama.llama_model_get_vocab(ctypes.c_void_p(model)))
-            groups["".join(digest(_encode(llama, vocab, text)) for text in TEXTS)].append(name)
-    ids = {" ".join(names): digests for digests, names in groups.items()}
-    RECORD.write_text(json.dumps({"texts": TEXTS, "ids": ids}, indent=0))
+        assert model, name
+        vocab = ctypes.c_void_p(llama.llama_model_get_vocab(ctypes.c_void_p(model)))
+        yield name, encode
 
 
-def _encode(llama: ctypes.CDLL, vocab: ctypes.c_void_p, text: str) -> list[int]:
-    """With BOS and EOS as the file wants them, and special tokens read where the text spells them out."""
-    raw = text.encode()
-    room = (ctypes.c_int32 * (len(raw) + 16))()
-    count = llama.llama_tokenize(vocab, raw, len(raw), room, len(room), True, True)
-    return list(room[:count])
+def by_sentencepiece() -> Iterator[tuple[str, Encode]]:
+    """Sentencepiece knows no special tokens in a text."""
+    module = import_module("sentencepiece")
+    for name, content in piece_cases().items():
+        yield name, module.SentencePieceProcessor(model_proto=content).encode
+
+
+def grouped(encoders: Iterator[tuple[str, Encode]]) -> dict[str, str]:
+    """Digests by the names of the cases that have them."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, encode in encoders:
+        groups["".join(digest(encode(text)) for text in TEXTS)].append(name)
+    return {" ".join(names): digests for digests, names in groups.items()}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    record = {"texts": TEXTS, "ids": grouped(by_llama_cpp(sys.argv[1])), "sentencepiece": grouped(by_sentencepiece())}
+    RECORD.write_text(json.dumps(record, indent=0) + "\n")

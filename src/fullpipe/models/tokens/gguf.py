@@ -6,6 +6,7 @@ would save 0.3 s of that: not worth a second copy that can go stale.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -15,13 +16,15 @@ from typing import Any
 import tokenizers
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
-from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.models.gguf_header import read_header
+from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.models.tokens.pieces import Kind, Pieces, piece_tokenizer
 from fullpipe.models.tokens.special import put_around
 from fullpipe.models.tokens.splitting import SPLITTINGS
 from fullpipe.models.tokens.template import ChatTemplate
 from fullpipe.models.tokens.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 # What ends a turn or a text. GGUF metadata names one end token only, yet a chat model may end with another: Qwen says
 # <|im_end|> after a turn and <|endoftext|> after a document. The list is llama.cpp's.
@@ -50,8 +53,8 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     metadata = read_header(gguf_parts(path)[0], arrays=True).metadata
     vocabulary = _Vocabulary(path, metadata)
     backend = vocabulary.backend()
-    template = ChatTemplate(source, vocabulary.text("bos"), vocabulary.text("eos")) if (
-        source := _template_source(metadata)) else None
+    source = _template_source(metadata)
+    template = ChatTemplate(source, vocabulary.text("bos"), vocabulary.text("eos")) if source else None
     return Tokenizer(backend, vocabulary.ends, template, name=path.stem)
 
 
@@ -69,7 +72,8 @@ class _Vocabulary:
         self._model = self._values.get("model")
         if self._model not in _MAKERS:
             raise UnsupportedModel(
-                f"{path} has a tokenizer of kind {self._model!r}; known are {_listed(_MAKERS)}", hint=_USE_ANOTHER_FORMAT
+                f"{path} has a tokenizer of kind {self._model!r}; known are {_listed(_MAKERS)}",
+                hint=_USE_ANOTHER_FORMAT,
             )
         if suppressed := self._values.get("suppress_tokens"):
             raise UnsupportedModel(f"{path} forbids {len(suppressed)} tokens (tokenizer.ggml.suppress_tokens), which "
@@ -111,8 +115,8 @@ class _Vocabulary:
         made = {merge.replace(" ", "", 1) for merge in self._values.get("merges", ()) if "<" in merge or "[" in merge}
         known = set(_END_TOKENS).union(*(texts for key, texts in _FILL_END_TOKENS.items() if key not in self._values))
         by_text = {i for i, token in enumerate(self.tokens) if token in known and token not in made}
-        by_key = {self.id(key.removesuffix("_token_id")) for key in _END_KEYS} | {*self._values.get("eos_token_ids", ())}
-        return frozenset(by_text | (by_key - {None}))
+        by_key = {id for key in _END_KEYS if (id := self.id(key.removesuffix("_token_id"))) is not None}
+        return frozenset(by_text | by_key | set(self._values.get("eos_token_ids", ())))
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -154,6 +158,9 @@ class _Vocabulary:
         return list(values[: len(self.tokens)])
 
     def byte_level(self) -> Any:
+        if "pre" not in self._values:
+            _log.warning("%s does not say how it splits words (tokenizer.ggml.pre): taken is llama.cpp's default, "
+                         "which may not be the model's", self._path)
         pre = self._values.get("pre", "default")
         if pre not in SPLITTINGS:
             raise UnsupportedModel(

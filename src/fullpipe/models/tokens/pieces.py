@@ -28,9 +28,9 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """unknown: the id of what stands for a character without a token. unigram: the pieces are chosen for the best sum of
-    their scores; otherwise neighbours are merged, the best score first. prefix: which text gets a space before it: none,
-    the first, or each between special tokens too. squeeze: spaces around the text go, and of several one stays.
+    """unknown: the id of what stands for a character without a token. unigram: the pieces are chosen for the best sum
+    of their scores; otherwise neighbours are merged, the best score first. prefix: which text gets a space before it:
+    none, the first, or each between special tokens too. squeeze: spaces around the text go, and of several one stays.
     charsmap: sentencepiece's compiled normalisation. inner: user-defined pieces are found in the normalised text, as
     sentencepiece does, and not in the raw one, as llama.cpp does.
     """

@@ -51,7 +51,9 @@ _TEKKEN = f"{_CASED[0]}|{_CASED[1]}|{_DIGIT}|{_PATHS}"
 _GPT4O = f"{_CASED[0]}{_SHORT}?|{_CASED[1]}{_SHORT}?|{_DIGITS}|{_PATHS}"
 
 _ASCII_MARKS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
-_DEEPSEEK3 = rf"{_ASCII_MARKS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}"
+_DEEPSEEK3 = (
+    rf"{_ASCII_MARKS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}"
+)
 _DEEPSEEK_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
     "ὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼ"
@@ -82,7 +84,8 @@ _FAMILIES: dict[str, Splitting] = {
     "deepseek-v3 hunyuan-dense joyai-llm": Splitting((_DIGITS, "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
     "jais-2": Splitting((
         rf"{_SHORT}|{_LETTERS}|{_DIGITS}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
-        + "|".join(rf"\s{{{count}}}(?!\S)" for count in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2")) + r"|\s",
+        + "".join(rf"\s{{{count}}}(?!\S)|" for count in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
+        + r"\s",
     )),
     "bloom gpt3-finnish poro-chat": Splitting((_BLOOM,)),
     "viking": Splitting((_BLOOM, _DIGIT)),
@@ -94,8 +97,8 @@ _FAMILIES: dict[str, Splitting] = {
     "ufakzeka": Splitting((f"{_LETTERS}|{_DIGIT}|{_SYMBOLS}",)),
     "laguna": Splitting((r"[^\n]+|\n+", _QWEN2)),
     "exaone-moe": Splitting((
-        rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|{_DIGIT}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?"
-        rf"|\s*[\r\n]|{_SPACES}",
+        rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|{_DIGIT}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|\s*[\r\n]|{_SPACES}",
     )),
     "minicpm5": Splitting((_DIGITS, rf"{_SHORT}|{_LETTERS}|\p{{N}}+|{_SYMBOLS}"), ignore_merges=True),
     "youtu": Splitting((

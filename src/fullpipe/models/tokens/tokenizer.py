@@ -118,7 +118,7 @@ class Tokenizer:
         digest = hashlib.sha256()
         for id_, token in sorted(self.tokens.items()):
             digest.update(f"{id_}\t{token}\n".encode())
-        for merge in json.loads(self.backend.to_str())["model"].get("merges", ()):
+        for merge in json.loads(self.backend.model.__getstate__()).get("merges", ()):
             digest.update(f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode())
         return digest.hexdigest()
 

@@ -121,7 +121,7 @@ def of_another(parts: list[Path]) -> Path:
 
 @pytest.mark.parametrize(("damage", "error", "said"), [
     (lambda parts: without(parts, 1), ModelNotFound, "model-00002-of-00003.gguf is missing in"),
-    (lambda parts: without(parts, 0, 2), ModelNotFound, "model-00001-of-00003.gguf, model-00003-of-00003.gguf are miss"),
+    (lambda parts: without(parts, 0, 2), ModelNotFound, "model-00001-of-00003.gguf, model-00003-of-00003.gguf are"),
     (exchanged, DamagedModel, "model-00003-of-00003.gguf is not part 3 of 3: its header says part 2 of 3"),
     (renamed, DamagedModel, "one of 3 parts of a split GGUF file, and its name does not say which"),
     (cut, DamagedModel, "model-00002-of-00003.gguf is cut short"),

@@ -23,7 +23,8 @@ def write(folder: Path, begins: bool, **files: dict[str, Any]) -> Path:
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
     if begins:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+        around = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+        backend.post_processor = around
     backend.save(str(folder / "tokenizer.json"))
     for name, value in {"config": {"model_type": "llama"}, **files}.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
@@ -41,7 +42,8 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrained
     {"tokenizer_config": NAMED | {"add_bos_token": False}},
     {"tokenizer_config": NAMED | {"add_prefix_space": True, "clean_up_tokenization_spaces": True}},
     {"tokenizer_config": NAMED | {"added_tokens_decoder": {"259": ENTRY}}},
-    {"tokenizer_config": NAMED | {"added_tokens_decoder": {"259": ENTRY | {"special": False}, "260": {"content": "<y>"}}}},
+    {"tokenizer_config": NAMED | {"added_tokens_decoder": {"259": ENTRY | {"special": False},
+                                                           "260": {"content": "<y>"}}}},
     {"tokenizer_config": NAMED | {"added_tokens_decoder": {"257": ENTRY | {"content": "<s>", "lstrip": True}}}},
     {"tokenizer_config": NAMED | {"additional_special_tokens": ["<x>", "<y>"]}},
     {"tokenizer_config": NAMED | {"extra_special_tokens": {"x_token": "<x>"}}},

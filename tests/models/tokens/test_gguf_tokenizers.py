@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import unicodedata
 from functools import cache
@@ -13,6 +14,7 @@ import pytest
 from awkward import TEXTS, cases, digest, recorded, write_vocabulary
 from fullpipe.errors import DamagedModel, ModelError, UnsupportedModel
 from fullpipe.models.tokens.gguf import gguf_tokenizer
+from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.tokens.splitting import SPLITTINGS
 from fullpipe.models.tokens.tokenizer import Tokenizer
 
@@ -47,6 +49,15 @@ def test_what_was_encoded_is_decoded(name: str, tmp_path: Path) -> None:
             assert tokenizer.decode(ids) == text
 
 
+def test_a_directory_of_the_same_vocabulary_has_the_same_fingerprint(tmp_path: Path) -> None:
+    """Converters list sentencepiece's merges in orders of their own, and scores give them."""
+    ours = gguf_tokenizer(write_vocabulary(tmp_path / "m.gguf", known()["llama/plain"]))
+    written = json.loads(ours.backend.to_str())
+    written["model"]["merges"].reverse()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
+
+
 def test_vocabularies_with_ties_can_be_told_apart(tmp_path: Path) -> None:
     """The fingerprint reads no part of a tokenizer that cannot be written down."""
     one, other = (gguf_tokenizer(write_vocabulary(tmp_path / f"{i}.gguf", known()[name]))
@@ -57,7 +68,8 @@ def test_vocabularies_with_ties_can_be_told_apart(tmp_path: Path) -> None:
 # Keys.
 
 
-def words(folder: Path, more: list[str] | None = None, metadata: dict[str, Any] | None = None, **keys: Any) -> Tokenizer:
+def words(folder: Path, more: list[str] | None = None, metadata: dict[str, Any] | None = None, **keys: Any
+          ) -> Tokenizer:
     """A small byte-level tokenizer; `more` are control tokens."""
     tokens = [*ALPHABET, *(more or [])]
     kinds = [1] * len(ALPHABET) + [3] * len(more or [])

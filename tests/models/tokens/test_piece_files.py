@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def folder_with(folder: Path, content: bytes, **files: dict[str, Any]) -> Tokeni
     return load_tokenizer(folder)
 
 
-SMALL = {"tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "<x>"], "scores": [0, 0, 0, -9, -9, -9, -1, -2, 0],
+SMALL = {"tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "<x>"],
+         "scores": [0, 0, 0, -9, -9, -9, -1, -2, 0],
          "token_type": [2, 3, 3, 1, 1, 1, 1, 1, 3]}
 
 
@@ -86,14 +88,15 @@ def test_what_is_refused_is_named(content: bytes, error: type[ModelError], said:
 
 
 def merged(text: str, scores: dict[str, float]) -> list[str]:
-    """The rule itself: of all neighbours that together are a token, the best go first, and of equal ones the leftmost."""
+    """The rule itself: of neighbours that together are a token, the best go first, and of equal ones the leftmost."""
     symbols = list(text)
     while True:
-        found = [(-scores[both], at) for at in range(len(symbols) - 1) if (both := "".join(symbols[at : at + 2])) in scores]
+        joined = ["".join(pair) for pair in pairwise(symbols)]
+        found = [(-scores[both], at) for at, both in enumerate(joined) if both in scores]
         if not found:
             return symbols
         at = min(found)[1]
-        symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
+        symbols[at : at + 2] = [joined[at]]
 
 
 TOKENS = st.lists(st.text("ab", min_size=2, max_size=5), min_size=1, max_size=12, unique=True)

@@ -116,7 +116,8 @@ class _Vocabulary:
         known = set(_END_TOKENS).union(*(texts for key, texts in _FILL_END_TOKENS.items() if key not in self._values))
         by_text = {i for i, token in enumerate(self.tokens) if token in known and token not in made}
         by_key = {id for key in _END_KEYS if (id := self.id(key.removesuffix("_token_id"))) is not None}
-        return frozenset(by_text | by_key | set(self._values.get("eos_token_ids", ())))
+        listed = {id for id in self._values.get("eos_token_ids", ()) if 0 <= id < len(self.tokens)}
+        return frozenset(by_text | by_key | listed)
 
     @cached_property
     def _special(self) -> frozenset[int]:

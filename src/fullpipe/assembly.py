@@ -25,6 +25,7 @@ from fullpipe.costs import Machine
 from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.hub import CATALOGUE, cache, resolve
 from fullpipe.methods import Method, make_method, options_of
+from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import Link, Links
@@ -249,7 +250,7 @@ def _kept_costs(prepared: Prepared) -> KeptCosts:
 
 def _fingerprint(path: Path) -> list[int]:
     """Changes when a model's files do: sizes and moments of the last change."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted(path.iterdir()) if path.is_dir() else gguf_parts(path)
     return [number for file in files for number in (file.stat().st_size, int(file.stat().st_mtime))]
 
 

@@ -142,7 +142,7 @@ def test_missing_weights(copy: Path) -> None:
 def test_a_missing_tokenizer(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     said, hint = refused(asking(copy), 3)
-    assert said == f"{copy} has no tokenizer.json" and "save_pretrained" in hint
+    assert said == f"{copy} has no tokenizer.json and no tokenizer.model" and "save_pretrained" in hint
 
 
 def cut_short(path: Path) -> None:

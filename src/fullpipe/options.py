@@ -47,6 +47,8 @@ class ModelOptions:
                         "--draft", "-d")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 where the processor computes in it.")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
+    generation_config: str = option("auto", "Whose sampling counts where a request says nothing: auto (the model's "
+                                    "files'), none, or that of a folder with a generation_config.json.")
     margins: bool = False
 
     def __post_init__(self) -> None:
@@ -127,9 +129,10 @@ class EngineOptions:
     spare_slots: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "kv_cache_tokens"):
+        for name, least in (("max_num_seqs", 1), ("kv_cache_tokens", 1), ("prefill_chunk", 1), ("fanout", 1),
+                            ("spare_slots", 0)):
             value = getattr(self, name)
-            _refuse_unless((value is None or value >= 1, f"{name} must be 1 or more (got {value})"))
+            _refuse_unless((value is None or value >= least, f"{name} must be {least} or more (got {value})"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

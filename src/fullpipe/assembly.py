@@ -180,6 +180,8 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
                          hint="Name one (a model, or ngram), or use the method pp.")
     if options.model.draft == "auto" and not check.needs_draft:
         names = []
+    if names and not check.needs_draft:
+        say(f"warning: the method {asked.method} asks no draft, so {options.model.draft} changes nothing")
     path = resolve(name)
     files = open_model(path)
     tokenizer = load_tokenizer(path)

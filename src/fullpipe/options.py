@@ -166,6 +166,10 @@ class ServerOptions:
         _refuse_unless(
             (0 <= self.port < 65536, f"the port must be below 65536 (got {self.port})"),
             (self.max_waiting >= 0, f"max_waiting must be 0 or more (got {self.max_waiting})"),
+            *((getattr(self, name) >= 1, f"{name} must be 1 or more (got {getattr(self, name)})")
+              for name in ("max_connections", "max_choices", "max_body_bytes")),
+            *((limit is None or limit > 0, f"{name} must be above 0 (got {limit})")
+              for name in ("body_timeout", "write_timeout", "request_timeout") for limit in (getattr(self, name),)),
             (self.shutdown_timeout >= 0, f"shutdown_timeout must be 0 or more (got {self.shutdown_timeout})"),
             (self.log_level in LOG_LEVELS, f"unknown log level {self.log_level!r}; known are {', '.join(LOG_LEVELS)}"))
 

@@ -63,6 +63,7 @@ def test_end_tokens() -> None:
     ({"mlp_bias": True}, "mlp_bias"),
     ({"num_local_experts": 8}, "mixture of experts"),
     ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ({"quantization_config": {"bits": 4}}, "a quantization_config without quant_method"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
     ({"partial_rotary_factor": 0.5}, "50%"),
@@ -88,6 +89,32 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], named: str) -> 
 ])
 def test_a_sliding_window_that_hides_nothing_is_fine(changes: dict[str, Any]) -> None:
     assert read_hf(LLAMA | changes).max_positions == 512
+
+
+def test_layers_behind_the_last_that_slides_are_none() -> None:
+    """transformers: layers from max_window_layers on slide, 28 where it is not named; the window is 4096 then."""
+    asked = {"model_type": "qwen2", "architectures": None, "use_sliding_window": True, "max_position_embeddings": 8192}
+    assert read_hf(LLAMA | asked).max_positions == 8192
+    with pytest.raises(UnsupportedModel, match="4096 of 8192"):
+        read_hf(LLAMA | asked | {"max_window_layers": 0})
+
+
+def test_a_stretched_context_may_be_wider_than_the_window() -> None:
+    mistral = {"model_type": "mistral", "architectures": None, "sliding_window": 512}
+    with pytest.raises(UnsupportedModel, match="512 of 2048"):
+        read_hf(LLAMA | mistral | {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    with pytest.raises(UnsupportedModel, match="64 of 512"):  # transformers' Mistral does not read layer_types
+        read_hf(LLAMA | mistral | {"sliding_window": 64, "layer_types": ["full_attention"] * 3})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_key_value_heads_that_are_left_out_or_null(family: str) -> None:
+    """As transformers' classes have it: null is one for each head, leaving them out is the family's own number."""
+    values = LLAMA | {"model_type": family, "architectures": None, "sliding_window": None, "num_attention_heads": 64,
+                      "hidden_size": 128}
+    assert read_hf(values | {"num_key_value_heads": None}).kv_heads == 64
+    del values["num_key_value_heads"]
+    assert read_hf(values).kv_heads == {"llama": 64, "mistral": 8}.get(family, 32)
 
 
 @pytest.mark.parametrize(("changes", "named"), [

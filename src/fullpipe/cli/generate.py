@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fullpipe.llm import LLM, Chunk, Completion, Prompt
 
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
-_OF_CHANCE = ("top_k", "top_p", "min_p", "seed")
+_OF_CHANCE = ("top_k", "top_p", "min_p")
 
 
 def generate(

@@ -135,7 +135,7 @@ def _parameter(one: Field[Any], kind: Any, default: Any, shown: str | None = Non
     if bool in parts:
         flags = [f"{flag}/--no-{flag.removeprefix('--')}"]
     if _is_list(kind, str):
-        kind, default = list[str] | None, list(default) or None
+        kind, default = list[str] | None, list(default or ()) or None
     elif _is_list(kind, int):
         kind, default = str | None, ",".join(map(str, default)) if default else None
         more["metavar"] = "N,N,..."

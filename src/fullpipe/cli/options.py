@@ -93,7 +93,9 @@ class _Group:
         kind, default = self.types[one.name], getattr(self.default, one.name)
         if self.said is None:
             return _parameter(one, kind, default)
-        words = f"{self.said.words}, or {default}" if one.name in self.said.elsewhere else str(default or "")
+        words = "" if isinstance(default, bool) or default == () else str(default)
+        if one.name in self.said.elsewhere:
+            words = f"{self.said.words}, or {words}"
         return _parameter(one, kind | None, None, words)
 
     def collect(self, given: dict[str, Any]) -> Any:

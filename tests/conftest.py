@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,15 @@ settings.load_profile("fixed")
 
 _CHROMIUM = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--window-size=1400,1100")
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """A model that answers in this process takes all cores; the tests behind it shall not have them."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(before or 1)
 
 
 @pytest.fixture(scope="module")

@@ -63,11 +63,16 @@ _GGUF_NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "se
                "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 
 
+_KINDS_OF_KEYS = {str: gguf.GGUFWriter.add_string, int: gguf.GGUFWriter.add_uint32,
+                  float: gguf.GGUFWriter.add_float32, list: gguf.GGUFWriter.add_array}
+
+
 def write_gguf(model: PreTrainedModel, path: Path, *, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
-               rope_factors: Tensor | None = None, metadata: dict[str, Any] | None = None) -> Path:
+               rope_factors: Tensor | None = None, metadata: dict[str, Any] | None = None,
+               tensors: dict[str, Tensor] | None = None) -> Path:
     """Write a llama, qwen2 or qwen3 model as llama.cpp's converter does; matrices in `kind`, vectors in F32.
 
-    rope_factors: becomes `rope_freqs.weight`. metadata: further keys (strings and whole numbers).
+    rope_factors: becomes `rope_freqs.weight`. metadata: further keys. tensors: further ones.
     """
     config = model.config
     arch = config.model_type
@@ -87,13 +92,15 @@ def write_gguf(model: PreTrainedModel, path: Path, *, kind: gguf.GGMLQuantizatio
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for key, value in (metadata or {}).items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+        _KINDS_OF_KEYS[type(value)](writer, key, value)
     for name, values in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         _add_tensor(writer, _gguf_name(name), _llama_order(name, values, config), kind)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fullpipe.assembly import stage_ends
-from fullpipe.models.config import ModelConfig, Rope
+from fullpipe.models.config import ModelConfig
+from fullpipe.models.rope import Rope
 from fullpipe.models.spd_checkpoint import ModuleConfig, VerifierIdentity, identity_of, save_checkpoint
 from fullpipe.models.spd_module import PipelineDraftModule
 from fullpipe.models.tokens.loading import load_tokenizer

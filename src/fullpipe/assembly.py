@@ -36,6 +36,7 @@ from fullpipe.threads import cores
 
 if TYPE_CHECKING:
     from fullpipe.models.config import ModelConfig
+    from fullpipe.models.generation import Generation
     from fullpipe.models.tokens.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -70,6 +71,7 @@ class Prepared:
 
     options: with nothing left to be decided: the method, the draft and the dtype have names. stages, draft: how each
     station is built. drafts: who guesses, by name. max_model_len: tokens of prompt and answer together.
+    generation: how the model's files want it sampled where a request says nothing.
     """
 
     options: Options
@@ -78,6 +80,7 @@ class Prepared:
     draft: StationSpec | None
     drafts: tuple[str, ...]
     max_model_len: int
+    generation: Generation
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -105,8 +108,14 @@ class Prepared:
 
     def engine_options(self, asked: EngineOptions) -> EngineOptions:
         """What an engine may do with these stations: a draft that reads hidden states would never hear of rows that
-        another request has computed, so with one prefixes are not shared."""
+        another request has computed, so with one prefixes are not shared. `unshared` says so."""
         return replace(asked, enable_prefix_caching=asked.enable_prefix_caching and not self.reads_taps)
+
+    def unshared(self, asked: EngineOptions) -> str | None:
+        """Why prefixes are not shared although that is asked for; None where they are, or it is not."""
+        if not (asked.enable_prefix_caching and self.reads_taps):
+            return None
+        return "prefixes are not shared: the draft module reads hidden states, which shared rows do not bring"
 
     def method(self, machine: Machine | None = None, name: str | None = None, **changes: Any) -> Method:
         """The method of the options; or another one, to which those of its options go that it has. changes: options
@@ -143,7 +152,8 @@ def assemble(options: Options, say: Say = _silent) -> Assembly:
     """
     prepared = prepare(options, say)
     if options.method.method == "auto" and prepared.options.method.method == "chain":
-        return _assemble_what_pays(prepared, say, may_do_without=options.model.draft == "auto")
+        said = options.model.draft != "auto" or options.method.depth or options.method.floor is not None
+        return _assemble_what_pays(prepared, say, may_do_without=not said)
     pipeline = start(prepared, say)
     try:
         method = prepared.method(measured(prepared, pipeline, say))
@@ -156,6 +166,7 @@ def assemble(options: Options, say: Say = _silent) -> Assembly:
 def prepare(options: Options, say: Say = _silent) -> Prepared:
     """Find the models, check that they fit together and with the options, and cut the target into stages."""
     from fullpipe.models.dtypes import pick_dtype
+    from fullpipe.models.generation import sampling_of
     from fullpipe.models.tokens.loading import load_tokenizer, with_template
     from fullpipe.models.weights import open_model
 
@@ -170,6 +181,8 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
                          hint="Name one (a model, or ngram), or use the method pp.")
     if options.model.draft == "auto" and not check.needs_draft:
         names = []
+    if names and not check.needs_draft:
+        say(f"warning: the method {asked.method} asks no draft, so {options.model.draft} changes nothing")
     path = resolve(name)
     files = open_model(path)
     tokenizer = with_template(load_tokenizer(path), options.model.chat_template,
@@ -178,9 +191,20 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
     target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype), vocab, ends)
     draft = draft_spec(names, target, say)
-    length = min(options.model.max_model_len or files.config.max_positions, files.config.max_positions)
+    length = _length(options.model.max_model_len, files.config.max_positions)
     stages = stage_specs(target, margins=options.model.margins, taps=taps_of(names))
-    return Prepared(replace(options, method=asked), target, tuple(stages), draft, tuple(names), length)
+    generation = sampling_of(path, options.model.generation_config)
+    return Prepared(replace(options, method=asked), target, tuple(stages), draft, tuple(names), length,
+                    generation)
+
+
+def _length(asked: int | None, most: int) -> int:
+    """Tokens of prompt and answer together. Raises UsageError for more than the model was made for, as vLLM does."""
+    if asked is not None and asked > most:
+        raise UsageError(f"max_model_len is {asked}, and the model takes {most} tokens",
+                         hint="Ask for no more than that, or leave it out. If the model is made for more, its files "
+                              "must say so: max_position_embeddings or rope_scaling in config.json.")
+    return asked or most
 
 
 def _what_auto_means(names: Sequence[str], stages: int | None) -> str:

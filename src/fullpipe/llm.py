@@ -30,6 +30,7 @@ from fullpipe.request import SamplingParams
 from fullpipe.service import Asked, Service, Ticket, Update
 
 if TYPE_CHECKING:
+    from fullpipe.models.generation import Generation
     from fullpipe.models.tokens.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -44,6 +45,8 @@ class Completion:
     finish_reason: "stop" (end token or stop string), "length", "abort" or "error".
     usage, speculation, timing: as `fullpipe generate --json` prints them; DESIGN section 8 says what the
     figures mean. margins: per token how far it stood above the second best; None without a second or if not asked.
+    logprobs: per token its log-probability and those of the likeliest, as (token, logprob) with its own first; empty
+    unless `SamplingParams.logprobs` asks for them.
     """
 
     text: str
@@ -53,10 +56,11 @@ class Completion:
     speculation: dict[str, Any]
     timing: dict[str, Any]
     margins: list[float | None] = field(default_factory=list)
+    logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
-        del values["margins"]
+        del values["margins"], values["logprobs"]
         return values
 
 
@@ -92,6 +96,7 @@ class _Answer:
         whole.text += update.text
         whole.token_ids += update.token_ids
         whole.margins += update.margins
+        whole.logprobs += update.logprobs
         whole.reason, whole.error, whole.failure = update.reason, update.error, update.failure
         return update
 
@@ -129,14 +134,16 @@ class LLM:
     def __init__(self, model: str | Path, *, listeners: Iterable[Listener] = (),
                  progress: Callable[[str], None] = lambda line: None, **options: Any) -> None:
         wanted = Options.of(model=str(model), **options)
-        self._open(assemble(wanted, progress), wanted.engine, "wall", listeners)
+        self._open(assemble(wanted, progress), wanted.engine, "wall", listeners, progress)
+        for line in self.generation.told():
+            progress(line)
 
     @classmethod
     def of(cls, options: Options, *, listeners: Iterable[Listener] = (),
            progress: Callable[[str], None] = lambda line: None) -> Self:
         """The same, with options that were put together before."""
         llm = cls.__new__(cls)
-        llm._open(assemble(options, progress), options.engine, "wall", listeners)
+        llm._open(assemble(options, progress), options.engine, "wall", listeners, progress)
         return llm
 
     @classmethod
@@ -149,16 +156,26 @@ class LLM:
                   listeners)
         return llm
 
-    def _open(self, made: Assembly, engine: EngineOptions, clock: str, listeners: Iterable[Listener]) -> None:
-        engine = made.prepared.engine_options(engine)
+    def _open(self, made: Assembly, engine: EngineOptions, clock: str, listeners: Iterable[Listener],
+              progress: Callable[[str], None] = lambda line: None) -> None:
+        unshared, engine = made.prepared.unshared(engine), made.prepared.engine_options(engine)
         self._prepared, self._machine, self._clock = made.prepared, made.method.machine, clock
         self._shares_prefixes, self.max_num_seqs = engine.enable_prefix_caching, engine.max_num_seqs
         try:
+            if unshared:
+                raise UsageError(unshared, hint="Leave enable_prefix_caching out, or use another draft.")
             self._service = Service(made.pipeline, made.method, made.prepared, options=engine, rebuild=made.rebuild,
                                     listeners=list(listeners))
         except BaseException:
             made.pipeline.close()
             raise
+        try:
+            short = self._service.check_length(made.prepared.options.model.max_model_len)
+        except UsageError:
+            self._service.close()
+            raise
+        if short:
+            progress(short)
         self.tokenizer: Tokenizer = made.prepared.tokenizer
         self.max_model_len = self._service.max_model_len
         self.num_stages = made.pipeline.num_stages
@@ -170,22 +187,33 @@ class LLM:
         return self._prepared.vocab_size
 
     @property
+    def generation(self) -> Generation:
+        """How the model's files want it sampled."""
+        return self._prepared.generation
+
+    @property
     def method(self) -> str:
         """The name of the method."""
         return self._service.engine.method.name
 
     # ---- asking ------------------------------------------------------------------------------------------
 
+    def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """How it is sampled where nothing is said: as the model's files ask for (`generation_config`), and for what
+        they do not say as `SamplingParams` does. changes: fields that differ."""
+        return SamplingParams(**{**self.generation.params, **changes})
+
     def generate(self, prompts: Prompt | Sequence[Prompt],
                  params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
         """Answer one prompt or several, as many at once as `max_num_seqs` says; results in order of the prompts.
 
-        params: for all prompts, or as many as there are prompts. Raises UsageError when the numbers differ.
+        params: for all prompts, or as many as there are prompts; taken as they are. None: those of
+        `get_default_sampling_params`. Raises UsageError when the numbers differ.
         When a station fails for good or Ctrl-C comes, the exception's `completions` hold what there is: whole answers,
         and begun ones with the finish reason "error" or "abort".
         """
         asked = _as_prompts(prompts)
-        answers = self._submit(asked, _one_each(params, len(asked)))
+        answers = self._submit(asked, self._one_each(params, len(asked)))
         try:
             for one in answers:
                 one.rest()
@@ -200,7 +228,7 @@ class LLM:
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, *,
              add_generation_prompt: bool | None = None, continue_final_message: bool = False,
              chat_template_kwargs: Mapping[str, Any] | None = None) -> Completion:
-        """Answer a conversation through the model's chat template.
+        """Answer a conversation through the model's chat template. params: as in `generate`.
 
         continue_final_message: go on with the last message rather than begin an answer, which add_generation_prompt
         stands for (None: unless the last message is continued). chat_template_kwargs: what the template reads besides,
@@ -213,11 +241,11 @@ class LLM:
         return self.generate([tokens], params)[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
-        """Answer one prompt piece by piece; the last chunk carries the completion. Closing the generator
-        aborts the request. When a station fails for good or Ctrl-C comes, the last chunk (finish reason "error" or
-        "abort") still comes before the exception is raised; who is hit by Ctrl-C between two chunks gets it
+        """Answer one prompt piece by piece; the last chunk carries the completion. params: as in `generate`. Closing
+        the generator aborts the request. When a station fails for good or Ctrl-C comes, the last chunk (finish reason
+        "error" or "abort") still comes before the exception is raised; who is hit by Ctrl-C between two chunks gets it
         from `throw`."""
-        (one,) = self._submit([prompt], [params or SamplingParams()])
+        (one,) = self._submit([prompt], [params or self.get_default_sampling_params()])
         told = 0
         try:
             while one.whole.reason is None:
@@ -281,6 +309,14 @@ class LLM:
             one.ticket = ticket
         return answers
 
+    def _one_each(self, params: SamplingParams | Sequence[SamplingParams] | None, number: int) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.get_default_sampling_params()] * number
+        if len(params) != number:
+            raise UsageError(f"there are {number} prompts and {len(params)} sampling parameters",
+                             hint="Give one SamplingParams for all prompts, or one for each.")
+        return list(params)
+
     def _cancel(self, answers: Sequence[_Answer]) -> None:
         """End those that run, and take in the last that is told of them."""
         open = [one for one in answers if one.whole.reason is None]
@@ -299,7 +335,7 @@ class LLM:
             {"clock": self._clock, "ttft_s": stats.ttft_s, "tbt_s": stats.tbt_s,
              "tokens_per_s": stats.num_emitted / spent if stats.num_emitted and spent > 0 else 0.0,
              "wall_s": (one.ended or time.monotonic()) - one.begun},
-            whole.margins)
+            whole.margins, whole.logprobs)
 
 
 def _drain_if_idle(engine: Engine) -> None:
@@ -321,12 +357,3 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
                                                  or hasattr(prompts[0], "model_dump"))):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, number: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * number
-    if len(params) != number:
-        raise UsageError(f"there are {number} prompts and {len(params)} sampling parameters",
-                         hint="Give one SamplingParams for all prompts, or one for each.")
-    return list(params)

@@ -51,6 +51,8 @@ class ModelOptions:
                                        "template itself.", metavar="FILE")
     default_chat_template_kwargs: dict[str, Any] | None = option(None, "What chat templates are told besides, as a "
                                                                  'JSON object: {"enable_thinking": false}.')
+    generation_config: str = option("auto", "Whose sampling counts where a request says nothing: auto (the model's "
+                                    "files'), none, or that of a folder with a generation_config.json.")
     margins: bool = False
 
     def __post_init__(self) -> None:
@@ -131,9 +133,10 @@ class EngineOptions:
     spare_slots: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "kv_cache_tokens"):
+        for name, least in (("max_num_seqs", 1), ("kv_cache_tokens", 1), ("prefill_chunk", 1), ("fanout", 1),
+                            ("spare_slots", 0)):
             value = getattr(self, name)
-            _refuse_unless((value is None or value >= 1, f"{name} must be 1 or more (got {value})"))
+            _refuse_unless((value is None or value >= least, f"{name} must be {least} or more (got {value})"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +170,10 @@ class ServerOptions:
         _refuse_unless(
             (0 <= self.port < 65536, f"the port must be below 65536 (got {self.port})"),
             (self.max_waiting >= 0, f"max_waiting must be 0 or more (got {self.max_waiting})"),
+            *((getattr(self, name) >= 1, f"{name} must be 1 or more (got {getattr(self, name)})")
+              for name in ("max_connections", "max_choices", "max_body_bytes")),
+            *((limit is None or limit > 0, f"{name} must be above 0 (got {limit})")
+              for name in ("body_timeout", "write_timeout", "request_timeout") for limit in (getattr(self, name),)),
             (self.shutdown_timeout >= 0, f"shutdown_timeout must be 0 or more (got {self.shutdown_timeout})"),
             (self.log_level in LOG_LEVELS, f"unknown log level {self.log_level!r}; known are {', '.join(LOG_LEVELS)}"))
 

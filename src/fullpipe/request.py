@@ -20,7 +20,8 @@ class SamplingParams:
     """How the next token is picked; names and meanings as vLLM has them.
 
     Three defaults differ: temperature 0 (greedy), max_tokens 128, and seed 0: the same question gets the
-    same answer. Give each request a seed of its own for different samples.
+    same answer. Give each request a seed of its own for different samples. At temperature 0 top_k, top_p, min_p
+    and seed change nothing, as in vLLM.
 
     Processors act on the target's logits in the order of transformers: bias, repetition penalty,
     frequency and presence penalty, temperature, top-k, top-p, min-p. Then the token is
@@ -33,7 +34,8 @@ class SamplingParams:
     presence_penalty, frequency_penalty: over the output only, as in vLLM; 0 is none.
     logit_bias: token id -> number added to its logit.
     seed: the text is a function of model, prompt, parameters and seed.
-    max_tokens: stop after so many new tokens.
+    max_tokens: stop after so many new tokens; where the context holds fewer, the text ends with it, for the same reason
+        ("length"). The server refuses such a request, as vLLM's does.
     stop: strings that end the text; they are not part of it. The text of a special token also ends it at that token.
     stop_token_ids: tokens that end the text, beside the model's own end tokens.
     skip_special_tokens: leave special tokens out of the text. A token that ends it is never part of it.

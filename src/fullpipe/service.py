@@ -262,6 +262,20 @@ class Service(Generic[W]):
         except CancelledError:
             raise self._recovery.refusal() from None
 
+    def check_length(self, asked: int | None) -> str | None:
+        """What its owner should know where the cache holds shorter texts than the model does; None: nothing.
+
+        asked: the length that was asked for, if one was. Raises UsageError where that cannot be held, or no text can.
+        """
+        longest, wanted = self.max_model_len, self.model.max_model_len
+        if longest < 2 or (asked is not None and longest < wanted):
+            raise UsageError(f"{self._kv_total} cache slots hold {longest} tokens and the guesses beside them, not "
+                             f"{wanted}", hint="Give more (kv_cache_tokens), or a smaller max_model_len.")
+        if longest == wanted:
+            return None
+        return (f"the cache holds {longest} tokens of a text, the model {wanted}: longer ones are refused "
+                "(kv_cache_tokens)")
+
     @property
     def busy(self) -> bool:
         return bool(self._clients)

@@ -176,7 +176,7 @@ def test_the_last_line_tells_of_it(models: Models) -> None:
 
 
 def test_the_text_goes_to_stdout_and_the_rest_to_stderr(models: Models) -> None:
-    asked = asking(models.target, "--max-tokens", "20", "--method", "pp")
+    asked = asking(models.target, "--max-tokens", "20", "--method", "pp", draft="none")
     result = run(*asked)
     assert result.stdout == answer(*asked)["text"] + "\n"
     loading, summary = result.stderr.splitlines()

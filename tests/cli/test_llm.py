@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from command import Models
 
+from fullpipe.cluster.alone import Choice
 from fullpipe.engine import Engine
 from fullpipe.errors import PipelineError, StationFailed, Unavailable, UsageError
 from fullpipe.llm import LLM, _Answer
@@ -156,11 +157,51 @@ def test_a_bias_beyond_the_logits_is_refused(llm: LLM) -> None:
     ({"link_ms": 5}, "link_ms is for stage processes, and there are none\nSay how many there shall be: --stages 2."),
     ({"enable_prefix_caching": True}, "prefixes can be shared only within a bound of cache memory"),
     ({"max_model_len": 0}, "max_model_len must be 1 or more (got 0)"),
+    ({"max_model_len": 100_000}, "max_model_len is 100000, and the model takes 16384 tokens\nAsk for no more"),
+    ({"max_model_len": 9000, "kv_cache_tokens": 500}, "500 cache slots hold "),
+    ({"kv_cache_tokens": 3}, "3 cache slots hold "),
+    ({"generation_config": "nowhere"}, "there is no generation_config.json in nowhere"),
+    ({"prefill_chunk": 0}, "prefill_chunk must be 1 or more (got 0)"),
+    ({"spare_slots": -1}, "spare_slots must be 0 or more (got -1)"),
 ])
 def test_options_that_cannot_be(models: Models, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as refused:
         LLM(str(models.target), **{"draft": "ngram", **options})
     assert message in str(refused.value)
+
+
+def test_a_cache_that_is_shorter_than_the_model_is_told(models: Models) -> None:
+    told: list[str] = []
+    with LLM(models.target, draft="none", kv_cache_tokens=500, progress=told.append) as llm:
+        assert f"the cache holds {llm.max_model_len} tokens of a text, the model 16384" in told[-1]
+
+
+def test_a_draft_that_nobody_asks_is_told(models: Models) -> None:
+    told: list[str] = []
+    with LLM(models.target, draft="ngram", method="pp", progress=told.append):
+        assert told[0] == "warning: the method pp asks no draft, so ngram changes nothing"
+
+
+def test_a_depth_that_was_asked_for_is_not_dropped_where_guessing_would_not_pay(
+        models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def choose(machine: object, drafts: tuple[str, ...], *, may_do_without: bool) -> Choice:
+        asked.append(may_do_without)
+        return Choice(drafts, 2, "so it is")
+
+    monkeypatch.setattr("fullpipe.assembly.choose", choose)
+    for shape in ({}, {"depth": 3}, {"floor": 0.1}):
+        with LLM(models.target, **shape) as llm:
+            assert llm.method == "chain"
+    assert asked == [True, False, False]
+
+
+def test_log_probabilities_that_were_asked_for(llm: LLM) -> None:
+    (bare,), (told,) = (llm.generate("hello", SamplingParams(max_tokens=3, logprobs=k)) for k in (None, 2))
+    assert bare.logprobs == [] and [len(one) for one in told.logprobs] == [3, 3, 3]
+    assert [one[0][0] for one in told.logprobs] == told.token_ids == bare.token_ids
+    assert all(one[0] == one[1] for one in told.logprobs), "what greedy picks is the likeliest"
 
 
 # ---- starting --------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fullpipe.models.arena import SLOT_MULTIPLE, KVArena, Writes
-from fullpipe.models.config import ModelConfig
+from fullpipe.models.hf_config import read_hf
 
-CONFIG = ModelConfig.from_hf({
+CONFIG = read_hf({
     "model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 10})
 

@@ -20,6 +20,7 @@ from torch import Tensor
 import spd_reference
 from fullpipe.errors import DamagedModel, DraftMismatch, ModelNotFound, UnsupportedModel, UsageError
 from fullpipe.models.config import ModelConfig
+from fullpipe.models.hf_config import read_hf
 from fullpipe.models.spd_checkpoint import (
     CONFIG,
     FIXTURE,
@@ -368,7 +369,7 @@ def test_a_swap_in_steps_that_fails_is_taken_back(tmp_path: Path) -> None:
 def verifier(**changes: Any) -> ModelConfig:
     values = {"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2,
               "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 12, "vocab_size": 20, **changes}
-    return ModelConfig.from_hf(values)
+    return read_hf(values)
 
 
 def fits(config: ModuleConfig = CONFIGURATION, *, ends: tuple[int, ...] = (2, 4, 6), dtype: str = "bfloat16",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fullpipe.errors import DamagedModel, DraftMismatch, ModelNotFound, UnsupportedModel, UsageError
 from fullpipe.hub import resolve
-from fullpipe.models.config import ModelConfig
+from fullpipe.models.hf_config import read_hf
 from fullpipe.models.spd_checkpoint import (
     ModuleConfig,
     VerifierIdentity,
@@ -83,7 +83,7 @@ def test_a_file_of_the_reference(tmp_path: Path, family: str, shape: dict[str, A
 
 def test_the_module_knows_its_base_model(base: Path, tmp_path: Path) -> None:
     found = read(tmp_path, base=base).config
-    target = ModelConfig.from_hf(json.loads((base / "config.json").read_text()))
+    target = read_hf(json.loads((base / "config.json").read_text()))
     assert found.verifier == VerifierIdentity(
         name="base", architecture="Qwen3ForCausalLM", config_hash=config_hash(target),
         tokenizer_hash=tokenizer_hash(load_tokenizer(base)), dtype="bfloat16")

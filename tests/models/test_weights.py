@@ -143,6 +143,40 @@ def test_a_tensor_with_a_number_that_is_none(folder: Path) -> None:
         DecoderSlice(files, 0, 5, has_embedding=True, has_head=True, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("name", ["model.layers.3.self_attn.q_norm.weight", "model.layers.5.mlp.down_proj.weight",
+                                  "model.layers.0.mlp.up_proj.bias", "lm_head.bias", "model.layers.0.mlp.experts.0.w1"])
+def test_a_tensor_that_nobody_would_read(folder: Path, name: str) -> None:
+    rewritten(folder, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    with pytest.raises(UnsupportedModel, match=f"{name}\n") as caught:
+        open_model(folder)
+    assert "llama of 5 layers" in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq",
+                                  "v_head.summary.weight"])
+def test_a_tensor_that_cannot_matter(folder: Path, name: str) -> None:
+    rewritten(folder, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    assert open_model(folder).config.num_layers == 5
+
+
+def test_a_head_beside_tied_embeddings(tmp_path: Path) -> None:
+    folder = save(tiny_model("qwen2", tie_word_embeddings=True), tmp_path)
+    rewritten(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert open_model(folder).config.tied
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_sub_norm.weight", "blk.0.ffn_up.bias", "blk.2.ffn_gate_exps.weight",
+                                  "rope_factors_long.weight", "output.bias", "blk.1.attn_q.scale"])
+def test_a_tensor_that_nobody_would_read_in_gguf(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"{name}\n"):
+        open_model(write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", tensors={name: torch.zeros(64)}))
+
+
+def test_a_tensor_that_cannot_matter_in_gguf(tmp_path: Path) -> None:
+    tensors = {"blk.0.attn_rot_embd.weight": torch.zeros(8)}
+    assert open_model(write_gguf(tiny_model("llama"), tmp_path / "m.gguf", tensors=tensors)).config.num_layers == 5
+
+
 def test_a_type_that_cannot_be_read(folder: Path) -> None:
     rewritten(folder, lambda tensors: tensors.update({DOWN: torch.zeros(64, 96, dtype=torch.int8)}))
     with pytest.raises(UnsupportedModel, match=f"{DOWN}.*I8"):

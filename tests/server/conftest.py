@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,10 +25,10 @@ def start(tokenizer: Tokenizer) -> Iterator[Serve]:
     """Starts servers, which live as long as the session."""
     with ExitStack() as stack:
         def begin(options: ServerOptions | None = None, names: Sequence[str] = ("tiny", "alias/tiny"),
-                  send_buffer: int | None = None, **more: Any) -> Served:
+                  send_buffer: int | None = None, sampling: Mapping[str, Any] | None = None, **more: Any) -> Served:
             service = FakeService(tokenizer, lambda prompt, params: [])
             stack.callback(service.close)
-            model = ServedModel(names, tokenizer, MAX_MODEL_LEN, created=1700000000)
+            model = ServedModel(names, tokenizer, MAX_MODEL_LEN, created=1700000000, sampling=sampling or {})
             app = create_app(service, model, options, **more)  # type: ignore[arg-type]
             return Served(stack.enter_context(running(app, send_buffer)), service, tokenizer)
 

@@ -98,6 +98,30 @@ def test_seeds(served: Served, client: openai.OpenAI) -> None:
     assert rest == [0, 1, 2**64 - 1, 0]
 
 
+def test_the_models_own_sampling_counts_where_a_request_says_nothing(start: Serve) -> None:
+    wants = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "max_tokens": 5}
+    served = start(sampling=wants)
+    served.script("abcdefghijklmnopqrstuvwxyz")
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="-") as client:
+        client.chat.completions.create(model="tiny", messages=HELLO, seed=3)
+        client.completions.create(model="tiny", prompt="x", seed=3, temperature=0.25, max_tokens=2,
+                                  extra_body={"top_k": None, "repetition_penalty": 1.0})
+        client.completions.create(model="tiny", prompt="x", temperature=0)
+    said, other, greedy = (params for _, params, _, _ in served.service.submitted)
+    assert said == SamplingParams(seed=3, **wants)
+    assert other == SamplingParams(seed=3, temperature=0.25, top_k=20, top_p=0.9, max_tokens=2)
+    assert (greedy.max_tokens, greedy.seed) == (5, 0)
+
+
+def test_a_model_that_wants_to_be_greedy_needs_no_seed(start: Serve) -> None:
+    served = start(sampling={"temperature": 0})
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="-") as client:
+        client.chat.completions.create(model="tiny", messages=HELLO)
+        client.chat.completions.create(model="tiny", messages=HELLO, temperature=0.5)
+    greedy, other = (params for _, params, _, _ in served.service.submitted)
+    assert (greedy.temperature, greedy.seed) == (0, 0) and other.seed
+
+
 def test_chat_logprobs_have_bytes_of_cut_characters(served: Served, client: openai.OpenAI) -> None:
     served.script("aé")
     for stream in (False, True):

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fullpipe.cli.main import app
+from fullpipe.models.generation import Generation
 from fullpipe.options import ServerOptions
 
 
@@ -21,6 +22,9 @@ class NoService:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         pass
 
+    def check_length(self, asked: int | None) -> str | None:
+        return None
+
     def close(self) -> None:
         pass
 
@@ -29,7 +33,8 @@ class NothingMade:
     """A test double of `Assembly`."""
 
     pipeline = method = rebuild = None
-    prepared = SimpleNamespace(engine_options=lambda asked: asked)
+    prepared = SimpleNamespace(engine_options=lambda asked: asked, unshared=lambda asked: None,
+                               generation=Generation())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +42,8 @@ def demo(
     console.print_note(f"{model.model} on {pipeline.stages} stage processes of this machine; every message between "
                        f"them is held for {pipeline.link_ms:g} ms, as a link between sites would.")
     events: list[Event] = []
-    options = Options(model=model, method=MethodOptions(method="fullpipe"), pipeline=pipeline)
+    options = Options(model=replace(model, generation_config="none"), method=MethodOptions(method="fullpipe"),
+                      pipeline=pipeline)
     with LLM.of(options, listeners=[events.append], progress=console.print_note) as llm:
         llm.use("pp")
         llm.generate(asked, SamplingParams(max_tokens=1))  # pays for what is made once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,12 +18,15 @@ from fullpipe.request import SamplingParams
 if TYPE_CHECKING:
     from fullpipe.llm import LLM, Chunk, Completion, Prompt
 
+_FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
+_OF_CHANCE = ("top_k", "top_p", "min_p")
+
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
     model: ModelOptions,
     method: MethodOptions,
-    sampling: SamplingParams,
+    sampling: Annotated[dict[str, Any], options.Said(SamplingParams, "the model's", _FROM_MODEL)],
     pipeline: PipelineOptions,
     chat: ChatOptions,
     events: Annotated[Path | None, typer.Option("--events", help="Record the events here, a JSON line each.")] = None,
@@ -34,6 +37,7 @@ def generate(
 ) -> None:
     """Answer a prompt; the text streams to standard output as it is committed."""
     asked = options.as_prompt(options.read_prompt(prompt), chat, model)
+    SamplingParams(**sampling)  # what cannot be is told before minutes go into loading
     traces = Traces(trace or (), events, clock="wall-clock time")
     with contextlib.ExitStack() as stack:
         stack.enter_context(traces)  # they are written when all has been told
@@ -44,7 +48,18 @@ def generate(
                                          listeners=[traces] if traces.wanted else [], progress=console.print_note))
         where = "1 stage" if llm.num_stages == 1 else f"{llm.num_stages} stages"
         traces.tokenizer, traces.title = llm.tokenizer, f"{llm.method} on {where}, {model.model}"
-        _answer(llm, asked, sampling, as_json)
+        params = llm.get_default_sampling_params(**sampling)
+        for line in (*llm.generation.told(), *_without_effect(sampling, params)):
+            console.print_note(line)
+        _answer(llm, asked, params, as_json)
+
+
+def _without_effect(said: dict[str, Any], params: SamplingParams) -> list[str]:
+    """Warn of what was asked for and changes nothing, as transformers does."""
+    idle = [f"--{name.replace('_', '-')}" for name in _OF_CHANCE if said.get(name)]
+    if params.temperature or not idle:
+        return []
+    return [f"warning: at temperature 0 the likeliest token is taken, and {', '.join(idle)} changes nothing"]
 
 
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, as_json: bool) -> None:
@@ -53,10 +68,19 @@ def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, as_json: bool) -> 
     try:
         for chunk in chunks:
             _print(chunk, as_json)
+            if chunk.completion and (told := _cut_short(chunk.completion, params.max_tokens, llm.max_model_len)):
+                console.print_note(told)
     except KeyboardInterrupt as interrupt:
         # The stream knows of it, and has ended, unless it came while we were printing. Then it ends now.
         _print(chunks.throw(interrupt), as_json)
         raise
+
+
+def _cut_short(completion: Completion, max_tokens: int, context: int) -> str | None:
+    """Say that the context had no room for all the tokens that were asked for."""
+    if completion.finish_reason != "length" or completion.usage["completion_tokens"] >= max_tokens:
+        return None
+    return f"the context of {context} tokens is full: there was no room for {max_tokens} new ones (--max-model-len)"
 
 
 def _print(chunk: Chunk, as_json: bool) -> None:

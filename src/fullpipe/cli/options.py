@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -52,14 +52,25 @@ class Without(Only):
         return name not in self.names
 
 
+class Said:
+    """Marks a parameter that takes the options of a dataclass, as a dictionary of those that were given.
+
+    elsewhere: of these the default is found later; in what words.
+    """
+
+    def __init__(self, kind: type, words: str, elsewhere: Collection[str]) -> None:
+        self.kind, self.words, self.elsewhere = kind, words, elsewhere
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Is a parameter of a verb that is a dataclass of options."""
+    """Is a parameter of a verb that is a dataclass of options, or what was said of one. said: how; None: not so."""
 
     name: str
     default: Any
     fields: tuple[Field[Any], ...]
     types: dict[str, Any]
+    said: Said | None = None
 
     @classmethod
     def of(cls, parameter: inspect.Parameter) -> _Group | None:
@@ -67,18 +78,32 @@ class _Group:
         kind: Any
         kind, *marks = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated \
             else (parameter.annotation,)
+        said = next((mark for mark in marks if isinstance(mark, Said)), None)
+        kind = said.kind if said else kind
         if not is_dataclass(kind):
             return None
         only = next((mark for mark in marks if isinstance(mark, Only)), Without())
         default = parameter.default if parameter.default is not parameter.empty else kind()  # type: ignore[operator]
         own = tuple(one for one in fields(kind) if one.metadata.get("help") and only.takes(one.name))
-        return cls(parameter.name, default, own, get_type_hints(kind))
+        return cls(parameter.name, default, own, get_type_hints(kind), said)
 
     def parameters(self) -> list[inspect.Parameter]:
-        return [_parameter(one, self.types[one.name], getattr(self.default, one.name)) for one in self.fields]
+        return [self._parameter(one) for one in self.fields]
+
+    def _parameter(self, one: Field[Any]) -> inspect.Parameter:
+        kind, default = self.types[one.name], getattr(self.default, one.name)
+        if self.said is None:
+            return _parameter(one, kind, default)
+        words = "" if isinstance(default, bool) or default == () else str(default)
+        if one.name in self.said.elsewhere:
+            words = f"{self.said.words}, or {words}"
+        return _parameter(one, kind | None, None, words)
 
     def collect(self, given: dict[str, Any]) -> Any:
         """The dataclass, with what was given taken out of `given`."""
+        if self.said is not None:
+            taken = {one.name: (self.types[one.name], one, given.pop(one.name)) for one in self.fields}
+            return {name: _read(one, kind, value) for name, (kind, one, value) in taken.items() if value is not None}
         values = {one.name: _read(one, self.types[one.name], given.pop(one.name)) for one in self.fields}
         return replace(self.default, **values)
 
@@ -101,19 +126,19 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     return verb
 
 
-def _parameter(one: Field[Any], kind: Any, default: Any) -> inspect.Parameter:
-    """One option, as typer reads it off a signature."""
+def _parameter(one: Field[Any], kind: Any, default: Any, shown: str | None = None) -> inspect.Parameter:
+    """One option, as typer reads it off a signature. shown: what its help says of its default."""
     flag = _flag(one)
     flags = [*one.metadata.get("flags", ()), *([] if one.metadata.get("flags") else [flag])]
     more: dict[str, Any] = {"help": one.metadata["help"], "metavar": one.metadata.get("metavar"),
-                            "show_default": default not in (None, (), "")}
+                            "show_default": default not in (None, (), "") if shown is None else shown or False}
     if one.name in _CHOICES:
         kind, default = _CHOICES[one.name], _CHOICES[one.name](default)
     parts = get_args(kind) or (kind,)
     if bool in parts and not one.metadata.get("flags"):
         flags = [f"{flag}/--no-{flag.removeprefix('--')}"]
     if _is_list(kind, str):
-        kind, default = list[str] | None, list(default) or None
+        kind, default = list[str] | None, list(default or ()) or None
     elif _is_list(kind, int):
         kind, default = str | None, ",".join(map(str, default)) if default else None
         more["metavar"] = "N,N,..."

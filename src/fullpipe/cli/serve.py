@@ -26,6 +26,8 @@ from fullpipe.options import (
 if TYPE_CHECKING:
     import uvicorn
 
+    from fullpipe.assembly import Assembly
+    from fullpipe.models.generation import Generation
     from fullpipe.server.live import Live
     from fullpipe.server.metrics import Metrics
     from fullpipe.service import Service
@@ -78,6 +80,7 @@ def _with_names_and_keys(server: ServerOptions, model: str) -> ServerOptions:
 def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None:
     import uvicorn
 
+    from fullpipe.assembly import assemble
     from fullpipe.server.live import Live
     from fullpipe.server.metrics import Metrics
 
@@ -85,9 +88,10 @@ def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None
     metrics = Metrics(name)
     live = Live(options.pipeline.stages or 1, lambda: service.status(),
                 lambda token: service.model.tokenizer.token_text(token), model_name=name, show_text=not server.api_key)
-    service = _service(options, server, metrics, live)
+    made = assemble(options, console.print_note)
+    service = _service(made, options, server, metrics, live)
     try:
-        app = _application(service, server, metrics, live)
+        app = _application(service, server, metrics, live, made.prepared.generation)
         console.print_note(f"{name}: http://{server.host}:{door.getsockname()[1]} (page), /v1 (API), /metrics")
         _run(uvicorn.Config(app, host=server.host, port=server.port, log_level=server.log_level, log_config=None,
                             access_log=False, timeout_graceful_shutdown=server.shutdown_timeout), live, door)
@@ -95,37 +99,32 @@ def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None
         service.close()
 
 
-def _service(options: Options, server: ServerOptions, *listeners: Any) -> Service[Any]:
-    from fullpipe.assembly import assemble
+def _service(made: Assembly, options: Options, server: ServerOptions, *listeners: Any) -> Service[Any]:
     from fullpipe.service import Service
 
-    made = assemble(options, console.print_note)
     try:
         service = Service(made.pipeline, made.method, made.prepared, rebuild=made.rebuild, listeners=listeners,
                           options=made.prepared.engine_options(options.engine), max_waiting=server.max_waiting)
     except BaseException:
         made.pipeline.close()
         raise
-    _check_length(options, service)
+    try:
+        short = service.check_length(options.model.max_model_len)
+    except UsageError:
+        service.close()
+        raise
+    for line in (short, made.prepared.unshared(options.engine), *made.prepared.generation.told()):
+        if line:
+            console.print_note(line)
     return service
 
 
-def _check_length(options: Options, service: Service[Any]) -> None:
-    """What the cache cannot hold of the model's length is told; raises UsageError where it was asked for."""
-    longest, wanted = service.max_model_len, service.model.max_model_len
-    if longest < 2 or (options.model.max_model_len is not None and longest < wanted):
-        service.close()
-        raise UsageError(f"{options.engine.kv_cache_tokens} cache slots hold {longest} tokens and the guesses beside "
-                         f"them, not {wanted}", hint="Give more --kv-cache-tokens, or a smaller --max-model-len.")
-    if longest < wanted:
-        console.print_note(f"the cache holds {longest} tokens of a text, the model {wanted}: longer ones are refused "
-                           f"(--kv-cache-tokens)")
-
-
-def _application(service: Service[Any], server: ServerOptions, metrics: Metrics, live: Live) -> Any:
+def _application(service: Service[Any], server: ServerOptions, metrics: Metrics, live: Live,
+                 generation: Generation) -> Any:
     from fullpipe.server.app import ServedModel, create_app
 
-    model = ServedModel(server.served_model_name, service.model.tokenizer, service.max_model_len)
+    model = ServedModel(server.served_model_name, service.model.tokenizer, service.max_model_len,
+                        sampling=generation.params)
     return create_app(service, model, server, [live.router(write_timeout_s=server.write_timeout)],
                       metrics=lambda: metrics.render(service.status()))
 

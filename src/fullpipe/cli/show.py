@@ -44,6 +44,7 @@ def show(
 
 def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str, Any]:
     from fullpipe.models.dtypes import pick_dtype
+    from fullpipe.models.generation import sampling_of
     from fullpipe.models.tokens.loading import load_tokenizer
     from fullpipe.models.weights import open_model
 
@@ -66,6 +67,7 @@ def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str
         "vocab_tokens": tokenizer.vocab_size,
         "eos": {str(i): tokenizer.tokens[i] for i in sorted(tokenizer.eos_ids)},
         "chat_template": tokenizer.template is not None,
+        "sampling": dict(sampling_of(path).params),
         "tied_embeddings": config.tied,
         "tensor_types": _tensor_types(path),
         "file_bytes": sum(file.stat().st_size for file in _weight_files(path)),
@@ -140,6 +142,7 @@ def _print(found: dict[str, Any]) -> None:
          f"{', head tied to the embedding' if found['tied_embeddings'] else ''}"),
         ("ends with", " ".join(found["eos"].values()) or "nothing"),
         ("chat", "yes" if found["chat_template"] else "no template"),
+        ("sampling", ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items()) or None),
         ("stored as", f"{_counts(found['tensor_types'])}, {console.megabytes(found['file_bytes'])}"),
         (found["dtype"], f"{console.megabytes(found['layer_bytes'])} a layer, "
          f"{console.megabytes(found['embedding_bytes'])} embedding, "

@@ -53,7 +53,7 @@ class Difference:
 def verify(
     prompts: Annotated[Path, typer.Option("--prompts", help="File of prompts: text lines, or JSON lines with turns "
                                           "or prompt.")],
-    model: ModelOptions,
+    model: Annotated[ModelOptions, Without("generation_config")],
     shape: Annotated[MethodOptions, Without("method")],
     sampling: Annotated[SamplingParams, Without("accept_typical")],
     pipeline: PipelineOptions,
@@ -82,7 +82,7 @@ def verify(
     from fullpipe.llm import LLM
     from fullpipe.models.dtypes import pick_dtype
 
-    real = replace(model, dtype=pick_dtype(model.dtype), margins=True)
+    real = replace(model, dtype=pick_dtype(model.dtype), margins=True, generation_config="none")
     near = NEAR_TIE[real.dtype] if tolerance is None else tolerance
     with LLM.of(Options(model=real, method=replace(shape, method=first), pipeline=pipeline),
                 progress=console.print_note) as llm:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from fullpipe.models.arena import KVArena, Writes
 from fullpipe.models.attention import Attention, Segment, padded
-from fullpipe.models.config import ModelConfig, Rope
+from fullpipe.models.config import ModelConfig
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.linear import can_pack
 from fullpipe.models.loading import Layer, Loader
+from fullpipe.models.rope import Rope
 
 
 @dataclass(slots=True)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fullpipe.errors import DamagedModel
+from fullpipe.errors import DamagedModel, UnsupportedModel
 from fullpipe.models.config import ModelConfig, Sizes
 
 # Numbers converted at a time: they and their float32 copy stay in the processor's cache.
@@ -43,6 +44,10 @@ class ModelFiles(ABC):
     @abstractmethod
     def _file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
+
+    @abstractmethod
+    def _others(self, wanted: Collection[str]) -> list[str]:
+        """Tensors of the file beside the wanted ones, those that cannot matter left out."""
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """A whole tensor in a new buffer. See `read_into`."""
@@ -90,7 +95,8 @@ class ModelFiles(ABC):
         return max(1, BLOCK_NUMBERS // math.prod(shape[1:]))
 
     def _check_shapes(self) -> None:
-        """Raise `DamagedModel` unless every tensor that the configuration asks for is there as it should be."""
+        """Raise `DamagedModel` unless every tensor that the configuration asks for is there as it should be, and
+        `UnsupportedModel` where there are others: they would have changed the result."""
         wanted = self.config.outer_shapes()
         for layer in range(self.config.num_layers):
             wanted |= self.config.layer_shapes(layer)
@@ -98,6 +104,12 @@ class ModelFiles(ABC):
             if self.shape(name) != shape:
                 raise self._damaged(name, f"it has shape {list(self.shape(name))}, the configuration asks "
                                           f"for {list(shape)}")
+        if others := self._others(wanted):
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise UnsupportedModel(
+                f"{self.path} has tensors that a {self.config.family} of {self.config.num_layers} layers does not "
+                f"have: {others[0]}{more}", hint="Without them the model might say something else. If you know that it "
+                "does not, save it without them.")
 
     def _damaged(self, name: str, what: str) -> DamagedModel:
         return DamagedModel(f"tensor {name} of {self._file_of(name)} is damaged: {what}", hint=FETCH_AGAIN)

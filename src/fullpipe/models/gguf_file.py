@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from fullpipe.errors import DamagedModel
-from fullpipe.models.config import ModelConfig
 from fullpipe.models.dequant import block_shape, dequantise
 from fullpipe.models.files import FETCH_AGAIN, ModelFiles, read_exactly
+from fullpipe.models.gguf_config import read_gguf
 from fullpipe.models.gguf_header import Header, read_header
 from fullpipe.models.gguf_parts import check_parts, gguf_parts
 
@@ -32,6 +34,8 @@ _LAYER_NAMES = {
 }
 _OUTER_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
                 "lm_head.weight": "output.weight"}
+# Frequencies of the rotary embedding: those of rope_freqs are read elsewhere, the others only repeat what it computes.
+_BUFFERS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class GGUFTensor:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """A GGUF model's metadata without its arrays (the vocabulary), and its tensors by name.
+    """A GGUF model's metadata without the vocabulary, and its tensors by name.
 
     path: of the file, or of any part of a split one.
 
@@ -93,7 +97,7 @@ class GGUFFiles(ModelFiles):
         self._files: dict[Path, int] = {}
         for part in {tensor.path for tensor in self._tensors.values()}:
             self._files[part] = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-        self.config = ModelConfig.from_gguf(
+        self.config = read_gguf(
             metadata, vocab_size=self._entry("token_embd.weight", "model.embed_tokens.weight").shape[0],
             tied="output.weight" not in self._tensors, qkv_bias="blk.0.attn_q.bias" in self._tensors,
             o_bias="blk.0.attn_output.bias" in self._tensors, rope_factors=self._rope_factors())
@@ -110,6 +114,10 @@ class GGUFFiles(ModelFiles):
         if stored not in self._tensors:
             raise self._damaged(name, f"it is missing (as {stored})")
         return self._tensors[stored]
+
+    def _others(self, wanted: Collection[str]) -> list[str]:
+        known = {_gguf_name(name) for name in wanted}
+        return [name for name in self._tensors if name not in known and not _BUFFERS.fullmatch(name)]
 
     def _file_of(self, name: str) -> Path:
         tensor = self._tensors.get(_gguf_name(name)) or self._tensors.get(name)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fullpipe.errors import DamagedModel, DraftMismatch, ModelNotFound, UnsupportedModel, UsageError
-from fullpipe.models.config import FAMILIES, ModelConfig
+from fullpipe.models.config import FAMILIES
+from fullpipe.models.hf_config import read_hf
 from fullpipe.models.spd_checkpoint import (
     ModuleConfig,
     VerifierIdentity,
@@ -205,7 +206,7 @@ def _base_of(path: Path, name: str | None) -> _Base:
     name = name or called
     if values is not None and foreign:
         return _foreign_base(values, name, revision, tokens, path)
-    config = open_model(path).config if values is None else ModelConfig.from_hf(values)
+    config = open_model(path).config if values is None else read_hf(values)
     identity = VerifierIdentity(name=name, revision=revision, architecture=FAMILIES[config.family].architecture,
                                 config_hash=config_hash(config), tokenizer_hash=tokens, dtype="bfloat16")
     return _Base(config.family, config.num_layers, config.hidden, config.heads, config.kv_heads, config.head_dim,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
 from fullpipe.models.config import ModelConfig, token_ids
 from fullpipe.models.files import FETCH_AGAIN, ModelFiles, read_exactly
 from fullpipe.models.gguf_file import GGUFFiles
+from fullpipe.models.hf_config import read_hf
 
 
 def open_model(path: Path) -> ModelFiles:
@@ -35,6 +37,8 @@ def open_model(path: Path) -> ModelFiles:
 
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Frequencies of the rotary embedding, which only repeat what is computed, and the critic of reinforcement learning.
+_BUFFERS = re.compile(r".*\brotary_emb\.inv_freq|v_head\..*")
 
 
 class SafetensorsFiles(ModelFiles):
@@ -55,6 +59,11 @@ class SafetensorsFiles(ModelFiles):
         if name not in self._entries:
             raise self._damaged(name, "it is missing")
         return self._entries[name]
+
+    def _others(self, wanted: Collection[str]) -> list[str]:
+        tied = {"lm_head.weight"} if self.config.tied else set()
+        return [name for name in self._entries
+                if name not in wanted and name not in tied and not _BUFFERS.fullmatch(name)]
 
     def _file_of(self, name: str) -> Path:
         return self._entries[name][0].path if name in self._entries else self.path
@@ -122,7 +131,7 @@ def _config_of(folder: Path) -> ModelConfig:
     if generation.is_file():  # the longer list of end tokens is here: an instruct model ends its turn with its own
         own, more = token_ids(values.get("eos_token_id")), token_ids(_read_json(generation).get("eos_token_id"))
         values["eos_token_id"] = list(dict.fromkeys(own + more))
-    return ModelConfig.from_hf(values)
+    return read_hf(values)
 
 
 def _shard_files(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,13 +63,15 @@ class ServedModel:
     """Says what callers must know of the model.
 
     names: all that callers may use; the first is the one that is told. created: seconds since 1970.
-    max_model_len: tokens of prompt and answer together.
+    max_model_len: tokens of prompt and answer together. sampling: fields of `SamplingParams` that the model's files ask
+    for; they count where a request leaves a field out, before OpenAI's defaults.
     """
 
     names: Sequence[str]
     tokenizer: Tokenizer
     max_model_len: int
     created: int = field(default_factory=lambda: int(time.time()))
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def card(self, name: str) -> ModelCard:
         return ModelCard(id=name, created=self.created, root=self.names[0], max_model_len=self.max_model_len)
@@ -291,7 +293,7 @@ class _Asking:
             prompts = await self._tokenise(encoders, field)
             self._check_tokens(body.logit_bias or (), "logit_bias")
             limits = [self._limit(len(tokens), body, field, default) for tokens in prompts]
-            seed = _base_seed(body)
+            seed = _base_seed(body, self.model.sampling)
             for number, (tokens, limit) in enumerate(zip(prompts, limits)):
                 for i in range(n):
                     self._submit(answer, number, tokens, field, body, limit, logprobs, (seed + i) % 2**64)
@@ -340,7 +342,7 @@ class _Asking:
                                f"{prompt_tokens}; at least one must be left for the answer", param=field, code=TOO_LONG)
         name, asked = body.asked_tokens()
         if asked is None:
-            return min(default, room)
+            return min(int(self.model.sampling.get("max_tokens", default)), room)
         if asked > room:
             raise Problem(400, f"{name} is too large: {asked}. This model's maximum context length is {context} tokens "
                                f"and the prompt has {prompt_tokens} ({asked} > {context} - {prompt_tokens})",
@@ -350,7 +352,7 @@ class _Asking:
     def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, limit: int,
                 logprobs: int | None, seed: int) -> None:
         try:
-            params = _params(body, seed=seed, max_tokens=limit, logprobs=logprobs)
+            params = _params(body, self.model.sampling, seed=seed, max_tokens=limit, logprobs=logprobs)
             answer.submit(number, tokens, params, priority=body.priority or 0,
                           timeout_s=self._options.request_timeout)
         except PromptError as error:
@@ -414,20 +416,26 @@ def _checked(batch: list[News]) -> list[News]:
     return batch
 
 
-def _base_seed(body: Options) -> int:
+def _base_seed(body: Options, defaults: Mapping[str, Any]) -> int:
     """Seed of the first choice. Who names none gets another text each time, but at temperature 0 nothing is drawn."""
     if body.seed is not None:
         return body.seed % 2**64
-    return 0 if body.temperature == 0 else secrets.randbits(63)
+    return 0 if _temperature(body, defaults) == 0 else secrets.randbits(63)
 
 
-def _params(body: Options, *, seed: int, max_tokens: int, logprobs: int | None) -> SamplingParams:
-    """OpenAI's defaults: temperature 1, no filters, no penalties."""
+def _temperature(body: Options, defaults: Mapping[str, Any]) -> float:
+    return float(defaults.get("temperature", 1.0) if body.temperature is None else body.temperature)
+
+
+def _params(body: Options, defaults: Mapping[str, Any], *, seed: int, max_tokens: int,
+            logprobs: int | None) -> SamplingParams:
+    """What the request says; else the model's defaults; else OpenAI's: temperature 1, no filters, no penalties."""
     named = {name: value for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
                                       "repetition_penalty", "ignore_eos", "skip_special_tokens")
              if (value := getattr(body, name)) is not None}
+    named = dict(defaults) | named | {"temperature": _temperature(body, defaults), "max_tokens": max_tokens}
     return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature, seed=seed, max_tokens=max_tokens,
+        seed=seed,
         logprobs=logprobs, logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()), **named)

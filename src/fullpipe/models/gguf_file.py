@@ -16,11 +16,12 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from fullpipe.errors import DamagedModel, UnsupportedModel
+from fullpipe.errors import UnsupportedModel
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.dequant import block_shape, dequantise
-from fullpipe.models.files import FETCH_AGAIN, ModelFiles, read_exactly
+from fullpipe.models.files import ModelFiles, read_exactly
 from fullpipe.models.gguf_header import read_header
+from fullpipe.models.recognise import damaged
 
 # Our name for what follows "blk.N." in a GGUF tensor name.
 _LAYER_NAMES = {
@@ -62,13 +63,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         tensors = {name: GGUFTensor(place.shape, GGMLQuantizationType(place.kind), place.offset)
                    for name, place in header.tensors.items()}
     except ValueError as error:
-        raise DamagedModel(f"the header of {path} names a type of tensor that does not exist ({error})",
-                           hint=FETCH_AGAIN) from error
+        raise damaged(path, f"the header of {path} names a type of tensor that does not exist ({error})") from error
     size = path.stat().st_size
     for name, tensor in tensors.items():
         if tensor.end > size:
-            raise DamagedModel(f"{path} is cut short: tensor {name} ends at byte {tensor.end}, the file at {size}",
-                               hint=FETCH_AGAIN)
+            raise damaged(path, f"{path} is cut short: tensor {name} ends at byte {tensor.end}, the file at {size}")
     return header.metadata, tensors
 
 
@@ -80,7 +79,7 @@ class GGUFFiles(ModelFiles):
         metadata, self._tensors = read_tensors(path)
         if metadata.get("split.count", 1) > 1:
             raise UnsupportedModel(f"{path} is one of {metadata['split.count']} parts of a split GGUF file",
-                                   hint="Merge the parts with llama.cpp's gguf-split --merge.")
+                                   hint="Merge the parts with llama.cpp: `llama-gguf-split --merge FIRST OUT`.")
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.config = ModelConfig.from_gguf(
             metadata, vocab_size=self._entry("token_embd.weight", "model.embed_tokens.weight").shape[0],

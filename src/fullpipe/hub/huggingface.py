@@ -99,8 +99,8 @@ def _files(repository: Repository, offline: bool) -> list[str]:
     from huggingface_hub import HfApi
 
     with _told(repository, offline):
-        return HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(
-            repository.id, revision=repository.revision)
+        return list(HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(
+            repository.id, revision=repository.revision))
 
 
 def _download(repository: Repository, wanted: Sequence[str], unwanted: Sequence[str], offline: bool) -> Path:
@@ -158,7 +158,7 @@ def _translated(repository: Repository, error: Exception, offline: bool) -> Full
         )
     if (status := getattr(getattr(error, "response", None), "status_code", None)) in (401, 403):
         return FetchError(f"Hugging Face refuses {repo} to you (status {status})",
-                          hint="Sign in with `hf auth login` or set HF_TOKEN, to a token that is valid and may read it.")
+                          hint="Sign in with `hf auth login` or set HF_TOKEN, a token that may read it.")
     if offline:
         return ModelNotFound(
             f"{name} is not in Hugging Face's cache on this machine",

@@ -45,9 +45,10 @@ class SafetensorsFiles(ModelFiles):
         super().__init__(folder)
         if strange := strange_folder(folder):
             raise strange
+        files = _shard_files(folder)
         self.config = _config_of(folder)
         self._entries: dict[str, tuple[_Shard, _Entry]] = {}
-        for shard in (_Shard(file) for file in _shard_files(folder)):
+        for shard in (_Shard(file) for file in files):
             self._entries |= {name: (shard, entry) for name, entry in shard.entries.items()}
         self._check_shapes()
 

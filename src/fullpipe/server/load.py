@@ -59,10 +59,10 @@ class Traffic:
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
-            raise UsageError("load has either a concurrency or a rate", hint="Give --concurrency or --rate, not both.")
+            raise UsageError("load has either a concurrency or a rate", hint="Give `concurrency` or `rate`, not both.")
         if (self.concurrency is not None and self.concurrency < 1) or (self.rate is not None and not self.rate > 0):
             raise UsageError("the concurrency must be 1 or more, and the rate above 0",
-                             hint="For example --concurrency 8, or --rate 0.5.")
+                             hint="For example `concurrency=8`, or `rate=0.5`.")
 
     @property
     def options(self) -> dict[str, Any]:

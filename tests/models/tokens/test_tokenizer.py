@@ -287,7 +287,7 @@ def test_a_model_without_a_template_says_what_to_do(backend: Any, tmp_path: Path
     tokenizer = load_tokenizer(write_directory(tmp_path / "plain", backend))
     with pytest.raises(UsageError, match="plain has no chat template") as caught:
         tokenizer.chat("hi")
-    assert caught.value.hint is not None and "--no-chat-template" in caught.value.hint
+    assert caught.value.hint is not None and "`chat_template=False`" in caught.value.hint
 
 
 def test_two_system_messages_are_refused(tiny: Tokenizer) -> None:

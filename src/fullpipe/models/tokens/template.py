@@ -56,7 +56,8 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UnsupportedModel(
                 f"the model's chat template cannot be read: {error}",
-                hint="Use --no-chat-template (use_chat_template=False) and format the prompt yourself.",
+                hint="It continues plain text: a str in Python, /v1/completions on a server. On the command line that "
+                     "is `chat_template=False`.",
             ) from error
 
 

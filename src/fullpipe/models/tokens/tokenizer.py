@@ -62,7 +62,8 @@ class Tokenizer:
         if self.template is None:
             raise UsageError(
                 f"{self.name} has no chat template",
-                hint="Use --no-chat-template (use_chat_template=False) to let it continue the plain text.",
+                hint="It continues plain text: a str in Python, /v1/completions on a server. On the command line that "
+                     "is `chat_template=False`.",
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
@@ -177,5 +178,5 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
     raise DraftMismatch(
         f"the draft {draft.name} has another vocabulary than {target.name}: {draft.vocab_size} tokens "
         f"against {target.vocab_size}; the first difference is token {first}, {theirs} against {ours}",
-        hint="Choose a draft of the same model family, or `--draft ngram`, which fits every model.",
+        hint="Choose a draft of the same model family, or `draft=ngram`, which fits every model.",
     )

@@ -24,14 +24,15 @@ FILE = "tiny-Q8_0.gguf"
     ("huggingface.co/org/name", Repository("org/name")),
     ("https://huggingface.co/org/name", Repository("org/name")),
     ("http://www.huggingface.co/org/name/", Repository("org/name")),
-    ("HTTPS://HuggingFace.co/org/name".replace("HTTPS", "https"), Repository("org/name")),
+    ("https://HuggingFace.co/org/name", Repository("org/name")),
     ("hf://org/name", Repository("org/name")),
     ("https://huggingface.co/org/name?library=transformers", Repository("org/name")),
     ("https://huggingface.co/org/name#usage", Repository("org/name")),
     ("https://huggingface.co/org/name/tree/main", Repository("org/name")),
     ("https://huggingface.co/org/name/tree/refs%2Fpr%2F1", Repository("org/name", "refs/pr/1")),
     (f"https://huggingface.co/org/name/blob/main/{FILE}", Repository("org/name", None, FILE)),
-    (f"https://huggingface.co/org/name/resolve/dev/sub/{FILE}?download=true", Repository("org/name", "dev", f"sub/{FILE}")),
+    (f"https://huggingface.co/org/name/resolve/dev/sub/{FILE}?download=true",
+     Repository("org/name", "dev", f"sub/{FILE}")),
     ("https://huggingface.co/org/name/blob/main/config.json", Repository("org/name")),
     ("https://mirror.example/org/name/tree/v2", Repository("org/name", "v2")),
 ])
@@ -75,9 +76,10 @@ def test_a_gguf_file_is_chosen(files: list[str], wanted: str | None, found: list
 
 
 @pytest.mark.parametrize(("files", "wanted", "message"), [
-    (MANY, "Q4_K", "no GGUF file with Q4_K in the name; its GGUF files are: m-Q4_K_M.gguf, m-Q4_K_S.gguf, m-Q8_0.gguf"),
+    (MANY, "Q5_K", "no GGUF file with Q5_K in the name; its GGUF files are: m-Q4_K_M.gguf, m-Q4_K_S.gguf, m-Q8_0.gguf"),
+    (MANY, "Q4_K", "several GGUF files with Q4_K in the name; they are: m-Q4_K_M.gguf, m-Q4_K_S.gguf"),
     (MANY, "m", "several GGUF files with m in the name; they are: "),
-    (["a-Q8_0.gguf", "b-Q8_0.gguf"], None, "no GGUF file; its GGUF files are: a-Q8_0.gguf, b-Q8_0.gguf"),
+    (["a-Q8_0.gguf", "b-Q8_0.gguf"], None, "several GGUF files; they are: a-Q8_0.gguf, b-Q8_0.gguf"),
     (["config.json"], "Q8_0", "no GGUF file with Q8_0 in the name; its GGUF files are: none"),
 ])
 def test_what_is_not_clear_is_asked(files: list[str], wanted: str | None, message: str) -> None:

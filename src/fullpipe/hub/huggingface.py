@@ -76,7 +76,7 @@ def chosen_gguf(repository: Repository, files: Sequence[str]) -> list[str]:
     if not named and (wanted is not None or len(models) > 1):
         word = re.compile(rf"(^|[-._/]){re.escape(wanted or _USUAL_GGUF)}([-._/]|$)", re.IGNORECASE)
         named = [parts for name, parts in models.items() if word.search(name)]
-    found = named if named or wanted is not None else list(models.values())
+    found = named if named or wanted else list(models.values())
     if len(found) == 1:
         return found[0]
     listed = ", ".join(parts[0] for parts in (found or models.values())) or "none"
@@ -156,7 +156,7 @@ def _translated(repository: Repository, error: Exception, offline: bool) -> Full
             f"Hugging Face has no model {repo!r}, or it is private",
             hint="Check the spelling; for a private one, `hf auth login` or set HF_TOKEN.",
         )
-    if (status := getattr(getattr(error, "response", None), "status_code", None)) in (401, 403):
+    if (status := _status(error)) in (401, 403):
         return FetchError(f"Hugging Face refuses {repo} to you (status {status})",
                           hint="Sign in with `hf auth login` or set HF_TOKEN, a token that may read it.")
     if offline:
@@ -174,6 +174,12 @@ def _translated(repository: Repository, error: Exception, offline: bool) -> Full
         hint="Check the network (and HF_ENDPOINT, where you use a mirror), then run the same command again: "
         "what has arrived is kept. The models that `fullpipe models` lists come from elsewhere.",
     )
+
+
+def _status(error: Exception) -> int | None:
+    """Of the answer that the error is about, if it is about one."""
+    answers = (getattr(one, "response", None) for one in (error, error.__cause__))
+    return next((one.status_code for one in answers if one is not None), None)
 
 
 def _first_line(error: Exception) -> str:

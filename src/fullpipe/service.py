@@ -289,7 +289,7 @@ class Service(Generic[W]):
     def _check_room(self, more: int) -> None:
         self._recovery.check_open()
         if len(self._clients) + more > self.capacity:
-            raise Overloaded(f"{len(self._clients)} requests are here already", retry_after_s=1.0,
+            raise Overloaded(f"{len(self._clients)} requests are here, and no more are taken", retry_after_s=1.0,
                              hint="Try again in a moment. A longer queue is `max_waiting`.")
 
     # ---- the engine's thread -----------------------------------------------------------------------------

@@ -147,14 +147,14 @@ def _translated(repository: Repository, error: Exception, offline: bool) -> Full
     if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too, so it is asked first
         return FetchError(
             f"{repo} is given only to those who accepted its licence",
-            hint=f"Accept it on the model's page, then `hf auth login` or set HF_TOKEN. ({repo})",
+            hint=f"Accept it on https://huggingface.co/{repo}, then run `hf auth login` or set HF_TOKEN.",
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFound(f"{repo} has no revision {revision!r}", hint="Name one of its branches or tags.")
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         return ModelNotFound(
             f"Hugging Face has no model {repo!r}, or it is private",
-            hint="Check the spelling; for a private one, `hf auth login` or set HF_TOKEN.",
+            hint="Check the spelling; for a private one, run `hf auth login` or set HF_TOKEN.",
         )
     if (status := _status(error)) in (401, 403):
         return FetchError(f"Hugging Face refuses {repo} to you (status {status})",

@@ -230,7 +230,7 @@ def test_a_file_without_merges_is_damaged(backend: Any, tmp_path: Path) -> None:
         load_tokenizer(write_gguf(tmp_path / "odd.gguf", backend, merges=None))
 
 
-@pytest.mark.parametrize("keep", [0, 3, 10, 1000])
+@pytest.mark.parametrize("keep", [3, 10, 1000])
 def test_a_truncated_header_is_damaged(keep: int, backend: Any, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "cut.gguf", backend)
     path.write_bytes(path.read_bytes()[:keep])

@@ -47,7 +47,7 @@ def fetch_again(path: Path) -> str:
         if found := _HUB_CACHE.fullmatch(folder.name):
             name = found[1].replace("--", "/")
             return f"Delete {path.resolve()} and run `fullpipe pull {name}`, which fetches it again."
-    return "Copy it, or download it, once more from where it came from: it may have been cut off on the way."
+    return "Copy or download it again from where it came from: it may have been cut off on the way."
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -389,5 +389,5 @@ def test_a_draft_with_another_vocabulary_is_refused(tiny: Tokenizer) -> None:
     said = str(caught.value)
     assert f"the draft other has another vocabulary than tiny: {other.vocab_size} tokens" in said
     assert f"token {first}, {other.tokens[first]!r} against {tiny.tokens[first]!r}" in said
-    assert "--draft ngram" in said
+    assert "`draft=ngram`" in said
     assert tiny.fingerprint != other.fingerprint

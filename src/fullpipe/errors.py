@@ -19,9 +19,33 @@
 
 A message says what happened; `hint` says what to do about it. Programming mistakes of our own are
 assertions, not errors.
+
+What somebody may type stands in backticks: a command, or an option by its name in Python, alone or with a value
+(`max_model_len`, `stages=2`). Each front door spells options as they are given there (`spelled`), and a server keeps
+from its callers what they cannot give (`without`).
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_TYPED = re.compile(r"`([^`]+)`")
+_OPTION = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
+_SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z`])")
+
+
+def spelled(text: str, spell: Callable[[str, str | None], str | None]) -> str:
+    """The text with its options as a front door has them. spell: an option's name and its value, if one is said;
+    returns None for what is no option there."""
+    return _OPTION.sub(lambda found: spell(found[1], found[2]) or found[0], text)
+
+
+def without(text: str, known: Callable[[str], bool]) -> str:
+    """The sentences of the text in which nothing is to be typed, or only what is `known`, told without backticks."""
+    sentences = _SENTENCE_END.split(text)
+    kept = [one for one in sentences if all(known(typed.partition("=")[0]) for typed in _TYPED.findall(one))]
+    return " ".join(kept).replace("`", "")
 
 
 class FullpipeError(Exception):

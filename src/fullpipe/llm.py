@@ -163,7 +163,7 @@ class LLM:
         self._shares_prefixes, self.max_num_seqs = engine.enable_prefix_caching, engine.max_num_seqs
         try:
             if unshared:
-                raise UsageError(unshared, hint="Leave enable_prefix_caching out, or use another draft.")
+                raise UsageError(unshared, hint="Leave `enable_prefix_caching` out, or use another draft.")
             self._service = Service(made.pipeline, made.method, made.prepared, options=engine, rebuild=made.rebuild,
                                     listeners=list(listeners))
         except BaseException:

@@ -108,7 +108,7 @@ class PipelineOptions:
         for one in fields(self):
             if one.name not in ("stages", "threads") and getattr(self, one.name) != one.default:
                 raise UsageError(f"{one.name} is for stage processes, and there are none",
-                                 hint="Say how many there shall be: --stages 2.")
+                                 hint="Say how many there shall be: `stages=2`.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

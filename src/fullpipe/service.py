@@ -270,7 +270,7 @@ class Service(Generic[W]):
         longest, wanted = self.max_model_len, self.model.max_model_len
         if longest < 2 or (asked is not None and longest < wanted):
             raise UsageError(f"{self._kv_total} cache slots hold {longest} tokens and the guesses beside them, not "
-                             f"{wanted}", hint="Give more (kv_cache_tokens), or a smaller max_model_len.")
+                             f"{wanted}", hint="Give more `kv_cache_tokens`, or a smaller `max_model_len`.")
         if longest == wanted:
             return None
         return (f"the cache holds {longest} tokens of a text, the model {wanted}: longer ones are refused "
@@ -311,8 +311,8 @@ class Service(Generic[W]):
     def _check_room(self, more: int) -> None:
         self._recovery.check_open()
         if len(self._clients) + more > self.capacity:
-            raise Overloaded(f"{len(self._clients)} requests are here already", retry_after_s=1.0,
-                             hint="Try again in a moment, or start the server with a longer queue.")
+            raise Overloaded(f"{len(self._clients)} requests are here, and no more are taken", retry_after_s=1.0,
+                             hint="Try again in a moment. A longer queue is `max_waiting`.")
 
     # ---- the engine's thread -----------------------------------------------------------------------------
 

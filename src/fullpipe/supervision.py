@@ -226,7 +226,7 @@ class Recovery:
         why = f" ({self.supervision.last_failure})" if self.state == "failed" else ""
         over = self._rebuild is None or self.state == "stopped"
         return Unavailable(f"the service is {self.state}{why}", retry_after_s=self.retry_after_s,
-                           hint="It does not come back: make a new one." if over else "Try again later.")
+                           hint="It does not come back. Make another `LLM`." if over else "Try again later.")
 
     # ---- the engine's thread -----------------------------------------------------------------------------
 

@@ -1,10 +1,16 @@
-"""Cores, and how compute threads wait for each other. The latter must act before torch is imported, so nothing of it
-is imported here."""
+"""Cores, how compute threads wait for each other, and work that no signal tears. The second must act before torch is
+imported, so nothing of it is imported here."""
 
 from __future__ import annotations
 
+import _thread
 import os
+import queue
 import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _SPINS = "2000"
 
@@ -23,3 +29,49 @@ def share_the_machine() -> None:
 def cores() -> int:
     """How many cores this process may use; where the system does not say, how many there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def beside(work: Callable[[], T], *, stop: Callable[[], None], meanwhile: Callable[[], None] = lambda: None,
+           every_s: float = 0.2) -> T:
+    """Do `work` in a thread of its own, and wait for it in this one, with `meanwhile` now and then.
+
+    Signals arrive as exceptions in the main thread alone, and there between any two calls: within `Popen` one loses
+    the process that was just started, within `wait` it leaves a lock taken. So what must not be torn is done beside.
+    When something is raised here, `stop` is called and the end of `work` waited for.
+
+    What passes between the threads is a list and a bell that are made in C: they are not torn either.
+    """
+    outcome: list[tuple[T, None] | tuple[None, BaseException]] = []
+    bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def do() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+        bell.put(None)
+
+    begun = False
+    try:
+        begun = True  # no signal comes between here and the end of the next line's call
+        _thread.start_new_thread(do, ())
+        while not outcome:
+            if not _rung(bell, every_s):
+                meanwhile()
+    except BaseException:
+        stop()
+        while begun and not outcome:
+            _rung(bell, every_s)
+        raise
+    value, error = outcome.pop()
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]  # the first kind of outcome
+
+
+def _rung(bell: queue.SimpleQueue[None], within_s: float) -> bool:
+    try:
+        bell.get(timeout=within_s)
+    except queue.Empty:
+        return False
+    return True

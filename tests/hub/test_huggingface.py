@@ -111,13 +111,27 @@ def test_a_repository_without_safetensors_is_refused(fake_hub: FakeHub, tmp_path
     fake_hub.files = {"config.json": b"{}", "pytorch_model.bin": b"x"}
     result = pull("org/tiny", fake_hub.address, tmp_path)
     assert result.returncode == 3
-    assert "error: org/tiny has no *.safetensors" in result.stderr
+    assert "error: org/tiny has no *.safetensors: its weights are PyTorch checkpoints" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["org/tiny", "hf.co/org/tiny:q8_0", "https://huggingface.co/org/tiny/blob/main/a-Q8_0.gguf"])
+def test_a_repository_of_gguf_files(fake_hub: FakeHub, tmp_path: Path, name: str) -> None:
+    fake_hub.files = {"a-Q8_0.gguf": b"GGUF...", "config.json": b"{}", "README.md": b"x"}
+    result = pull(name, fake_hub.address, tmp_path)
+    assert result.returncode == 0, result.stderr
+    file = Path(result.stdout.strip())
+    assert file.name == "a-Q8_0.gguf" and file.read_bytes() == b"GGUF..." and "README.md" not in str(fake_hub.asked)
+    asked = len(fake_hub.asked)
+    again = pull(name, fake_hub.address, tmp_path, FULLPIPE_OFFLINE="1")
+    assert again.stdout == result.stdout and len(fake_hub.asked) == asked
 
 
 @pytest.mark.parametrize(("status", "code", "name", "exit_code", "message", "hint"), [
     (404, "RepoNotFound", "org/tiny", 3, "Hugging Face has no model 'org/tiny'", "Check the spelling"),
     (404, "RevisionNotFound", "org/tiny@v9", 3, "org/tiny has no revision 'v9'", "branches or tags"),
     (403, "GatedRepo", "org/tiny", 5, "only to those who accepted its licence", "HF_TOKEN"),
+    (401, "", "org/tiny", 5, "Hugging Face refuses org/tiny to you (status 401)", "HF_TOKEN"),
+    (403, "", "org/tiny", 5, "Hugging Face refuses org/tiny to you (status 403)", "HF_TOKEN"),
     (500, "", "org/tiny", 5, "could not fetch org/tiny from Hugging Face", "Check the network"),
 ])
 def test_refusals_become_our_errors(

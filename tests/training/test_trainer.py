@@ -386,7 +386,7 @@ def test_a_vocabulary_without_an_end(material: Material, tmp_path: Path) -> None
 def test_a_loss_that_is_not_finite(material: Material, tmp_path: Path, precision: str) -> None:
     with pytest.raises(UsageError, match=r"the (loss|gradient) of step \d+ is (nan|inf|not finite)") as caught:
         train(changed(rate=1e25, warmup=0, steps=30, precision=precision), material, tmp_path, SILENT)
-    assert "--lr" in (caught.value.hint or "")
+    assert "`rate`" in (caught.value.hint or "")
     assert not list(tmp_path.glob("state/step-*")), "what is lost is not saved"
 
 

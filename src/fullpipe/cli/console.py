@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from fullpipe.errors import spelled
+
 if TYPE_CHECKING:
+    import typer
     from rich.console import Console
     from rich.progress import Progress
 
@@ -32,14 +35,40 @@ def print_error(message: str, hint: str | None = None) -> None:
     from rich.text import Text
 
     console = error_console()
-    console.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), (_as_typed(message), "red")), soft_wrap=True)
     if hint:
-        console.print(Text(hint), soft_wrap=True)
+        console.print(Text(_as_typed(hint)), soft_wrap=True)
 
 
 def print_note(message: str) -> None:
     """A plain line on standard error."""
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(_as_typed(message) + "\n")
+
+
+def _as_typed(text: str) -> str:
+    """The text with its options as the verb that runs has them (`errors.spelled`)."""
+    return spelled(text, _flag)
+
+
+_verb: typer.Context | None = None
+
+
+def speak_for(verb: typer.Context) -> None:
+    """From now on options are spelled as this verb has them."""
+    global _verb
+    _verb = verb
+
+
+def _flag(name: str, value: str | None) -> str | None:
+    """An option of the verb as it is typed; None for what is none."""
+    for one in _verb.command.params if _verb else ():
+        flags = [flag for flag in one.opts if flag.startswith("--")]
+        if one.name != name or not flags:
+            continue
+        if value in ("False", "True"):
+            return flags[-1] if value == "True" else (*one.secondary_opts, f"no {flags[-1]}")[0]
+        return f"{flags[-1]} {value}" if value else flags[-1]
+    return None
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

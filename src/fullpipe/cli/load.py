@@ -14,7 +14,6 @@ import typer
 from fullpipe.cli import console
 from fullpipe.cli.lists import decimals, integers
 from fullpipe.cli.options import Only
-from fullpipe.cli.verb import INTERRUPTED
 from fullpipe.errors import CacheError, UsageError
 from fullpipe.request import SamplingParams
 
@@ -69,7 +68,15 @@ def load(
     server = Server(url, model or served_model(url, api_key), api_key)
     if json_file is not None:
         _make_folder(json_file.parent)  # what cannot be written had better be known now
-    _conclude(_measure(server, chosen, levels, warmup, distinct), json_file, api_key)
+    results: list[LoadResult] = []
+    try:
+        _measure(server, chosen, levels, warmup, distinct, results)
+    except KeyboardInterrupt:
+        _show(results, json_file, api_key)
+        raise
+    _show(results, json_file, api_key)
+    if any(sample.error for result in results for sample in result.samples):
+        raise typer.Exit(1)
 
 
 def _levels(concurrency: str | None, rate: str | None) -> list[tuple[int | None, float | None]]:
@@ -81,20 +88,20 @@ def _levels(concurrency: str | None, rate: str | None) -> list[tuple[int | None,
     return [(one, None) for one in integers(concurrency or "1", "--concurrency")]
 
 
-def _measure(server: Server, prompts: list[FilePrompt], levels: list[Traffic], warmup: int,
-             distinct: bool) -> list[LoadResult]:
-    """Take the levels in turn, until one is interrupted."""
+def _measure(server: Server, prompts: list[FilePrompt], levels: list[Traffic], warmup: int, distinct: bool,
+             results: list[LoadResult]) -> None:
+    """Take the levels in turn; what has been measured is in `results`, whatever ends it, without the warming up."""
     from fullpipe.server.load import take
 
-    first = replace(levels[0], concurrency=1, rate=None)
-    if warmup and _run(server, take(prompts, warmup), first, "warm" if distinct else None, "warming up").interrupted:
-        raise KeyboardInterrupt
-    results: list[LoadResult] = []
+    if warmup:
+        first = replace(levels[0], concurrency=1, rate=None)
+        _run(server, take(prompts, warmup), first, "warm" if distinct else None, "warming up")
     for level in levels:
-        results.append(_run(server, prompts, level, _name(level) if distinct else None, _name(level)))
-        if results[-1].interrupted:
-            break
-    return results
+        try:
+            results.append(_run(server, prompts, level, _name(level) if distinct else None, _name(level)))
+        except KeyboardInterrupt as interrupt:
+            results += [told] if (told := getattr(interrupt, "load", None)) else []
+            raise
 
 
 def _run(server: Server, prompts: list[FilePrompt], traffic: Traffic, tag: str | None, name: str) -> LoadResult:
@@ -108,8 +115,8 @@ def _name(traffic: Traffic | LoadResult) -> str:
     return f"{traffic.concurrency} at once" if traffic.rate is None else f"{traffic.rate:g} per second"
 
 
-def _conclude(results: list[LoadResult], file: Path | None, api_key: str | None) -> None:
-    """Table, file and exit code. An interrupted load is shown, too, if anything of it has ended."""
+def _show(results: list[LoadResult], file: Path | None, api_key: str | None) -> None:
+    """Table and file. An interrupted load is shown, too, if anything of it has ended."""
     seen = [result for result in results if result.samples]
     if seen:
         console.print_table(_COLUMNS, [_row(result) for result in seen])
@@ -120,11 +127,6 @@ def _conclude(results: list[LoadResult], file: Path | None, api_key: str | None)
             console.print_note(f"{_name(result)}: {sample.prompt}: {sample.error}: {sample.detail}")
     if file is not None and seen:
         _write(seen, file, api_key)
-    if any(result.interrupted for result in results):
-        console.print_note("interrupted")
-        raise typer.Exit(INTERRUPTED)
-    if any(sample.error for result in results for sample in result.samples):
-        raise typer.Exit(1)
 
 
 def _make_folder(folder: Path) -> None:

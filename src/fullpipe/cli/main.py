@@ -5,9 +5,6 @@ Importing this module must stay quick, so a verb imports what is heavy (torch, t
 
 from __future__ import annotations
 
-import signal
-import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -22,6 +19,7 @@ from fullpipe.cli import (
     pull,
     serve,
     show,
+    stopping,
     trace,
     train,
     verify,
@@ -35,14 +33,8 @@ _VERBS = (generate.generate, serve.serve, demo.demo, verify.verify, load.load, p
 
 def main() -> None:
     """Entry point: runs the command line in `sys.argv` and exits."""
-    signal.signal(signal.SIGTERM, _terminate)
     share_the_machine()
-    app(prog_name="fullpipe")
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Ends by an exception, so that temporary files are removed and processes stopped on the way out."""
-    sys.exit(128 + number)
+    stopping.run(lambda: app(prog_name="fullpipe"))
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,7 +13,9 @@ from fullpipe.errors import DamagedModel, UsageError
 
 
 def pull(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Catalogue names or Hugging Face ids.")],
+    names: Annotated[list[str], typer.Argument(
+        metavar="NAME", help="Catalogue names, or models on Hugging Face: org/name, org/name:Q4_K_M (a GGUF file), or "
+                             "the address of their page.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash what is already here again, to be sure of it.")
     ] = False,

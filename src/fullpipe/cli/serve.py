@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from fullpipe.cli import console
+from fullpipe.cli import console, stopping
 from fullpipe.cli.fetch import fetch_all
 from fullpipe.errors import MissingExtra, UsageError
 from fullpipe.options import (
@@ -152,9 +154,14 @@ def _run(config: uvicorn.Config, live: Live, door: socket.socket) -> None:
     class Server(uvicorn.Server):
         """Finishes what runs at the first signal, and leaves at the second."""
 
+        asked_at = math.inf
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
-                os._exit(128 + sig)  # stage processes end with this one
+                if time.monotonic() - self.asked_at > stopping.SAME_S:
+                    os._exit(128 + sig)  # stage processes end with this one
+                return
+            self.asked_at = time.monotonic()
             console.print_note("finishing what runs; once more ends at once")
             live.close()
             self.should_exit = True  # uvicorn's own would raise the signal again before the stations are closed

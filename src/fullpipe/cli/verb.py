@@ -34,6 +34,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*, context: typer.Context, debug: bool, **arguments: Any) -> None:
+        console.speak_for(context)
         debug = debug or context.find_root().params["debug"]
         try:
             function(**arguments)

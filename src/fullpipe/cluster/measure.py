@@ -73,7 +73,7 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
     for name, files in ((model, target), (draft, guesser)):
         if files is not None and files.config.max_positions < contexts[-1] + max(rows):
             raise UsageError(f"{name} takes {files.config.max_positions} tokens; {max(rows)} rows after "
-                             f"{contexts[-1]} are more", hint="Choose smaller --contexts.")
+                             f"{contexts[-1]} are more", hint="Choose smaller `contexts`.")
     cells = _Cells(rows, contexts, repeats, progress)
     with _threads(threads), torch.inference_mode():
         layers, flights = _layers(target, dtype, cells)
@@ -93,7 +93,7 @@ def _check(rows: Sequence[int], contexts: Sequence[int], repeats: int, threads: 
     for name, sizes in (("rows", rows), ("contexts", contexts)):
         if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
             raise UsageError(f"{name} must be 1 or more and rise (got {','.join(map(str, sizes)) or 'none'})",
-                             hint=f"For example --{name} {','.join(map(str, ROWS if name == 'rows' else CONTEXTS))}.")
+                             hint=f"For example `{name}={','.join(map(str, ROWS if name == 'rows' else CONTEXTS))}`.")
     for name, number in (("repeats", repeats), ("threads", threads)):
         if number < 1:
             raise UsageError(f"{name} must be 1 or more (got {number})")

@@ -24,7 +24,7 @@ class Scheduler:
     def __init__(self, options: EngineOptions, memory: Memory) -> None:
         if options.enable_prefix_caching and options.kv_cache_tokens is None:
             raise UsageError("prefixes can be shared only within a bound of cache memory",
-                             hint="Say how many slots there are (kv_cache_tokens).")
+                             hint="Say how many slots there are (`kv_cache_tokens`).")
         self.memory = memory
         self.running: dict[int, Sequence] = {}
         self.waiting: dict[int, Sequence] = {}
@@ -37,7 +37,7 @@ class Scheduler:
         whole, total = self.memory.whole(request), self.memory.total
         if total is not None and whole > total:
             raise PromptError(f"prompt, answer and guesses need {whole} cache slots, and there are {total}",
-                              hint="Shorten the prompt, ask for fewer tokens, or give the server more cache memory.")
+                              hint="Shorten the prompt, or ask for fewer tokens. More cache is `kv_cache_tokens`.")
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait until it can run. Raises PromptError for one that never could."""

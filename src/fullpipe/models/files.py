@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
 from fullpipe.models.config import ModelConfig, Sizes
+from fullpipe.models.recognise import fetch_again
 
 # Numbers converted at a time: they and their float32 copy stay in the processor's cache.
 BLOCK_NUMBERS = 1 << 17
-
-FETCH_AGAIN = "Fetch the model again: `fullpipe pull NAME` checks what it has and replaces what is damaged."
 
 
 class ModelFiles(ABC):
@@ -112,7 +111,8 @@ class ModelFiles(ABC):
                 "does not, save it without them.")
 
     def _damaged(self, name: str, what: str) -> DamagedModel:
-        return DamagedModel(f"tensor {name} of {self._file_of(name)} is damaged: {what}", hint=FETCH_AGAIN)
+        file = self._file_of(name)
+        return DamagedModel(f"tensor {name} of {file} is damaged: {what}", hint=fetch_again(file))
 
 
 def read_exactly(file: int, buffer: Tensor, offset: int) -> bool:

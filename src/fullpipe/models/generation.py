@@ -51,7 +51,7 @@ class Generation:
         lines = []
         if self.params:
             lines.append(f"sampling where a request says nothing, from {self.source}: {self} "
-                         "(--generation-config none leaves it aside)")
+                         "(`generation_config=none` leaves it aside)")
         if self.unheard:
             lines.append(f"warning: {self.source} also asks for {', '.join(self.unheard)}, which is not done")
         return lines
@@ -70,7 +70,7 @@ def sampling_of(path: Path, source: str = "auto") -> Generation:
         return _of_file(path / _FILE) if path.is_dir() else _of_gguf(path)
     if not (file := Path(source) / _FILE).is_file():
         raise UsageError(f"there is no {_FILE} in {source}",
-                         hint="generation_config takes auto, none, or a folder that holds that file.")
+                         hint="`generation_config` takes auto, none, or a folder that holds that file.")
     return _of_file(file)
 
 
@@ -124,4 +124,4 @@ def _checked(found: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
 
 def _damaged(file: Path, what: str) -> DamagedModel:
     return DamagedModel(f"the sampling defaults of {file} cannot be used: {what}",
-                        hint="Mend the file, or leave it aside with --generation-config none.")
+                        hint="Mend the file, or leave it aside: `generation_config=none`.")

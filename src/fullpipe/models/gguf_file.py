@@ -18,12 +18,12 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from fullpipe.errors import DamagedModel
 from fullpipe.models.dequant import block_shape, dequantise
-from fullpipe.models.files import FETCH_AGAIN, ModelFiles, read_exactly
+from fullpipe.models.files import ModelFiles, read_exactly
 from fullpipe.models.gguf_config import read_gguf
 from fullpipe.models.gguf_header import Header, read_header
 from fullpipe.models.gguf_parts import check_parts, gguf_parts
+from fullpipe.models.recognise import damaged
 
 # Our name for what follows "blk.N." in a GGUF tensor name.
 _LAYER_NAMES = {
@@ -78,13 +78,11 @@ def _tensors_of(path: Path, header: Header) -> dict[str, GGUFTensor]:
         tensors = {name: GGUFTensor(place.shape, GGMLQuantizationType(place.kind), place.offset, path)
                    for name, place in header.tensors.items()}
     except ValueError as error:
-        raise DamagedModel(f"the header of {path} names a type of tensor that does not exist ({error})",
-                           hint=FETCH_AGAIN) from error
+        raise damaged(path, f"the header of {path} names a type of tensor that does not exist ({error})") from error
     size = path.stat().st_size
     for name, tensor in tensors.items():
         if tensor.end > size:
-            raise DamagedModel(f"{path} is cut short: tensor {name} ends at byte {tensor.end}, the file at {size}",
-                               hint=FETCH_AGAIN)
+            raise damaged(path, f"{path} is cut short: tensor {name} ends at byte {tensor.end}, the file at {size}")
     return tensors
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fullpipe.errors import DamagedModel, UnsupportedModel
+from fullpipe.errors import UnsupportedModel
+from fullpipe.models.recognise import damaged
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -48,9 +49,7 @@ def read_header(path: Path, *, arrays: bool) -> Header:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Cursor(data, path, arrays).header()
     except (struct.error, ValueError, KeyError) as error:  # ValueError: an empty file, or no UTF-8
-        raise DamagedModel(
-            f"the header of {path} is not that of a whole GGUF file ({error})", hint="Fetch the file again."
-        ) from error
+        raise damaged(path, f"the header of {path} is not that of a whole GGUF file ({error})") from error
 
 
 class _Cursor:

@@ -64,7 +64,8 @@ def gguf_in_folder(folder: Path) -> Path | None:
               for file in reversed(files)}
     if len(models) > 1:
         raise ModelNotFound(f"the folder {folder} holds several models: {_names(sorted(models.values()))}",
-                            hint="Name one of the files; of a split model any part will do.")
+                            hint=f"Name one of them, such as {sorted(models.values())[0]}; of a split model any part "
+                                 "will do.")
     return first_part(next(iter(models.values()))) if models else None
 
 

@@ -265,11 +265,11 @@ def _check_base(values: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
         if theirs != ours:
             shown = f"{theirs:g}" if isinstance(theirs, int | float) else repr(theirs)
             raise DraftMismatch(f"{file} is for a model with {what} {shown}, {base.identity.name} has {ours}",
-                                hint=f"Name its base model with --model. {_trained_for(values)}")
+                                hint=f"Name its base model with `model`. {_trained_for(values)}")
     own = values.get("model_type")
     if own is not None and _family(str(own)) != _family(base.model_type):
         raise DraftMismatch(f"{file} is for a model of type {own!r}, {base.identity.name} is of type "
-                            f"{base.model_type!r}", hint=f"Name its base model with --model. {_trained_for(values)}")
+                            f"{base.model_type!r}", hint=f"Name its base model with `model`. {_trained_for(values)}")
 
 
 def _family(model_type: str) -> str:
@@ -291,12 +291,12 @@ def _split(read: _Values, layers: int, given: Sequence[int] | None) -> tuple[tup
     if counts is None:
         if layers % count:
             raise UsageError(f"{read.file} does not say how its {count} stages divide {layers} layers",
-                             hint="Say it with --stage-layers, the number of layers of each stage, commas between.")
+                             hint="Say it with `stage_layers`, the number of layers of each stage, commas between.")
         counts = (layers // count,) * count
     if len(counts) != count or sum(counts) != layers or min(counts) < 0:
         raise UsageError(f"stages of {', '.join(map(str, counts))} layers are not {count} stages of {layers} layers, "
                          f"which {read.file} was trained for",
-                         hint="--stage-layers is the number of layers of each stage, commas between.")
+                         hint="`stage_layers` is the number of layers of each stage, commas between.")
     return tuple(accumulate(counts)), len(set(counts)) == 1
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
 from fullpipe.models.config import ModelConfig, token_ids
-from fullpipe.models.files import FETCH_AGAIN, ModelFiles, read_exactly
+from fullpipe.models.files import ModelFiles, read_exactly
 from fullpipe.models.gguf_file import GGUFFiles
 from fullpipe.models.hf_config import read_hf
+from fullpipe.models.recognise import damaged, fetch_again, no_model_in, strange_folder
 
 
 def open_model(path: Path) -> ModelFiles:
@@ -46,9 +47,12 @@ class SafetensorsFiles(ModelFiles):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        if strange := strange_folder(folder):
+            raise strange
+        files = _shard_files(folder)
         self.config = _config_of(folder)
         self._entries: dict[str, tuple[_Shard, _Entry]] = {}
-        for shard in (_Shard(file) for file in _shard_files(folder)):
+        for shard in (_Shard(file) for file in files):
             self._entries |= {name: (shard, entry) for name, entry in shard.entries.items()}
         self._check_shapes()
 
@@ -107,7 +111,7 @@ class _Shard:
             header.pop("__metadata__", None)
             return {name: self._entry(name, value, 8 + length, size) for name, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedModel(f"the header of {self.path} is damaged: {error}", hint=FETCH_AGAIN) from error
+            raise damaged(self.path, f"the header of {self.path} is damaged: {error}") from error
 
     def _entry(self, name: str, value: Mapping[str, Any], base: int, file_size: int) -> _Entry:
         dtype = _SAFETENSORS_DTYPES.get(value["dtype"])
@@ -120,8 +124,8 @@ class _Shard:
             raise ValueError(f"tensor {name} has {end - begin} bytes, its shape {list(shape)} needs "
                              f"{math.prod(shape) * dtype.itemsize}")
         if base + end > file_size:
-            raise DamagedModel(f"{self.path} is cut short: tensor {name} ends at byte {base + end}, the file at "
-                               f"{file_size}", hint=FETCH_AGAIN)
+            raise damaged(self.path, f"{self.path} is cut short: tensor {name} ends at byte {base + end}, the file at "
+                                     f"{file_size}")
         return _Entry(dtype, shape, base + begin)
 
 
@@ -139,15 +143,14 @@ def _shard_files(folder: Path) -> list[Path]:
     if not index.is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
-            raise ModelNotFound(f"{folder} holds no safetensors weights",
-                                hint="Expected model.safetensors, or model.safetensors.index.json and its shards.")
+            raise no_model_in(folder)
         return [single]
     names: dict[str, str] = _read_json(index).get("weight_map", {})
     holder = {file: tensor for tensor, file in names.items()}
     for file, tensor in holder.items():
         if not (folder / file).is_file():
-            raise DamagedModel(f"{folder / file} is missing; it holds tensor {tensor}, among others",
-                               hint=FETCH_AGAIN)
+            raise DamagedModel(f"{folder / file} is missing, which model.safetensors.index.json names; it holds tensor "
+                               f"{tensor}, among others", hint=fetch_again(folder / file))
     return [folder / file for file in sorted(holder)]
 
 
@@ -155,10 +158,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelNotFound(f"there is no {path.name} in {path.parent}",
-                            hint="Name a folder as transformers writes it.") from error
+        raise no_model_in(path.parent) from error
     except ValueError as error:
-        raise DamagedModel(f"{path} is not JSON: {error}", hint=FETCH_AGAIN) from error
+        raise damaged(path, f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise DamagedModel(f"{path} holds no JSON object", hint=FETCH_AGAIN)
+        raise damaged(path, f"{path} holds no JSON object")
     return values

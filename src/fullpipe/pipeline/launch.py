@@ -151,7 +151,7 @@ def _await_ready(fleet: Fleet, timeout: float) -> None:
         if remaining <= 0:
             names = ", ".join(worker.name for worker in fleet.workers if worker.name in missing)
             raise StationFailed(names, f"not ready after {timeout:g} s",
-                                hint="Loading may just be slow here: give a longer start_timeout.")
+                                hint="Loading may just be slow here: give a longer `start_timeout`.")
         for worker, news in fleet.receive(remaining):
             _check_starting(worker, news)
             if isinstance(news, Up):

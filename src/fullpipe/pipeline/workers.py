@@ -209,5 +209,5 @@ def _checked(links: Links | None, num_stages: int, timeout: float) -> Links:
     links.check(num_stages)
     if links.longest_s >= timeout:
         raise UsageError(f"a message would take {links.longest_s:g} s, and {timeout:g} s without progress "
-                         "count as failure", hint="Give a longer timeout, or a shorter latency.")
+                         "count as failure", hint="Give a longer `timeout`, or a shorter latency.")
     return links

@@ -11,6 +11,7 @@ seen by chunk, and a chunk may bring several.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import Counter
@@ -25,9 +26,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from fullpipe.errors import UsageError
 from fullpipe.prompts import FilePrompt
 from fullpipe.server.openai_stream import Endpoint, Server, ask, body_of, require_httpx
+from fullpipe.threads import beside
 
 if TYPE_CHECKING:
     import httpx
+
+_LOOK_S = 0.05  # between two looks whether the load is still wanted
 
 Progress = Callable[[int, int, str], None]
 Count = Annotated[int, Field(ge=0)]
@@ -55,10 +59,10 @@ class Traffic:
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
-            raise UsageError("load has either a concurrency or a rate", hint="Give --concurrency or --rate, not both.")
+            raise UsageError("load has either a concurrency or a rate", hint="Give `concurrency` or `rate`, not both.")
         if (self.concurrency is not None and self.concurrency < 1) or (self.rate is not None and not self.rate > 0):
             raise UsageError("the concurrency must be 1 or more, and the rate above 0",
-                             hint="For example --concurrency 8, or --rate 0.5.")
+                             hint="For example `concurrency=8`, or `rate=0.5`.")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -231,24 +235,29 @@ def distinct(prompts: Sequence[FilePrompt], tag: str) -> list[FilePrompt]:
 
 def run_load(server: Server, prompts: Sequence[FilePrompt], traffic: Traffic,
              progress: Progress | None = None) -> LoadResult:
-    """Ask the first turn of every prompt. Failures are samples; Ctrl-C ends it with what has ended until then.
+    """Ask the first turn of every prompt. Failures are samples.
 
-    progress: called after each answer with how many there are, how many there will be, and how it ended.
-    Raises MissingExtra without httpx.
+    progress: called after each answer with how many there are, how many there will be, and how it ended; in another
+    thread. Raises MissingExtra without httpx. When Ctrl-C comes, the exception's `load` is the result of what has ended
+    until then.
     """
     require_httpx()
     run = _Run(server, prompts, traffic, progress or (lambda done, total, subject: None))
     cpu = time.process_time()
-    interrupted = False
+
+    def result(interrupted: bool) -> LoadResult:
+        return LoadResult(
+            url=server.url, model=server.model, endpoint=traffic.endpoint, concurrency=traffic.concurrency,
+            rate=traffic.rate, max_tokens=traffic.max_tokens, temperature=traffic.temperature, seed=traffic.seed,
+            ignore_eos=traffic.ignore_eos, asked=len(prompts), interrupted=interrupted,
+            client_cpu_s=time.process_time() - cpu, samples=sorted(run.samples, key=lambda one: one.index))
+
     try:
-        asyncio.run(run.all())
-    except KeyboardInterrupt:
-        interrupted = True
-    return LoadResult(
-        url=server.url, model=server.model, endpoint=traffic.endpoint, concurrency=traffic.concurrency,
-        rate=traffic.rate, max_tokens=traffic.max_tokens, temperature=traffic.temperature, seed=traffic.seed,
-        ignore_eos=traffic.ignore_eos, asked=len(prompts), interrupted=interrupted,
-        client_cpu_s=time.process_time() - cpu, samples=sorted(run.samples, key=lambda one: one.index))
+        beside(lambda: asyncio.run(run.until_stopped()), stop=run.stop)
+    except KeyboardInterrupt as interrupt:
+        interrupt.load = result(interrupted=True)  # type: ignore[attr-defined]
+        raise
+    return result(interrupted=False)
 
 
 class _Run:
@@ -257,7 +266,21 @@ class _Run:
     def __init__(self, server: Server, prompts: Sequence[FilePrompt], traffic: Traffic, progress: Progress) -> None:
         self._server, self._prompts, self._traffic, self._progress = server, prompts, traffic, progress
         self._begun = 0.0
+        self._wanted = [True]
         self.samples: list[LoadSample] = []
+
+    def stop(self) -> None:
+        """May be called from any thread."""
+        self._wanted.clear()
+
+    async def until_stopped(self) -> None:
+        load = asyncio.create_task(self.all())
+        while self._wanted and not load.done():
+            await asyncio.wait([load], timeout=_LOOK_S)
+        if not load.done():
+            load.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await load
 
     async def all(self) -> None:
         import httpx

@@ -46,7 +46,7 @@ class Server:
         if not usable:
             raise UsageError(f"{self.url!r} is no server's address", hint="For example http://127.0.0.1:8000.")
         if not (self.api_key or "").isascii() or not (self.api_key or " ").isprintable():
-            raise UsageError("an API key is of printable ASCII characters", hint="Check --api-key.")
+            raise UsageError("an API key is of printable ASCII characters", hint="Check `api_key`.")
 
     @property
     def root(self) -> str:
@@ -95,14 +95,14 @@ def served_model(url: str, api_key: str | None) -> str:
     import httpx
 
     server = Server(url, "", api_key)
-    hint = "Start one (`fullpipe serve`), and check --url and --api-key."
+    hint = "Start one (`fullpipe serve`), and check `url` and `api_key`."
     try:
         response = httpx.get(f"{server.root}/v1/models", headers=server.headers, timeout=30)
         return str(response.raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UsageError(f"no OpenAI-compatible server at {url}: {error}", hint=hint) from None
     except (ValueError, LookupError, TypeError):
-        raise UsageError(f"{server.root}/v1/models names no model", hint=f"Name it with --model. {hint}") from None
+        raise UsageError(f"{server.root}/v1/models names no model", hint=f"Name it with `model`. {hint}") from None
 
 
 def body_of(server: Server, endpoint: Endpoint, prompt: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
-from fullpipe.errors import FullpipeError, Overloaded, PromptError, Unavailable, UsageError
-from fullpipe.server.protocol import REFUSED
+from fullpipe.errors import FullpipeError, Overloaded, PromptError, Unavailable, UsageError, without
+from fullpipe.server.protocol import REFUSED, ChatRequest, CompletionRequest
+
+log = logging.getLogger("fullpipe.server")
 
 TOO_LONG = "context_length_exceeded"
 _ENDING_S = 1.0  # until a server that is started anew, or its neighbour, may answer
+_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
 _SHOWN = 60  # characters of a caller's own value that a message repeats
 
 
@@ -82,7 +86,11 @@ def failure(reason: str | None, error: str) -> Problem | None:
 
 
 def told(error: FullpipeError) -> str:
-    return f"{error.message}. {error.hint}" if error.hint else error.message
+    """What a caller reads. Of the hint that is what a caller can do; what only an operator can give is logged."""
+    hint = without(error.hint or "", _FIELDS.__contains__)
+    if error.hint and hint != error.hint.replace("`", ""):
+        log.info("%s; for the operator: %s", error.message, error.hint)
+    return f"{error.message}. {hint}" if hint else error.message
 
 
 def retry_after(seconds: float) -> dict[str, str]:

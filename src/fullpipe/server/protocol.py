@@ -35,7 +35,7 @@ REFUSED = {
     "audio": "answers are plain text",
     "prediction": "the server makes its own predictions",
     "moderation": "nothing is moderated",
-    "chat_template": "whoever starts the server chooses it (--chat-template)",
+    "chat_template": "whoever starts the server chooses it",
     "documents": "put them into the messages, or into chat_template_kwargs if the template reads them",
     "enable_thinking": "say it in chat_template_kwargs",
     "thinking": "say it in chat_template_kwargs, by the name that the model's template has for it",

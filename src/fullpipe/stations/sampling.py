@@ -206,7 +206,7 @@ def _check(best: Tensor, rows: Sequence[RowContext]) -> None:
         row = int(finite.logical_not().nonzero()[0])
         raise ModelError(
             f"no token can be picked for position {rows[row].position}: the best logit is {float(best[row])}",
-            hint="NaN or inf comes from damaged weights or a dtype that overflows: try --dtype float32. "
+            hint="NaN or inf comes from damaged weights or a dtype that overflows: try `dtype=float32`. "
                  "-inf means that logit_bias forbids every token.")
 
 

@@ -139,7 +139,7 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"cannot keep hidden states in {folder}: {error.strerror or error}",
                          hint="They take 2 bytes a number: tokens x taps x hidden size. Make room, or name a folder on "
-                              "another disk (--features); the same command then goes on.") from error
+                              "another disk (`features`); the same command then goes on.") from error
 
 
 class Outer:

@@ -30,7 +30,7 @@ def gather(plan: Plan, model: Path, name: str, data: Sequence[Path], *, vocab: P
     files, tokenizer, report = open_model(model), load_tokenizer(model), Report()
     if plan.max_length > files.config.max_positions:
         raise UsageError(f"texts of {plan.max_length} tokens are longer than the model's {files.config.max_positions}",
-                         hint="Give a smaller --max-length.")
+                         hint="Give a smaller `max_length`.")
     samples = read_samples(data, tokenizer, max_length=plan.max_length, report=report)
     say(report.summary())
     train, held_out = split(samples, plan.validation, plan.seed)

@@ -33,7 +33,7 @@ from fullpipe.training.student import Batch, Student, make_batch
 Report = Callable[[int, float, str], None]
 """Called after steps: the step, the share of the run that is done, and a line of figures."""
 
-_DIVERGED = "Lower the learning rate (--lr), or use --precision fp32. What was saved before is as it was."
+_DIVERGED = "Lower the learning rate (`rate`), or use `precision=fp32`. What was saved before is as it was."
 _WINDOW = 50  # steps that a figure of the curve is the mean of
 _STUCK_AFTER = 200  # steps, the warm-up not counted
 _SCALE_SAMPLES, _SCALE_SKIP = 32, 4  # texts that the scale of features is taken from; tokens at their start left out
@@ -298,7 +298,7 @@ class Trainer:
             if loss > 0.995 * self._first[0] and accuracy < self._first[1] + 0.002:
                 raise UsageError(f"nothing is learnt: after {self.step} steps the loss is {loss:.3f} (it was "
                                  f"{self._first[0]:.3f}) and the accuracy {accuracy:.1%} (it was {self._first[1]:.1%})",
-                                 hint="Try another learning rate (--lr), a longer warm-up, or other data.")
+                                 hint="Try another learning rate (`rate`), a longer warm-up, or other data.")
 
     # ---- what is left of it ------------------------------------------------------------------------------
 

@@ -298,7 +298,7 @@ def test_whatever_a_template_raises_is_an_error_of_the_request(source: str) -> N
     with pytest.raises((UsageError, UnsupportedModel)) as caught:
         ChatTemplate(source).render([USER])
     assert FAULTS[source] in caught.value.message
-    assert "--chat-template FILE" in str(caught.value.hint)
+    assert "`chat_template=FILE`" in str(caught.value.hint)
     assert "alternat" not in str(caught.value), "it has not been asked why"
 
 

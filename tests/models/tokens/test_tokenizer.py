@@ -205,7 +205,7 @@ def test_a_file_without_merges_is_damaged(backend: Any, tmp_path: Path) -> None:
         load_tokenizer(write_gguf(tmp_path / "odd.gguf", backend, merges=None))
 
 
-@pytest.mark.parametrize("keep", [0, 3, 10, 1000])
+@pytest.mark.parametrize("keep", [3, 10, 1000])
 def test_a_truncated_header_is_damaged(keep: int, backend: Any, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "cut.gguf", backend)
     path.write_bytes(path.read_bytes()[:keep])
@@ -251,7 +251,7 @@ def test_a_model_without_a_template_says_what_to_do(backend: Any, tmp_path: Path
     with pytest.raises(UsageError, match="plain has no chat template") as caught:
         tokenizer.chat("hi")
     assert caught.value.hint is not None
-    assert "--no-chat-template" in caught.value.hint and "--chat-template FILE" in caught.value.hint
+    assert "`use_chat_template=False`" in caught.value.hint and "`chat_template=FILE`" in caught.value.hint
 
 
 def test_two_system_messages_are_refused(tiny: Tokenizer) -> None:
@@ -298,5 +298,5 @@ def test_a_draft_with_another_vocabulary_is_refused(tiny: Tokenizer) -> None:
     said = str(caught.value)
     assert f"the draft other has another vocabulary than tiny: {other.vocab_size} tokens" in said
     assert f"token {first}, {other.tokens[first]!r} against {tiny.tokens[first]!r}" in said
-    assert "--draft ngram" in said
+    assert "`draft=ngram`" in said
     assert tiny.fingerprint != other.fingerprint

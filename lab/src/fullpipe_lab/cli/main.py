@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
 
+from fullpipe.cli import stopping
 from fullpipe.cli.verb import verb
 from fullpipe.threads import share_the_machine
 from fullpipe_lab.cli import bench, beside, record, report, simulate
@@ -18,14 +16,8 @@ _VERBS = (simulate.simulate, record.record, bench.bench, report.report, beside.p
 
 def main() -> None:
     """Entry point: runs the command line in `sys.argv` and exits."""
-    signal.signal(signal.SIGTERM, _terminate)
     share_the_machine()
-    app(prog_name="fullpipe-lab")
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Ends by an exception, so that temporary files are removed and processes stopped on the way out."""
-    sys.exit(128 + number)
+    stopping.run(lambda: app(prog_name="fullpipe-lab"))
 
 
 app = typer.Typer(

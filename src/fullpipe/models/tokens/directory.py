@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
+from fullpipe.models.recognise import damaged
 from fullpipe.models.tokens.piece_file import read_pieces
 from fullpipe.models.tokens.pieces import Kind, piece_tokenizer
 from fullpipe.models.tokens.special import put_around
@@ -57,7 +58,7 @@ def _from_json(file: Path) -> Any:
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise DamagedModel(f"{file} cannot be read: {error}", hint="Fetch the model again.") from error
+        raise damaged(file, f"{file} cannot be read: {error}") from error
     # What was set for training batches; a prompt must come out whole and unpadded.
     backend.no_truncation()
     backend.no_padding()
@@ -156,7 +157,7 @@ def _token_text(settings: Mapping[str, Any], key: str) -> str | None:
     if text is None or isinstance(text, str):
         return text
     raise DamagedModel(f"{key} of the tokenizer's settings is {token!r}, and a token's text is wanted",
-                       hint="Name one token there; more end tokens go into generation_config.json's eos_token_id.")
+                       hint="Name one token there; more go into `generation_config.json`, as its eos_token_id.")
 
 
 def _text_of(token: Any) -> Any:
@@ -170,4 +171,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as error:
-        raise DamagedModel(f"{path} is not JSON: {error}", hint="Fetch the model again.") from error
+        raise damaged(path, f"{path} is not JSON: {error}") from error

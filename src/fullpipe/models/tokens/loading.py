@@ -35,7 +35,7 @@ def with_template(tokenizer: Tokenizer, given: str | None, variables: Mapping[st
     if source is None:
         if variables:
             raise UsageError(f"default_chat_template_kwargs are for a chat template, and {tokenizer.name} has none",
-                             hint="Give it one: --chat-template FILE (chat_template=).")
+                             hint="Give it one: `chat_template=FILE`.")
         return tokenizer
     template = ChatTemplate(source, tokenizer.named, variables)
     try:
@@ -43,6 +43,6 @@ def with_template(tokenizer: Tokenizer, given: str | None, variables: Mapping[st
     except UnsupportedModel as error:
         if given is not None:
             raise UsageError(error.message.replace("the model's", "the given"), hint="Mend it, or drop "
-                             "--chat-template (chat_template=) to use the model's own.") from error
+                             "`chat_template` to use the model's own.") from error
         say(f"{error.message}; chats will be refused")
     return replace(tokenizer, template=template)

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from fullpipe.errors import MessageError, UnsupportedModel, UsageError
 from fullpipe.models.tokens.messages import conversation, text_of
 
-_OWN_FILE = "Give it another one: --chat-template FILE (chat_template=)."
+_OWN_FILE = "Give it another one: `chat_template=FILE`."
 _MARK = "THE-FINAL-MESSAGE-ENDS-HERE "  # its space is how one sees whether the template strips messages
 
 # What is asked for by other means, so that a template's variables must not say otherwise.

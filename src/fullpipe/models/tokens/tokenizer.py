@@ -58,8 +58,8 @@ class Tokenizer:
         if self.template is None:
             raise UsageError(
                 f"{self.name} has no chat template",
-                hint="Give it one (--chat-template FILE, chat_template=), or let it continue plain text: with "
-                     "--no-chat-template, a str in Python, /v1/completions on a server.",
+                hint="Give it one: `chat_template=FILE`. Or let it continue plain text: a str in Python, "
+                     "/v1/completions on a server. On the command line that is `use_chat_template=False`.",
             )
         messages = conversation([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
         if system is not None:
@@ -135,5 +135,5 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
     raise DraftMismatch(
         f"the draft {draft.name} has another vocabulary than {target.name}: {draft.vocab_size} tokens "
         f"against {target.vocab_size}; the first difference is token {first}, {theirs} against {ours}",
-        hint="Choose a draft of the same model family, or `--draft ngram`, which fits every model.",
+        hint="Choose a draft of the same model family, or `draft=ngram`, which fits every model.",
     )

@@ -158,10 +158,7 @@ def requests_at(level: int) -> int:
 
 
 def _load(server: Running, prompts: list[FilePrompt], traffic: Traffic) -> LoadResult:
-    result = run_load(Server(server.url, MODEL_NAME), prompts, traffic)
-    if result.interrupted:
-        raise KeyboardInterrupt
-    return result
+    return run_load(Server(server.url, MODEL_NAME), prompts, traffic)
 
 
 # ---- what is made of it ----------------------------------------------------------------------------------

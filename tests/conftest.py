@@ -22,12 +22,10 @@ _CHROMIUM = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "-
 
 
 @pytest.fixture(autouse=True)
-def own_threads() -> Iterator[None]:
-    """A model that answers in this process takes all cores; the tests behind it shall not have them."""
-    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
-    yield
+def one_thread() -> None:
+    """A model that answers in this process takes all cores, also for a module's fixtures; a test begins with one."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(before or 1)
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def test_the_life_of_a_token(told: Told) -> None:
     assert [leg.nodes for leg in landed.legs] == [launched.nodes, launched.nodes, [node]]
 
     # Stop 12. The user reads it.
-    assert told.chunks[0].token_ids == [hero] and told.chunks[0].text == f"w{hero}"
+    assert told.chunks[0].token_ids == [hero] and told.chunks[0].text == f" w{hero}"
 
     # And on. At second 4 the hero's own row lands and says what comes next: one second a token, not three.
     successor = told.first(Emitted, lambda event: event.node == node)
@@ -130,7 +130,7 @@ def test_what_was_read_is_what_was_emitted_and_what_the_model_alone_says(told: T
     tokens = [event.token for event in emitted]
     assert tokens == told.plain
     assert tokens == [token for chunk in told.chunks for token in chunk.token_ids]
-    assert "".join(chunk.text for chunk in told.chunks) == " ".join(f"w{token}" for token in tokens)
+    assert "".join(chunk.text for chunk in told.chunks) == "".join(f" w{token}" for token in tokens)
     assert [event.position for event in emitted] == list(range(LAST_OF_PROMPT + 1, LAST_OF_PROMPT + 1 + len(tokens)))
     assert told.first(Finished, lambda event: True).reason == "length"
 

@@ -20,7 +20,7 @@ log = logging.getLogger("fullpipe.server")
 
 TOO_LONG = "context_length_exceeded"
 _ENDING_S = 1.0  # until a server that is started anew, or its neighbour, may answer
-_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - REFUSED.keys()
 _SHOWN = 60  # characters of a caller's own value that a message repeats
 
 

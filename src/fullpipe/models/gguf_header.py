@@ -92,7 +92,20 @@ class _Cursor:
         element, count = self._unpack("IQ")
         if element in _SCALARS:
             return list(self._unpack(f"{count}{_SCALARS[element]}"))
-        return [self._value(element) for _ in range(count)]
+        return self._strings(count) if element == _STRING else [self._value(element) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        """So many strings in a row: a vocabulary, of which there may be 300,000."""
+        length_at, data, at = struct.Struct("<Q").unpack_from, self._data, self._at
+        texts = []
+        for _ in range(count):
+            begins = at + 8
+            at = begins + length_at(data, at)[0]
+            texts.append(data[begins:at].decode("utf-8"))
+        if at > len(data):
+            raise ValueError("a string ends behind the file")
+        self._at = at
+        return texts
 
     def _skip_array(self) -> None:
         element, count = self._unpack("IQ")

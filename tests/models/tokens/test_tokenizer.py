@@ -10,7 +10,7 @@ import gguf
 import pytest
 import tokenizers
 
-from fullpipe.errors import DamagedModel, DraftMismatch, UnsupportedModel, UsageError
+from fullpipe.errors import DamagedModel, DraftMismatch, PromptError, UnsupportedModel, UsageError
 from fullpipe.hub import resolve
 from fullpipe.models.gguf_header import read_header
 from fullpipe.models.tokens.loading import load_tokenizer
@@ -161,6 +161,11 @@ def test_a_gguf_file_and_a_directory_make_the_same_tokenizer(
     # Cut at words that both ways to split agree on.
     for text in ("Hello, world!", "naïve café", *SPECIAL):
         assert tiny.encode(text) == other.encode(text)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tiny: Tokenizer) -> None:
+    with pytest.raises(PromptError, match="UTF-8"):
+        tiny.encode("a\udcff")
 
 
 def test_padding_is_no_token(tiny: Tokenizer, backend: Any) -> None:

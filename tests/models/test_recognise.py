@@ -67,6 +67,7 @@ def test_a_file_that_is_something_else(folder: Path, name: str, content: bytes, 
     pytest.param(b"PK\x03\x04........other", "a compressed archive", "Unpack", id="zip"),
     pytest.param(b"\x80\x02\x8a\x0al\xfc", "a PyTorch checkpoint", "save_pretrained", id="pickle"),
     pytest.param(b"tjgg\x03\x00\x00\x00", "from before GGUF", "Convert it anew", id="ggjt"),
+    pytest.param(b'{\n  "architectures": []}', "a JSON file", "Name the folder", id="json"),
     pytest.param(b"\x40\0\0\0\0\0\0\0{\"a\":", "a safetensors file", "Name the folder", id="safetensors"),
 ])
 def test_a_file_in_place_of_gguf(tmp_path: Path, content: bytes, what: str, hint: str) -> None:

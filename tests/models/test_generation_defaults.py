@@ -65,6 +65,8 @@ def test_what_is_in_force_is_told_and_what_is_not_done_is_too(tmp_path: Path) ->
         "repetition_penalty 1.05 (`generation_config=none` leaves it aside)",
         "warning: generation_config.json also asks for num_beams, which is not done"]
     assert sampling_of(folder(tmp_path, {})).told() == []
+    assert str(sampling_of(folder(tmp_path, {"max_new_tokens": 1048576, "top_p": 0.95}))) == (
+        "top_p 0.95, max_tokens 1048576")
     assert sampling_of(folder(tmp_path, {"stop_strings": ["###"], "encoder_repetition_penalty": 1.2})).unheard == (
         "stop_strings", "encoder_repetition_penalty")
 

@@ -47,7 +47,8 @@ class Generation:
     unheard: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value:g}" for name, value in self.params.items())
+        return ", ".join(f"{name} {value if isinstance(value, int) else f'{value:g}'}"
+                         for name, value in self.params.items())
 
     def told(self) -> list[str]:
         """Lines on what is in force, and on what is not."""

@@ -60,6 +60,17 @@ def test_a_file_that_is_something_else(folder: Path, name: str, content: bytes, 
     assert hint in (error.hint or "")
 
 
+@pytest.mark.parametrize(("content", "what", "hint"), STRANGE_FILES)
+def test_so_is_a_chat_template_and_a_tokenizer_of_sentencepieces(folder: Path, content: bytes, what: str,
+                                                                 hint: str) -> None:
+    (folder / "chat_template.jinja").write_bytes(content)
+    error = refusal(lambda: load(folder))
+    assert error.message.startswith(f"{folder / 'chat_template.jinja'} is {what}") and hint in (error.hint or "")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(content)
+    assert refusal(lambda: load(folder)).message.startswith(f"{folder / 'tokenizer.model'} is {what}")
+
+
 @pytest.mark.parametrize(("content", "what", "hint"), [
     *STRANGE_FILES,
     pytest.param(b'{"error":"Invalid credentials"}', "an error message of a server", "Download", id="json error"),

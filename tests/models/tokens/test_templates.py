@@ -347,11 +347,9 @@ def write(folder: Path, backend: Any, **files: Any) -> Path:
 def test_templates_of_a_directory(settings: dict[str, Any], backend: Any, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write(tmp_path, backend, tokenizer_config=settings))
     assert tokenizer.template is not None and tokenizer.template.source == CHATML
-    (tmp_path / "chat_templates").mkdir()
-    for file in ("chat_templates/default.jinja", "chat_template.jinja"):
-        (tmp_path / file).write_text(file)
-        tokenizer = load_tokenizer(tmp_path)
-        assert tokenizer.template is not None and tokenizer.template.source == file
+    (tmp_path / "chat_template.jinja").write_text("a file of its own")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.template is not None and tokenizer.template.source == "a file of its own"
 
 
 def test_named_tokens_of_a_directory_are_those_of_transformers(backend: Any, tmp_path: Path) -> None:

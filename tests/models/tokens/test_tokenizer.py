@@ -240,6 +240,27 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("template", [5, {"rag": "x"}, [{"name": "default", "template": 1}]])
+def test_a_chat_template_that_is_no_text_is_damaged(template: Any, backend: Any, tmp_path: Path) -> None:
+    write_directory(tmp_path, backend)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(DamagedModel, match="is no text"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_chat_template_in_another_encoding_is_damaged(backend: Any, tmp_path: Path) -> None:
+    write_directory(tmp_path, backend)
+    (tmp_path / "chat_template.jinja").write_bytes("{{ 'ä' }}".encode("latin-1"))
+    with pytest.raises(DamagedModel, match="is not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+def test_null_lists_no_added_tokens(backend: Any, tmp_path: Path) -> None:
+    write_directory(tmp_path, backend)
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": null}')
+    assert load_tokenizer(tmp_path).special
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_broken_files_of_a_directory_are_named(name: str, backend: Any, tmp_path: Path) -> None:
     write_directory(tmp_path, backend)

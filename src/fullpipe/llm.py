@@ -24,6 +24,7 @@ from fullpipe.assembly import Assembly, Prepared, assemble
 from fullpipe.costs import Machine
 from fullpipe.engine import Engine, Listener
 from fullpipe.errors import FullpipeError, PipelineError, PromptError, StationFailed, UsageError
+from fullpipe.models.tokens.messages import is_message
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.request import SamplingParams
@@ -353,7 +354,6 @@ def _check_there_is_something(prompt: Prompt) -> None:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and (isinstance(prompts[0], (int, Mapping))
-                                                 or hasattr(prompts[0], "model_dump"))):
+    if isinstance(prompts, str) or (prompts and (isinstance(prompts[0], int) or is_message(prompts[0]))):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ class SamplingParams:
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in [0, 20], or None"),
             (0 <= self.accept_typical <= 1, "accept_typical must be in [0, 1]"),
             (all(self.stop), "stop strings must not be empty"),
-            (all(map(_is_text, self.stop)), "stop strings must be text that UTF-8 can spell"),
+            (all(map(is_text, self.stop)), "stop strings must be text that UTF-8 can spell"),
             (all(bias < math.inf for bias in self.logit_bias.values()), "logit_bias must be numbers below infinity"),
         ):
             if not ok:
@@ -110,7 +110,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
     """Not so where half of a surrogate pair is in it: no model says one."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
@@ -155,8 +155,9 @@ def _special_stops(params: SamplingParams, special: Mapping[str, int]) -> list[i
         if stop not in special and (within := next((text for text in special if text in stop), None)) is not None:
             raise UsageError(
                 f"the stop string {stop!r} can never match: the text leaves out the special token {within!r}",
-                hint=f"Stop at the token itself: stop={within!r}, or stop_token_ids=[{special[within]}]. Or keep such "
-                     "tokens in the text: skip_special_tokens=False.", param="stop")
+                hint=f"Stop at the token itself: `stop={within!r}` (in Python and over HTTP also stop_token_ids="
+                     f"[{special[within]}]). Or keep such tokens in the text: `skip_special_tokens=False`.",
+                param="stop")
     return [special[stop] for stop in params.stop if stop in special]
 
 

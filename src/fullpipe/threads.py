@@ -53,8 +53,12 @@ def beside(work: Callable[[], T], *, stop: Callable[[], None], meanwhile: Callab
 
     begun = False
     try:
-        begun = True  # no signal comes between here and the end of the next line's call
-        _thread.start_new_thread(do, ())
+        begun = True  # no signal comes between here and the end of the next call
+        try:
+            _thread.start_new_thread(do, ())
+        except RuntimeError:  # the system gives no more threads
+            begun = False
+            raise
         while not outcome:
             if not _rung(bell, every_s):
                 meanwhile()

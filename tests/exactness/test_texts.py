@@ -211,3 +211,4 @@ def test_a_stop_that_never_comes_is_refused(marked: Doors, more: dict[str, Any],
         printed = run("generate", "x", "-m", marked.folder, "--draft", "none", "--no-chat-template", "--stop",
                       more["stop"])
         assert printed.exit_code == 2 and "stop_token_ids" in printed.stderr
+        assert "--stop '<|mid|>'" in printed.stderr and "--no-skip-special-tokens" in printed.stderr

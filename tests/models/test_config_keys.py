@@ -53,8 +53,8 @@ def test_every_key_of_transformers_is_classified() -> None:
 
 # A key that is said to be read, and a base and another value with which the model is another, or refused.
 READ: dict[str, tuple[dict[str, Any], Any]] = {
-    "architectures": (LLAMA, ["Other"]), "attention_bias": (LLAMA, True), "bos_token_id": (LLAMA, 7),
-    "eos_token_id": (LLAMA, [7]), "head_dim": (LLAMA, 32), "hidden_size": (LLAMA, 128),
+    "architectures": (LLAMA, ["Other"]), "attention_bias": (LLAMA, True),
+    "head_dim": (LLAMA, 32), "hidden_size": (LLAMA, 128),
     "intermediate_size": (LLAMA, 32), "layer_types": (LLAMA, ["linear_attention"] * 3),
     "max_window_layers": (QWEN | {"use_sliding_window": True, "sliding_window": 8}, 1), "model_type": (LLAMA, "qwen3"),
     "num_attention_heads": (LLAMA, 8), "num_hidden_layers": (LLAMA, 4), "num_key_value_heads": (LLAMA, 4),

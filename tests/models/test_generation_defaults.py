@@ -8,9 +8,10 @@ from typing import Any
 
 import gguf
 import pytest
+from transformers import GenerationConfig
 
 from fullpipe.errors import DamagedModel, UsageError
-from fullpipe.models.generation import _GGUF, _GGUF_UNHEARD, sampling_of
+from fullpipe.models.generation import _GGUF, _GGUF_UNHEARD, _HF, _HF_UNHEARD, sampling_of
 from fullpipe.request import SamplingParams
 from tiny import tiny_model, write_gguf
 
@@ -64,6 +65,28 @@ def test_what_is_in_force_is_told_and_what_is_not_done_is_too(tmp_path: Path) ->
         "repetition_penalty 1.05 (`generation_config=none` leaves it aside)",
         "warning: generation_config.json also asks for num_beams, which is not done"]
     assert sampling_of(folder(tmp_path, {})).told() == []
+    assert str(sampling_of(folder(tmp_path, {"max_new_tokens": 1048576, "top_p": 0.95}))) == (
+        "top_p 0.95, max_tokens 1048576")
+    assert sampling_of(folder(tmp_path, {"stop_strings": ["###"], "encoder_repetition_penalty": 1.2})).unheard == (
+        "stop_strings", "encoder_repetition_penalty")
+
+
+# Of how it is computed, of lengths that vLLM does not read either, and of what is no text.
+ELSEWHERE = {
+    "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
+    "assistant_lookbehind", "bos_token_id", "cache_config", "cache_implementation", "compile_config",
+    "continuous_batching_config", "decoder_start_token_id", "disable_compile", "do_sample", "eos_token_id",
+    "is_assistant", "low_memory", "max_cache_len", "max_length", "max_matching_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_logits", "output_scores", "pad_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens",
+    "return_dict_in_generate", "speculation_type", "target_lookbehind", "transformers_version", "use_cache", "use_mtp",
+    # of beams, which num_beams tells of; and of numbers that are not finite, which are an error here
+    "early_stopping", "length_penalty", "num_beam_groups", "remove_invalid_values", "renormalize_logits",
+}
+
+
+def test_every_key_of_transformers_is_known() -> None:
+    assert vars(GenerationConfig()).keys() - _HF.keys() - _HF_UNHEARD.keys() <= ELSEWHERE
 
 
 def test_the_sampling_keys_of_a_gguf_file(tmp_path: Path) -> None:

@@ -49,10 +49,10 @@ def test_old_and_new_spelling_of_rope_mean_the_same() -> None:
     assert old.rope.inv_freq[1] == pytest.approx(500.0 ** (-2 / 16) / 2)
 
 
-def test_end_tokens() -> None:
-    assert read_hf(LLAMA | {"eos_token_id": [5, 6, 5], "bos_token_id": 1}).eos == (5, 6)
-    assert read_hf(LLAMA).eos == () and read_hf(LLAMA).bos is None
-    assert read_gguf(GGUF, vocab_size=100, tied=True).eos == (7, 9)
+@pytest.mark.parametrize("kinds", [5, "full_attention", [{"a": 1}]])
+def test_types_of_layers_that_are_no_list_of_words(kinds: Any) -> None:
+    with pytest.raises(DamagedModel, match="for layer_types, where a list of words is needed"):
+        read_hf(LLAMA | {"layer_types": kinds})
 
 
 @pytest.mark.parametrize(("changes", "named"), [

@@ -60,6 +60,17 @@ def test_a_file_that_is_something_else(folder: Path, name: str, content: bytes, 
     assert hint in (error.hint or "")
 
 
+@pytest.mark.parametrize(("content", "what", "hint"), STRANGE_FILES)
+def test_so_is_a_chat_template_and_a_tokenizer_of_sentencepieces(folder: Path, content: bytes, what: str,
+                                                                 hint: str) -> None:
+    (folder / "chat_template.jinja").write_bytes(content)
+    error = refusal(lambda: load(folder))
+    assert error.message.startswith(f"{folder / 'chat_template.jinja'} is {what}") and hint in (error.hint or "")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(content)
+    assert refusal(lambda: load(folder)).message.startswith(f"{folder / 'tokenizer.model'} is {what}")
+
+
 @pytest.mark.parametrize(("content", "what", "hint"), [
     *STRANGE_FILES,
     pytest.param(b'{"error":"Invalid credentials"}', "an error message of a server", "Download", id="json error"),
@@ -67,6 +78,7 @@ def test_a_file_that_is_something_else(folder: Path, name: str, content: bytes, 
     pytest.param(b"PK\x03\x04........other", "a compressed archive", "Unpack", id="zip"),
     pytest.param(b"\x80\x02\x8a\x0al\xfc", "a PyTorch checkpoint", "save_pretrained", id="pickle"),
     pytest.param(b"tjgg\x03\x00\x00\x00", "from before GGUF", "Convert it anew", id="ggjt"),
+    pytest.param(b'{\n  "architectures": []}', "a JSON file", "Name the folder", id="json"),
     pytest.param(b"\x40\0\0\0\0\0\0\0{\"a\":", "a safetensors file", "Name the folder", id="safetensors"),
 ])
 def test_a_file_in_place_of_gguf(tmp_path: Path, content: bytes, what: str, hint: str) -> None:

@@ -76,6 +76,11 @@ def test_a_folder_with_one_gguf_file_is_that_file(whole: Path) -> None:
     assert hub.resolve(str(whole.parent)) == whole
 
 
+def test_what_reads_pictures_for_a_model_is_no_second_one(whole: Path) -> None:
+    shutil.copy(whole, whole.with_name("mmproj-model-f16.gguf"))
+    assert hub.resolve(str(whole.parent)) == whole
+
+
 def test_a_folder_with_two_models_is_not_one(whole: Path, parts: list[Path]) -> None:
     shutil.copy(whole, parts[0].with_name("another.gguf"))
     with pytest.raises(ModelNotFound, match=r"several models: another.gguf, model-00001-of-00003.gguf") as caught:

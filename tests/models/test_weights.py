@@ -74,11 +74,6 @@ def test_a_large_tensor_comes_in_blocks(tmp_path: Path) -> None:
         assert torch.equal(open_model(path).tensor("lm_head.weight", torch.float32), model.lm_head.weight)
 
 
-def test_end_tokens_of_generation_config_count_too(folder: Path) -> None:
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 11]}))
-    assert open_model(folder).config.eos == (2, 11)
-
-
 def test_sizes(folder: Path) -> None:
     files = open_model(folder)
     layer = sum(value.numel() for name, value in tiny_model("llama").named_parameters() if ".layers.0." in name)

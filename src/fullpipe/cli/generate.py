@@ -59,7 +59,8 @@ def _without_effect(said: dict[str, Any], params: SamplingParams) -> list[str]:
     idle = [f"--{name.replace('_', '-')}" for name in _OF_CHANCE if said.get(name)]
     if params.temperature or not idle:
         return []
-    return [f"warning: at temperature 0 the likeliest token is taken, and {', '.join(idle)} changes nothing"]
+    change = "changes" if len(idle) == 1 else "change"
+    return [f"warning: at temperature 0 the likeliest token is taken, and {' and '.join(idle)} {change} nothing"]
 
 
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, as_json: bool) -> None:

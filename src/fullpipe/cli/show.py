@@ -131,6 +131,8 @@ def _safetensors_types(file: Path) -> list[str]:
 
 
 def _print(found: dict[str, Any]) -> None:
+    from fullpipe.models.generation import Generation
+
     for label, text in (
         ("model", found["name"]),
         ("path", found["path"]),
@@ -142,7 +144,7 @@ def _print(found: dict[str, Any]) -> None:
          f"{', head tied to the embedding' if found['tied_embeddings'] else ''}"),
         ("ends with", " ".join(found["eos"].values()) or "nothing"),
         ("chat", "yes" if found["chat_template"] else "no template"),
-        ("sampling", ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items()) or None),
+        ("sampling", str(Generation(found["sampling"])) or None),
         ("stored as", f"{_counts(found['tensor_types'])}, {console.megabytes(found['file_bytes'])}"),
         (found["dtype"], f"{console.megabytes(found['layer_bytes'])} a layer, "
          f"{console.megabytes(found['embedding_bytes'])} embedding, "

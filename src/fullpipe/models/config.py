@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from fullpipe.errors import DamagedModel
 from fullpipe.models.rope import Rope
@@ -70,8 +69,8 @@ class Sizes:
 class ModelConfig:
     """Shape and constants of a decoder-only model. Built by `hf_config.read_hf` or `gguf_config.read_gguf`.
 
-    intermediate: width of the gated MLP. max_positions: positions the model was made for.
-    bos: first token of a text or None; eos: every token that ends one.
+    intermediate: width of the gated MLP. max_positions: positions the model was made for. Which tokens begin and end a
+    text is the tokenizer's matter.
     """
 
     family: str
@@ -89,8 +88,6 @@ class ModelConfig:
     qk_norm: bool
     tied: bool
     max_positions: int
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for ok, what in (
@@ -155,15 +152,3 @@ class ModelConfig:
             embedding_bytes=table * itemsize, layer_bytes=layer * itemsize,
             head_bytes=(table + self.hidden) * itemsize, layer_flops=2 * matrices, head_flops=2 * table,
             kv_bytes=2 * self.kv_size * itemsize, row_bytes=self.hidden * itemsize)
-
-
-def token_ids(value: Any) -> tuple[int, ...]:
-    """An end-of-text entry (absent, one number, several) as distinct ids, in order."""
-    if value is None:
-        return ()
-    return tuple(dict.fromkeys(int(v) for v in (value if isinstance(value, list | tuple) else [value])))
-
-
-def one_token(value: Any) -> int | None:
-    """The first token of such an entry."""
-    return next(iter(token_ids(value)), None)

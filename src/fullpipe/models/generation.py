@@ -27,7 +27,10 @@ _HF_UNHEARD = {"num_beams": (1,), "typical_p": (1,), "no_repeat_ngram_size": (0,
                "eta_cutoff": (0,), "penalty_alpha": (0,), "bad_words_ids": ([],), "suppress_tokens": ([],),
                "begin_suppress_tokens": ([],), "sequence_bias": ({},), "forced_bos_token_id": (), "top_h": (),
                "forced_eos_token_id": (), "min_length": (0,), "min_new_tokens": (0,),
-               "exponential_decay_length_penalty": (), "guidance_scale": (1,)}
+               "exponential_decay_length_penalty": (), "guidance_scale": (1,), "stop_strings": ([],),
+               "encoder_repetition_penalty": (1,), "encoder_no_repeat_ngram_size": (0,), "diversity_penalty": (0,),
+               "force_words_ids": ([],), "constraints": ([],), "watermarking_config": (), "token_healing": (False,),
+               "dola_layers": (), "max_time": ()}
 _GGUF_UNHEARD = {"mirostat": (0,), "xtc_probability": (0,), "penalty_last_n": (-1,)}
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
@@ -44,7 +47,8 @@ class Generation:
     unheard: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value:g}" for name, value in self.params.items())
+        return ", ".join(f"{name} {value if isinstance(value, int) else f'{value:g}'}"
+                         for name, value in self.params.items())
 
     def told(self) -> list[str]:
         """Lines on what is in force, and on what is not."""

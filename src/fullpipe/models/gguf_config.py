@@ -11,13 +11,12 @@ from typing import Any
 
 from fullpipe.errors import DamagedModel
 from fullpipe.models import rope
-from fullpipe.models.config import FAMILIES, ModelConfig, one_token, token_ids
+from fullpipe.models.config import FAMILIES, ModelConfig
 from fullpipe.models.keys import Keys, Neutral, unsupported
 from fullpipe.models.rope import Rope
 
 # A Mistral is stored as a llama, with the rows of q and k in llama's order; it needs no entry.
 _FAMILIES = ("llama", "qwen2", "qwen3")
-_END_TOKENS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 # Other models' whole namespaces.
 _FOREIGN = ("adapter.", "clip.", "diffusion.", "xielu.")
 
@@ -70,9 +69,7 @@ def read_gguf(values: Mapping[str, Any], *, vocab_size: int, tied: bool, o_bias:
         kv_heads=keys.count("attention.head_count_kv", heads), head_dim=head_dim,
         intermediate=keys.count("feed_forward_length"), vocab_size=vocab_size,
         rms_eps=keys.number("attention.layer_norm_rms_epsilon"), rope=turning, qkv_bias=qkv_bias, o_bias=o_bias,
-        qk_norm=FAMILIES[arch].qk_norm, tied=tied, max_positions=max_positions,
-        bos=one_token(values.get("tokenizer.ggml.bos_token_id")),
-        eos=token_ids([values[key] for key in _END_TOKENS if key in values]))
+        qk_norm=FAMILIES[arch].qk_norm, tied=tied, max_positions=max_positions)
 
 
 def _refuse_kinds(values: Mapping[str, Any], arch: str) -> None:

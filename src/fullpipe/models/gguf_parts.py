@@ -57,9 +57,9 @@ def check_parts(parts: dict[Path, Header]) -> None:
 def gguf_in_folder(folder: Path) -> Path | None:
     """The one GGUF model of a folder: its file, or the first of its parts; None when there is none.
 
-    Raises `ModelNotFound` when there are several.
+    What reads pictures for it ("mmproj") is not one. Raises `ModelNotFound` when there are several.
     """
-    files = sorted(folder.glob("*.gguf"))
+    files = sorted(file for file in folder.glob("*.gguf") if "mmproj" not in file.name.lower())
     models = {(part["stem"], part["count"]) if (part := _PART.fullmatch(file.name)) else file: file
               for file in reversed(files)}
     if len(models) > 1:

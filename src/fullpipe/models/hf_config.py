@@ -12,7 +12,7 @@ from typing import Any
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
 from fullpipe.models import rope
-from fullpipe.models.config import FAMILIES, Family, ModelConfig, one_token, token_ids
+from fullpipe.models.config import FAMILIES, Family, ModelConfig
 from fullpipe.models.keys import Keys, Neutral, unsupported
 from fullpipe.models.rope import Rope
 
@@ -23,7 +23,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _QUANTISED = ("quantization_config", "compression_config")
 
 READ = frozenset((
-    "architectures", "attention_bias", "bos_token_id", "eos_token_id", "head_dim", "hidden_size", "intermediate_size",
+    "architectures", "attention_bias", "head_dim", "hidden_size", "intermediate_size",
     "layer_types", "max_window_layers", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "original_max_position_embeddings", "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "rope_scaling",
     "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window", "vocab_size",
@@ -54,7 +54,7 @@ HARMLESS = frozenset((
     "_attn_implementation_autoset", "chunk_size_feed_forward", "pretraining_tp", "tf_legacy_loss", "torchscript",
     "use_bfloat16", "use_cache",
     # of text, which is the tokenizer's matter
-    "decoder_start_token_id", "pad_token_id", "prefix", "sep_token_id",
+    "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "prefix", "sep_token_id",
     # of decoders beside an encoder
     "cross_attention_hidden_size", "is_decoder", "tie_encoder_decoder",
     # layers behind those that speak: they guess ahead
@@ -89,8 +89,7 @@ def read_hf(values: Mapping[str, Any]) -> ModelConfig:
         rms_eps=keys.number("rms_norm_eps", 1e-6), rope=turning,
         qkv_bias=has_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=has_bias if family.o_bias is None else family.o_bias,
-        qk_norm=family.qk_norm, tied=keys.flag("tie_word_embeddings"), max_positions=max_positions,
-        bos=one_token(values.get("bos_token_id")), eos=token_ids(values.get("eos_token_id")))
+        qk_norm=family.qk_norm, tied=keys.flag("tie_word_embeddings"), max_positions=max_positions)
 
 
 def _kv_heads(keys: Keys, family: Family, heads: int) -> int:
@@ -125,7 +124,7 @@ def _quantised(key: str, value: Any) -> UnsupportedModel:
 
 def _refuse_window(keys: Keys, family: Family, layers: int, positions: int) -> None:
     """Refuse a sliding window that is narrower than the context: attention here reaches every position."""
-    kinds = keys.get("layer_types") or []
+    kinds = keys.words("layer_types")
     if strange := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise unsupported(f"models with layers of type {strange[0]!r}")
     in_force = "sliding_attention" in kinds
@@ -173,7 +172,7 @@ def _rope_keys(keys: Keys) -> Keys:
     nested = {kind: one for kind, one in given.items() if isinstance(one, Mapping)}
     if not nested and not {"full_attention", "sliding_attention"} & given.keys():
         return Keys(given, source)
-    used = [nested.get(kind) for kind in dict.fromkeys(keys.get("layer_types") or ["full_attention"])]
+    used = [nested.get(kind) for kind in dict.fromkeys(keys.words("layer_types") or ["full_attention"])]
     if used[0] is None or any(one != used[0] for one in used):
         raise rope.unknown(f"rotary embedding that differs from layer to layer ({source}: {', '.join(nested)})")
     return Keys(used[0], source)

@@ -51,6 +51,13 @@ class Keys:
             raise self._damaged(key, value, "true or false")
         return bool(value)
 
+    def words(self, key: str) -> list[str]:
+        """A list of words; empty where it is missing."""
+        value = self._or(key, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self._damaged(key, value, "a list of words")
+        return value
+
     def part(self, key: str) -> Mapping[str, Any]:
         """Keys within this one; none where it is missing."""
         value = self._or(key, {})

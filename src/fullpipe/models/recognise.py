@@ -65,6 +65,7 @@ _ARCHIVE = Strange("a compressed archive", "Unpack it, and name what was in it."
 _OLD_GGML = Strange("in a format of llama.cpp from before GGUF", f"Convert it anew from the original. {_WEIGHTS}")
 _SAFETENSORS = Strange("a safetensors file; its configuration and tokenizer lie beside it",
                        "Name the folder that it lies in.")
+_JSON = Strange("a JSON file, such as lie beside a model's weights", "Name the folder that it lies in.")
 _ONNX = Strange("an ONNX file", _WEIGHTS)
 
 _BEGINNINGS: tuple[tuple[bytes, Strange], ...] = (
@@ -103,7 +104,8 @@ def not_gguf(path: Path) -> ModelError:
     """The error for a file that was named as a model and does not begin as GGUF does."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    strange = strange_file(path) or (_SAFETENSORS if head[8:9] == b"{" else None)
+    strange = strange_file(path) or (
+        _SAFETENSORS if head[8:9] == b"{" else _JSON if head.lstrip().startswith(b"{") else None)
     if strange:
         return DamagedModel(f"{path} is not a GGUF file: it is {strange.what}", hint=strange.hint)
     return DamagedModel(f"{path} is not a GGUF file: it begins with {head[:4]!r}, not b'GGUF'", hint=fetch_again(path))

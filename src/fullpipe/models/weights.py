@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
-from fullpipe.models.config import ModelConfig, token_ids
 from fullpipe.models.files import ModelFiles, read_exactly
 from fullpipe.models.gguf_file import GGUFFiles
 from fullpipe.models.hf_config import read_hf
@@ -50,7 +49,7 @@ class SafetensorsFiles(ModelFiles):
         if strange := strange_folder(folder):
             raise strange
         files = _shard_files(folder)
-        self.config = _config_of(folder)
+        self.config = read_hf(_read_json(folder / "config.json"))
         self._entries: dict[str, tuple[_Shard, _Entry]] = {}
         for shard in (_Shard(file) for file in files):
             self._entries |= {name: (shard, entry) for name, entry in shard.entries.items()}
@@ -127,15 +126,6 @@ class _Shard:
             raise damaged(self.path, f"{self.path} is cut short: tensor {name} ends at byte {base + end}, the file at "
                                      f"{file_size}")
         return _Entry(dtype, shape, base + begin)
-
-
-def _config_of(folder: Path) -> ModelConfig:
-    values = _read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    if generation.is_file():  # the longer list of end tokens is here: an instruct model ends its turn with its own
-        own, more = token_ids(values.get("eos_token_id")), token_ids(_read_json(generation).get("eos_token_id"))
-        values["eos_token_id"] = list(dict.fromkeys(own + more))
-    return read_hf(values)
 
 
 def _shard_files(folder: Path) -> list[Path]:

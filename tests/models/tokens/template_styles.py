@@ -200,6 +200,11 @@ PARTS_ONLY = """\
 {% if line['type'] == 'text' %}{{ line['text'] }}{% endif %}{% endfor %}<end>
 {% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
 
+PARTS_OF_A_VARIABLE = """\
+{% for message in messages %}{% set said = message['content'] %}
+{% for part in said %}{{ part['text'] }}{% endfor %}<end>
+{% endfor %}"""
+
 PARTS_IN_A_MACRO = """\
 {%- macro said(content) %}{% if content is string %}{{ content }}{% else %}
 {%- for item in content if 'text' in item %}({{ item.text }}){% endfor %}{% endif %}{% endmacro %}

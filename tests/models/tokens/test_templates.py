@@ -20,6 +20,7 @@ from template_styles import (
     MISTRAL,
     OSS,
     PARTS_IN_A_MACRO,
+    PARTS_OF_A_VARIABLE,
     PARTS_ONLY,
     PHI,
     QWEN3,
@@ -87,7 +88,7 @@ def ours(source: str, messages: list[Any], prompt: bool | None = None, **more: A
 @pytest.mark.parametrize("style", STYLES)
 def test_a_template_says_what_transformers_says(style: str, talk: str, prompt: bool, backend: Any) -> None:
     source, messages = STYLES[style], copy.deepcopy(TALKS[talk])
-    wanted = theirs(backend, source, wrapped(messages) if source == PARTS_ONLY else messages,
+    wanted = theirs(backend, source, wrapped(messages) if source in (PARTS_ONLY, PARTS_OF_A_VARIABLE) else messages,
                     add_generation_prompt=prompt)
     said = ours(source, messages, prompt)
     assert messages == TALKS[talk], "what a caller gives stays as it is"
@@ -110,7 +111,7 @@ def wrapped(messages: list[Any]) -> list[Any]:
 def test_the_final_message_is_continued_where_transformers_cuts(style: str, content: str, backend: Any) -> None:
     messages = [USER, {"role": "assistant", "content": content}]
     source = STYLES[style]
-    wanted = theirs(backend, source, wrapped(messages) if source == PARTS_ONLY else messages,
+    wanted = theirs(backend, source, wrapped(messages) if source in (PARTS_ONLY, PARTS_OF_A_VARIABLE) else messages,
                     continue_final_message=True)
     assert ours(source, messages, continue_final=True) == wanted
     assert wanted is None or wanted.rstrip().endswith(content.strip())
@@ -164,6 +165,11 @@ def test_variables_have_an_effect_where_they_are_read(backend: Any) -> None:
     assert always.render([USER], variables={"enable_thinking": True}).endswith("assistant\n")
 
 
+def test_a_variable_may_have_any_name() -> None:
+    names = {name: name.upper() for name in ("self", "context", "args", "loop", "messages_")}
+    assert ChatTemplate("{{ context }}{{ messages_ }}").render([USER], variables=names) == "CONTEXTMESSAGES_"
+
+
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_variables_cannot_say_otherwise_than_the_request(name: str) -> None:
     with pytest.raises(MessageError, match=f"chat_template_kwargs: cannot set '{name}'"):
@@ -184,6 +190,7 @@ def text(*parts: str, kind: str = "text") -> list[dict[str, Any]]:
     (CHATML, [{"type": "refusal", "refusal": "No."}], "No."), (QWEN3, text("a", "b"), "a\nb"),
     (SEEING, text("a", "b"), "[a][b]"), (SEEING, "a", "a"), (PARTS_IN_A_MACRO, text("a", "b"), "(a)(b)"),
     (PARTS_IN_A_MACRO, "a", "a"), (PARTS_ONLY, "abc", "abc<end>"), (PARTS_ONLY, text("a", "b"), "ab<end>"),
+    (PARTS_OF_A_VARIABLE, "abc", "abc<end>"), (PARTS_OF_A_VARIABLE, text("a", "b"), "ab<end>"),
 ])
 def test_contents_come_as_the_template_reads_them(source: str, content: Any, said: str) -> None:
     """Joined as vLLM joins them, or as parts where it goes through parts."""
@@ -262,6 +269,9 @@ def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
     ([{"role": "user", "content": [*text("a"), {"type": "image_url", "image_url": {}}]}],
      "messages[0].content[1].type"),
     ([{"role": "user", "content": [{"text": "a"}]}], "messages[0].content[0].type"),
+    ([{"role": "assistant", "tool_calls": 5}], "messages[0].tool_calls"),
+    ([{"role": "assistant", "tool_calls": "f()"}], "messages[0].tool_calls"),
+    ([{"role": "assistant", "tool_calls": {"name": "f"}}], "messages[0].tool_calls"),
     ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
     ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "messages[0].tool_calls[0].function.name"),
     ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
@@ -337,11 +347,9 @@ def write(folder: Path, backend: Any, **files: Any) -> Path:
 def test_templates_of_a_directory(settings: dict[str, Any], backend: Any, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write(tmp_path, backend, tokenizer_config=settings))
     assert tokenizer.template is not None and tokenizer.template.source == CHATML
-    (tmp_path / "chat_templates").mkdir()
-    for file in ("chat_templates/default.jinja", "chat_template.jinja"):
-        (tmp_path / file).write_text(file)
-        tokenizer = load_tokenizer(tmp_path)
-        assert tokenizer.template is not None and tokenizer.template.source == file
+    (tmp_path / "chat_template.jinja").write_text("a file of its own")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.template is not None and tokenizer.template.source == "a file of its own"
 
 
 def test_named_tokens_of_a_directory_are_those_of_transformers(backend: Any, tmp_path: Path) -> None:
@@ -411,6 +419,13 @@ def test_a_broken_template_of_the_model_is_told_and_plain_text_goes_on(backend: 
     assert tokenizer.encode("<s>") == [1]
     with pytest.raises(UnsupportedModel):
         tokenizer.chat("hi")
+
+
+def test_a_default_variable_that_the_template_does_not_read_is_told(backend: Any) -> None:
+    told: list[str] = []
+    tokenizer = Tokenizer(backend, template=ChatTemplate(QWEN3))
+    with_template(tokenizer, None, {"enable_thinking": False, "enable_thinkng": False, "mood": 1}, told.append)
+    assert len(told) == 1 and "does not read enable_thinkng, mood" in told[0]
 
 
 def test_variables_need_a_template(backend: Any) -> None:

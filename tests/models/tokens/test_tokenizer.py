@@ -10,7 +10,7 @@ import gguf
 import pytest
 import tokenizers
 
-from fullpipe.errors import DamagedModel, DraftMismatch, UnsupportedModel, UsageError
+from fullpipe.errors import DamagedModel, DraftMismatch, PromptError, UnsupportedModel, UsageError
 from fullpipe.hub import resolve
 from fullpipe.models.gguf_header import read_header
 from fullpipe.models.tokens.loading import load_tokenizer
@@ -163,6 +163,11 @@ def test_a_gguf_file_and_a_directory_make_the_same_tokenizer(
         assert tiny.encode(text) == other.encode(text)
 
 
+def test_half_of_a_surrogate_pair_is_no_text(tiny: Tokenizer) -> None:
+    with pytest.raises(PromptError, match="UTF-8"):
+        tiny.encode("a\udcff")
+
+
 def test_padding_is_no_token(tiny: Tokenizer, backend: Any) -> None:
     assert tiny.vocab_size == backend.get_vocab_size()
     assert "[PAD1]" not in tiny.tokens.values()
@@ -233,6 +238,27 @@ def test_metadata_is_what_the_gguf_package_reads(backend: Any, tmp_path: Path) -
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("template", [5, {"rag": "x"}, [{"name": "default", "template": 1}]])
+def test_a_chat_template_that_is_no_text_is_damaged(template: Any, backend: Any, tmp_path: Path) -> None:
+    write_directory(tmp_path, backend)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(DamagedModel, match="is no text"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_chat_template_in_another_encoding_is_damaged(backend: Any, tmp_path: Path) -> None:
+    write_directory(tmp_path, backend)
+    (tmp_path / "chat_template.jinja").write_bytes("{{ 'ä' }}".encode("latin-1"))
+    with pytest.raises(DamagedModel, match="is not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+def test_null_lists_no_added_tokens(backend: Any, tmp_path: Path) -> None:
+    write_directory(tmp_path, backend)
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": null}')
+    assert load_tokenizer(tmp_path).special
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

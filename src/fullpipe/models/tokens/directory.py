@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
-from fullpipe.models.recognise import damaged
+from fullpipe.models.recognise import damaged, strange_file
 from fullpipe.models.tokens.piece_file import read_pieces
 from fullpipe.models.tokens.pieces import Kind, piece_tokenizer
 from fullpipe.models.tokens.special import put_around
@@ -89,7 +89,7 @@ def _from_pieces(file: Path, settings: dict[str, Any]) -> Any:
 
 def _add_declared(path: Path, backend: Any, settings: Mapping[str, Any]) -> None:
     """Tokens that the settings list and the tokenizer's own file does not, as transformers adds them."""
-    declared = sorted((int(id), dict(token)) for id, token in settings.get("added_tokens_decoder", {}).items())
+    declared = sorted((int(id), dict(token)) for id, token in (settings.get("added_tokens_decoder") or {}).items())
     raw = {"normalized": False} if not (path / "tokenizer.json").is_file() else {}
     for id, token in declared:
         if backend.token_to_id(token["content"]) is None:
@@ -132,13 +132,24 @@ def _end_ids(path: Path, backend: Any, eos_token: str | None) -> frozenset[int]:
 
 def _template_source(path: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template's text: a file of its own, or in the settings, alone or as the list's "default"."""
-    for name in ("chat_template.jinja", "chat_templates/default.jinja"):
-        if (file := path / name).is_file():
-            return file.read_text(encoding="utf-8")
+    if (file := path / "chat_template.jinja").is_file():
+        return _read_template(file)
     template = settings.get("chat_template") or _read_json(path / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if template is None or isinstance(template, str):
+        return template
+    raise DamagedModel(f"{path} has a chat template that is no text: {str(template)[:60]}",
+                       hint="Fetch the model again, or correct the settings.")
+
+
+def _read_template(file: Path) -> str:
+    if strange := strange_file(file):
+        raise DamagedModel(f"{file} is {strange.what}", hint=strange.hint)
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise damaged(file, f"{file} is not UTF-8: {error}") from error
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -28,6 +28,7 @@ def with_template(tokenizer: Tokenizer, given: str | None, variables: Mapping[st
     """The tokenizer with another chat template and what templates are told besides, both as `ModelOptions` has them.
 
     say: told when the model's own template is broken: chats will be refused then, and plain text is still continued.
+    It is told too of variables that the template does not read.
     Raises `UsageError` when the given one is no template, or there is none to be told the variables.
     """
     own = tokenizer.template.source if tokenizer.template is not None else None
@@ -45,4 +46,8 @@ def with_template(tokenizer: Tokenizer, given: str | None, variables: Mapping[st
             raise UsageError(error.message.replace("the model's", "the given"), hint="Mend it, or drop "
                              "`chat_template` to use the model's own.") from error
         say(f"{error.message}; chats will be refused")
+        return replace(tokenizer, template=template)
+    if idle := [name for name in variables or {} if not template.reads(name)]:
+        say(f"warning: the chat template does not read {', '.join(idle)}, of `default_chat_template_kwargs`, so that "
+            "has no effect")
     return replace(tokenizer, template=template)

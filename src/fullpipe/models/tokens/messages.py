@@ -20,7 +20,6 @@ Message = Mapping[str, Any]
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Parts that are text, and the field it stands in."""
 
-_MAY_SAY_NOTHING = ("assistant", "tool")  # an answer that only calls tools; a tool without output
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing; templates and servers call it as they like
 
 
@@ -51,7 +50,7 @@ def _turn(where: str, message: Any) -> dict[str, Any]:
     if not content and isinstance(said.get("refusal"), str):
         content = said["refusal"]
     if not content and not isinstance(said.get("content"), str) and role in ("system", "developer", "user"):
-        raise MessageError(f"{where}.content", f"must be a text or a list of parts in a message of role {role!r}")
+        raise MessageError(f"{where}.content", f"must be a text, or parts with one, in a message of role {role!r}")
     said["content"] = content or ""
     if calls := list(_calls(where, said)):
         said["tool_calls"] = calls
@@ -93,7 +92,10 @@ def _calls(where: str, said: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The tool calls of an answer; a function call, as OpenAI had them before, is one without an id."""
     if function := said.get("function_call"):
         yield {"type": "function", "function": _function(f"{where}.function_call", function)}
-    for index, call in enumerate(said.get("tool_calls", ())):
+    calls = said.get("tool_calls", ())
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise MessageError(f"{where}.tool_calls", f"must be a list (got {type(calls).__name__})")
+    for index, call in enumerate(calls):
         place = f"{where}.tool_calls[{index}]"
         plain = _mapping(place, call)
         yield {**plain, "function": _function(f"{place}.function", plain.get("function"))}

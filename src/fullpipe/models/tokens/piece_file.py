@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
+from fullpipe.models.recognise import strange_file
 from fullpipe.models.tokens.pieces import Kind, Pieces
 
 _Fields = dict[int, list[Any]]
@@ -36,6 +37,8 @@ class PieceFile:
 def read_pieces(path: Path) -> PieceFile:
     """Raises `UnsupportedModel` for a file of another kind or algorithm, `DamagedModel` for a broken one."""
     data = path.read_bytes()
+    if strange := strange_file(path):
+        raise DamagedModel(f"{path} is {strange.what}", hint=strange.hint)
     if not data.startswith(b"\n"):  # the first field, as sentencepiece writes it
         raise UnsupportedModel(
             f"{path} is no sentencepiece file (tiktoken's vocabularies have that name too)",

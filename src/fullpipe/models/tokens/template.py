@@ -90,12 +90,20 @@ class ChatTemplate:
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether it goes through the parts of a message, as templates of models that see do."""
-        return any(_is_content(one.iter) for one in self._tree.find_all(nodes.For))
+        return any(_is_content(one.iter, self._contents) for one in self._tree.find_all(nodes.For))
 
     @cached_property
     def _takes_text(self) -> bool:
         """Whether it asks if a content is a text, before it goes through parts."""
-        return any(one.name == "string" and _is_content(one.node) for one in self._tree.find_all(nodes.Test))
+        return any(one.name == "string" and _is_content(one.node, self._contents)
+                   for one in self._tree.find_all(nodes.Test))
+
+    @cached_property
+    def _contents(self) -> frozenset[str]:
+        """Variables that hold a message's content: what templates call so, and what is set to one."""
+        usual = frozenset({"content"})
+        return usual.union(one.target.name for one in self._tree.find_all(nodes.Assign)
+                           if isinstance(one.target, nodes.Name) and _is_content(one.node, usual))
 
     @cached_property
     def _reads(self) -> frozenset[str]:
@@ -120,7 +128,7 @@ class ChatTemplate:
     def _rendered(self, turns: list[dict[str, Any]], told: Mapping[str, Any]) -> str:
         compiled = self._compiled
         try:
-            return compiled.render(messages=turns, **told)
+            return compiled.render({"messages": turns, **told})  # as a dictionary, so that one may be called `self`
         except Exception as error:  # strangers' code raises what it likes
             if type(error) is jinja2.TemplateError:  # its own words, of raise_exception
                 raise UsageError(f"the model's chat template refuses these messages: {error}",
@@ -206,14 +214,14 @@ class _GenerationBlock(Extension):
         return [nodes.Scope(body, lineno=line)]
 
 
-def _is_content(node: nodes.Node) -> bool:
-    """Whether it is a message's content, or a variable that templates call so."""
+def _is_content(node: nodes.Node, names: frozenset[str]) -> bool:
+    """Whether it is a message's content, or a variable of one of these names."""
     while isinstance(node, nodes.Filter) and node.node is not None:
         node = node.node
     if isinstance(node, nodes.Getitem):
         return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
     return (isinstance(node, nodes.Getattr) and node.attr == "content") \
-        or (isinstance(node, nodes.Name) and node.name == "content")
+        or (isinstance(node, nodes.Name) and node.name in names)
 
 
 def _spelled_by_python(arguments: Any, text: str) -> bool:

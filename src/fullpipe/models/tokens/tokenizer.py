@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fullpipe.errors import DraftMismatch, UsageError
+from fullpipe.errors import DraftMismatch, PromptError, UsageError
 from fullpipe.models.tokens.messages import Message, conversation
 from fullpipe.models.tokens.stream import Decoding, TextStream
 from fullpipe.models.tokens.template import ChatTemplate
+from fullpipe.request import is_text
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,16 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids of `text`; with `add_special`, also those that the model puts around plain text (BOS).
 
-        Special tokens spelled out in the text ("<|im_end|>") become those tokens, as in transformers.
+        Special tokens spelled out in the text ("<|im_end|>") become those tokens, as in transformers. Raises
+        `PromptError` for half of a surrogate pair.
         """
-        return list(self.backend.encode(text, add_special_tokens=add_special).ids)
+        try:
+            return list(self.backend.encode(text, add_special_tokens=add_special).ids)
+        except TypeError:
+            if is_text(text):
+                raise
+            raise PromptError("the prompt is no text that UTF-8 can spell",
+                              hint="It may have been read in another encoding: convert it to UTF-8.") from None
 
     def chat(self, prompt: str | Sequence[Message], system: str | None = None, *,
              add_generation_prompt: bool | None = None, continue_final_message: bool = False,

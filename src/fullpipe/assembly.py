@@ -203,7 +203,8 @@ def _length(asked: int | None, most: int) -> int:
     if asked is not None and asked > most:
         raise UsageError(f"max_model_len is {asked}, and the model takes {most} tokens",
                          hint="Ask for no more than that, or leave it out. If the model is made for more, its files "
-                              "must say so: max_position_embeddings or rope_scaling in config.json.")
+                              "must say so: max_position_embeddings or rope_scaling in config.json, context_length or "
+                              "rope.scaling in a GGUF file.")
     return asked or most
 
 

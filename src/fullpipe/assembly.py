@@ -219,7 +219,8 @@ def _what_auto_means(names: Sequence[str], stages: int | None) -> str:
 def start(prepared: Prepared, say: Say = _silent) -> Pipeline:
     """All stations: processes, or one stage and a draft that take turns in this one."""
     options = prepared.options.pipeline
-    where = "in this process" if options.stages is None else f"as {len(prepared.stages)} stages"
+    where = "in this process" if options.stages is None else \
+        "as 1 stage" if len(prepared.stages) == 1 else f"as {len(prepared.stages)} stages"
     say(f"loading {prepared.target.path.name} {where} in {prepared.target.dtype}")
     if options.stages is None:
         return _in_this_process(*prepared.build(), options.threads)

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from fullpipe.models.generation import Generation
     from fullpipe.models.tokens.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """Plain text (continued as it stands), token ids, or chat messages with "role" and "content" (text, parts, or null
-with tool calls)."""
+with tool calls). As in vLLM also {"prompt": text} and {"prompt_token_ids": ids}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,42 +76,46 @@ class Chunk:
 
 @dataclass(slots=True)
 class _Answer:
-    """A request that was submitted, and all its news so far. ended: when its last news came."""
+    """A request that was submitted, and all its news so far. ended: when its last news came.
+
+    Ctrl-C may come between any two operations, so news are never taken out: they stay in a list, and who reads them
+    counts how many he has.
+    """
 
     params: SamplingParams
     ticket: Ticket = field(init=False)
-    mail: queue.SimpleQueue[Update] = field(default_factory=queue.SimpleQueue)
+    news: list[Update] = field(default_factory=list)
+    bell: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
     begun: float = field(default_factory=time.monotonic)
     ended: float | None = None
-    whole: Update = field(default_factory=Update)
 
     def deliver(self, update: Update) -> None:
         """The engine's thread brings news."""
         if update.reason is not None:
             self.ended = time.monotonic()
-        self.mail.put(update)
+        self.news.append(update)
+        self.bell.put(None)
 
-    def next(self) -> Update:
-        """Wait for news, and keep them."""
-        update, whole = self.mail.get(), self.whole
-        whole.text += update.text
-        whole.token_ids += update.token_ids
-        whole.margins += update.margins
-        whole.logprobs += update.logprobs
-        whole.reason, whole.error, whole.failure = update.reason, update.error, update.failure
-        return update
+    def wait(self, number: int) -> None:
+        """Until there are more news than `number`."""
+        while len(self.news) <= number:
+            self.bell.get()
 
     def rest(self) -> None:
         """Wait for all its news."""
-        while self.whole.reason is None:
-            self.next()
+        while not self.over:
+            self.wait(len(self.news))
+
+    @property
+    def over(self) -> bool:
+        return bool(self.news) and self.news[-1].reason is not None
 
     def check(self) -> None:
         """Raise an exception of its own where the request ended by a failure: StationFailed if a station failed, else
         PipelineError."""
-        if self.whole.reason != "error":
+        if not self.over or self.news[-1].reason != "error":
             return
-        text, failure = self.whole.error or "it failed", self.whole.failure
+        text, failure = self.news[-1].error or "it failed", self.news[-1].failure
         hint = failure.hint if isinstance(failure, FullpipeError) else None
         if isinstance(failure, StationFailed) and text.startswith(begins := f"{failure.station} failed: "):
             raise StationFailed(failure.station, text.removeprefix(begins), hint=hint) from failure
@@ -247,20 +251,22 @@ class LLM:
         "error" or "abort") still comes before the exception is raised; who is hit by Ctrl-C between two chunks gets it
         from `throw`."""
         (one,) = self._submit([prompt], [params or self.get_default_sampling_params()])
-        told = 0
+        told = 0  # news
         try:
-            while one.whole.reason is None:
-                update = one.next()
-                told += len(update.token_ids)
-                last = self._completion(one) if one.whole.reason else None
-                if last or update.text or update.token_ids:
-                    yield Chunk(update.text, update.token_ids, last)
+            while not told or one.news[told - 1].reason is None:
+                one.wait(told)
+                update = one.news[told]
+                last = self._completion(one) if update.reason else None
+                chunk = Chunk(update.text, update.token_ids, last)
+                told += 1  # with no call between this and the yield, Ctrl-C does not come between them
+                yield chunk
             one.check()
         except KeyboardInterrupt:
-            if one.whole.reason is None:
-                text = len(one.whole.text)
+            if not told or one.news[told - 1].reason is None:
                 self._cancel([one])
-                yield Chunk(one.whole.text[text:], one.whole.token_ids[told:], self._completion(one))
+                rest = one.news[told:]
+                yield Chunk("".join(update.text for update in rest), [id for update in rest for id in update.token_ids],
+                            self._completion(one))
             raise
         finally:
             self._cancel([one])
@@ -291,10 +297,12 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt of any kind. Raises PromptError when there are none."""
+        if isinstance(prompt, Mapping):
+            prompt = _unwrapped(prompt)
         _check_there_is_something(prompt)
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special=True)
-        if isinstance(prompt[0], int):
+        if isinstance(prompt[0], int):  # type: ignore[index]
             return list(prompt)  # type: ignore[arg-type]
         return self.tokenizer.chat(list(prompt))  # type: ignore[arg-type]
 
@@ -320,23 +328,25 @@ class LLM:
 
     def _cancel(self, answers: Sequence[_Answer]) -> None:
         """End those that run, and take in the last that is told of them."""
-        open = [one for one in answers if one.whole.reason is None]
+        open = [one for one in answers if not one.over]
         for one in open:
             self._service.cancel(one.ticket)
         for one in open:
             one.rest()
 
     def _completion(self, one: _Answer) -> Completion:
-        stats, whole, method = one.ticket.stats, one.whole, self._service.engine.method
+        stats, method, news = one.ticket.stats, self._service.engine.method, list(one.news)
+        token_ids = [id for update in news for id in update.token_ids]
         spent = (stats.last_token or 0.0) - stats.started
         return Completion(
-            whole.text, whole.token_ids, whole.reason or "abort",
-            {"prompt_tokens": one.ticket.num_prompt, "completion_tokens": len(whole.token_ids)},
+            "".join(update.text for update in news), token_ids, (news[-1].reason if news else None) or "abort",
+            {"prompt_tokens": one.ticket.num_prompt, "completion_tokens": len(token_ids)},
             stats.speculation(method.name, self.num_stages, method.most_nodes) | {"accept": one.params.accept},
             {"clock": self._clock, "ttft_s": stats.ttft_s, "tbt_s": stats.tbt_s,
              "tokens_per_s": stats.num_emitted / spent if stats.num_emitted and spent > 0 else 0.0,
              "wall_s": (one.ended or time.monotonic()) - one.begun},
-            whole.margins, whole.logprobs)
+            [margin for update in news for margin in update.margins],
+            [told for update in news for told in update.logprobs])
 
 
 def _drain_if_idle(engine: Engine) -> None:
@@ -347,13 +357,29 @@ def _drain_if_idle(engine: Engine) -> None:
 
 def _check_there_is_something(prompt: Prompt) -> None:
     """Of a conversation: that somebody says something in the end. An answer that only calls tools says nothing."""
-    last = prompt[-1] if prompt else ""
-    said = last.get("content", "") if isinstance(last, Mapping) and not last.get("tool_calls") else "tokens"
+    last = prompt[-1] if prompt else ""  # type: ignore[index]
+    said: Any = "tokens"
+    if isinstance(last, Mapping) and set(last) <= {"role", "name", "content"}:  # others say more, or are refused
+        said = last.get("content", "")
     if not prompt or (isinstance(said, str) and not said.strip()):
         raise PromptError("the prompt is empty", hint="Write something to answer.")
 
 
+def _unwrapped(prompt: Mapping[str, Any]) -> Prompt:
+    """What is in a prompt of vLLM's kind. Raises UsageError where there is neither text nor tokens, or both."""
+    found = [prompt[key] for key in _WRAPPERS if prompt.get(key) is not None]
+    if len(found) != 1 or set(prompt) - set(_WRAPPERS):
+        raise UsageError(f"a prompt cannot be made of {', '.join(map(repr, prompt)) or 'an empty mapping'}",
+                         hint="Give a text, a list of token ids, a list of messages, or one of "
+                              '{"prompt": text} and {"prompt_token_ids": ids}.')
+    return found[0]  # type: ignore[no-any-return]
+
+
+_WRAPPERS = ("prompt", "prompt_token_ids")
+
+
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and (isinstance(prompts[0], int) or is_message(prompts[0]))):
+    if isinstance(prompts, (str, Mapping)) or (prompts and (
+            isinstance(prompts[0], int) or (is_message(prompts[0]) and not set(_WRAPPERS) & set(prompts[0])))):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

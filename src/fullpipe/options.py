@@ -84,8 +84,9 @@ class PipelineOptions:
     """Where the model runs."""
 
     stages: int | None = option(None, "Processes on this machine to cut the model over, and one more for the draft. "
-                                "Default: one stage, in this process.")
-    threads: int | None = option(None, "Compute threads, of each stage process: 1. Default: all cores in one process.")
+                                "Without any, it runs in this process.")
+    threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
+                                 "cores).")
     link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")
     link_mbit: float | None = option(None, "Emulate links between the stages: bandwidth in Mbit/s. Default: unlimited.")
     timeout: float = option(60.0, "Time without progress after which a stage process counts as hung.",
@@ -124,8 +125,8 @@ class EngineOptions:
     node. spare_slots: slots of a request beyond prompt and answer, for speculation; None: enough for the method.
     """
 
-    max_num_seqs: int | None = option(None, "Requests that run at a time; the others wait. None: all.")
-    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage. None: no bound.")
+    max_num_seqs: int | None = option(None, "Requests that run at a time; the others wait.")
+    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage.")
     enable_prefix_caching: bool = option(False, "Let requests that begin alike share what is computed; off with draft "
                                          "modules.")
     prefill_chunk: int = 256
@@ -232,8 +233,14 @@ def _having(part: T, values: dict[str, Any]) -> T:
         raise UsageError(f"{where.removesuffix('`')}: {what[:1].lower()}{what[1:]}") from None
 
 
+# What vLLM and llama.cpp call what we have under another name, or in another shape.
+_ELSEWHERE = {"pipeline_parallel_size": "stages", "speculative_config": "draft", "num_speculative_tokens": "depth",
+              "gpu_memory_utilization": "kv_cache_tokens", "n_ctx": "max_model_len", "n_threads": "threads",
+              "model_path": "model", "n_parallel": "max_num_seqs"}
+
+
 def _unknown(name: str, known: list[str]) -> UsageError:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, n=1)
     return UsageError(f"there is no option {name!r}",
                       hint=f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(sorted(known))}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import fullpipe
 from fullpipe.cli import generate as verb
 from fullpipe.errors import PromptError, UsageError
 from fullpipe.events import Emitted, Finished, Launched
-from fullpipe.llm import LLM, Chunk
+from fullpipe.llm import LLM
 from fullpipe.messages import Landed
 from fullpipe.request import SamplingParams
 from fullpipe.trace.recorder import read_events
@@ -287,21 +288,27 @@ def test_ctrl_c_with_json_prints_what_there_is(models: Models, tmp_path: Path, s
     assert list(read_events(trace))
 
 
-def test_ctrl_c_while_printing_ends_the_stream_too(models: Models, capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("written", [False, True])
+def test_ctrl_c_while_printing_ends_the_stream_too(models: Models, capsys: pytest.CaptureFixture[str], written: bool,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two chunks the stream does not see the interrupt; the partial object must be printed all the same."""
-    numbers, real = count(), verb._print
+    """Between two chunks the stream does not see the interrupt. Nothing is lost, and nothing said twice."""
+    numbers, real = count(), verb._Page._add
 
-    def interrupted(chunk: Chunk, as_json: bool) -> None:
-        if next(numbers) == 3:
+    def interrupted(page: verb._Page, text: str) -> None:
+        last = next(numbers) == 3
+        if written or not last:
+            real(page, text)
+        if last:
             raise KeyboardInterrupt
-        real(chunk, as_json)
 
-    monkeypatch.setattr(verb, "_print", interrupted)
-    with LLM(str(models.target), dtype="float32", threads=1) as llm, pytest.raises(KeyboardInterrupt):
-        verb._answer(llm, "hello", SamplingParams(max_tokens=50), as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert told["finish_reason"] == "abort" and 4 <= len(told["token_ids"]) < 50
+    monkeypatch.setattr(verb._Page, "_add", interrupted)
+    with LLM(str(models.target), dtype="float32", threads=1) as llm:
+        with pytest.raises(KeyboardInterrupt):
+            verb._answer(llm, "hello", SamplingParams(max_tokens=50), as_json=False)
+        said = capsys.readouterr()
+        number = int(re.search(r"(\d+) tokens, abort", said.err)[1])  # type: ignore[index]
+        assert 4 <= number < 50
+        assert said.out == llm.generate("hello", SamplingParams(max_tokens=number))[0].text + "\n"
 
 
 # ---- the front door in Python ----------------------------------------------------------------------------

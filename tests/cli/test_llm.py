@@ -12,7 +12,7 @@ from command import Models
 
 from fullpipe.cluster.alone import Choice
 from fullpipe.engine import Engine
-from fullpipe.errors import PipelineError, StationFailed, Unavailable, UsageError
+from fullpipe.errors import PipelineError, PromptError, StationFailed, Unavailable, UsageError
 from fullpipe.llm import LLM, _Answer
 from fullpipe.messages import Event
 from fullpipe.methods import WITH_DEPTH
@@ -98,6 +98,30 @@ def test_the_constructor_refuses_a_depth_too(models: Models) -> None:
         LLM(str(models.target), draft="ngram", method="fullpipe", depth=3)
 
 
+# ---- prompts ---------------------------------------------------------------------------------------------
+
+
+def test_prompts_as_vllm_wraps_them(llm: LLM) -> None:
+    tokens = llm.encode("hello")
+    plain = llm.generate("hello", PARAMS)[0].token_ids
+    wrapped = llm.generate([{"prompt": "hello"}, {"prompt_token_ids": tokens}], PARAMS)
+    assert [one.token_ids for one in wrapped] == [plain, plain]
+    assert llm.generate({"prompt_token_ids": tokens}, PARAMS)[0].token_ids == plain
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "a", "prompt_token_ids": [1]}, {"role": "user", "content": "a"},
+                                    {"prompt": "a", "multi_modal_data": {}}])
+def test_mappings_that_are_no_prompt(llm: LLM, prompt: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="a prompt cannot be made of"):
+        llm.generate(prompt, PARAMS)
+
+
+def test_a_message_with_a_misspelt_key_is_no_empty_prompt(llm: LLM) -> None:
+    with pytest.raises(UsageError) as caught:
+        llm.chat([{"role": "user", "contents": "a"}], PARAMS)
+    assert not isinstance(caught.value, PromptError)
+
+
 # ---- sampling parameters ---------------------------------------------------------------------------------
 
 
@@ -148,6 +172,7 @@ def test_a_bias_beyond_the_logits_is_refused(llm: LLM) -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"widht": 4}, "there is no option 'widht'\nDid you mean width?"),
+    ({"pipeline_parallel_size": 2}, "there is no option 'pipeline_parallel_size'\nDid you mean stages?"),
     ({"pipeline": "inprocess"}, "there is no option 'pipeline'\nKnown are: "),
     ({"stages": "two"}, "stages: expected `int | null`, got `str`"),
     ({"method": "spqr"}, "unknown method 'spqr'"),

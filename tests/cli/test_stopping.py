@@ -114,6 +114,15 @@ stopping.run(command)""", int(signal.SIGTERM))
     assert (done.returncode, done.stdout, done.stderr) == (143, "last words\n", "")
 
 
+def test_what_must_not_be_divided_is_done_first() -> None:
+    done = ended(PRELUDE + """
+    stopping.undivided(lambda: (hit(), print("whole", flush=True)))
+    time.sleep(9)
+    print("on")
+stopping.run(command)""", int(signal.SIGINT))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "whole\n", "")
+
+
 def test_a_second_signal_ends_at_once_and_a_double_does_not() -> None:
     """`timeout` sends its signal to the process and then to its group."""
     done = ended(PRELUDE + """

@@ -145,10 +145,11 @@ def test_refusals_become_our_errors(
     assert "Traceback" not in result.stderr
 
 
-def test_an_endpoint_that_refuses_connections(tmp_path: Path) -> None:
-    result = pull("org/tiny", "http://127.0.0.1:9", tmp_path)
+@pytest.mark.parametrize("name", ["org/tiny", "org/tiny:Q4_K_M", "https://huggingface.co/org/tiny/blob/main/a.gguf"])
+def test_an_endpoint_that_refuses_connections(tmp_path: Path, name: str) -> None:
+    result = pull(name, "http://127.0.0.1:9", tmp_path)
     assert result.returncode == 5
-    assert "could not fetch org/tiny from Hugging Face" in result.stderr and "refused" in result.stderr
+    assert "could not fetch org/tiny" in result.stderr and "refused" in result.stderr
 
 
 def test_offline_without_a_copy(tmp_path: Path) -> None:

@@ -63,10 +63,12 @@ def _flag(name: str, value: str | None) -> str | None:
     """An option of the verb as it is typed; None for what is none."""
     for one in _verb.command.params if _verb else ():
         flags = [flag for flag in one.opts if flag.startswith("--")]
-        if one.name != name or not flags:
+        if one.name != name or not (flags or one.secondary_opts):
             continue
-        if value in ("False", "True"):
-            return flags[-1] if value == "True" else (*one.secondary_opts, f"no {flags[-1]}")[0]
+        if value == "False":
+            return (*one.secondary_opts, f"no {flags[-1] if flags else name}")[0]
+        if not flags or value == "True":
+            return flags[-1] if flags else None
         return f"{flags[-1]} {value}" if value else flags[-1]
     return None
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fullpipe.cli import console, options
+from fullpipe.cli import console, options, stopping
 from fullpipe.cli.fetch import fetch_all
 from fullpipe.cli.trace import Traces
 from fullpipe.options import ChatOptions, MethodOptions, ModelOptions, Options, PipelineOptions
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
-    from fullpipe.llm import LLM, Chunk, Completion, Prompt
+    from fullpipe.llm import LLM, Completion, Prompt
 
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
 _OF_CHANCE = ("top_k", "top_p", "min_p")
@@ -63,17 +63,38 @@ def _without_effect(said: dict[str, Any], params: SamplingParams) -> list[str]:
     return [f"warning: at temperature 0 the likeliest token is taken, and {' and '.join(idle)} {change} nothing"]
 
 
+class _Page:
+    """Knows how much of the answer stands on standard output."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def write(self, text: str) -> None:
+        """Text and its count together, or Ctrl-C could come between them and a piece be lost or said twice."""
+        stopping.undivided(lambda: self._add(text))
+        sys.stdout.flush()  # this may wait for its reader, and may be left with Ctrl-C: what is to be flushed stays
+
+    def _add(self, text: str) -> None:
+        sys.stdout.write(text)
+        self.written += len(text)
+
+
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, as_json: bool) -> None:
     """Stream it. Whatever ends it, what was emitted has been printed."""
-    chunks = llm.stream(prompt, params)
+    chunks, page = llm.stream(prompt, params), _Page()
     try:
         for chunk in chunks:
-            _print(chunk, as_json)
-            if chunk.completion and (told := _cut_short(chunk.completion, params.max_tokens, llm.max_model_len)):
-                console.print_note(told)
+            if not as_json:
+                page.write(chunk.text)
+            if chunk.completion is not None:
+                _conclude(chunk.completion, page, as_json)
+                if told := _cut_short(chunk.completion, params.max_tokens, llm.max_model_len):
+                    console.print_note(told)
     except KeyboardInterrupt as interrupt:
         # The stream knows of it, and has ended, unless it came while we were printing. Then it ends now.
-        _print(chunks.throw(interrupt), as_json)
+        last = chunks.throw(interrupt).completion
+        assert last is not None, "a stream ends with what became of it"
+        _conclude(last, page, as_json)
         raise
 
 
@@ -84,19 +105,12 @@ def _cut_short(completion: Completion, max_tokens: int, context: int) -> str | N
     return f"the context of {context} tokens is full: there was no room for {max_tokens} new ones (--max-model-len)"
 
 
-def _print(chunk: Chunk, as_json: bool) -> None:
-    if not as_json:
-        sys.stdout.write(chunk.text + ("\n" if chunk.completion else ""))
-        sys.stdout.flush()
-    if chunk.completion is not None:
-        _conclude(chunk.completion, as_json)
-
-
-def _conclude(completion: Completion, as_json: bool) -> None:
+def _conclude(completion: Completion, page: _Page, as_json: bool) -> None:
     if as_json:
         console.print_json(completion.to_dict())
         sys.stdout.flush()
     else:
+        page.write(completion.text[page.written:] + "\n")
         console.print_note(summary(completion))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -143,8 +144,8 @@ def _bound(host: str, port: int) -> socket.socket:
         door.bind(address)
     except OSError as error:
         door.close()
-        raise UsageError(f"{host}:{port} cannot be had ({error.strerror})",
-                         hint="Another server may be there: choose another --port.") from error
+        hint = "Another server may be there: choose another --port." if error.errno == errno.EADDRINUSE else None
+        raise UsageError(f"{host}:{port} cannot be had ({error.strerror})", hint=hint) from error
     return door
 
 

@@ -30,7 +30,7 @@ from typing import NoReturn
 
 _LOOK_S = 0.05
 _GRACE_S = 15.0  # to clean up; a service takes no longer to close (`service._CLOSE_S`)
-SAME_S = 1.0  # `timeout`, and Ctrl-C under a launcher, may send one wish twice
+SAME_S = 0.2  # `timeout`, and Ctrl-C under a launcher, may send one wish twice
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,6 +49,7 @@ class Stopping:
 
     def __init__(self) -> None:
         self.raises = True
+        self.later = False  # while something is done that must not be divided
         self._number = 0
         self._asked_at = 0.0
         self._raised: weakref.ref[BaseException] | None = None
@@ -92,7 +93,7 @@ class Stopping:
             self._raise()
 
     def _raise(self) -> None:
-        if self.raises:
+        if self.raises and not self.later:
             raise self._error()
 
     def _error(self) -> BaseException:
@@ -108,9 +109,22 @@ class Stopping:
         os._exit(128 + self._number)
 
 
+_running = Stopping()
+
+
+def undivided(action: Callable[[], object]) -> None:
+    """Do something short with no exception in its middle: a signal that comes meanwhile is obeyed behind it."""
+    _running.later = True
+    try:
+        action()
+    finally:
+        _running.later = False
+
+
 def run(command: Callable[[], object]) -> None:
     """Run a whole command line, which signals end, with 128 and their number."""
-    stopping = Stopping()
+    global _running
+    stopping = _running = Stopping()
     try:
         stopping.begin()
         command()

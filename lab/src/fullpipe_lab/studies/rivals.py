@@ -41,6 +41,6 @@ class Equal(FullPipe):
         self.width = min(self._full_width, max(1, self._rows_together // max(load.running, 1)))
         return super().launch(sequences, load)
 
-    def expand(self, sequences: Many[Sequence]) -> Chosen:
+    def expand(self, sequences: Many[Sequence], load: Load) -> Chosen:
         self.draft_width = min(self._full_draft_width, max(1, self._rows_together // max(len(sequences), 1)))
         return super().expand(sequences)

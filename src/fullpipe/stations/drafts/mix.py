@@ -118,6 +118,7 @@ def merge(expansions: Sequence[Expansion]) -> Expansion:
             else:
                 merged.logprobs[index] = math.log((math.exp(merged.logprobs[index]) + math.exp(logprob)) / 2)
             moved.append(index)
+        merged.computed += [moved[index] for index in expansion.computed]
     return merged
 
 

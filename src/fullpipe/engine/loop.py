@@ -111,6 +111,7 @@ class Loop:
                 self._on_landed(event)
             case Drafted():
                 self._draft_ready = True
+                self.method.observe(event)
                 self._jobs.answered(event)
             case Failed():
                 raise StationFailed(event.station, event.reason, hint=event.hint or _AFTER_FAILURE)

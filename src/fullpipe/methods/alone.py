@@ -5,7 +5,7 @@ from fullpipe.methods.base import Load
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node, State
 
-K = dict(V=1.0, E=1.0, H=1.0, F=0.5, Q=0.85, MAX=64, EMAX=32, P=1.0, D=1.0, M=0.01, TV=0.0, L=1.0, LP=0.1)
+K = dict(V=1.0, E=1.0, H=1.0, F=0.5, Q=0.85, MAX=0, EMAX=64, P=1.0, D=1.0, M=0.01, TV=0.1, L=0.5, LP=0.1, O=1.0, A=1)
 K0 = dict(K)
 
 class Alone:
@@ -15,15 +15,22 @@ class Alone:
         n, c = machine.num_stages, machine.stage
         self.T = n * c(1) + machine.link_s
         self.q = self.k['Q']
+        self.y = self.q
         self.rows = 1
         self.busy = [0.0] * n
         self.levels = 1.0
+        self.sizes = [2,3,4,6,8,12,16,24,32,48,64,96]
 
     def G(self, k):
         c, d = self.m.stage, self.m.draft
         lv = 1 + self.levels_ahead(None, None, None)[0]
         D = d(1) + self.m.draft_link_s / lv
         return k * D + c(k) if self.m.shared else max(k * D, c(k))
+
+    def most(self):
+        c, n = self.m.stage, self.m.num_stages
+        cost = lambda r: c(r) * (1 / r + (1 - self.q) * n / 2)
+        return min((cost(r), r) for r in self.sizes)[1] if self.k['MAX'] == 0 else self.k['MAX']
 
     @property
     def V(self):
@@ -41,14 +48,16 @@ class Alone:
             return self.sent([], load)
         cands = tree.unlaunched(self.floor)
         nodes: list[Node] = []
-        first = deep = 0.0
+        first = deep = heads = 0.0
+        leaf = {}
         spine = None; levels = 0
         room = one.room
         V = self.V
         used = 0
         skipped: list[Node] = []
         dprice = k['D'] * (m.draft.marginal(1) if m.shared or m.draft(1) > c(1) else 0.0)
-        while len(nodes) < k['MAX']:
+        most = self.most()
+        while len(nodes) < most:
             best = cands.best()
             if best is None: break
             if used >= room and not cands.has_slot() and not (root and not nodes): break
@@ -59,18 +68,29 @@ class Alone:
             left = node.parent.sent - load.now if node.parent and node.parent.state is not State.PROPOSED and node.parent not in nodes else self.T
             if not nodes:
                 first = p
-                if not root and p * V < k['F'] * c.marginal(1): break
-                if not root and p * min(V, left) < k['F'] * c.marginal(1):
-                    skipped.append(cands.take()); continue
+                if not root:
+                    over = self.overlap(tree, load, c(1 + pr))
+                    miss = self.missing(tree) - (p if node.parent is tree.root else 0.0)
+                    cost = k['F'] * c.marginal(1) + k['O'] * over * max(miss, 0.0)
+                    if p * V < cost: break
+                    if p * min(V, left) < cost:
+                        skipped.append(cands.take()); continue
             else:
                 r = len(nodes) + pr
-                price = (deep + max(first - deep, 0.0) * n) * c.marginal(r) + first * dprice
+                if k['A']:
+                    al = min(heads, 1.0); th = min(sum(leaf.values()) * self.q, al)
+                    price = (th + (al - th) * n) * c.marginal(r) + al * dprice
+                else:
+                    price = (deep + max(first - deep, 0.0) * n) * c.marginal(r) + first * dprice
                 if p * V < price: break
                 if p * min(V, left) < price:
                     skipped.append(cands.take())
                     continue
             used += node.slot is None
             nodes.append(cands.take())
+            if node.parent in leaf or any(node.parent is x for x in nodes): leaf.pop(node.parent, None)
+            else: heads += p
+            leaf[node] = p
             if spine is None or node.parent is spine:
                 spine = node; levels += 1; deep = p * self.q
         for x in reversed(skipped): tree.return_unlaunched(x)
@@ -86,7 +106,7 @@ class Alone:
         if m.shared:
             if spine.asked or spine.position >= tree.horizon: return False
             rest = d(1) + m.draft_link_s
-            if not self.pays_asking(math.exp(spine.cum - tree.root.cum)): return False
+            if not self.pays_asking(math.exp(spine.cum - tree.root.cum), tree, load): return False
             ask = spine
         else:
             if not spine.waiting or load.asked_at is None: return False
@@ -95,11 +115,40 @@ class Alone:
         p3 = p2 * self.q
         dc = c.marginal(len(nodes) + load.prompt_rows)
         gain = p3 * levels * (self.G(levels) / levels - self.G(levels + 1) / (levels + 1))
-        lost = max(p1 - p2, p1 * (1 - (1 - k['M']) ** levels))
+        lost = max(p1 - p3, p1 * (1 - (1 - k['M']) ** levels))
         return gain > k['H'] * lost * (rest + n * dc)
 
-    def pays_asking(self, p):
-        return p * self.q * self.V >= self.k['F'] * (self.m.stage.marginal(1) + (self.m.draft(1) if self.m.shared else 0.0)) or True
+    def overlap(self, tree, load, takes):
+        root = tree.root
+        if root.state is not State.IN_FLIGHT: return 0.0 if root.state is State.PROPOSED else takes
+        begin = max(load.now, self.busy[0])
+        return min(max(begin + takes - root.sent, 0.0), takes)
+
+    def missing(self, tree):
+        rc = tree.root.cum
+        return max(1.0 - sum(math.exp(x.cum - rc) for x in tree.root.children.values() if x.state is not State.PROPOSED), 0.0)
+
+    def pays_asking(self, p, tree, load):
+        k = self.k
+        cost = k['F'] * self.m.stage.marginal(1)
+        if self.m.shared:
+            cost += k['O'] * self.overlap(tree, load, self.m.draft(1)) * self.missing(tree)
+        return p * self.y * self.V >= cost
+
+    def observe(self, drafted):
+        for e in drafted.expansions[:1]:
+            p1 = 0.0; chain = 0.0
+            if e.tokens:
+                best = max((lp, i) for i, (lp, par) in enumerate(zip(e.logprobs, e.parents)) if par < 0) if -1 in e.parents else None
+                cum = 0.0; at = -1
+                while best:
+                    cum += min(best[0], 0.0); chain += math.exp(cum)
+                    if at == -1: p1 = math.exp(cum)
+                    at = best[1]
+                    nxt = [(lp, i) for i, (lp, par) in enumerate(zip(e.logprobs, e.parents)) if par == at]
+                    best = max(nxt) if nxt else None
+            self.q += 0.05 * (p1 - self.q)
+            self.y += 0.05 * (chain - self.y)
 
     def levels_ahead(self, one, node, load):
         L, d = self.m.draft_link_s, self.m.draft(1)
@@ -126,7 +175,7 @@ class Alone:
         cands = tree.unasked(self.floor)
         nodes: list[Node] = []
         skipped: list[Node] = []
-        top = 0.0
+        top = total = 0.0
         V = self.V
         while len(nodes) < k['EMAX']:
             best = cands.best()
@@ -137,12 +186,12 @@ class Alone:
             left = node.sent - load.now - d(r + 1) if node.state is not State.PROPOSED else self.T
             if not nodes:
                 top = p
-                if not self.pays_asking(p): break
+                if not self.pays_asking(p, tree, load): break
             else:
-                price = top * (k['E'] * d.marginal(r) + k['P'] * c.marginal(max(self.rows, 1)))
+                price = (total if k['A'] else top) * (k['E'] * d.marginal(r) + k['P'] * c.marginal(max(self.rows, 1)))
                 if p * self.q * V < price: break
                 if p * self.q * min(V, left) < price:
                     skipped.append(cands.take()); continue
-            nodes.append(cands.take())
+            nodes.append(cands.take()); total += p
         for x in reversed(skipped): tree.return_unasked(x)
         return nodes

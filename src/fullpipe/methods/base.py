@@ -92,6 +92,9 @@ class Method(ABC):
         """The nodes whose children the draft should propose next. The caller asks for all of them. Called when the
         draft station is idle. Never names a node for which an answer is awaited."""
 
+    def observe(self, event) -> None:
+        pass
+
     def levels(self, sequence: Sequence, node: Node, load: Load) -> tuple[int, float]:
         """How far the draft should go on by itself behind the first node that it is asked about: levels at most, and
         the log-probability, given the node, below which it need not."""

@@ -103,6 +103,9 @@ class FullPipe(RefreshingMethod):
                         _anything, limit, None if self._prices else share)
         return [(one, self.fill(one.tree, nodes)) for one, nodes in chosen] if self.refresh else chosen
 
+    def observe(self, event) -> None:
+        if self._alone: self._alone.observe(event)
+
     def levels(self, sequence: Sequence, node: Node, load: Load) -> tuple[int, float]:
         return self._alone.levels_ahead(sequence, node, load) if self._alone and load.running == 1 else (0, 0.0)
 

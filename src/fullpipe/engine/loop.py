@@ -104,8 +104,10 @@ class Loop:
             case Ready():
                 self._stage_ready = True
             case Landed():
+                self.method.observe(event)
                 self._on_landed(event)
             case Drafted():
+                self.method.observe(event)
                 self._draft_ready = True
                 self._jobs.answered(event)
             case Failed():
@@ -206,6 +208,7 @@ class Loop:
         if method.needs_draft and not self.pipeline.has_draft:
             raise UsageError(f"the method {method.name} needs a draft",
                              hint="Name one (a model, or ngram), or use the method pp.")
+        method.meet(self.pipeline.machine())
         return method
 
     def _check_whole(self) -> None:

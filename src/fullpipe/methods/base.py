@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
+from fullpipe.messages import Drafted, Landed
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node, State, TokenTree
 
@@ -94,6 +95,12 @@ class Method(ABC):
         deciding: sequences that are past their prompt and would be held up.
         """
         return None
+
+    def meet(self, machine: Machine) -> None:  # noqa: B027 - most methods ask nothing of time
+        """Learn what a pipeline says of itself, before the first choice for it."""
+
+    def observe(self, event: Landed | Drafted) -> None:  # noqa: B027
+        """Take note of what a flight or a draft job took, before anything else follows from it."""
 
 
 class PerTree(Method):

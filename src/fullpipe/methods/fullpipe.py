@@ -19,6 +19,8 @@ from collections.abc import Sequence as Many
 
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
+from fullpipe.live_costs import learning
+from fullpipe.messages import Drafted, Landed
 from fullpipe.methods.base import PROBABILITY_FLOOR, Chosen, Load, RefreshingMethod
 from fullpipe.methods.prices import Prices
 from fullpipe.sequences.sequence import Sequence
@@ -96,6 +98,13 @@ class FullPipe(RefreshingMethod):
         if self._prices is None:
             return None
         return self._prices.prompt_rows(chunk, self._rows) if deciding else chunk
+
+    def meet(self, machine: Machine) -> None:
+        self.machine = learning(self.machine or machine)
+
+    def observe(self, event: Landed | Drafted) -> None:
+        if self.machine is not None:
+            self.machine.observe(event)
 
     def _shares(self, running: int) -> tuple[int, int]:
         """Rows of a flight that a sequence has first of all, and rows of all together."""

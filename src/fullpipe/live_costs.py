@@ -13,13 +13,18 @@ from bisect import bisect_left
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.messages import Drafted, Landed
 
-_ALL_FOLLOW, _OWN_FOLLOW = 0.06, 0.12  # shares of a leg's error by which all knots follow, and those of its rows more
-_MOST = 0.27  # of the error, as a logarithm: a single leg, however long, moves the curve by less than is told
+# Shares of a leg's error by which all knots follow, and those of its rows besides. More often a station has become
+# slower as a whole than at some rows alone.
+_ALL_FOLLOW, _OWN_FOLLOW = 0.12, 0.06
+# As much of an error, as a logarithm, is believed of a single leg, which so moves the curve by less than is told; twice
+# as much of the second in a row that is off to the same side, and so on.
+_MOST = 0.27
 _SAME = 1e-6  # a leg is a difference of two times, which rounding lets waver
 _TOLD = 0.05  # a curve that is off by less is not told anew
 # What is held of some rows alone is forgotten by this factor a leg: else rows that seemed dear once, and were avoided
 # since, would seem dear for ever.
-_KEEP = 1 - 1 / 2000
+_KEEP = 1 - 1 / 1000
+_LOOK_AGAIN = 256  # legs after which it is done, though they say nothing new
 _NEAR = 1.25  # rows within this factor of a knot count as the knot's
 _APART = 2.0  # knots further apart leave room for another
 _LEAST_S = 1e-7  # a station that takes no time at all still takes some
@@ -69,8 +74,8 @@ class LiveCurve:
     curve: what is told; None: nothing is known yet.
     """
 
-    __slots__ = ("_begun", "_common", "_legs", "_off", "_once", "_own", "_rows",
-                 "_told", "curve")
+    __slots__ = ("_above", "_begun", "_common", "_legs", "_off", "_once", "_own", "_rows",
+                 "_run", "_told", "curve")
 
     def __init__(self, curve: CostCurve | None) -> None:
         self.curve = curve
@@ -79,8 +84,9 @@ class LiveCurve:
         self._told = list(self._begun)
         self._common, self._own = 0.0, [0.0] * len(self._rows)  # logarithms
         self._once: dict[int, float] = {}  # seconds by rows, seen once where no knot is near
+        self._run, self._above = 0, False  # legs in a row that are far off, and to which side
         self._off = 0.0  # at most so far the knots are from those told, as a share
-        self._legs = 0  # since something was last forgotten
+        self._legs = 0  # since that was done
 
     def observe(self, rows: int, seconds: float) -> bool:
         """Follow a leg. Whether the curve is another one now."""
@@ -92,12 +98,12 @@ class LiveCurve:
         knot = min(bisect_left(self._rows, rows), len(self._rows) - 1)
         predicted, share = self._predict(knot, rows)
         error = math.log(seconds / predicted)
-        if abs(error) < _SAME:
-            return False
-        if not self._is_near(knot, rows):
-            return self._meet(rows, seconds)
-        self._follow(knot, min(share, 1.0), min(max(error, -_MOST), _MOST))
-        return self._off > _TOLD and self._tell()
+        if abs(error) >= _SAME:
+            if not self._is_near(knot, rows):
+                return self._meet(rows, seconds)
+            self._follow(knot, min(share, 1.0), self._believed(error))
+        self._legs += 1
+        return (self._off > _TOLD or self._legs >= _LOOK_AGAIN) and self._tell()
 
     def _predict(self, knot: int, rows: int) -> tuple[float, float]:
         """Seconds of so many rows, read as a `CostCurve` is, and the share of that knot, not the one before, in them.
@@ -120,13 +126,20 @@ class LiveCurve:
         return max(rows, after) <= _NEAR * min(rows, after) or rows <= _NEAR * before \
             or (rows < after <= _APART * before)
 
+    def _believed(self, error: float) -> float:
+        if abs(error) <= _MOST:
+            self._run = 0
+            return error
+        self._run = self._run + 1 if (error > 0) == self._above else 1
+        self._above = error > 0
+        return math.copysign(min(abs(error), _MOST * self._run), error)
+
     def _follow(self, knot: int, share: float, error: float) -> None:
         self._common += _ALL_FOLLOW * error
         self._own[knot] += share * _OWN_FOLLOW * error
         if knot:
             self._own[knot - 1] += (1 - share) * _OWN_FOLLOW * error
         self._off += (_ALL_FOLLOW + _OWN_FOLLOW) * abs(error)
-        self._legs += 1
 
     def _meet(self, rows: int, seconds: float) -> bool:
         """A leg of rows that no knot answers for."""

@@ -1,4 +1,4 @@
-"""The one cost curve: seconds by rows."""
+"""The one cost curve: seconds by rows. Machines are put together of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fullpipe.costs import CostCurve
+from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import UsageError
 
 
@@ -37,3 +37,23 @@ def test_points_that_make_no_curve(points: object) -> None:
     with pytest.raises(UsageError, match="no cost curve") as caught:
         CostCurve(points)  # type: ignore[arg-type]
     assert caught.value.hint
+
+
+# ---- machines ----------------------------------------------------------------------------------------------
+
+QUICK, SLOW = CostCurve({1: 1.0, 8: 1.0, 16: 3.0}), CostCurve({1: 2.0})
+
+
+@pytest.mark.parametrize(("devices", "gap"), [((), [2.0, 3.0]), (("a", "b", "c"), [2.0, 3.0]),
+                                              (("a", "a", "b"), [3.0, 5.0]), (("a", "a", "a"), [5.0, 7.0])], ids=str)
+def test_flights_follow_each_other_as_the_busiest_device_lets_them(devices: tuple[str, ...], gap: list[float]) -> None:
+    machine = Machine(3, stages=[QUICK, SLOW, SLOW], devices=devices)
+    assert machine.stage and machine.gap
+    assert [machine.stage(rows) for rows in (1, 16)] == [2.0, 3.0]
+    assert [machine.gap(rows) for rows in (1, 16)] == gap
+
+
+def test_a_machine_of_equal_stages_needs_no_list_of_them() -> None:
+    machine = Machine(3, QUICK, SLOW, 0.5)
+    assert machine.stage is QUICK and machine.draft is SLOW and machine.stages == (QUICK, QUICK, QUICK)
+    assert (Machine(2).stage, Machine(2).stages, Machine(2).gap) == (None, (), None)

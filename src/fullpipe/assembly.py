@@ -24,6 +24,7 @@ from fullpipe.cluster.partition import cut
 from fullpipe.costs import Machine
 from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.hub import CATALOGUE, cache, resolve
+from fullpipe.live_costs import LiveMachine
 from fullpipe.methods import Method, make_method, options_of
 from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.options import EngineOptions, Options
@@ -245,11 +246,11 @@ def _in_this_process(stages: Sequence[StageLike], draft: DraftLike | None, threa
 
 
 def measured(prepared: Prepared, pipeline: Pipeline, say: Say = _silent) -> Machine:
-    """What a method is to know of these stations. Rows are measured for the one that weighs what they cost; a file
-    keeps what took a while."""
+    """What a method is to know of these stations, and how it goes on learning. Rows are measured for the one that
+    weighs what they cost; a file keeps what took a while."""
     if prepared.options.method.method != "fullpipe":
-        return Machine(pipeline.num_stages)
-    return _costs(prepared, pipeline, say)
+        return LiveMachine(pipeline.machine())
+    return LiveMachine(_costs(prepared, pipeline, say))
 
 
 def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
@@ -258,9 +259,7 @@ def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
         say(f"what rows cost: from {kept.path}; remove it to have it measured again")
         return machine
     say("measuring what rows cost")
-    options = prepared.options.pipeline
-    link_s = len(prepared.stages) * options.link_ms / 1e3 if options.stages else 0.0
-    machine = measure_machine(pipeline, _ROWS, draft=not prepared.reads_taps, link_s=link_s)
+    machine = measure_machine(pipeline, _ROWS, draft=not prepared.reads_taps)
     if machine.stage and sum(machine.stage.seconds) > _WORTH_KEEPING_S and kept.save(machine):
         say(f"kept in {kept.path}")
     return machine

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fullpipe.errors import UsageError
 
@@ -47,8 +48,17 @@ class CostCurve:
     def slowest(cls, curves: Iterable[CostCurve]) -> CostCurve:
         """Of several stations in a row: that of the slowest at each number of rows, which the others wait for."""
         curves = list(curves)
+        return curves[0] if all(curve is curves[0] for curve in curves) else cls._joined(curves, max)
+
+    @classmethod
+    def in_turn(cls, curves: Iterable[CostCurve]) -> CostCurve:
+        """Of several stations on one device: all of them, one after another."""
+        return cls._joined(list(curves), math.fsum)
+
+    @classmethod
+    def _joined(cls, curves: Sequence[CostCurve], join: Callable[[list[float]], float]) -> CostCurve:
         knots = sorted({rows for curve in curves for rows in curve.rows})
-        return cls({rows: max(curve(rows) for curve in curves) for rows in knots})
+        return cls({rows: join([curve(rows) for curve in curves]) for rows in knots})
 
     def __call__(self, rows: float) -> float:
         """Seconds of a flight of so many rows; 0 without rows."""
@@ -82,14 +92,19 @@ def _is_point(rows: object, seconds: object) -> bool:
             and isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Machine:
     """Tells a method what it may know of the stations that it chooses for.
 
     stage: seconds of the slowest stage by rows of a flight; None: rows cost nothing, as far as anybody knows.
     draft: seconds of a draft call by rows of a job; None: no matter.
     link_s: seconds that a traversal of the pipeline spends on links.
-    shared: the draft sits on the device of stage 0. draft_link_s: what a draft job spends on links, there and back.
+    shared: the draft sits on the device of stage 0, so that one waits for the other.
+    draft_link_s: seconds that a draft job spends on links, there and back.
+    stages: of every stage, in order; `stage` is then their slowest. Left out: each is like `stage`.
+    devices: where every stage sits; stages of one device take turns. Left out: each has its own.
+
+    gap: seconds from flight to flight, by rows, when the pipeline is full: `stage`, or more where stages take turns.
     """
 
     num_stages: int
@@ -98,3 +113,26 @@ class Machine:
     link_s: float = 0.0
     shared: bool = False
     draft_link_s: float = 0.0
+    stages: Sequence[CostCurve] = ()
+    devices: Sequence[str] = ()
+    gap: CostCurve | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        assert len(self.stages) in (0, self.num_stages) and len(self.devices) in (0, self.num_stages)
+        if self.stages:
+            self.know(self.stages)
+        elif self.stage:
+            self.know([self.stage] * self.num_stages)
+
+    def know(self, stages: Sequence[CostCurve]) -> None:
+        """Take these for the curves of the stages."""
+        self.stages = tuple(stages)
+        self.stage = self.gap = CostCurve.slowest(stages)
+        by_device: dict[str, list[CostCurve]] = defaultdict(list)
+        for device, curve in zip(self.devices, stages):
+            by_device[device].append(curve)
+        if any(len(curves) > 1 for curves in by_device.values()):
+            self.gap = CostCurve.slowest(CostCurve.in_turn(curves) for curves in by_device.values())
+
+    def observe(self, event: object) -> None:
+        """Take note of a landing, or of an answer of the draft. One whose curves are given is certain of them."""

@@ -10,11 +10,13 @@ from fullpipe.errors import StationFailed
 from fullpipe.messages import Event, Failed
 from fullpipe.methods import make_method
 from fullpipe.pipeline.inprocess import InProcessPipeline
+from fullpipe.pipeline.links import Link, Links
 from fullpipe.request import Request, SamplingParams
 from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
+DEVICES = {"draft": "stage 0"}
 
 
 def pipeline(draft: bool = True) -> InProcessPipeline:
@@ -23,14 +25,18 @@ def pipeline(draft: bool = True) -> InProcessPipeline:
              "draft": lambda rows: 0.1 * rows}
     return InProcessPipeline([ScriptedStage(k, 2, TRUTH) for k in range(2)],
                              ScriptedDraft(TRUTH, accuracy=0.7) if draft else None,
-                             costs=lambda station, rows, measured, context: costs[station](rows))
+                             costs=lambda station, rows, measured, context: costs[station](rows),
+                             links=Links.even(2, Link(0.25)), device_of=lambda station: DEVICES.get(station, station))
 
 
 @pytest.mark.parametrize("draft", [True, False])
-def test_the_slowest_stage_and_the_draft_are_measured_by_rows(draft: bool) -> None:
-    machine = measure_machine(pipeline(draft), (1, 4, 16), link_s=0.5)
-    assert machine.stage is not None and (machine.num_stages, machine.link_s) == (2, 0.5)
+def test_stages_and_draft_are_measured_by_rows(draft: bool) -> None:
+    """The rest the pipeline knows."""
+    machine = measure_machine(pipeline(draft), (1, 4, 16))
+    assert (machine.num_stages, machine.link_s, machine.shared, machine.draft_link_s) == (2, 0.5, draft, 0.0)
+    assert machine.stage is not None and machine.devices == ["stage 0", "stage 1"]
     assert [machine.stage(rows) for rows in (1, 4, 16)] == pytest.approx([1.01, 1.04, 3.2])
+    assert [machine.stages[0](rows) for rows in (1, 4, 16)] == pytest.approx([0.2, 0.8, 3.2])
     if draft:
         assert machine.draft is not None
         assert [machine.draft(rows) for rows in (1, 16)] == pytest.approx([0.1, 1.6])

@@ -23,7 +23,7 @@ LAYERS = (
     ("request", "files"),
     ("options", "prompts"),
     ("messages", "costs"),
-    ("events",),
+    ("events", "live_costs"),
     ("sequences",),
     ("methods",),
     ("engine",),

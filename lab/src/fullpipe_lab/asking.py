@@ -19,7 +19,7 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.durations import measured_costs, unit_costs
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams, fitted
-from fullpipe_lab.clusters import Cluster, DraftCosts
+from fullpipe_lab.clusters import Cluster, DraftCosts, machine_of
 
 Costs = Literal["measured", "unit"]
 Say = Callable[[str], None]
@@ -144,7 +144,8 @@ class Simulated(Asker):
 
             torch.set_num_threads(threads)
         pipeline = InProcessPipeline(*prepared.build(), clock="virtual", **imagined)
-        super().__init__(prepared, pipeline, at_once=at_once, listeners=listeners)
+        machine = None if isinstance(on, int) else machine_of(on, prepared.drafts)
+        super().__init__(prepared, pipeline, machine=machine, at_once=at_once, listeners=listeners)
 
 
 class Real(Asker):

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 import fullpipe
 from fullpipe.assembly import MIXED_MIN_N
+from fullpipe.costs import Machine
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.files import write_whole
 from fullpipe.methods import METHODS, Method, make_method
@@ -33,7 +34,7 @@ from fullpipe.pipeline.worker import die_with_parent
 from fullpipe.stations.base import DraftLike
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.ngram import NgramDraft
-from fullpipe_lab.clusters import Cluster, DraftCosts
+from fullpipe_lab.clusters import Cluster, DraftCosts, machine_of
 from fullpipe_lab.files import Lines, make_folder
 from fullpipe_lab.receipts import Candidate, Sample, Tuning
 from fullpipe_lab.recording import Answer, Head
@@ -52,8 +53,8 @@ CHAIN_DEPTHS = (2, 3, 4, 6, 8, 12, 16)
 TREE_DEPTHS = (3, 5, 8, 12)
 WIDTHS = (4, 8, 16, 32, 64)
 _TREE_ROWS = 128  # trees of more nodes are not tried: SpecInfer, Sequoia and EAGLE-2 verify 16 to 128
-_DECIDING = ("costs.py", "messages.py", "sequences/*.py", "methods/*.py", "engine/*.py", "stations/drafts/*.py",
-             "pipeline/inprocess.py", "pipeline/links.py")
+_DECIDING = ("costs.py", "live_costs.py", "messages.py", "sequences/*.py", "methods/*.py", "engine/*.py",
+             "stations/drafts/*.py", "pipeline/inprocess.py", "pipeline/links.py")
 _DECIDING_HERE = ("replay.py", "crowd.py", "memo.py", "clusters/*.py")
 
 
@@ -62,7 +63,8 @@ _DECIDING_HERE = ("replay.py", "crowd.py", "memo.py", "clusters/*.py")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A method and how it is set. draft: "none", or proposers with commas between ("model", "ngram")."""
+    """A method and how it is set; None: as it comes. draft: "none", or proposers with commas between ("model",
+    "ngram")."""
 
     method: str
     draft: str
@@ -70,8 +72,8 @@ class Setting:
     depth: int | None = None
     floor: float | None = None
 
-    def make(self) -> Method:
-        return make_method(self.method, width=self.width, depth=self.depth, floor=self.floor)
+    def make(self, machine: Machine | None = None) -> Method:
+        return make_method(self.method, width=self.width, depth=self.depth, floor=self.floor, machine=machine)
 
     @property
     def key(self) -> tuple[str, str, int, int, float]:
@@ -290,9 +292,9 @@ class Worker:
         return model if setting.draft == "model" else Mix([model, NgramDraft(min_n=MIXED_MIN_N)])
 
     def _sample(self, answer: Answer, name: str, setting: Setting, phase: Phase) -> Sample:
-        cluster = self._clusters[name]
-        run = replay(answer, self._plan.head.params, self._draft(setting, answer), setting.make(), cluster,
-                     costs=DraftCosts(cluster, setting.draft.split(",")))
+        cluster, drafts = self._clusters[name], setting.draft.split(",")
+        run = replay(answer, self._plan.head.params, self._draft(setting, answer),
+                     setting.make(machine_of(cluster, drafts)), cluster, costs=DraftCosts(cluster, drafts))
         return Sample(cluster=name, temperature=self._plan.head.temperature, phase=phase, repeat=0, same_text=None,
                       near_ties=None, prompt=answer.id, task=answer.task, finish=answer.finish, method=setting.method,
                       width=setting.width, depth=setting.depth, draft=setting.draft, floor=setting.floor,

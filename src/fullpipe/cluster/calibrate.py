@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fullpipe.costs import KNOTS, CostCurve, Machine
 from fullpipe.errors import StationFailed
@@ -18,32 +20,31 @@ _ARENA = ArenaId(-1)  # none of an engine's
 _FANOUT = EngineOptions().fanout
 
 
-def measure_machine(pipeline: Pipeline, knots: Sequence[int] = KNOTS[:7], *, draft: bool = True,
-                    link_s: float = 0.0) -> Machine:
-    """Measure seconds of the slowest stage by rows of a flight, and of the draft by rows of a job.
+def measure_machine(pipeline: Pipeline, knots: Sequence[int] = KNOTS[:7], *, draft: bool = True) -> Machine:
+    """Measure seconds of every stage by rows of a flight, and of the draft by rows of a job; the rest of the machine is
+    what the pipeline says of itself.
 
     knots: rows to measure. draft: measure it too, if there is one; not to be asked of one that reads taps, whose jobs
-    are of other kinds. link_s: what a traversal spends on links, as the machine is to say. The stations must be idle
-    and not have been used. All numbers of rows take their turn in each of a few rounds, and the least counts: what
-    disturbs a machine only ever adds, and a spell of it must not pass for the cost of few rows, or many would seem to
-    cost nothing more.
+    are of other kinds. The stations must be idle and not have been used. All numbers of rows take their turn in each of
+    a few rounds, and the least counts: what disturbs a machine only ever adds, and a spell of it must not pass for the
+    cost of few rows, or many would seem to cost nothing more.
 
     Raises StationFailed when a station is gone.
     """
     draft = draft and pipeline.has_draft
     probe = _Probe(pipeline, draft)
     probe.send(knots[0])  # pays for what is made once
-    stages: dict[str, dict[int, float]] = {}
+    stages: dict[str, dict[int, float]] = defaultdict(dict)  # in the order of the legs, which is that of the stages
     guesses: dict[int, float] = {}
     for _ in range(_ROUNDS):
         for rows in knots:
             legs, drafted = probe.send(rows)
             for leg in legs:
-                _note(stages.setdefault(leg.station, {}), rows, leg)
+                _note(stages[leg.station], rows, leg)
             if drafted:
                 _note(guesses, rows, drafted)
-    curve = CostCurve.slowest(CostCurve(points) for points in stages.values())
-    return Machine(pipeline.num_stages, curve, CostCurve(guesses) if guesses else None, link_s)
+    return replace(pipeline.machine(), stages=[CostCurve(points) for points in stages.values()],
+                   draft=CostCurve(guesses) if guesses else None)
 
 
 class _Probe:

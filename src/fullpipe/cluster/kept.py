@@ -8,21 +8,26 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from fullpipe.costs import CostCurve, Machine
 
+_Points = list[tuple[int, float]]  # rows and seconds, rising
+
 
 class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Says what the file holds. of: what it was measured on. stage, draft: [rows, seconds], rising."""
+    """Says what the file holds. of: what it was measured on. The rest: see `Machine`."""
 
     of: dict[str, Any]
-    num_stages: int
-    stage: list[tuple[int, float]]
-    draft: list[tuple[int, float]] | None
+    stages: Annotated[list[_Points], Meta(min_length=1)]
+    draft: _Points | None
     link_s: float
+    shared: bool
+    draft_link_s: float
+    devices: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +50,21 @@ class KeptCosts:
         """None where there are none, or none that can be read."""
         try:
             found = msgspec.json.decode(self.path.read_bytes(), type=_File)
-            stage, draft = CostCurve(dict(found.stage)), CostCurve(dict(found.draft)) if found.draft else None
+            stages = [CostCurve(dict(points)) for points in found.stages]
+            draft = CostCurve(dict(found.draft)) if found.draft else None
         except (OSError, ValueError):
             return None
-        return Machine(found.num_stages, stage, draft, found.link_s) if found.of == self.of_what else None
+        if found.of != self.of_what or len(found.devices) not in (0, len(stages)):
+            return None
+        return Machine(len(stages), draft=draft, link_s=found.link_s, shared=found.shared,
+                       draft_link_s=found.draft_link_s, stages=stages, devices=found.devices)
 
     def save(self, machine: Machine) -> bool:
         """Whether it could be written. If not, it is measured again next time."""
-        assert machine.stage is not None
-        draft = list(zip(machine.draft.rows, machine.draft.seconds)) if machine.draft else None
-        file = _File(of=self.of_what, num_stages=machine.num_stages, draft=draft, link_s=machine.link_s,
-                     stage=list(zip(machine.stage.rows, machine.stage.seconds)))
+        assert machine.stages, "they were measured"
+        file = _File(of=self.of_what, stages=[_points(curve) for curve in machine.stages],
+                     draft=_points(machine.draft) if machine.draft else None, link_s=machine.link_s,
+                     shared=machine.shared, draft_link_s=machine.draft_link_s, devices=list(machine.devices))
         fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,3 +73,7 @@ class KeptCosts:
         except OSError:
             return False
         return True
+
+
+def _points(curve: CostCurve) -> _Points:
+    return list(curve.points.items())

@@ -41,7 +41,7 @@ class Flights:
         load.prompt_rows = sum(told.prompt_rows.values())
         for sequence, nodes in method.launch(deciding, load):
             part, _ = parts.setdefault(sequence.request.id, (Part(sequence.arena), sequence))
-            self._launch(sequence, nodes, part, told, load.now)
+            self._launch(sequence, nodes, part, told)
         flight.parts = [sequence.sealed(part, sequence.stages) for part, sequence in parts.values() if len(part)]
         if not (flight.parts or flight.opens or flight.closes):
             return None
@@ -63,10 +63,10 @@ class Flights:
                 left = None if left is None else left - len(part)
         return parts
 
-    def _launch(self, sequence: Sequence, nodes: list[Node], part: Part, told: Launched, now: float) -> None:
+    def _launch(self, sequence: Sequence, nodes: list[Node], part: Part, told: Launched) -> None:
         sequence.tree.new_flight()
         for node in nodes:
-            sequence.tree.launch(node, now)
+            sequence.tree.launch(node)
             sequence.add_node(part, sequence.stages, node, wants=True)
             self.launched[node.id] = (sequence, node)
             told.nodes.append(node.id)

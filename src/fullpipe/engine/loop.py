@@ -108,10 +108,11 @@ class Loop:
             case Ready():
                 self._stage_ready = True
             case Landed():
+                self.method.observe(event)
                 self._on_landed(event)
             case Drafted():
-                self._draft_ready = True
                 self.method.observe(event)
+                self._draft_ready = True
                 self._jobs.answered(event)
             case Failed():
                 raise StationFailed(event.station, event.reason, hint=event.hint or _AFTER_FAILURE)
@@ -211,6 +212,7 @@ class Loop:
         if method.needs_draft and not self.pipeline.has_draft:
             raise UsageError(f"the method {method.name} needs a draft",
                              hint="Name one (a model, or ngram), or use the method pp.")
+        method.meet(self.pipeline.machine())
         return method
 
     def _check_whole(self) -> None:

@@ -1,197 +1,310 @@
+"""What a sequence that has the stations to itself launches, holds and asks, by expected seconds per token.
+
+`docs/speculation-costs.md` derives the rule; in short, with c and d the seconds of a stage and of a draft call by rows:
+
+- A guess of path probability p is worth p V seconds, V being about what one level of the tree takes (`_Value`), and at
+  most what is left until its parent lands. Its row makes every other row of the flight wait: c' once where the text
+  goes on behind the flight, c' at each of n stages where the flight holds a miss, and every level of its branch takes
+  the draft longer. It enters while it is worth more.
+- A flight is held for the draft's next answer while sharing one launch among one more level saves more than the wait
+  costs if the text leaves the flight.
+- The draft is asked about a node while its children would be worth their rows and its own row, and while the call does
+  not keep stage 0 from a root that is about to need it.
+- With a draft far away the draft goes on by itself, as many levels as its way is worth.
+"""
+
 from __future__ import annotations
+
 import math
-from fullpipe.costs import Machine
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fullpipe.costs import CostCurve, Machine
 from fullpipe.methods.base import Load
 from fullpipe.sequences.sequence import Sequence
-from fullpipe.sequences.tree import Node, State
+from fullpipe.sequences.tree import Node, State, TokenTree
 
-K = dict(V=1.0, E=1.0, H=1.0, F=0.5, Q=0.85, MAX=0, EMAX=64, P=1.0, D=1.0, M=0.01, TV=0.1, L=0.5, LP=0.1, O=1.0, A=1)
-K0 = dict(K)
+if TYPE_CHECKING:
+    from fullpipe.messages import Expansion
+
+_PRIOR = 0.85  # of a draft's best guess to be right, before it has said anything
+_FOLLOW = 0.05  # share of an answer's news by which what is held of the draft follows
+_TENTH = 0.1  # of what a traversal takes beyond one level: found by trying (docs/speculation-costs.md)
+_LEAST_DOUBT = 0.01  # of a level, whatever the draft says: nothing is certain for ever
+_MOST_LEVELS = 24  # that a draft goes on by itself
+_LEAST_CHAIN = math.log(0.1)  # chains less likely than this it gives up
+_SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # rows of a flight that are compared
+_MOST_ASKED = 64  # rows of a draft job
+_USUAL_LEVELS = 16  # more do not count when it is remembered how many a flight had
+
 
 class Alone:
+    """Decides for one sequence by the costs of a machine whose curves are known.
+
+    floor: log of the least path probability, given the root, of a node worth anything.
+    """
+
     def __init__(self, machine: Machine, floor: float) -> None:
-        self.m, self.floor = machine, floor
-        self.k = dict(K)
-        n, c = machine.num_stages, machine.stage
-        self.T = n * c(1) + machine.link_s
-        self.q = self.k['Q']
-        self.y = self.q
-        self.rows = 1
-        self.busy = [0.0] * n
-        self.levels = 1.0
-        self.sizes = [2,3,4,6,8,12,16,24,32,48,64,96]
+        self.machine, self._floor = machine, floor
+        self._right = self._chain = _PRIOR  # of the best guess; expected length of the likeliest chain of an answer
+        self._levels = 1.0  # of the likeliest chain in a flight, of late
+        self._rows = 1  # of the newest flight
+        self._sent: deque[int] = deque(maxlen=64)  # rows of the newest flights
+        self._busy = [0.0] * machine.num_stages  # until when each stage is, as far as can be told
 
-    def G(self, k):
-        c, d = self.m.stage, self.m.draft
-        lv = 1 + self.levels_ahead(None, None, None)[0]
-        D = d(1) + self.m.draft_link_s / lv
-        return k * D + c(k) if self.m.shared else max(k * D, c(k))
+    # ---- what is launched --------------------------------------------------------------------------------
 
-    def most(self):
-        c, n = self.m.stage, self.m.num_stages
-        cost = lambda r: c(r) * (1 / r + (1 - self.q) * n / 2)
-        return min((cost(r), r) for r in self.sizes)[1] if self.k['MAX'] == 0 else self.k['MAX']
+    def launch(self, sequence: Sequence, load: Load, most: int | None = None) -> list[Node]:
+        """What enters stage 0 now, parents first, `most` nodes at most; empty to wait for an answer or a landing."""
+        if self.machine.shared and load.asked_at is not None:  # stage 0 would begin no sooner
+            return []
+        flight = self._fill(sequence, load, min(self._most_rows(), most or sys.maxsize))
+        if flight.nodes and self._held(flight, sequence, load):
+            for node in reversed(flight.nodes):
+                sequence.tree.return_unlaunched(node)
+            return []
+        if flight.nodes:
+            self._rows = len(flight.nodes)
+            self._levels += 0.1 * (min(flight.levels, _USUAL_LEVELS) - self._levels)
+        return flight.nodes
+
+    def _fill(self, sequence: Sequence, load: Load, limit: int) -> _Flight:
+        """The nodes that are worth their rows, best first."""
+        tree, value = sequence.tree, self._value()
+        candidates, flight = tree.unlaunched(self._floor), _Flight(self.machine.num_stages)
+        stage, passed, new = self._stage, list[Node](), 0
+        first_price = self._price_of_flight(tree, load)
+        while len(flight.nodes) < limit and (best := candidates.best()) is not None:
+            if new >= sequence.room and not candidates.has_slot() and not (flight.is_empty and tree.root.slot is None):
+                break
+            node, probability = candidates.take(), math.exp(best)
+            if flight.is_empty:
+                price = 0.0 if node is tree.root else first_price(node, probability)
+            else:
+                price = flight.price(stage.marginal(len(flight.nodes) + load.prompt_rows), self._draft_row(),
+                                     self._right)
+            worth = min(value, self._left(node, flight, load))
+            if node.parent in passed or probability * worth < price:
+                passed.append(node)
+                if probability * value < price:
+                    break
+                continue
+            new += node.slot is None
+            flight.take(node, probability)
+        for node in reversed(passed):
+            tree.return_unlaunched(node)
+        return flight
+
+    def _left(self, node: Node, flight: _Flight, load: Load) -> float:
+        """Seconds until the node's parent lands, after which nobody has to guess it; at most a traversal."""
+        parent = node.parent
+        if parent is None or parent.state is State.PROPOSED or parent in flight.nodes:
+            return math.inf
+        return parent.due - load.now
+
+    def _price_of_flight(self, tree: TokenTree, load: Load) -> Callable[[Node, float], float]:
+        """What launching at all costs, by the first node and its probability: stage 0 may be busy when a root needs
+        it."""
+        row = self._stage.marginal(1) / 2
+        delay = self._delay(tree, self._stage(1 + load.prompt_rows), load)
+        missing = self._missing(tree)
+
+        def price(node: Node, probability: float) -> float:
+            left = missing - probability if node.parent is tree.root else missing
+            return row + delay * max(left, 0.0)
+
+        return price
+
+    def _delay(self, tree: TokenTree, takes: float, load: Load) -> float:
+        """Seconds by which work of so many seconds at stage 0 would keep a next root waiting."""
+        root = tree.root
+        if root.state is not State.IN_FLIGHT:
+            return 0.0
+        return min(max(max(load.now, self._busy[0]) + takes - root.due, 0.0), takes)
+
+    @staticmethod
+    def _missing(tree: TokenTree) -> float:
+        """How likely it is that what follows the root is not in flight."""
+        root = tree.root
+        return max(1.0 - sum(math.exp(child.cum - root.cum) for child in root.children.values()
+                             if child.state is not State.PROPOSED), 0.0)
+
+    def sent(self, nodes: list[Node], load: Load) -> None:
+        """A flight sets off: with these nodes and a prompt's rows. Foresee when it lands."""
+        rows = len(nodes) + load.prompt_rows
+        if not rows:
+            return
+        machine, moment = self.machine, load.now
+        self._sent.append(rows)
+        hop, before = machine.link_s / machine.num_stages, list(self._sent)[-1 - load.under_way : -1]
+        for index, curve in enumerate(machine.stages):
+            # Nothing queues for longer than all that is under way takes: so what was foreseen wrongly passes.
+            queue = min(self._busy[index] - moment, sum(map(curve, before))) if index else 0.0
+            self._busy[index] = moment + max(queue, 0.0) + curve(rows)
+            moment = self._busy[index] + hop
+        for node in nodes:
+            node.due = moment
+
+    # ---- whether it is held ------------------------------------------------------------------------------
+
+    def _held(self, flight: _Flight, sequence: Sequence, load: Load) -> bool:
+        """Whether to wait for what the draft says behind the flight's likeliest chain."""
+        tree, end = sequence.tree, flight.end
+        if end is None or end.position >= tree.horizon:
+            return False
+        reached = math.exp(end.cum - tree.root.cum)
+        if self.machine.shared:
+            if end.asked or sequence.room < len(flight.nodes) + 2 or not self._pays_asking(tree, reached, load):
+                return False
+            wait = self._draft(1) + self.machine.draft_link_s
+        else:
+            if load.asked_at is None or not end.waiting:
+                return False
+            wait = max(load.asked_at + self._draft(load.asked_rows) + self.machine.draft_link_s - load.now, 0.0)
+        levels, goes_on = flight.levels, reached * self._right
+        saved = levels * (self._period(levels) / levels - self._period(levels + 1) / (levels + 1))
+        lost = max(flight.first - goes_on, flight.first * (1 - (1 - _LEAST_DOUBT) ** levels))
+        row = self._stage.marginal(len(flight.nodes) + load.prompt_rows)
+        return goes_on * saved > lost * (wait + self.machine.num_stages * row)
+
+    # ---- what the draft is asked -------------------------------------------------------------------------
+
+    def expand(self, sequence: Sequence, load: Load) -> list[Node]:
+        """The nodes that the draft should look at now; empty for none."""
+        tree, value, candidates = sequence.tree, self._value(), sequence.tree.unasked(self._floor)
+        nodes, passed, asked = list[Node](), list[Node](), 0.0
+        row = self._stage.marginal(1)
+        while len(nodes) < _MOST_ASKED and (best := candidates.best()) is not None:
+            node, probability = candidates.take(), math.exp(best)
+            if not nodes:
+                if not self._pays_asking(tree, probability, load):
+                    passed.append(node)
+                    break
+            else:
+                price = asked * (self._draft.marginal(len(nodes)) + row)
+                left = math.inf if node.state is State.PROPOSED else node.due - load.now - self._draft(len(nodes) + 1)
+                gain = probability * self._right
+                if gain * min(value, left) < price:
+                    passed.append(node)
+                    if gain * value < price:
+                        break
+                    continue
+            nodes.append(node)
+            asked += probability
+        for node in reversed(passed):
+            tree.return_unasked(node)
+        return nodes
+
+    def _pays_asking(self, tree: TokenTree, probability: float, load: Load) -> bool:
+        price = self._stage.marginal(1) / 2
+        if self.machine.shared:
+            price += self._delay(tree, self._draft(1), load) * self._missing(tree)
+        return probability * self._chain * self._value() >= price
+
+    def levels(self) -> tuple[int, float]:
+        """How far the draft goes on by itself, and how likely a chain must be for that."""
+        return (self._per_way() - 1, _LEAST_CHAIN)
+
+    def _per_way(self) -> int:
+        """Levels per draft job: its way is shared by them, and a miss finds the draft busy for half of them."""
+        way = self.machine.draft_link_s
+        if way <= 0:
+            return 1
+        doubt = max(1 - self._right, _LEAST_DOUBT)
+        return min(max(int(math.sqrt(way / (doubt * max(self._draft(1), 1e-9)))), 1), _MOST_LEVELS)
+
+    def answered(self, expansions: list[Expansion]) -> None:
+        """Learn what the draft's answers are worth; the first of them is about the likeliest node."""
+        for expansion in expansions[:1]:
+            right, chain = _likeliest(expansion)
+            self._right += _FOLLOW * (right - self._right)
+            self._chain += _FOLLOW * (chain - self._chain)
+
+    # ---- what things take --------------------------------------------------------------------------------
 
     @property
-    def V(self):
-        g = self.G(self.levels) / self.levels
-        g = min(g, self.T)
-        return self.k['V'] * g + self.k['TV'] * max(self.T - g, 0)
+    def _stage(self) -> CostCurve:
+        assert self.machine.gap is not None
+        return self.machine.gap
 
-    def launch(self, one: Sequence, load: Load) -> list[Node]:
-        k, m, tree = self.k, self.m, one.tree
-        c, n = m.stage, m.num_stages
-        pr = load.prompt_rows
-        rc = tree.root.cum
-        root = tree.root.state is State.PROPOSED
-        if m.shared and load.asked_at is not None:
-            return self.sent([], load)
-        cands = tree.unlaunched(self.floor)
-        nodes: list[Node] = []
-        first = deep = heads = 0.0
-        leaf = {}
-        spine = None; levels = 0
-        room = one.room
-        V = self.V
-        used = 0
-        skipped: list[Node] = []
-        dprice = k['D'] * (m.draft.marginal(1) if m.shared or m.draft(1) > c(1) else 0.0)
-        most = self.most()
-        while len(nodes) < most:
-            best = cands.best()
-            if best is None: break
-            if used >= room and not cands.has_slot() and not (root and not nodes): break
-            p = math.exp(best)
-            node = cands._heap[0][3]
-            if node.parent is not None and node.parent in skipped:
-                skipped.append(cands.take()); continue
-            left = node.parent.sent - load.now if node.parent and node.parent.state is not State.PROPOSED and node.parent not in nodes else self.T
-            if not nodes:
-                first = p
-                if not root:
-                    over = self.overlap(tree, load, c(1 + pr))
-                    miss = self.missing(tree) - (p if node.parent is tree.root else 0.0)
-                    cost = k['F'] * c.marginal(1) + k['O'] * over * max(miss, 0.0)
-                    if p * V < cost: break
-                    if p * min(V, left) < cost:
-                        skipped.append(cands.take()); continue
-            else:
-                r = len(nodes) + pr
-                if k['A']:
-                    al = min(heads, 1.0); th = min(sum(leaf.values()) * self.q, al)
-                    price = (th + (al - th) * n) * c.marginal(r) + al * dprice
-                else:
-                    price = (deep + max(first - deep, 0.0) * n) * c.marginal(r) + first * dprice
-                if p * V < price: break
-                if p * min(V, left) < price:
-                    skipped.append(cands.take())
-                    continue
-            used += node.slot is None
-            nodes.append(cands.take())
-            if node.parent in leaf or any(node.parent is x for x in nodes): leaf.pop(node.parent, None)
-            else: heads += p
-            leaf[node] = p
-            if spine is None or node.parent is spine:
-                spine = node; levels += 1; deep = p * self.q
-        for x in reversed(skipped): tree.return_unlaunched(x)
-        if nodes and k['H'] and self.hold(tree, nodes, first, load, spine, levels):
-            for x in reversed(nodes): tree.return_unlaunched(x)
-            return self.sent([], load)
-        self.rows = len(nodes)
-        if nodes: self.levels += 0.1 * (min(levels, 16) - self.levels)
-        return self.sent(nodes, load)
+    @property
+    def _draft(self) -> CostCurve:
+        assert self.machine.draft is not None
+        return self.machine.draft
 
-    def hold(self, tree, nodes, p1, load, spine, levels):
-        c, d, n, m, k = self.m.stage, self.m.draft, self.m.num_stages, self.m, self.k
-        if m.shared:
-            if spine.asked or spine.position >= tree.horizon: return False
-            rest = d(1) + m.draft_link_s
-            if not self.pays_asking(math.exp(spine.cum - tree.root.cum), tree, load): return False
-            ask = spine
+    def _draft_row(self) -> float:
+        """Seconds that a row more in each draft call makes every level wait."""
+        if self.machine.shared or self._draft(1) > self._stage(1):
+            return self._draft.marginal(1)
+        return 0.0
+
+    def _period(self, levels: float) -> float:
+        """Seconds from flight to flight with so many levels in each."""
+        asking = levels * (self._draft(1) + self.machine.draft_link_s / self._per_way())
+        return asking + self._stage(levels) if self.machine.shared else max(asking, self._stage(levels))
+
+    def _value(self) -> float:
+        """Seconds that a sure guess is worth."""
+        traversal = self.machine.num_stages * self._stage(1) + self.machine.link_s
+        level = min(self._period(self._levels) / self._levels, traversal)
+        return level + _TENTH * (traversal - level)
+
+    def _most_rows(self) -> int:
+        """Rows of a flight at which a row's share of it and of the wait for it after a miss is least."""
+        stages, doubt, stage = self.machine.num_stages, 1 - self._right, self._stage
+        return min(_SIZES, key=lambda rows: stage(rows) * (1 / rows + doubt * stages / 2))
+
+
+class _Flight:
+    """Nodes while they are chosen.
+
+    first, levels, end: of the chain that begins with the first node and goes on with the likeliest child each time: the
+    probability of its first node, how many there are, and the last.
+    alive: probability that the text gets to the flight.
+    """
+
+    __slots__ = ("_leaves", "_stages", "alive", "end", "first", "levels", "nodes")
+
+    def __init__(self, stages: int) -> None:
+        self.nodes: list[Node] = []
+        self.end: Node | None = None
+        self.levels, self.first, self.alive, self._stages = 0, 0.0, 0.0, stages
+        self._leaves: dict[int, float] = {}  # their probabilities by id
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.nodes
+
+    def take(self, node: Node, probability: float) -> None:
+        self.first = self.first or probability
+        if self.end is None or node.parent is self.end:
+            self.end, self.levels = node, self.levels + 1
+        if node.parent is not None and node.parent in self.nodes:
+            self._leaves.pop(node.parent.id, None)
         else:
-            if not spine.waiting or load.asked_at is None: return False
-            rest = max(load.asked_at + d(load.asked_rows) + m.draft_link_s - load.now, 0.0)
-        p2 = math.exp(spine.cum - tree.root.cum)
-        p3 = p2 * self.q
-        dc = c.marginal(len(nodes) + load.prompt_rows)
-        gain = p3 * levels * (self.G(levels) / levels - self.G(levels + 1) / (levels + 1))
-        lost = max(p1 - p3, p1 * (1 - (1 - k['M']) ** levels))
-        return gain > k['H'] * lost * (rest + n * dc)
+            self.alive = min(self.alive + probability, 1.0)
+        self._leaves[node.id] = probability
+        self.nodes.append(node)
 
-    def overlap(self, tree, load, takes):
-        root = tree.root
-        if root.state is not State.IN_FLIGHT: return 0.0 if root.state is State.PROPOSED else takes
-        begin = max(load.now, self.busy[0])
-        return min(max(begin + takes - root.sent, 0.0), takes)
+    def price(self, row: float, draft_row: float, right: float) -> float:
+        """What a row more costs all others that is worth it: `row` seconds at a stage, `draft_row` at the draft."""
+        through = min(sum(self._leaves.values()) * right, self.alive)
+        return (through + (self.alive - through) * self._stages) * row + self.alive * draft_row
 
-    def missing(self, tree):
-        rc = tree.root.cum
-        return max(1.0 - sum(math.exp(x.cum - rc) for x in tree.root.children.values() if x.state is not State.PROPOSED), 0.0)
 
-    def pays_asking(self, p, tree, load):
-        k = self.k
-        cost = k['F'] * self.m.stage.marginal(1)
-        if self.m.shared:
-            cost += k['O'] * self.overlap(tree, load, self.m.draft(1)) * self.missing(tree)
-        return p * self.y * self.V >= cost
-
-    def observe(self, drafted):
-        for e in drafted.expansions[:1]:
-            p1 = 0.0; chain = 0.0
-            if e.tokens:
-                best = max((lp, i) for i, (lp, par) in enumerate(zip(e.logprobs, e.parents)) if par < 0) if -1 in e.parents else None
-                cum = 0.0; at = -1
-                while best:
-                    cum += min(best[0], 0.0); chain += math.exp(cum)
-                    if at == -1: p1 = math.exp(cum)
-                    at = best[1]
-                    nxt = [(lp, i) for i, (lp, par) in enumerate(zip(e.logprobs, e.parents)) if par == at]
-                    best = max(nxt) if nxt else None
-            self.q += 0.05 * (p1 - self.q)
-            self.y += 0.05 * (chain - self.y)
-
-    def levels_ahead(self, one, node, load):
-        L, d = self.m.draft_link_s, self.m.draft(1)
-        if L <= 0 or not self.k['L']: return 0, 0.0
-        D = int(math.sqrt(2 * L * self.k['L'] / ((1 - self.q) * d)))
-        return max(min(D, 24) - 1, 0), math.log(self.k['LP'])
-
-    def sent(self, nodes, load):
-        rows = len(nodes) + load.prompt_rows
-        if rows:
-            c = self.m.stage; s = c(rows); n = self.m.num_stages
-            t = load.now
-            hop = self.m.link_s / n
-            for k in range(n):
-                t = max(t, self.busy[k]) + s
-                self.busy[k] = t
-                t += hop
-            for x in nodes: x.sent = t
-        return nodes
-
-    def expand(self, one: Sequence, load: Load) -> list[Node]:
-        k, m, tree = self.k, self.m, one.tree
-        d, c = m.draft, m.stage
-        cands = tree.unasked(self.floor)
-        nodes: list[Node] = []
-        skipped: list[Node] = []
-        top = total = 0.0
-        V = self.V
-        while len(nodes) < k['EMAX']:
-            best = cands.best()
-            if best is None: break
-            p = math.exp(best)
-            r = len(nodes)
-            node = cands._heap[0][3]
-            left = node.sent - load.now - d(r + 1) if node.state is not State.PROPOSED else self.T
-            if not nodes:
-                top = p
-                if not self.pays_asking(p, tree, load): break
-            else:
-                price = (total if k['A'] else top) * (k['E'] * d.marginal(r) + k['P'] * c.marginal(max(self.rows, 1)))
-                if p * self.q * V < price: break
-                if p * self.q * min(V, left) < price:
-                    skipped.append(cands.take()); continue
-            nodes.append(cands.take()); total += p
-        for x in reversed(skipped): tree.return_unasked(x)
-        return nodes
+def _likeliest(expansion: Expansion) -> tuple[float, float]:
+    """The probability of the best guess, and the expected length of the likeliest chain."""
+    best: dict[int, tuple[float, int]] = {}
+    for index, (logprob, parent) in enumerate(zip(expansion.logprobs, expansion.parents)):
+        if parent not in best or logprob > best[parent][0]:
+            best[parent] = min(logprob, 0.0), index
+    at, log, right, length = -1, 0.0, 0.0, 0.0
+    while at in best:
+        step, following = best[at]
+        log += step
+        length += math.exp(log)
+        right = right or math.exp(log)
+        at = following
+    return right, length

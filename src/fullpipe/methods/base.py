@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
+from fullpipe.messages import Drafted, Landed
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node, State, TokenTree
 
@@ -92,9 +93,6 @@ class Method(ABC):
         """The nodes whose children the draft should propose next. The caller asks for all of them. Called when the
         draft station is idle. Never names a node for which an answer is awaited."""
 
-    def observe(self, event) -> None:
-        pass
-
     def levels(self, sequence: Sequence, node: Node, load: Load) -> tuple[int, float]:
         """How far the draft should go on by itself behind the first node that it is asked about: levels at most, and
         the log-probability, given the node, below which it need not."""
@@ -106,6 +104,12 @@ class Method(ABC):
         deciding: sequences that are past their prompt and would be held up.
         """
         return None
+
+    def meet(self, machine: Machine) -> None:  # noqa: B027 - most methods ask nothing of time
+        """Learn what a pipeline says of itself, before the first choice for it."""
+
+    def observe(self, event: Landed | Drafted) -> None:  # noqa: B027
+        """Take note of what a flight or a draft job took, before anything else follows from it."""
 
 
 class PerTree(Method):

@@ -19,6 +19,8 @@ from collections.abc import Sequence as Many
 
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
+from fullpipe.live_costs import learning
+from fullpipe.messages import Drafted, Landed
 from fullpipe.methods.alone import Alone
 from fullpipe.methods.base import PROBABILITY_FLOOR, Chosen, Load, RefreshingMethod
 from fullpipe.methods.prices import Prices
@@ -53,40 +55,40 @@ class FullPipe(RefreshingMethod):
         if prefill_share <= 0:
             raise UsageError(f"the prefill share must be above 0 (got {prefill_share:g})",
                              hint="1 lets tokens take twice as long while a prompt comes in.")
-        self._prices = Prices(machine, machine.stage, prefill_share) if machine and machine.stage else None
-        self._alone = Alone(machine, self.floor) if machine and machine.stage and machine.draft else None
-        self._most = None if width is None and self._prices else self.width
+        self._has_width, self._prefill_share = width is not None, prefill_share
+        self._prices: Prices | None = None
+        self._alone: Alone | None = None
+        self._learn()
         self._rows = 1  # of the newest flight, without prompts'
         self._least = -math.inf  # log path probability below which no guess was worth its row then
 
     @property
     def most_nodes(self) -> int | None:
-        return self._most
+        return self.width if self._has_width or self._prices is None else None
 
     @property
     def spare_slots(self) -> int:
-        return self.width if self._most is not None else _SPARE_ROWS
+        return self.width if self.most_nodes is not None else _SPARE_ROWS
 
     def launch(self, sequences: Many[Sequence], load: Load) -> Chosen:
         if self._alone and load.running == 1:
-            if not sequences:
-                self._alone.sent([], load)
-                return []
-            nodes = self._alone.launch(sequences[0], load)
+            nodes = self._alone.launch(sequences[0], load, self.most_nodes) if sequences else []
+            self._alone.sent(nodes, load)
             return [(sequences[0], nodes)] if nodes else []
         prices = self._prices
         if prices and prices.full(load.under_way, _roots(sequences), load.running):
             return []
         share, limit = self._shares(load.running)
         least = (lambda number, is_root: self._least_worth(prices, number, is_root, load)) if prices else _anything
-        taken = _merge(sequences, lambda one: one.tree.unlaunched(self.floor), share, least, limit, self._most)
+        taken = _merge(sequences, lambda one: one.tree.unlaunched(self.floor), share, least, limit, self.most_nodes)
         self._rows = max(1, sum(len(nodes) for _, nodes in taken))
         if prices:
             self._least = prices.least_guess(load.prompt_rows + self._rows, load.running)
         return taken
 
     def expand(self, sequences: Many[Sequence], load: Load) -> Chosen:
-        """The nodes whose children may be worth a row: those at least as likely as the last that was."""
+        """The nodes whose children may be worth a row. With many sequences: those at least as likely as the last that
+        was."""
         if self._alone and load.running == 1 and sequences:
             nodes = self._alone.expand(sequences[0], load)
             return [(sequences[0], nodes)] if nodes else []
@@ -103,23 +105,41 @@ class FullPipe(RefreshingMethod):
                         _anything, limit, None if self._prices else share)
         return [(one, self.fill(one.tree, nodes)) for one, nodes in chosen] if self.refresh else chosen
 
-    def observe(self, event) -> None:
-        if self._alone: self._alone.observe(event)
-
     def levels(self, sequence: Sequence, node: Node, load: Load) -> tuple[int, float]:
-        return self._alone.levels_ahead(sequence, node, load) if self._alone and load.running == 1 else (0, 0.0)
+        return self._alone.levels() if self._alone and load.running == 1 else super().levels(sequence, node, load)
 
     def prompt_rows(self, chunk: int, deciding: int) -> int | None:
         if self._prices is None:
             return None
         return self._prices.prompt_rows(chunk, self._rows) if deciding else chunk
 
+    def meet(self, machine: Machine) -> None:
+        self.machine = learning(self.machine or machine)
+        self._learn()
+
+    def observe(self, event: Landed | Drafted) -> None:
+        if self.machine is None:
+            return
+        self.machine.observe(event)
+        if not self._alone:
+            self._learn()
+        elif isinstance(event, Drafted):
+            self._alone.answered(event.expansions)
+
+    def _learn(self) -> None:
+        """Weigh costs from when they are known. A draft that is asked again and again has none of one call."""
+        machine = self.machine
+        if machine and machine.gap:
+            self._prices = self._prices or Prices(machine, self._prefill_share)
+            if machine.draft and not self.refresh:
+                self._alone = Alone(machine, self.floor)
+
     def _shares(self, running: int) -> tuple[int, int]:
         """Rows of a flight that a sequence has first of all, and rows of all together."""
         many = max(running, 1)
         if self._prices is None:
             return self.width, self.width * many
-        limit = _MOST_ROWS if self._most is None else min(self._most * many, _MOST_ROWS)
+        limit = _MOST_ROWS if self.most_nodes is None else min(self.most_nodes * many, _MOST_ROWS)
         limit = max(limit, self._prices.evenly(many))  # roots are not left behind
         return max(1, limit // many), limit
 

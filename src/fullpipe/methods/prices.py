@@ -35,14 +35,23 @@ _DRAFT_PATIENCE = 1.5  # a draft job may take so many times as long as a stage, 
 
 
 class Prices:
-    """curve: seconds of the slowest stage by rows of a flight, of `machine`.
+    """machine: its curves are known, and may change.
 
     prefill_share: by how much, as a share of itself, the time between tokens may grow while a prompt comes in.
     """
 
-    def __init__(self, machine: Machine, curve: CostCurve, prefill_share: float) -> None:
-        self._machine, self._curve, self._prefill_share = machine, curve, prefill_share
-        self._depth = machine.num_stages + math.ceil(machine.link_s / max(curve(1), _LEAST_S))
+    def __init__(self, machine: Machine, prefill_share: float) -> None:
+        self._machine, self._prefill_share = machine, prefill_share
+
+    @property
+    def _curve(self) -> CostCurve:
+        assert self._machine.gap is not None
+        return self._machine.gap
+
+    @property
+    def _depth(self) -> int:
+        """Flights that keep all stages and links busy."""
+        return self._machine.num_stages + math.ceil(self._machine.link_s / max(self._curve(1), _LEAST_S))
 
     def full(self, under_way: int, roots: int, running: int) -> bool:
         """Whether the pipeline is so full that a flight with so many roots should wait for a landing."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
+from fullpipe.costs import Machine
 from fullpipe.messages import Event, Flight
 
 
@@ -53,6 +54,10 @@ class Pipeline(ABC):
     @abstractmethod
     def now(self) -> float:
         """Seconds on this pipeline's clock."""
+
+    @abstractmethod
+    def machine(self) -> Machine:
+        """What is known of the stations before any of them has worked: how many, where they sit, what links take."""
 
     @abstractmethod
     def close(self) -> None:

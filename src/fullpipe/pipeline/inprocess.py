@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fullpipe.costs import Machine
 from fullpipe.errors import PipelineError
 from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready, Woken
 from fullpipe.pipeline.agenda import Agenda
@@ -24,6 +25,7 @@ from fullpipe.pipeline.inprocess_taps import TapWay
 from fullpipe.pipeline.links import INSTANT, Link, Links, Wire
 from fullpipe.stations.base import DraftLike, StageLike, TapCount, drop_rows, tap_reader, untapped
 
+_HERE = "this process"  # the one device on the wall clock
 _REPLY_ROW_BYTES = 64  # of a row in what travels without hidden states: jobs, drafts, landings
 
 
@@ -78,6 +80,7 @@ class InProcessPipeline(Pipeline):
         if links is None or self._wall:
             links = Links([INSTANT] * (self.num_stages - 1))
         links.check(self.num_stages)
+        self._links = links
         self._agenda = Agenda()
         self._stages = [_Station(f"stage {k}", stage.run, device_of(f"stage {k}"), links.inward(k))
                         for k, stage in enumerate(stages)]
@@ -127,6 +130,12 @@ class InProcessPipeline(Pipeline):
 
     def now(self) -> float:
         return time.monotonic() if self._wall else self._agenda.time
+
+    def machine(self) -> Machine:
+        devices = [_HERE if self._wall else stage.device for stage in self._stages]
+        shared = self._draft is not None and (self._wall or self._draft.device == devices[0])
+        return Machine(self.num_stages, link_s=self._links.traversal_s, draft_link_s=self._links.draft_s, shared=shared,
+                       devices=devices)
 
     def close(self) -> None:
         self._agenda.clear()

@@ -125,6 +125,16 @@ class Links:
         return self.inward(stage).latency_s
 
     @property
+    def traversal_s(self) -> float:
+        """Seconds that a flight of no size spends on links, from the engine through all stages and back."""
+        return sum(link.latency_s for link in (*self.stage_hops, self.to_first, self.landing))
+
+    @property
+    def draft_s(self) -> float:
+        """Seconds that a draft job spends on them, there and back."""
+        return 2 * self.draft.latency_s
+
+    @property
     def longest_s(self) -> float:
         """The largest latency of any link, in seconds."""
         return max(link.latency_s for link in (*self.stage_hops, self.to_first, self.landing, self.draft,

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from fullpipe.costs import CostCurve
+from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.messages import Drafted, Event, Failed, Flight, Ready
 from fullpipe.pipeline.base import Pipeline
@@ -72,7 +72,8 @@ class WorkersPipeline(Pipeline):
         self.num_stages, self.has_draft = len(stages), draft is not None
         self.taps = TapCount()
         self._heartbeat_timeout = heartbeat_timeout
-        layout = Layout(stages=stages, draft=draft, links=_checked(links, self.num_stages, timeout),
+        self._links = _checked(links, self.num_stages, timeout)
+        layout = Layout(stages=stages, draft=draft, links=self._links,
                         pace={name: CostCurve(curve).points for name, curve in (pace or {}).items()}, threads=threads,
                         beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS), start_timeout=start_timeout)
         if unknown := [name for name in layout.pace if name not in layout.names]:
@@ -122,6 +123,9 @@ class WorkersPipeline(Pipeline):
 
     def now(self) -> float:
         return time.monotonic()
+
+    def machine(self) -> Machine:
+        return Machine(self.num_stages, link_s=self._links.traversal_s, draft_link_s=self._links.draft_s)
 
     def close(self) -> None:
         self._finalizer()

@@ -40,13 +40,13 @@ class Node:
     slots of its ancestors below the root of that moment, its own last.
     cum: cumulative log-probability of the path. asked: the draft was asked for guesses of what follows;
     answered: it replied; waiting: it still owes an answer, the first or a refreshed one. in_draft: the draft station
-    has computed this node. asked_at, launched_at: the tree's `num_flights` when that last happened, -1: never. sent: when the node set off,
-    in seconds of the pipeline's clock.
+    has computed this node. asked_at, launched_at: the tree's `num_flights` when that last happened, -1: never.
+    due: when the node should land, in seconds of the pipeline's clock, as far as the method foresees it.
     next_token: what truly follows, once landed. others: what may follow instead, best first (lossy requests only).
     """
 
-    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "guesses", "id", "in_draft",
-                 "launched_at", "next_token", "others", "parent", "path", "position", "sent", "slot", "state",
+    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "due", "guesses", "id", "in_draft",
+                 "launched_at", "next_token", "others", "parent", "path", "position", "slot", "state",
                  "token", "waiting")
 
     def __init__(self, id: int, token: int, parent: Node | None, position: int, cum: float) -> None:
@@ -62,7 +62,7 @@ class Node:
         self.guesses: list[tuple[float, int]] = []  # (cum, token), worst first: the next one is at the end
         self.asked = self.answered = self.waiting = self.in_draft = False
         self.asked_at = self.launched_at = -1
-        self.sent = -math.inf
+        self.due = math.inf
         self.next_token: int | None = None
         self.others: Sequence[int] = ()
 
@@ -339,7 +339,7 @@ class TokenTree:
         """A flight sets off; the nodes that are launched next are in it."""
         self.num_flights += 1
 
-    def launch(self, node: Node, now: float = -math.inf) -> None:
+    def launch(self, node: Node) -> None:
         assert node.state is State.PROPOSED and (node.parent is None or node.parent.state is not State.PROPOSED)
         node.state = State.IN_FLIGHT
         node.launched_at = self.num_flights

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fullpipe_lab.clusters.cluster import Cluster, DraftCosts, presets, unit_cluster
+from fullpipe_lab.clusters.machine import machine_of
 
-__all__ = ["Cluster", "DraftCosts", "presets", "unit_cluster"]
+__all__ = ["Cluster", "DraftCosts", "machine_of", "presets", "unit_cluster"]

@@ -24,13 +24,12 @@ from typing import Any, Literal
 
 from fullpipe import hub
 from fullpipe.cluster.provenance import provenance
-from fullpipe.costs import CostCurve, Machine
 from fullpipe.engine import Engine
 from fullpipe.files import write_whole
 from fullpipe.methods import make_method
 from fullpipe.options import EngineOptions
 from fullpipe_lab import figures
-from fullpipe_lab.clusters import Cluster, DraftCosts
+from fullpipe_lab.clusters import Cluster, DraftCosts, machine_of
 from fullpipe_lab.crowd import CrowdDraft, CrowdRun, MakeEngine, Schedule, Spread, closed, play, poisson
 from fullpipe_lab.files import Journal, make_folder
 from fullpipe_lab.memo import MemoDraft, Memos
@@ -52,13 +51,13 @@ METHODS = {
 }
 AT_ONCE = (1, 2, 4, 8, 16, 32)
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+DRAFTS = ("model",)
 WIDTH = 32  # the best that was found for one request on gpus-8 (lab/reports/gpus)
 MOST_AT_ONCE = 64  # requests that are admitted of those that have come
 SPARE_SLOTS = 1088  # of a request, for speculation: no tree is cut short for want of cache
 ARRIVED = 60  # requests of an open loop
 WANTED = {1: 5.0, 4: 2.5, 8: 1.5}
 """By requests at once, how many times the throughput of pp is asked for; elsewhere it is never below 1."""
-_CONTEXT = 256  # tokens in the cache, where a cost curve is made
 _FREE = 1.02  # a flight that takes so much longer than one of a single row: rows up to there are called free
 _ORDER_SEED = 5
 _SLACK = 1.005  # a TBT this much longer is not called longer: flights are whole
@@ -99,25 +98,16 @@ def all_cells(methods: Sequence[str], at_once: Sequence[int], rates: Sequence[fl
             for load, amount in loads for method in methods]
 
 
-def machine_of(cluster: Cluster) -> Machine:
-    """What a method may know of a cluster: its slowest stage, its draft model, its links."""
-    stages = [CostCurve.of(lambda rows, k=k: cluster.stage_seconds(k, rows, _CONTEXT))  # type: ignore[misc]
-              for k in range(cluster.num_stages)]
-    links = cluster.links
-    return Machine(cluster.num_stages, CostCurve.slowest(stages),
-                   CostCurve.of(lambda rows: cluster.draft_seconds(rows, _CONTEXT)),
-                   sum(link.latency_s for link in (*links.stage_hops, links.to_first, links.landing)))
-
-
 def make_engine(method: str, cluster: Cluster) -> MakeEngine:
     """The engine of a cell's method."""
-    machine = machine_of(cluster)
+    machine = machine_of(cluster, DRAFTS)
     assert machine.stage is not None
     free = max(1, machine.stage.most_rows(_FREE * machine.stage(1), 256))
     places = EngineOptions(max_num_seqs=1 if method == ALONE else MOST_AT_ONCE, spare_slots=SPARE_SLOTS)
     makers: dict[str, Callable[[], Any]] = {
-        OURS: lambda: make_method("fullpipe", machine=machine), "equal": lambda: Equal(free, width=WIDTH),
-        PLAIN: lambda: Balanced(cluster.num_stages), "pp-bunched": lambda: make_method("pp")}
+        OURS: lambda: make_method("fullpipe", machine=machine_of(cluster, DRAFTS)),
+        "equal": lambda: Equal(free, width=WIDTH), PLAIN: lambda: Balanced(cluster.num_stages),
+        "pp-bunched": lambda: make_method("pp")}
     make = makers.get(method, lambda: make_method("fullpipe", width=WIDTH))
     return lambda pipeline, listeners: Engine(pipeline, make(), options=places, listeners=listeners)
 
@@ -158,7 +148,7 @@ class Measuring:
         answers, plain = order(self.answers, cell.requests(len(self.answers))), cell.method.startswith("pp")
         draft = None if plain else CrowdDraft(lambda index: MemoDraft(self._memos.of(answers[index])))
         run = play(answers, cell.schedule(len(self.answers)), self._head.params, draft, self.cluster,
-                   make_engine(cell.method, self.cluster), costs=DraftCosts(self.cluster, ["model"]))
+                   make_engine(cell.method, self.cluster), costs=DraftCosts(self.cluster, DRAFTS))
         return {"cell": asdict(cell), "preset": self._preset, "cluster": self.cluster.name,
                 "stages": self.cluster.num_stages, "note": self.cluster.file.cluster.note.strip(),
                 "target": self._head.model, "draft": Path(self._draft).stem, "dtype": self._head.dtype,

@@ -43,4 +43,4 @@ class Equal(FullPipe):
 
     def expand(self, sequences: Many[Sequence], load: Load) -> Chosen:
         self.draft_width = min(self._full_draft_width, max(1, self._rows_together // max(len(sequences), 1)))
-        return super().expand(sequences)
+        return super().expand(sequences, load)

@@ -57,4 +57,4 @@ def launched(method: Method, tree: TokenTree, room: int = 99) -> list[Node]:
 
 def expanded(method: Method, tree: TokenTree, room: int = 99) -> list[Node]:
     """What the method has the draft look at in one tree."""
-    return [node for _, nodes in method.expand([Alone(tree, room)]) for node in nodes]  # type: ignore
+    return [node for _, nodes in method.expand([Alone(tree, room)], Load(1)) for node in nodes]  # type: ignore

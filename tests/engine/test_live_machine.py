@@ -108,7 +108,8 @@ def test_begun_from_nothing_a_machine_is_known_after_some_flights() -> None:
     assert method.machine is machine
 
 
-@pytest.mark.parametrize("given", [None, Machine(3), Machine(3, STAGE), LiveMachine(Machine(3))], ids=str)
+@pytest.mark.parametrize("given", [None, Machine(3), Machine(3, STAGE), LiveMachine(Machine(3))],
+                         ids=["none", "without curves", "with curves", "learning"])
 def test_an_engine_leaves_a_machine_that_has_curves_or_learns_them(given: Machine | None) -> None:
     method = fullpipe(given)
     TellingEngine(virtual(links=LINKS), method)

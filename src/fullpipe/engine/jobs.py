@@ -9,7 +9,7 @@ from fullpipe.messages import ArenaId, Drafted, Expansion, Flight, Part
 from fullpipe.methods.base import Load, Method
 from fullpipe.options import EngineOptions
 from fullpipe.sequences.sequence import Sequence
-from fullpipe.sequences.tree import Node, State
+from fullpipe.sequences.tree import LIVE, Node, State
 
 _Parts = dict[int, tuple[Part, Sequence]]  # by request
 
@@ -109,7 +109,22 @@ def _take_chain(sequence: Sequence, node: Node, expansion: Expansion) -> None:
         node.asked = node.asked or rest is not None
     if expansion.tokens:
         sequence.tree.propose(node, expansion)
-    sequence.adopt(node, expansion)
+    _adopt(sequence, node, expansion)
+
+
+def _adopt(sequence: Sequence, node: Node, expansion: Expansion) -> None:
+    """Take guesses that the draft has computed on its own for nodes that it knows. What is left of the slots that were
+    lent for them comes back."""
+    lent, sequence.lent = sequence.lent, []
+    for index in expansion.computed if node.state in LIVE else ():
+        child = node.children.get(expansion.tokens[index])
+        if not lent or child is None or child.slot is not None or child.in_draft:
+            break
+        sequence.place(child, lent.pop(0))
+        child.in_draft = child.asked = child.answered = True
+        node = child
+    for slot in lent:
+        sequence.slots.give(slot)
 
 
 def _behind(expansion: Expansion, tokens: list[int]) -> Expansion | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fullpipe.messages import ArenaId, Expansion, Opening, Part
+from fullpipe.messages import ArenaId, Opening, Part
 from fullpipe.request import Request
 from fullpipe.sequences.blocks import Kept, SlotAllocator
 from fullpipe.sequences.tree import Advance, Node, State, TokenTree
@@ -143,7 +143,7 @@ class Sequence:
             channel.rows = node.position + 1
             node.path = []
         else:
-            self._place(node, node.slot)
+            self.place(node, node.slot)
         part.nodes.append(node.id)
         part.tokens.append(node.token)
         part.positions.append(node.position)
@@ -157,21 +157,7 @@ class Sequence:
         self.lent = [slot for _ in range(min(count, self.room)) if (slot := self.slots.take()) is not None]
         return list(self.lent)
 
-    def adopt(self, node: Node, expansion: Expansion) -> None:
-        """Take guesses that the draft has computed on its own for nodes that it knows; `node` is what they follow, and
-        has just been told of them. What is left of the slots that were lent comes back."""
-        lent, self.lent = self.lent, []
-        for index in expansion.computed:
-            child = node.children.get(expansion.tokens[index])
-            if not lent or child is None or child.slot is not None or child.in_draft:
-                break
-            self._place(child, lent.pop(0))
-            child.in_draft = child.asked = child.answered = True
-            node = child
-        for slot in lent:
-            self.slots.give(slot)
-
-    def _place(self, node: Node, slot: int) -> None:
+    def place(self, node: Node, slot: int) -> None:
         """Let a node below the root stand in a slot."""
         assert node.parent is not None
         # The parent's path may begin above today's root: what has been committed since is cut off.

@@ -132,12 +132,15 @@ class Expansion(Struct):
     logprobs: natural logarithm of the probability that the target picks this token, given the parent.
     parents: -1 where the guess follows the node itself, else the index of the guess that it follows
     (drafts that see several tokens ahead, such as n-gram, answer with whole chains).
+    sources: where several drafts speak as one, who named each guess: a sum of 2**k, k counting the drafts from 0.
+    Empty: there is one draft. Guesses of different sources are believed differently (`sequences.calibration`).
     """
 
     node: int
     tokens: list[Token]
     logprobs: list[Logprob]
     parents: list[int]
+    sources: list[int] = field(default_factory=list)
 
 
 class Event(Struct, tag_field="type", tag=True, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ from itertools import count
 from fullpipe.messages import ArenaId, Drafted, Flight, Part
 from fullpipe.methods.base import Method
 from fullpipe.options import EngineOptions
+from fullpipe.sequences.calibration import Calibration
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node
 
@@ -16,9 +17,10 @@ _Parts = dict[int, tuple[Part, Sequence]]  # by request
 
 class Jobs:
     """Makes draft jobs and remembers what was asked. asked: by node, until it is answered or dies. newest: id of a job
-    from which to go on."""
+    from which to go on. calibration: how far the answers are believed."""
 
-    def __init__(self, options: EngineOptions, newest: int) -> None:
+    def __init__(self, options: EngineOptions, newest: int, calibration: Calibration) -> None:
+        self._calibration = calibration
         self._chunk, self._fanout = options.prefill_chunk, options.fanout
         self._ids = count(newest + 1)
         self.asked: dict[int, tuple[Sequence, Node]] = {}
@@ -75,7 +77,7 @@ class Jobs:
         for expansion in event.expansions:
             if entry := self.asked.pop(expansion.node, None):
                 sequence, node = entry
-                sequence.tree.propose(node, expansion)
+                sequence.tree.propose(node, self._calibration.take(node, expansion))
 
     def check(self) -> None:
         """Raise AssertionError unless every node that was asked about still waits."""

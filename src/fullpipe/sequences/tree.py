@@ -42,10 +42,12 @@ class Node:
     answered: it replied; waiting: it still owes an answer, the first or a refreshed one. in_draft: the draft station
     has computed this node. asked_at, launched_at: the tree's `num_flights` when that last happened, -1: never.
     next_token: what truly follows, once landed. others: what may follow instead, best first (lossy requests only).
+    said: the draft's answers in its own words; foretold: those about earlier nodes that go on beyond this one, and as
+    which of their guesses it stands there (of the root only). The tree does not read them (`calibration`).
     """
 
-    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "guesses", "id", "in_draft",
-                 "launched_at", "next_token", "others", "parent", "path", "position", "slot", "state", "token",
+    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "foretold", "guesses", "id", "in_draft",
+                 "launched_at", "next_token", "others", "parent", "path", "position", "said", "slot", "state", "token",
                  "waiting")
 
     def __init__(self, id: int, token: int, parent: Node | None, position: int, cum: float) -> None:
@@ -63,6 +65,8 @@ class Node:
         self.asked_at = self.launched_at = -1
         self.next_token: int | None = None
         self.others: Sequence[int] = ()
+        self.said: list[Expansion] = []
+        self.foretold: list[tuple[Expansion, int]] = []
 
     def __repr__(self) -> str:
         return f"Node({self.id}, token={self.token}, position={self.position}, {self.state.name.lower()})"

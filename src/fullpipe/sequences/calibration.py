@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from fullpipe.messages import Expansion
 from fullpipe.sequences.tree import Node
 
-KNOTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92, 0.98, 0.995)
+KNOTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92, 0.98, 0.995, 0.9995)
 """Claimed probabilities at which is counted."""
 
 Counts = dict[int, list[tuple[float, float, float]]]
@@ -158,7 +158,7 @@ class _Table:
 
     def _count(self, knot: int, share: float, logprob: float, hit: bool) -> None:
         self._claims[knot] += share
-        self._expected[knot] += share * math.exp(logprob)
+        self._expected[knot] += share * min(math.exp(logprob), KNOTS[-1])  # beyond it odds say too much
         self._true[knot] += share * hit
         if self._claims[knot] > _MEMORY:
             for column in (self._claims, self._expected, self._true):

@@ -28,8 +28,8 @@ KNOTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92, 0.98, 0
 Counts = dict[int, list[tuple[float, float, float]]]
 """By kind, for each knot: claims, how many of them were expected to come true, how many did."""
 
-_PRIOR = 16.0  # claims of a knot that came true as they should have. 4 to 40 do about as well (docs/log)
-_MEMORY = 256.0  # claims of a knot, and then the older ones count half
+_PRIOR = 16.0  # claims of a knot that came true as they should have. 4 to 40 do about as well
+_MEMORY = 512.0  # claims of a knot, and then the older ones count half
 _LOGS = [math.log(knot) for knot in KNOTS]
 _ODDS = [math.log(knot / (1 - knot)) for knot in KNOTS]
 _LEFT = [_LOGS[0], *_LOGS]  # where the segment before each knot begins; the last one has no end
@@ -168,7 +168,8 @@ class _Table:
         """Make the map anew; seldom once there is much, for then a claim more changes little."""
         odds = [own + _logit(true, claims, knot) - _logit(expected, claims, knot) for own, knot, claims, expected, true
                 in zip(_ODDS, KNOTS, self._claims, self._expected, self._true)]
-        risen = _in_order(odds, [claims + _PRIOR for claims in self._claims])
+        # A knot where nothing was seen gives way to its neighbours.
+        risen = _in_order(odds, [claims + 1 for claims in self._claims])
         shifts = [-math.log1p(math.exp(-own)) - log for own, log in zip(risen, _LOGS)]
         self._shifts = [shifts[0], *shifts]
         self._slopes = [0.0, *((shifts[k + 1] - shifts[k]) / (_LOGS[k + 1] - _LOGS[k]) for k in range(len(shifts) - 1)),

@@ -61,7 +61,16 @@ def test_what_follows_one_parent_is_at_most_certain_together(
     believed = taught(seen).believed(whole, again)
     assert (believed.tokens, believed.parents, believed.sources) == (whole.tokens, whole.parents, whole.sources)
     for under in set(parents):
-        assert sum(math.exp(own) for own, parent in zip(believed.logprobs, parents) if parent == under) <= 1 + 1e-8
+        assert sum(math.exp(own) for own, parent in zip(believed.logprobs, parents) if parent == under) <= 1 + 1e-5
+
+
+def test_the_likelier_of_too_much_is_believed_and_the_others_share_what_is_left() -> None:
+    """A mixture: what n-gram repeats and the model does not expect stands beside what the model is sure of."""
+    whole = said((5, 0.45, -1), (6, 0.9, -1), (7, 0.02, -1), (8, 1e-12, -1), (9, 0.8, 0))
+    for one in (whole, said((5, 0.45, -1), (6, 0.9, -1), (7, 0.02, -1), (8, 1e-12, -1))):
+        believed = [math.exp(own) for own in Calibration().believed(one).logprobs]
+        assert believed[:2] == pytest.approx([0.1, 0.9])
+        assert believed[2] < 1e-8 and believed[3] == pytest.approx(1e-12), "none gains by it"
 
 
 @pytest.mark.parametrize("truth", [

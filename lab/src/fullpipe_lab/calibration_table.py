@@ -42,8 +42,10 @@ class WatchedCalibration(Calibration):
         self._fates: list[tuple[int, float, float, bool]] = []
 
     def note(self, kind: int, logprob: float, hit: bool) -> None:
-        self._fates.append((kind, math.exp(min(logprob, 0.0)), math.exp(self.map(kind, logprob)), hit))
+        before, believed = self.noted, self.map(kind, logprob)
         super().note(kind, logprob, hit)
+        if self.noted > before:
+            self._fates.append((kind, math.exp(min(logprob, 0.0)), math.exp(believed), hit))
 
     def table(self) -> list[Line]:
         """By kind and decile, rising."""

@@ -34,7 +34,8 @@ _LOGS = [math.log(knot) for knot in KNOTS]
 _ODDS = [math.log(knot / (1 - knot)) for knot in KNOTS]
 _LEFT = [_LOGS[0], *_LOGS]  # where the segment before each knot begins; the last one has no end
 _LEAST = math.log(3e-4)  # what is claimed to be rarer is not counted
-_ROUNDING = 1e-9  # by which probabilities may together exceed 1
+_NOTHING = 1e-9  # the probability of a guess for which nothing is left
+_ROUNDING = 1e-6  # by which probabilities may together exceed 1
 
 _FIRST, _AGAIN, _BEHIND = range(3)  # at first sight of the parent, at another look, behind another guess
 
@@ -197,13 +198,16 @@ def _in_order(values: Sequence[float], weights: Sequence[float]) -> list[float]:
 
 def _capped_together(logprobs: list[float]) -> list[float]:
     total = sum(map(math.exp, logprobs))
-    return [one - math.log(total) for one in logprobs] if total > 1 + _ROUNDING else logprobs
+    return _capped(logprobs, [-1] * len(logprobs)) if total > 1 + _ROUNDING else logprobs
 
 
 def _capped(logprobs: list[float], parents: Sequence[int]) -> list[float]:
-    """The same where guesses follow guesses, for each parent."""
-    totals: dict[int, float] = {}
-    for logprob, parent in zip(logprobs, parents):
-        totals[parent] = totals.get(parent, 0.0) + math.exp(logprob)
-    excess = {parent: math.log(total) for parent, total in totals.items() if total > 1 + _ROUNDING}
-    return [one - excess.get(parent, 0.0) for one, parent in zip(logprobs, parents)] if excess else logprobs
+    """Guesses of one parent are together at most certain: the likelier ones are believed, and the others, in their
+    order, get what is left. (Taking from all in proportion makes a mixture on eight GPUs 1.5% slower.)"""
+    capped, left = list(logprobs), dict.fromkeys(parents, 1.0)
+    for at in sorted(range(len(capped)), key=lambda at: -capped[at]):
+        room = left[parents[at]]
+        if (claimed := math.exp(capped[at])) > room:
+            capped[at] = min(capped[at], math.log(max(room, _NOTHING)))
+        left[parents[at]] = max(room - claimed, 0.0)
+    return capped

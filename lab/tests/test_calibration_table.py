@@ -6,6 +6,7 @@ import pytest
 
 from fullpipe.methods import make_method
 from fullpipe.request import SamplingParams
+from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe_lab.calibration_table import WatchedCalibration, name_of, show
 from fullpipe_lab.clusters import unit_cluster
@@ -17,7 +18,7 @@ def test_every_guess_of_a_replay_is_in_the_table_once() -> None:
     text = [5, 6, 7, 8] * 20
     answer = Answer("one", "repeats", text[:8], text[8:], "length")
     watched = WatchedCalibration()
-    replay(answer, SamplingParams(max_tokens=len(answer.tokens)), NgramDraft(), make_method("fullpipe", width=2),
+    replay(answer, SamplingParams(max_tokens=len(answer.tokens)), Mix([NgramDraft()]), make_method("fullpipe", width=2),
            unit_cluster(3), calibration=watched)
     lines = watched.table()
     assert sum(line.number for line in lines) == watched.noted > len(answer.tokens)
@@ -25,7 +26,7 @@ def test_every_guess_of_a_replay_is_in_the_table_once() -> None:
     assert sure.seen == sure.number and sure.claimed < sure.believed <= sure.number, "a loop is surer than n-gram says"
     claimed, believed = watched.surprise()
     assert believed < claimed
-    assert "| one draft | 0.9 to 1.0 |" in show(lines)
+    assert "| draft 0 alone | 0.9 to 1.0 |" in show(lines)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(0, "one draft"), (1, "one draft, asked again"), (3, "draft 0 alone"),

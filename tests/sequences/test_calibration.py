@@ -73,6 +73,13 @@ def test_the_likelier_of_too_much_is_believed_and_the_others_share_what_is_left(
         assert believed[2] < 1e-8 and believed[3] == pytest.approx(1e-12), "none gains by it"
 
 
+def test_a_draft_that_has_learned_itself_is_taken_at_its_word() -> None:
+    one, root = taught([(0, 0.5, False)] * 100 + [(2, 0.5, False)] * 100), node(1)
+    own = Expansion(0, [5, 6], [math.log(0.5)] * 2, [-1, 0], learned=True)
+    assert one.take(root, own).logprobs == own.logprobs and not root.said
+    assert one.believed(said((5, 0.5, -1), (6, 0.5, 0))).logprobs[0] < math.log(0.1)
+
+
 @pytest.mark.parametrize("truth", [
     lambda claim: claim, lambda claim: claim / 2, lambda claim: 0.5 * math.sqrt(claim), lambda claim: 0.3,
     lambda claim: 0.9 if claim > 0.5 else 0.02], ids=["true", "half", "root", "constant", "step"])

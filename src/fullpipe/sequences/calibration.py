@@ -73,7 +73,7 @@ class Calibration:
     def take(self, node: Node, expansion: Expansion) -> Expansion:
         """What the draft says of `node` as it is to be believed. Its own words are remembered for `learn`."""
         again = bool(node.said)
-        if expansion.tokens:
+        if expansion.tokens and not expansion.learned:
             node.said.append(expansion)
         return self.believed(expansion, again)
 
@@ -81,9 +81,9 @@ class Calibration:
         """The same guesses, with mapped probabilities; those of one parent are together at most 1."""
         place, mapped = _AGAIN if again else _FIRST, expansion.logprobs
         chained = max(expansion.parents, default=-1) >= 0
-        if chained or expansion.sources:
+        if (chained or expansion.sources) and not expansion.learned:
             mapped = [self.map(kind, logprob) for kind, logprob in zip(kinds(expansion, place), mapped)]
-        elif table := self._tables.get(place):  # one draft, one step ahead: all are of one kind
+        elif (table := self._tables.get(place)) and not expansion.learned:  # one draft and no chains: one kind
             mapped = table.map_all(mapped)
         mapped = _capped(mapped, expansion.parents) if chained else _capped_together(mapped)
         return expansion if mapped is expansion.logprobs else replace(expansion, logprobs=mapped)
@@ -102,11 +102,12 @@ class Calibration:
     def _learn(self, said: Expansion, under: int, place: int, token: int) -> int:
         """Note the guesses behind guess `under`, and say which was right; of none a number that is no parent."""
         true = len(said.tokens)
-        for at, (kind, parent, guess) in enumerate(zip(kinds(said, place), said.parents, said.tokens)):
+        for at, (parent, guess, logprob) in enumerate(zip(said.parents, said.tokens, said.logprobs)):
             if parent == under:
                 if guess == token:
                     true = at
-                self.note(kind, said.logprobs[at], guess == token)
+                if logprob >= _LEAST:
+                    self.note(3 * said.sources[at] + place if said.sources else place, logprob, guess == token)
         return true
 
 
@@ -140,8 +141,10 @@ class _Table:
 
     def map(self, logprob: float) -> float:
         at = bisect_right(_LOGS, logprob)
-        return min(logprob + self._shifts[at] + self._slopes[at] * (logprob - _LEFT[at]), 0.0) if at else \
-            logprob + self._shifts[0]
+        if not at:  # also minus infinity
+            return logprob + self._shifts[0]
+        mapped = logprob + self._shifts[at] + self._slopes[at] * (logprob - _LEFT[at])
+        return mapped if mapped < 0 else 0.0
 
     def map_all(self, logprobs: Sequence[float]) -> list[float]:
         least, shift, one = _LOGS[0], self._shifts[0], self.map

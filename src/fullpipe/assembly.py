@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from msgspec import to_builtins
 
 from fullpipe.cluster.alone import choose
 from fullpipe.cluster.calibrate import measure_machine
-from fullpipe.cluster.kept import KeptCosts
+from fullpipe.cluster.kept import KeptCosts, KeptFates
 from fullpipe.cluster.partition import cut
 from fullpipe.costs import Machine
 from fullpipe.errors import DraftMismatch, UsageError
@@ -30,6 +30,7 @@ from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.links import Link, Links
+from fullpipe.sequences.calibration import Calibration
 from fullpipe.stations.base import DraftLike, StageLike
 from fullpipe.stations.drafts.names import module_folder
 from fullpipe.stations.spec import StationSpec
@@ -137,12 +138,27 @@ class Prepared:
 @dataclass(frozen=True, slots=True)
 class Assembly:
     """A pipeline that runs, and nothing is under way in it. method: made for it. rebuild: starts another one like it,
-    where the stations are processes that may die."""
+    where the stations are processes that may die. calibration: how far its draft is believed to begin with.
+    kept: where that is kept; None: nowhere."""
 
     prepared: Prepared
     pipeline: Pipeline
     method: Method
     rebuild: Callable[[], Pipeline] | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    kept: KeptFates | None = None
+
+    @classmethod
+    def remembering(cls, prepared: Prepared, pipeline: Pipeline, method: Method,
+                    rebuild: Callable[[], Pipeline] | None = None) -> Assembly:
+        """One that knows its draft from earlier."""
+        kept = _kept_fates(prepared)
+        return cls(prepared, pipeline, method, rebuild, kept.load() if kept else Calibration(), kept)
+
+    def keep(self) -> None:
+        """Keep what was learned of the draft, for those who come after."""
+        if self.kept and self.calibration.noted:
+            self.kept.save(self.calibration)
 
 
 def assemble(options: Options, say: Say = _silent) -> Assembly:
@@ -161,7 +177,8 @@ def assemble(options: Options, say: Say = _silent) -> Assembly:
     except BaseException:
         pipeline.close()
         raise
-    return Assembly(prepared, pipeline, method, (lambda: start(prepared, say)) if prepared.distributed else None)
+    rebuild = (lambda: start(prepared, say)) if prepared.distributed else None
+    return Assembly.remembering(prepared, pipeline, method, rebuild)
 
 
 def prepare(options: Options, say: Say = _silent) -> Prepared:
@@ -273,6 +290,17 @@ def _kept_costs(prepared: Prepared) -> KeptCosts:
         "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
 
 
+def _kept_fates(prepared: Prepared) -> KeptFates | None:
+    """Whether guesses come true is a matter of model and draft, not of the machine or the stages."""
+    if prepared.draft is None:
+        return None
+    target = prepared.target
+    folders = [folder for name in prepared.drafts if (folder := module_folder(name))]
+    return KeptFates.of(cache.home() / "profiles", {
+        "version": version("fullpipe"), "model": [str(target.path), _fingerprint(target.path)], "dtype": target.dtype,
+        "draft": to_builtins(prepared.draft), "modules": [_fingerprint(folder) for folder in folders]})
+
+
 def _fingerprint(path: Path) -> list[int]:
     """Changes when a model's files do: sizes and moments of the last change."""
     files = sorted(path.iterdir()) if path.is_dir() else gguf_parts(path)
@@ -291,11 +319,11 @@ def _assemble_what_pays(prepared: Prepared, say: Say, may_do_without: bool) -> A
     say(best.why)
     chosen = _with_draft(prepared, best.drafts, best.depth)
     if stages is None:
-        return Assembly(chosen, start(chosen, say), chosen.method())
+        return Assembly.remembering(chosen, start(chosen, say), chosen.method())
     if best.drafts != prepared.drafts:
         draft = chosen.draft.build() if chosen.draft else None  # type: ignore[assignment]
     pipeline = _in_this_process(stages, draft, prepared.options.pipeline.threads)
-    return Assembly(chosen, pipeline, chosen.method())
+    return Assembly.remembering(chosen, pipeline, chosen.method())
 
 
 def _with_draft(prepared: Prepared, drafts: tuple[str, ...], depth: int) -> Prepared:

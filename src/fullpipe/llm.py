@@ -170,7 +170,7 @@ class LLM:
             if unshared:
                 raise UsageError(unshared, hint="Leave `enable_prefix_caching` out, or use another draft.")
             self._service = Service(made.pipeline, made.method, made.prepared, options=engine, rebuild=made.rebuild,
-                                    listeners=list(listeners))
+                                    listeners=list(listeners), calibration=made.calibration)
         except BaseException:
             made.pipeline.close()
             raise
@@ -181,6 +181,7 @@ class LLM:
             raise
         if short:
             progress(short)
+        self._keep = made.keep
         self.tokenizer: Tokenizer = made.prepared.tokenizer
         self.max_model_len = self._service.max_model_len
         self.num_stages = made.pipeline.num_stages
@@ -286,6 +287,7 @@ class LLM:
     def close(self) -> None:
         """Free everything; stage processes are ended. May be called more than once."""
         self._service.close()
+        self._keep()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:

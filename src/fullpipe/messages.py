@@ -139,6 +139,9 @@ class Expansion(Struct):
     (drafts that see several tokens ahead, such as n-gram, answer with whole chains).
     computed: indices of the guesses that the draft has computed already, each following the one before: the i-th stands
     in the i-th slot of `Part.ahead`.
+    sources: where several drafts speak as one, who named each guess: a sum of 2**k, k counting the drafts from 0.
+    Empty: there is one draft. Guesses of different sources are believed differently (`sequences.calibration`).
+    learned: the draft has learned from what became of its guesses how likely they are, and is taken at its word.
     """
 
     node: int
@@ -146,6 +149,8 @@ class Expansion(Struct):
     logprobs: list[Logprob]
     parents: list[int]
     computed: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    learned: bool = False
 
 
 class Event(Struct, tag_field="type", tag=True, forbid_unknown_fields=True):

@@ -28,6 +28,7 @@ from fullpipe.methods import Method
 from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.request import Request, SamplingParams, fitted
+from fullpipe.sequences.calibration import Calibration
 from fullpipe.sequences.sequence import Sequence as Running
 from fullpipe.supervision import Observer, Recovery, Status, guarded, what_failed
 from fullpipe.text import Detokenizer, Reply
@@ -177,18 +178,20 @@ class Service(Generic[W]):
     rebuild: starts another one like it, after a failure; None: the first failure is the end.
     max_waiting: requests that wait, beyond those that run, before new ones are turned away; None: as many as come.
     listeners: told of every event; an `Observer` also of what no event tells.
+    calibration: how far the draft is believed to begin with; the engine's thread teaches it more.
 
     max_model_len: tokens of prompt and answer together. capacity: requests at a time.
     """
 
     def __init__(self, pipeline: Pipeline, method: Method, model: Served[W], *, options: EngineOptions | None = None,
                  rebuild: Callable[[], Pipeline] | None = None, max_waiting: int | None = None,
-                 listeners: Sequence[Listener] = ()) -> None:
+                 listeners: Sequence[Listener] = (), calibration: Calibration | None = None) -> None:
         options = options or EngineOptions()
         self.model = model
         self._observers = [one for one in listeners if isinstance(one, Observer)]
         # Ours comes last: it may end a request, which the others must not hear before what it was ended for.
-        self.engine = Engine(pipeline, method, options=options, listeners=listeners, owner=self._hear)
+        self.engine = Engine(pipeline, method, options=options, listeners=listeners, owner=self._hear,
+                             calibration=calibration)
         longest = self.engine.longest
         self.max_model_len = model.max_model_len if longest is None else min(model.max_model_len, longest)
         self.capacity = (sys.maxsize if max_waiting is None or options.max_num_seqs is None

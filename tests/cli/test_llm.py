@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,22 @@ def llm(models: Models) -> Iterator[LLM]:
     with simulated(models.target, draft=str(models.draft), stages=3, method="static-tree", width=3, depth=2, floor=0.01,
                    dtype="float32", max_num_seqs=2) as llm:
         yield llm
+
+
+def test_what_was_learned_of_a_draft_is_there_for_the_next(models: Models, monkeypatch: pytest.MonkeyPatch,
+                                                           tmp_path: Path) -> None:
+    monkeypatch.setenv("FULLPIPE_HOME", str(tmp_path))
+    options: dict[str, Any] = {"draft": str(models.draft), "method": "chain", "dtype": "float32"}
+    with LLM(models.target, **options):
+        pass
+    assert not list(tmp_path.glob("profiles/*.fates.json")), "who has learned nothing keeps nothing"
+    with LLM(models.target, **options) as first:
+        text = first.generate("hello there", PARAMS)[0].token_ids
+    with LLM(models.target, **options) as second:
+        assert second._service.engine.calibration.counts() == first._service.engine.calibration.counts() != {}
+        assert second.generate("hello there", PARAMS)[0].token_ids == text
+    with LLM(models.target, **options | {"draft": "ngram"}) as other:
+        assert other._service.engine.calibration.counts() == {}
 
 
 # ---- changing the method ---------------------------------------------------------------------------------

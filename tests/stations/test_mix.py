@@ -8,16 +8,18 @@ from fullpipe.messages import ArenaId, Expansion, Flight, Part, Tap
 from fullpipe.stations.drafts.mix import Mix, merge
 
 
-def expansion(*guesses: tuple[int, float, int]) -> Expansion:
-    return Expansion(4, [t for t, _, _ in guesses], [math.log(p) for _, p, _ in guesses], [u for _, _, u in guesses])
+def expansion(*guesses: tuple[int, float, int], source: int = 0) -> Expansion:
+    return Expansion(4, [t for t, _, _ in guesses], [math.log(p) for _, p, _ in guesses], [u for _, _, u in guesses],
+                     [source] * len(guesses))
 
 
 def test_every_guess_once_and_chains_kept() -> None:
-    model = expansion((10, 0.6, -1), (11, 0.3, -1), (12, 0.1, -1))
-    ngram = expansion((11, 0.5, -1), (20, 0.8, 0), (21, 0.9, 1), (30, 0.4, -1))
+    model = expansion((10, 0.6, -1), (11, 0.3, -1), (12, 0.1, -1), source=1)
+    ngram = expansion((11, 0.5, -1), (20, 0.8, 0), (21, 0.9, 1), (30, 0.4, -1), source=2)
     merged = merge([model, ngram])
     assert merged.tokens == [10, 11, 12, 20, 21, 30]
     assert merged.parents == [-1, -1, -1, 1, 3, -1]
+    assert merged.sources == [1, 3, 1, 2, 2, 2]
     assert [math.exp(logprob) for logprob in merged.logprobs] == pytest.approx([0.6, 0.4, 0.1, 0.8, 0.9, 0.2])
 
 
@@ -55,6 +57,7 @@ def test_later_sources_are_asked_about_the_first_rows_and_see_all() -> None:
     assert [answer.node for answer in answers] == [1, 3, 4, 5]
     assert first.jobs == [job]
     (seen,) = second.jobs
+    assert [answer.sources for answer in answers] == [[3], [3], [3], [1]]
     assert [p.wants for p in seen.parts] == [[True, False, True], [True, False]]
     assert [(p.nodes, p.commits) for p in seen.parts] == [(p.nodes, p.commits) for p in job.parts]
 

@@ -237,7 +237,7 @@ class TestSource:
     def test_a_row_that_left_the_committed_path_gets_nothing(self) -> None:
         talk = Talk(NgramDraft(), [1, 2, 1, 2, 1])
         stale = Part(0, [], [77], [1], [2], [2], [[]], [True])
-        assert talk.source.run(Flight(5, [stale], fanout=4)) == [Expansion(77, [], [], [])]
+        assert talk.source.run(Flight(5, [stale], fanout=4)) == [Expansion(77, [], [], [], learned=True)]
 
     def test_requests_do_not_see_each_other(self) -> None:
         source = NgramDraft(max_continuation=1)

@@ -24,6 +24,7 @@ from fullpipe.pipeline.durations import Costs
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Links
 from fullpipe.request import Request, SamplingParams
+from fullpipe.sequences.calibration import Calibration
 from fullpipe.stations.base import DraftLike
 from fullpipe_lab.recording import Answer
 
@@ -155,15 +156,17 @@ class Run:
 
 
 def replay(answer: Answer, params: SamplingParams, draft: DraftLike | None, method: Method, hardware: Hardware, *,
-           costs: Costs | None = None, listeners: Iterable[Listener] = ()) -> Run:
+           costs: Costs | None = None, listeners: Iterable[Listener] = (),
+           calibration: Calibration | None = None) -> Run:
     """Run one method on one recorded answer.
 
-    params: those of the recording; its `max_tokens` bounds what is guessed, as it did then. Raises AssertionError when
+    params: those of the recording; its `max_tokens` bounds what is guessed, as it did then. calibration: how far the
+    draft is believed to begin with; it learns. None: at its word. Raises AssertionError when
     the text comes out other than recorded, which no draft can bring about, and UsageError as `recorded_pipeline` does.
     """
     begun, worked = time.perf_counter(), time.thread_time()
     pipeline, meter = recorded_pipeline([answer], draft, hardware, costs), Meter()
-    engine = Engine(pipeline, method, listeners=[meter, *listeners])
+    engine = Engine(pipeline, method, listeners=[meter, *listeners], calibration=calibration)
     sequence = engine.submit(request_of(0, answer, params))
     counted = engine.stats.of(0)
     while engine.busy:

@@ -100,6 +100,7 @@ def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None
                             access_log=False, timeout_graceful_shutdown=server.shutdown_timeout), live, door)
     finally:
         service.close()
+        made.keep()
 
 
 def _service(made: Assembly, options: Options, server: ServerOptions, *listeners: Any) -> Service[Any]:
@@ -107,7 +108,8 @@ def _service(made: Assembly, options: Options, server: ServerOptions, *listeners
 
     try:
         service = Service(made.pipeline, made.method, made.prepared, rebuild=made.rebuild, listeners=listeners,
-                          options=made.prepared.engine_options(options.engine), max_waiting=server.max_waiting)
+                          options=made.prepared.engine_options(options.engine), max_waiting=server.max_waiting,
+                          calibration=made.calibration)
     except BaseException:
         made.pipeline.close()
         raise

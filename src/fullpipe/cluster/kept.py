@@ -1,4 +1,5 @@
-"""What rows cost on a pipeline is kept in a file, so that it need not be measured again. No torch."""
+"""What is good to know the next time is kept in files: what rows cost on a pipeline, and how far its draft can be
+believed. No torch."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from fullpipe.costs import CostCurve, Machine
+from fullpipe.sequences.calibration import Calibration, Counts, check_counts
 
 _Points = list[tuple[int, float]]  # rows and seconds, rising
 
@@ -30,6 +32,13 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     devices: list[str]
 
 
+class _Fates(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Says what the file of a draft holds. of: which draft, before which model. kinds: see `Calibration.counts`."""
+
+    of: dict[str, Any]
+    kinds: Counts
+
+
 @dataclass(frozen=True, slots=True)
 class KeptCosts:
     """Keeps the costs of one pipeline.
@@ -43,8 +52,7 @@ class KeptCosts:
     @classmethod
     def of(cls, folder: Path, what: dict[str, Any]) -> KeptCosts:
         what = what | {"machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores"}
-        name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-        return cls(folder / f"{name}.json", what)
+        return cls(folder / f"{_name(what)}.json", what)
 
     def load(self) -> Machine | None:
         """None where there are none, or none that can be read."""
@@ -65,14 +73,47 @@ class KeptCosts:
         file = _File(of=self.of_what, stages=[_points(curve) for curve in machine.stages],
                      draft=_points(machine.draft) if machine.draft else None, link_s=machine.link_s,
                      shared=machine.shared, draft_link_s=machine.draft_link_s, devices=list(machine.devices))
-        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        return _write(self.path, file)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFates:
+    """Keeps what became of a draft's guesses. path: of the file. of_what: the model and the draft."""
+
+    path: Path
+    of_what: dict[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path, what: dict[str, Any]) -> KeptFates:
+        return cls(folder / f"{_name(what)}.fates.json", what)
+
+    def load(self) -> Calibration:
+        """One that has seen nothing where there is no file, or none that can be read."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=1))
-            os.replace(fresh, self.path)
-        except OSError:
-            return False
-        return True
+            found = msgspec.json.decode(self.path.read_bytes(), type=_Fates)
+            check_counts(found.kinds)
+        except (OSError, ValueError):
+            return Calibration()
+        return Calibration(found.kinds if found.of == self.of_what else None)
+
+    def save(self, calibration: Calibration) -> bool:
+        """Whether it could be written. If not, less is known next time."""
+        return _write(self.path, _Fates(of=self.of_what, kinds=calibration.counts()))
+
+
+def _name(what: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, file: msgspec.Struct) -> bool:
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=1))
+        os.replace(fresh, path)
+    except OSError:
+        return False
+    return True
 
 
 def _points(curve: CostCurve) -> _Points:

@@ -20,6 +20,7 @@ class Engine(Loop):
 
     listeners: called with every event, the engine's own included, as it happens. All news leave this way. One that
     raises is dropped and logged. owner: called last; it may call `end` there, and what it raises breaks the step.
+    calibration: how far the draft is believed to begin with; it learns. None: at its word.
     """
 
     @property

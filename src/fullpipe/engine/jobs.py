@@ -8,6 +8,7 @@ from itertools import count
 from fullpipe.messages import ArenaId, Drafted, Expansion, Flight, Part
 from fullpipe.methods.base import Load, Method
 from fullpipe.options import EngineOptions
+from fullpipe.sequences.calibration import Calibration
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import LIVE, Node, State
 
@@ -16,9 +17,10 @@ _Parts = dict[int, tuple[Part, Sequence]]  # by request
 
 class Jobs:
     """Makes draft jobs and remembers what was asked. asked: by node, until it is answered or dies. newest: id of a job
-    from which to go on."""
+    from which to go on. calibration: how far the answers are believed."""
 
-    def __init__(self, options: EngineOptions, newest: int) -> None:
+    def __init__(self, options: EngineOptions, newest: int, calibration: Calibration) -> None:
+        self._calibration = calibration
         self._chunk, self._fanout = options.prefill_chunk, options.fanout
         self._ids = count(newest + 1)
         self.asked: dict[int, tuple[Sequence, Node]] = {}
@@ -32,7 +34,8 @@ class Jobs:
         parts: _Parts = {}
         if method.needs_draft:
             job.opens = [one.opening(one.draft, True) for one in sequences if one.draft.capacity < one.slots.capacity]
-            parts = self._behind(sequences)
+            parts = self._behind([one for one in sequences if one.draft.rows < one.tree.root.position
+                                  and method.follows(one, load)])
             known = [one for one in sequences if one.draft.rows >= one.tree.root.position]
             for sequence, nodes in method.expand(known, load):
                 part, _ = parts.setdefault(sequence.request.id, (Part(sequence.arena), sequence))
@@ -50,7 +53,7 @@ class Jobs:
         missed does not wait for another's prompt."""
         left, parts = self._chunk, _Parts()
         for sequence in sorted(sequences, key=lambda one: one.tree.root.position - one.draft.rows):
-            if left > 0 and sequence.draft.rows < sequence.tree.root.position:
+            if left > 0:
                 part = sequence.committed_rows(sequence.draft, left)
                 parts[sequence.request.id] = part, sequence
                 left -= len(part)
@@ -81,17 +84,23 @@ class Jobs:
             part.ahead, job.least = slots, least
             self._deep[node.id] = sequence, node
 
-    def answered(self, event: Drafted) -> None:
-        """Take what is answered. A node that the reply leaves out stays asked: its answer may come with a later one."""
+    def answered(self, event: Drafted) -> list[Expansion]:
+        """Take what is answered, as far as it is believed; that is returned. A node that the reply leaves out stays
+        asked: its answer may come with a later one."""
+        believed = []
         self.out = None
         deep, self._deep = self._deep, {}
         for expansion in event.expansions:
             if expansion.node in deep:
                 self.asked.pop(expansion.node, None)
-                _take_chain(*deep.pop(expansion.node), expansion)
+                sequence, node = deep.pop(expansion.node)
+                believed.append(self._calibration.take(node, expansion))
+                _take_chain(sequence, node, believed[-1])
             elif entry := self.asked.pop(expansion.node, None):
                 sequence, node = entry
-                sequence.tree.propose(node, expansion)
+                believed.append(self._calibration.take(node, expansion))
+                sequence.tree.propose(node, believed[-1])
+        return believed
 
     def check(self) -> None:
         """Raise AssertionError unless every node that was asked about still waits."""
@@ -143,6 +152,7 @@ def _behind(expansion: Expansion, tokens: list[int]) -> Expansion | None:
             found.tokens.append(expansion.tokens[index])
             found.logprobs.append(expansion.logprobs[index])
             found.parents.append(moved[parent])
+            found.sources += expansion.sources[index : index + 1]
     found.computed = [moved[index] for index in expansion.computed if index in moved and index != under]
     return found if found.tokens else None
 

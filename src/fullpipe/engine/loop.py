@@ -21,6 +21,7 @@ from fullpipe.messages import Drafted, Event, Failed, Landed, Ready
 from fullpipe.methods.base import Load, Method
 from fullpipe.options import EngineOptions
 from fullpipe.sequences.blocks import Kept
+from fullpipe.sequences.calibration import Calibration
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node
 
@@ -38,8 +39,10 @@ class Loop:
     """Holds the data of an engine and goes round; `engine.Engine` adds what its users call."""
 
     def __init__(self, pipeline: Pipeline, method: Method, *, options: EngineOptions | None = None,
-                 listeners: Iterable[Listener] = (), owner: Listener | None = None) -> None:
+                 listeners: Iterable[Listener] = (), owner: Listener | None = None,
+                 calibration: Calibration | None = None) -> None:
         self.pipeline, self.stats = pipeline, Stats()
+        self.calibration = calibration or Calibration()
         self.method = self._checked(method)
         options = self._options = options or EngineOptions()
         self._listeners, self._owner = tuple(listeners), owner
@@ -50,7 +53,7 @@ class Loop:
     def _begin(self, newest_flight: int = -1, newest_job: int = -1) -> None:
         """Nothing is on the stations. newest_flight, newest_job: ids that have been used."""
         self._flights = Flights(self._options, max(self.pipeline.newest_flight, newest_flight))
-        self._jobs = Jobs(self._options, max(self.pipeline.newest_job, newest_job))
+        self._jobs = Jobs(self._options, max(self.pipeline.newest_job, newest_job), self.calibration)
         self._logprobs: dict[int, list[tuple[int, float]]] = {}  # by node that has landed, until its turn or its death
         self._stage_ready = self.pipeline.newest_flight >= 0  # who used it before has taken its last `Ready`
         self._draft_ready = True
@@ -113,7 +116,7 @@ class Loop:
             case Drafted():
                 self.method.observe(event)
                 self._draft_ready = True
-                self._jobs.answered(event)
+                self.method.answered(self._jobs.answered(event))
             case Failed():
                 raise StationFailed(event.station, event.reason, hint=event.hint or _AFTER_FAILURE)
 
@@ -133,6 +136,7 @@ class Loop:
             if step is None:
                 return
             self._jobs.asked.pop(root.id, None)  # what follows it is known
+            self.calibration.learn(root, sequence.tree.root)
             self._drop(sequence, step.dead)
             reason = _end_of_text(sequence, step.token)
             fate: Fate = "last" if reason else "hit" if step.hit else "miss"

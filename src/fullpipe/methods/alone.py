@@ -19,6 +19,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING
 
 from fullpipe.costs import CostCurve, Machine
@@ -198,10 +199,18 @@ class Alone:
         return nodes
 
     def _pays_asking(self, tree: TokenTree, probability: float, load: Load) -> bool:
-        price = self._stage.marginal(1) / 2
+        """Whether a call is worth it that asks about a node of this probability first. In the shade, while stage 0 has
+        nothing else to do, one about the root always is: so a draft that has turned useless is tried again."""
+        price = self._stage.marginal(1) / 2 if probability < 1 else 0.0
         if self.machine.shared:
             price += self._delay(tree, self._draft(1), load) * self._missing(tree)
         return probability * self._chain * self._value() >= price
+
+    def follows(self, sequence: Sequence, load: Load) -> bool:
+        """Whether the draft is to be sent the text that it has not seen: while it is any good, or in the shade."""
+        behind = sequence.tree.root.position - sequence.draft.rows
+        delay = self._delay(sequence.tree, self._draft(behind), load) if self.machine.shared else 0.0
+        return self._chain * self._value() >= delay * self._missing(sequence.tree)
 
     def levels(self) -> tuple[int, float]:
         """How far the draft goes on by itself, and how likely a chain must be for that."""
@@ -215,7 +224,7 @@ class Alone:
         doubt = max(1 - self._right, _LEAST_DOUBT)
         return min(max(int(math.sqrt(way / (doubt * max(self._draft(1), 1e-9)))), 1), _MOST_LEVELS)
 
-    def answered(self, expansions: list[Expansion]) -> None:
+    def answered(self, expansions: Many[Expansion]) -> None:
         """Learn what the draft's answers are worth; the first of them is about the likeliest node."""
         for expansion in expansions[:1]:
             right, chain = _likeliest(expansion)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
-from fullpipe.messages import Drafted, Landed
+from fullpipe.messages import Drafted, Expansion, Landed
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node, State, TokenTree
 
@@ -92,6 +92,13 @@ class Method(ABC):
     def expand(self, sequences: Many[Sequence], load: Load) -> Chosen:
         """The nodes whose children the draft should propose next. The caller asks for all of them. Called when the
         draft station is idle. Never names a node for which an answer is awaited."""
+
+    def follows(self, sequence: Sequence, load: Load) -> bool:
+        """Whether the draft should be sent text that it has not seen, so that it can be asked about what follows."""
+        return True
+
+    def answered(self, expansions: Many[Expansion]) -> None:  # noqa: B027 - most methods learn nothing of a draft
+        """Hear what the draft answered, as far as it is believed."""
 
     def levels(self, sequence: Sequence, node: Node, load: Load) -> tuple[int, float]:
         """How far the draft should go on by itself behind the first node that it is asked about: levels at most, and

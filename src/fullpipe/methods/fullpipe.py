@@ -20,7 +20,7 @@ from collections.abc import Sequence as Many
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
 from fullpipe.live_costs import learning
-from fullpipe.messages import Drafted, Landed
+from fullpipe.messages import Drafted, Expansion, Landed
 from fullpipe.methods.alone import Alone
 from fullpipe.methods.base import PROBABILITY_FLOOR, Chosen, Load, RefreshingMethod
 from fullpipe.methods.prices import Prices
@@ -123,8 +123,13 @@ class FullPipe(RefreshingMethod):
         self.machine.observe(event)
         if not self._alone:
             self._learn()
-        elif isinstance(event, Drafted):
-            self._alone.answered(event.expansions)
+
+    def answered(self, expansions: Many[Expansion]) -> None:
+        if self._alone:
+            self._alone.answered(expansions)
+
+    def follows(self, sequence: Sequence, load: Load) -> bool:
+        return not (self._alone and load.running == 1) or self._alone.follows(sequence, load)
 
     def _learn(self) -> None:
         """Weigh costs from when they are known. A draft that is asked again and again has none of one call."""

@@ -12,6 +12,7 @@ from fullpipe.messages import ArenaId, Expansion, Flight
 from fullpipe.pipeline.frames import Answered, Beat, Guessed, Stay
 from fullpipe.pipeline.wire import NonsenseError
 
+_SOURCES = 1 << 16  # nobody mixes so many drafts
 
 @dataclass(frozen=True, slots=True)
 class Expected:
@@ -94,5 +95,7 @@ def _check_expansion(one: Expansion, newest: int) -> None:
         raise NonsenseError(f"guesses for node {one.node}, which was never there")
     if not len(one.tokens) == len(one.logprobs) == len(one.parents):
         raise NonsenseError(f"guesses for node {one.node} in lists of different lengths")
+    if one.sources and not (len(one.sources) == len(one.tokens) and all(0 <= own < _SOURCES for own in one.sources)):
+        raise NonsenseError(f"guesses for node {one.node} by nobody")
     if not all(-1 <= parent < at for at, parent in enumerate(one.parents)):
         raise NonsenseError(f"a guess for node {one.node} that comes before its parent")

@@ -43,11 +43,13 @@ class Node:
     has computed this node. asked_at, launched_at: the tree's `num_flights` when that last happened, -1: never.
     due: when the node should land, in seconds of the pipeline's clock, as far as the method foresees it.
     next_token: what truly follows, once landed. others: what may follow instead, best first (lossy requests only).
+    said: the draft's answers in its own words; foretold: those about earlier nodes that go on beyond this one, and as
+    which of their guesses it stands there (of the root only). The tree does not read them (`calibration`).
     """
 
-    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "due", "guesses", "id", "in_draft",
-                 "launched_at", "next_token", "others", "parent", "path", "position", "slot", "state",
-                 "token", "waiting")
+    __slots__ = ("answered", "asked", "asked_at", "children", "cum", "due", "foretold", "guesses", "id", "in_draft",
+                 "launched_at", "next_token", "others", "parent", "path", "position", "said", "slot", "state", "token",
+                 "waiting")
 
     def __init__(self, id: int, token: int, parent: Node | None, position: int, cum: float) -> None:
         self.id = id
@@ -65,6 +67,8 @@ class Node:
         self.due = math.inf
         self.next_token: int | None = None
         self.others: Sequence[int] = ()
+        self.said: list[Expansion] = []
+        self.foretold: list[tuple[Expansion, int]] = []
 
     def __repr__(self) -> str:
         return f"Node({self.id}, token={self.token}, position={self.position}, {self.state.name.lower()})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import cast
 
 from msgspec import convert
@@ -54,7 +55,8 @@ class Mix:
         answers: dict[int, list[Expansion]] = {}
         for rank, draft in enumerate(self._drafts):
             for expansion in draft.run(self._question(rank, job)):
-                answers.setdefault(expansion.node, []).append(expansion)
+                answers.setdefault(expansion.node, []).append(
+                    replace(expansion, sources=[1 << rank] * len(expansion.tokens)))
             if rank == 0 and rank in self._readers:
                 answered = set(answers)
                 for node in answered & self._held.keys():
@@ -101,21 +103,25 @@ def merge(expansions: Sequence[Expansion]) -> Expansion:
     What directly follows the node: the first draft has looked at all tokens, the others know of a few. So a
     token that both name gets the mean of their probabilities, one that only a later draft names gets half
     of what that draft gives it (the first one's share is next to nothing), and one that only the first
-    names keeps its own. Further down a chain there is no second opinion.
+    names keeps its own. Further down a chain there is no second opinion. These are rules of thumb: what they are
+    worth is learned from who named a guess (`Expansion.sources`).
     """
     merged = Expansion(expansions[0].node, [], [], [])
     places: dict[tuple[int, int], int] = {}  # (parent index in the merged one, token) -> index
     first_spoke = -1 in expansions[0].parents
     for rank, expansion in enumerate(expansions):
         moved: list[int] = []
-        for token, logprob, parent in zip(expansion.tokens, expansion.logprobs, expansion.parents):
+        for token, logprob, parent, source in zip(expansion.tokens, expansion.logprobs, expansion.parents,
+                                                  expansion.sources or repeat(0)):
             under = moved[parent] if parent >= 0 else -1
             index = places.setdefault((under, token), len(merged.tokens))
             if index == len(merged.tokens):
                 merged.tokens.append(token)
                 merged.logprobs.append(logprob - _LN2 if rank and first_spoke and under < 0 else logprob)
                 merged.parents.append(under)
+                merged.sources.append(source)
             else:
+                merged.sources[index] |= source
                 merged.logprobs[index] = math.log((math.exp(merged.logprobs[index]) + math.exp(logprob)) / 2)
             moved.append(index)
         merged.computed += [moved[index] for index in expansion.computed]

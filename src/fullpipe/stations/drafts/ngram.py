@@ -216,7 +216,9 @@ class NgramDraft:
                                                      self._rates)
 
     def _expand(self, reader: _Reader, part: Part, row: int, fanout: int) -> Expansion:
-        expansion = Expansion(part.nodes[row], [], [], [])
+        # Mapped once more they are nearer to the truth, but nothing is faster: of guesses that are rare, and not as
+        # rare as said, more are launched (docs/log).
+        expansion = Expansion(part.nodes[row], [], [], [], learned=True)
         ahead = len(part.paths[row])
         if part.positions[row] + 1 - ahead != len(reader.index):
             return expansion  # the row branches off the committed path further back: it is dead

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 import fullpipe
 from fullpipe.assembly import MIXED_MIN_N
+from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.files import write_whole
 from fullpipe.methods import METHODS, Method, make_method
@@ -51,7 +52,8 @@ _Key = tuple[Any, ...]
 CHAIN_DEPTHS = (2, 3, 4, 6, 8, 12, 16)
 TREE_DEPTHS = (3, 5, 8, 12)
 WIDTHS = (4, 8, 16, 32, 64)
-_TREE_ROWS = 128  # trees of more nodes are not tried: SpecInfer, Sequoia and EAGLE-2 verify 16 to 128
+_CONTEXT = 256  # tokens in the cache, where a cost curve is made
+TREE_ROWS = 128  # trees of more nodes are not tried: SpecInfer, Sequoia and EAGLE-2 verify 16 to 128
 _DECIDING = ("costs.py", "messages.py", "sequences/*.py", "methods/*.py", "engine/*.py", "stations/drafts/*.py",
              "pipeline/inprocess.py", "pipeline/links.py")
 _DECIDING_HERE = ("replay.py", "crowd.py", "memo.py", "clusters/*.py")
@@ -70,8 +72,8 @@ class Setting:
     depth: int | None = None
     floor: float | None = None
 
-    def make(self) -> Method:
-        return make_method(self.method, width=self.width, depth=self.depth, floor=self.floor)
+    def make(self, machine: Machine | None = None) -> Method:
+        return make_method(self.method, width=self.width, depth=self.depth, floor=self.floor, machine=machine)
 
     @property
     def key(self) -> tuple[str, str, int, int, float]:
@@ -101,7 +103,7 @@ def candidates(method: str, drafts: Sequence[str], widths: Sequence[int],
         case "static-tree":
             return [Setting(method, draft, width, depth)
                     for draft, width, depth in product(drafts, widths, depths or TREE_DEPTHS)
-                    if width * depth <= _TREE_ROWS]
+                    if width * depth <= TREE_ROWS]
         case "spd" | "ppsd":
             return [Setting(method, draft, width) for draft, width in product(drafts, dict.fromkeys((1, *widths)))]
     return [Setting(method, draft, width) for draft, width in product(drafts, widths)]
@@ -155,7 +157,7 @@ class Journal:
             raise UsageError(f"{self.path} holds samples, but {path.name} beside it is gone, which says of what",
                              hint=again)
         known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if self.samples else {}
-        mine = {f"cluster {name}": _fingerprint(text, Path(folder)) for name, (text, folder) in plan.clusters.items()}
+        mine = {f"cluster {name}": fingerprint(text, Path(folder)) for name, (text, folder) in plan.clusters.items()}
         mine["version of the code"] = code_digest()
         if plan.draft_model is not None:
             mine["draft"] = plan.draft_model
@@ -180,7 +182,7 @@ class Journal:
                              hint="Delete the file to begin anew, or name another folder with --out.") from None
 
 
-def _fingerprint(text: str, folder: Path) -> str:
+def fingerprint(text: str, folder: Path) -> str:
     """Of a cluster's description and the profiles that it names."""
     digest = hashlib.sha256(text.encode())
     for device in tomllib.loads(text)["devices"]:
@@ -259,6 +261,17 @@ def _run(unit: Unit) -> list[Sample]:
     return samples
 
 
+def machine_of(cluster: Cluster, drafts: Sequence[str]) -> Machine:
+    """What a method may know of a cluster whose draft station asks these drafts."""
+    costs = DraftCosts(cluster, drafts)
+    stages = [CostCurve.of(lambda rows, k=k: cluster.stage_seconds(k, rows, _CONTEXT))  # type: ignore[misc]
+              for k in range(cluster.num_stages)]
+    links = cluster.links
+    return Machine(cluster.num_stages, CostCurve.slowest(stages),
+                   CostCurve.of(lambda rows: costs("draft", rows, 0.0, _CONTEXT)),
+                   sum(link.latency_s for link in (*links.stage_hops, links.to_first, links.landing)))
+
+
 class Worker:
     """Runs units in this process."""
 
@@ -291,8 +304,10 @@ class Worker:
 
     def _sample(self, answer: Answer, name: str, setting: Setting, phase: Phase) -> Sample:
         cluster = self._clusters[name]
-        run = replay(answer, self._plan.head.params, self._draft(setting, answer), setting.make(), cluster,
-                     costs=DraftCosts(cluster, setting.draft.split(",")))
+        drafts = setting.draft.split(",")
+        machine = machine_of(cluster, drafts) if setting.method == "fullpipe" and setting.width is None else None
+        run = replay(answer, self._plan.head.params, self._draft(setting, answer), setting.make(machine), cluster,
+                     costs=DraftCosts(cluster, drafts))
         return Sample(cluster=name, temperature=self._plan.head.temperature, phase=phase, repeat=0, same_text=None,
                       near_ties=None, prompt=answer.id, task=answer.task, finish=answer.finish, method=setting.method,
                       width=setting.width, depth=setting.depth, draft=setting.draft, floor=setting.floor,

@@ -27,10 +27,11 @@ from fullpipe.files import write_whole
 from fullpipe_lab.files import Journal, make_folder
 from fullpipe_lab.receipts import HERE
 from fullpipe_lab.recording import Recording
-from fullpipe_lab.studies.costs import comparing
-from fullpipe_lab.studies.costs.comparing import Results
+from fullpipe_lab.studies.costs.comparing import Results, best_of, others
 from fullpipe_lab.studies.costs.measuring import ALL, DRAFTS, Measuring
 from fullpipe_lab.studies.costs.report import REPORT, write_receipt, write_report
+from fullpipe_lab.studies.costs.tables import ratio_lines
+from fullpipe_lab.studies.costs.targets import targets
 
 
 def measure(asked: argparse.Namespace) -> None:
@@ -47,15 +48,15 @@ def measure(asked: argparse.Namespace) -> None:
 def compare(asked: argparse.Namespace) -> None:
     rows = [row for heat in decimals(asked.temperatures, "--temperatures")
             for row in _journal(asked.bench, heat).rows.values() if "cell" in row]
-    results = Results(comparing.best_of(rows))
+    results = Results(best_of(rows))
     if asked.others is not None:
-        write_whole(asked.others, json.dumps(comparing.others(results), indent=1) + "\n")
+        write_whole(asked.others, json.dumps(others(results), indent=1) + "\n")
     if not results.compared:
         raise UsageError("no cell has all methods yet", hint="Run `measure` first, with every method.")
-    print_table(["T", "cluster", "draft", *results.sets, "all"], comparing.ratio_lines(results))
+    print_table(["T", "cluster", "draft", *results.sets, "all"], ratio_lines(results))
     print_table(["what", "asked for", "found", "reached", "where"],
                 [[one.what, one.wanted, one.found, "yes" if one.reached else "NO", one.where]
-                 for one in comparing.targets(results)])
+                 for one in targets(results)])
 
 
 def report(asked: argparse.Namespace) -> None:

@@ -1,10 +1,9 @@
-"""What the rows say: the best other method of every cell, what `fullpipe` makes of it, and what the issue asks for."""
+"""What the rows say: the best other method of every cell, and `fullpipe` beside it."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,13 +11,7 @@ from typing import Any
 from fullpipe.errors import UsageError
 from fullpipe_lab.studies.costs.measuring import DRAFTS, OTHERS, OURS, PLAIN, Cell, between
 
-CPU = "cpu-"  # clusters of this name have rows that cost something
-GPU_TARGETS = {"gpus-8": (12.0, 7.0), "gpus-14": (12.5, 8.0)}
-"""By preset, the least speedup over `pp` of all sets together, and of MT-Bench: with the draft model alone, at
-temperature 0, as the committed report of these presets has it."""
-LEAST, MEAN_ON_CPU, OVER_TREE, HEAT_GAP = 0.98, 1.35, 2.4, 0.05
-_TOGETHER = "all"
-_TOKENS, _SECONDS, _HITS, _MISSES, _ROWS, _CALLS, _DRAFT_ROWS = range(7)  # of a run
+TOGETHER = "all"
 
 
 def best_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -111,7 +104,7 @@ class Results:
         groups: dict[tuple[float, str, str], list[Compared]] = {}
         for one in self.compared:
             groups.setdefault((one.cell.temperature, one.cell.cluster, one.cell.draft), []).append(one)
-        return [Compared(Cell(*key, _TOGETHER), ", ".join(dict.fromkeys(one.other for one in found)),
+        return [Compared(Cell(*key, TOGETHER), ", ".join(dict.fromkeys(one.other for one in found)),
                          sum(one.pp_s for one in found), sum(one.other_s for one in found),
                          sum(one.ours_s for one in found))
                 for key, found in groups.items() if len(found) == len(self.sets)]
@@ -138,82 +131,6 @@ def _natural(name: str) -> list[Any]:
     return [float(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", name))]
 
 
-# ---- targets -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is asked for and what was found. where: the cells that fall short, worst first."""
-
-    what: str
-    wanted: str
-    found: str
-    reached: bool
-    where: str = ""
-
-
-def targets(results: Results) -> list[Target]:
-    """Those of the issue that replays of one request decide, as far as the rows go."""
-    made = [_least(results), _mean_on_cpu(results), *_on_gpus(results), _over_trees(results), _by_heat(results)]
-    return [one for one in made if one]
-
-
-def _least(results: Results) -> Target | None:
-    if not results.compared:
-        return None
-    short = sorted((one for one in results.compared if one.ratio < LEAST), key=lambda one: one.ratio)
-    worst = min(one.ratio for one in results.compared)
-    return Target("`fullpipe` / the best other method, every cell", f"at least {LEAST}", f"{worst:.3f} at the worst; "
-                  f"{len(short)} of {len(results.compared)} cells below", not short,
-                  ", ".join(f"{one.cell} {one.ratio:.2f}" for one in short[:5]))
-
-
-def _mean_on_cpu(results: Results) -> Target | None:
-    ratios = [one.ratio for one in results.compared if one.cell.cluster.startswith(CPU)]
-    if not ratios:
-        return None
-    mean = sum(ratios) / len(ratios)
-    by_draft = {draft: [one.ratio for one in results.compared if one.cell.cluster.startswith(CPU)
-                        and one.cell.draft == draft] for draft in results.drafts}
-    return Target("the same, mean over the cells of CPU clusters", f"at least {MEAN_ON_CPU}", f"{mean:.3f}",
-                  mean >= MEAN_ON_CPU, ", ".join(f"{draft} {sum(found) / len(found):.2f}"
-                                                 for draft, found in by_draft.items() if found))
-
-
-def _on_gpus(results: Results) -> Iterator[Target]:
-    for cluster, (everything, hardest) in GPU_TARGETS.items():
-        at = [one for one in (*results.together, *results.compared)
-              if (one.cell.temperature, one.cell.cluster, one.cell.draft) == (0.0, cluster, "model")]
-        for one in at:
-            wanted = {_TOGETHER: everything, "mt_bench": hardest}.get(one.cell.set)
-            if wanted is not None:
-                yield Target(f"{cluster}, draft model, T 0, over `pp`: {one.cell.set}", f"at least {wanted:g}",
-                             f"{one.over_pp:.2f}", one.over_pp >= wanted)
-
-
-def _over_trees(results: Results) -> Target | None:
-    found = {cell: tree / ours for cell in results.cells() if cell.cluster in GPU_TARGETS
-             if (ours_row := results.row(cell, OURS)) and (tree_row := results.row(cell, "static-tree"))
-             for ours, tree in [(between(ours_row), between(tree_row))]}
-    if not found:
-        return None
-    short = sorted((cell for cell, ratio in found.items() if ratio < OVER_TREE), key=found.__getitem__)
-    return Target("over `static-tree`, every cell of the GPU presets", f"at least {OVER_TREE}",
-                  f"{min(found.values()):.2f} at the worst; {len(short)} of {len(found)} cells below", not short,
-                  ", ".join(f"{cell} {found[cell]:.2f}" for cell in short[:5]))
-
-
-def _by_heat(results: Results) -> Target | None:
-    found = heat_ratios(results, OURS)
-    if not found:
-        return None
-    mean = geometric(found.values())
-    outside = [key for key, ratio in found.items() if abs(ratio - 1) > HEAT_GAP]
-    return Target("speedup at temperature 1 / at 0, geometric mean over all cells", f"within {HEAT_GAP:.0%}",
-                  f"{mean:.3f}", abs(mean - 1) <= HEAT_GAP,
-                  f"{len(outside)} of {len(found)} cells alone are further apart")
-
-
 def heat_ratios(results: Results, method: str) -> dict[tuple[str, str, str], float]:
     """A method's speedup at temperature 1 over that at 0, by cluster, draft and set."""
     found = {}
@@ -224,92 +141,6 @@ def heat_ratios(results: Results, method: str) -> dict[tuple[str, str, str], flo
             if cold and hot:
                 found[cell.cluster, cell.draft, cell.set] = hot / cold
     return found
-
-
-def geometric(ratios: Iterable[float]) -> float:
-    """The geometric mean."""
-    found = list(ratios)
-    return math.exp(sum(map(math.log, found)) / len(found))
-
-
-# ---- tables ------------------------------------------------------------------------------------------------
-
-
-def main_table(results: Results, heat: float) -> list[list[str]]:
-    """Cluster by draft, all sets together: best other and `fullpipe` over `pp`, and the ratio."""
-    found = {(one.cell.cluster, one.cell.draft): one for one in results.together if one.cell.temperature == heat}
-
-    def three(cluster: str, draft: str) -> list[str]:
-        one = found.get((cluster, draft))
-        return [f"{one.other_over_pp:.2f}", f"{one.over_pp:.2f}", f"**{one.ratio:.2f}**"] if one else ["-"] * 3
-
-    return [[cluster, *(value for draft in results.drafts for value in three(cluster, draft))]
-            for cluster in results.clusters if any((cluster, draft) in found for draft in results.drafts)]
-
-
-def worst_table(results: Results, count: int) -> list[list[str]]:
-    """The cells with the least ratio."""
-    lines = []
-    for one in sorted(results.compared, key=lambda one: one.ratio)[:count]:
-        cell = one.cell
-        lines.append([f"{cell.temperature:g}", cell.cluster, cell.draft, cell.set, one.other,
-                      f"{one.other_over_pp:.2f}", f"{one.over_pp:.2f}", f"{one.ratio:.2f}"])
-    return lines
-
-
-def heat_table(results: Results) -> list[list[str]]:
-    """Geometric means over clusters and sets of the speedup at temperature 1 over that at 0, by draft and method."""
-    lines = []
-    for draft in results.drafts:
-        means = [geometric(ratios) if (ratios := [ratio for (_, one, _), ratio in heat_ratios(results, method).items()
-                                                  if one == draft]) else None for method in (OURS, *OTHERS)]
-        lines.append([draft, *("-" if mean is None else f"{mean:.3f}" for mean in means)])
-    return lines
-
-
-def apart_table(results: Results) -> list[list[str]]:
-    """Where `fullpipe` alone is further apart than it should be: by set and draft, how many clusters, the mean, and
-    that of the others there."""
-    ours = heat_ratios(results, OURS)
-    others = {method: heat_ratios(results, method) for method in OTHERS}
-    lines = []
-    for name in results.sets:
-        for draft in results.drafts:
-            here = [key for key in ours if key[1:] == (draft, name)]
-            outside = [key for key in here if abs(ours[key] - 1) > HEAT_GAP]
-            if here:
-                lines.append([name, draft, f"{len(outside)} of {len(here)}", f"{geometric(ours[key] for key in here):.3f}",
-                              *(f"{geometric(others[method][key] for key in here):.3f}" if all(
-                                  key in others[method] for key in here) else "-" for method in OTHERS)])
-    return lines
-
-
-def work_table(results: Results, heat: float, draft: str) -> list[list[str]]:
-    """What `fullpipe` spends by cluster: hit rate, rows and draft rows a token, rows of a draft call."""
-    lines = []
-    for cluster in results.clusters:
-        if total := results.total(heat, cluster, draft, OURS):
-            tokens, calls = total[_TOKENS], max(total[_CALLS], 1)
-            lines.append([cluster, f"{total[_HITS] / max(total[_HITS] + total[_MISSES], 1):.1%}",
-                          f"{total[_ROWS] / tokens:.1f}", f"{total[_CALLS] / tokens:.2f}",
-                          f"{total[_DRAFT_ROWS] / tokens:.1f}", f"{total[_DRAFT_ROWS] / calls:.1f}"])
-    return lines
-
-
-def settings_table(results: Results, heat: float, draft: str) -> list[list[str]]:
-    """The best settings by cluster, set by set, each with its speedup over `pp`."""
-    def of(cluster: str, method: str) -> str:
-        return "; ".join(f"{row['size']} {results.speedup(cell, method) or 0:.2f}"
-                         for cell in (Cell(heat, cluster, draft, name) for name in results.sets)
-                         if (row := results.row(cell, method)))
-
-    return [[cluster, *(of(cluster, method) for method in OTHERS)] for cluster in results.clusters]
-
-
-def at_the_edge(results: Results, method: str, largest: str) -> str:
-    """In how many cells the best setting of a method is the largest that was offered."""
-    rows = [row for cell in results.cells() if (row := results.row(cell, method))]
-    return f"{sum(largest in row['size'].split() for row in rows)} of {len(rows)}"
 
 
 def others(results: Results) -> dict[str, Any]:
@@ -326,13 +157,3 @@ def others(results: Results) -> dict[str, Any]:
             where = found.setdefault(heat, {}).setdefault(cell.cluster, {}).setdefault(cell.draft, {})
             where[cell.set] = best
     return found
-
-
-def ratio_lines(results: Results) -> list[list[str]]:
-    """Every cluster and draft: ratio of each set and of all together."""
-    by_key: dict[tuple[float, str, str], dict[str, float]] = {}
-    for one in (*results.compared, *results.together):
-        by_key.setdefault((one.cell.temperature, one.cell.cluster, one.cell.draft), {})[one.cell.set] = one.ratio
-    show: Callable[[float | None], str] = lambda ratio: "-" if ratio is None else f"{ratio:.2f}"
-    return [[f"{heat:g}", cluster, draft, *(show(found.get(name)) for name in (*results.sets, _TOGETHER))]
-            for (heat, cluster, draft), found in by_key.items()]

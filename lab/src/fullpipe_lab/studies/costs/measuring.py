@@ -105,7 +105,7 @@ class Measuring:
 
     bench: the folder of recording-t*.jsonl and memo/. draft: the model whose answers the memos keep; None: there is
     none, and only n-gram can be asked. clusters: TOML files or presets. limit: answers of each set. The journal gets a
-    row for each setting on a cell, under a key that names what decides it, but for the code, whose digest is in the row.
+    row for each setting on a cell, under a key that names what decides it but for the code; its digest is in the row.
     """
 
     def __init__(self, bench: Path, draft: str | None, clusters: Sequence[str], temperature: float, limit: int,

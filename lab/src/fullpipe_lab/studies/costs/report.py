@@ -13,9 +13,10 @@ from fullpipe_lab.files import Journal
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
 from fullpipe_lab.report import render
 from fullpipe_lab.studies import batching
-from fullpipe_lab.studies.costs import comparing
-from fullpipe_lab.studies.costs.comparing import Results
+from fullpipe_lab.studies.costs import tables
+from fullpipe_lab.studies.costs.comparing import Results, best_of
 from fullpipe_lab.studies.costs.measuring import OTHERS, PATIENCE, PIPEDEC_WIDTHS
+from fullpipe_lab.studies.costs.targets import targets
 from fullpipe_lab.sweep import CHAIN_DEPTHS
 
 REPORT = STUDIES.parent / "reports" / "costs"
@@ -31,7 +32,7 @@ def write_receipt(journals: Sequence[Journal], about: Mapping[str, Any], many: S
     runs = [row for row in rows if row["key"].startswith("run/")]
     hits = [{name: value for name, value in row.items() if name != "key"} for row in rows
             if row["key"].startswith(HIT_RATES)]
-    samples = comparing.best_of(row for row in rows if "cell" in row)
+    samples = best_of(row for row in rows if "cell" in row)
     found = {**about, "prompts": _prompts(rows), "runs": runs, "hit_rates": hits,
              "many": [line for one in many for line in many_rows(one)]}
     measured = {name: value for name, value in runs[-1].items() if name != "key"}
@@ -43,8 +44,8 @@ def write_report(out: Path) -> None:
     value = json.loads((out / "receipt.json").read_text(encoding="utf-8"))
     results = Results(value["samples"])
     write_whole(out / "report.md", render(
-        "costs.md.j2", value=value, about=value["results"], results=results, tables=comparing,
-        targets=[list(asdict(one).values()) for one in comparing.targets(results)], worst=_WORST, others=OTHERS,
+        "costs.md.j2", value=value, about=value["results"], results=results, tables=tables,
+        targets=[list(asdict(one).values()) for one in targets(results)], worst=_WORST, others=OTHERS,
         patience=PATIENCE, edges=[("chain", CHAIN_DEPTHS[-1], f"d{CHAIN_DEPTHS[-1]}"),
                                   ("pipedec", PIPEDEC_WIDTHS[-1], f"w{PIPEDEC_WIDTHS[-1]}")]))
 

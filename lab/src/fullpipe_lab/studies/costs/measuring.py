@@ -35,7 +35,7 @@ OTHERS = ("chain", "pipedec", "static-tree")
 ALL = (PLAIN, *OTHERS, OURS)
 DRAFTS = {"model": "model", "ngram": "ngram", "both": "model,ngram"}
 PIPEDEC_WIDTHS = (1, 2, 3, 4, 8, 16, 32)
-TREE_WIDTHS = (2, 4, 8, 16, 32)  # of one a layer it is a chain
+TREE_WIDTHS = (2, 4, 8, 16)  # of one a layer it is a chain
 PATIENCE = 2  # sizes in a row that were no better than the best before them: no larger one is tried
 
 

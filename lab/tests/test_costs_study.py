@@ -267,7 +267,8 @@ def test_temperatures_are_compared_by_their_speedups_and_the_others_say_what_the
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
     made = Journal(tmp_path / "journal-t0.jsonl")
-    made.add("run/1", provenance())
+    made.add("run/1", provenance() | {"version": "v", "command": "costs measure"})
+    made.add("run/2", provenance() | {"version": "of which no row is left"})
     for one in (*rows_of(2.0, name="gsm8k"), *rows_of(4.0, name="mt_bench"), *rows_of(2.2, name="gsm8k", heat=1.0)):
         made.add(one["key"], one)
     return made
@@ -284,6 +285,7 @@ def test_the_report_comes_of_the_receipt_alone(journal: Journal, tmp_path: Path)
     assert "| cpu-2 | 3.43 | 4.00 | **1.17** |" in text
     assert "| at least 0.98 | 0.750 at the worst; 1 of 3 cells below | **no** |" in text
     assert "`chain` is best at the largest that there is (16) in 0 of 3 cells." in text
+    assert "\ncosts measure\n" in text
     assert "hit rates" not in text and "Many requests" not in text and "versions of the code" not in text
     (tmp_path / "journal-t0.jsonl").unlink()
     write_report(tmp_path)
@@ -317,7 +319,7 @@ def test_many_requests_are_set_against_the_better_plain_pipeline() -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr("sys.argv", ["costs", *words])
+    monkeypatch.setattr("sys.argv", ["lab/costs/__main__.py", *words])
     main()
 
 
@@ -340,5 +342,7 @@ def test_measure_compare_and_report_are_one_after_another(bench: Path, monkeypat
     assert set(json.loads((bench / "others.json").read_text())) == {"pp_s", "0", "1"}
     command(monkeypatch, "report", *where, "--out", str(bench / "report"))
     receipt = json.loads((bench / "report" / "receipt.json").read_text())
-    assert len(receipt["samples"]) == 2 * 2 * len(ALL) and len(receipt["results"]["runs"]) == 4
+    assert len(receipt["samples"]) == 2 * 2 * len(ALL)
+    assert receipt["results"]["runs"][-1]["command"].endswith("--only fullpipe")
+    assert receipt["command"].startswith("costs measure --bench")
     assert (bench / "report" / "report.md").read_text().count("| cpu-3 |") >= 2

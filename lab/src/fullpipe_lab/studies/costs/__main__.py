@@ -36,10 +36,9 @@ from fullpipe_lab.studies.costs.targets import targets
 
 def measure(asked: argparse.Namespace) -> None:
     for heat in decimals(asked.temperatures, "--temperatures"):
-        journal = _journal(asked.bench, heat)
-        about = provenance(HERE)
-        journal.add(f"run/{about['date']}", about)
+        journal, about = _journal(asked.bench, heat), provenance(HERE)
         measuring = Measuring(asked.bench, asked.draft, asked.clusters, heat, asked.limit, journal)
+        journal.add(f"run/{about['date']}", about | {"version": measuring.version})
         for cell in measuring.cells(asked.drafts.split(",")):
             for method in asked.only.split(","):
                 measuring.run(cell, method)

@@ -111,7 +111,7 @@ class Measuring:
     def __init__(self, bench: Path, draft: str | None, clusters: Sequence[str], temperature: float, limit: int,
                  journal: Journal) -> None:
         recording = Recording.load(bench / f"recording-t{temperature:g}.jsonl")
-        self._temperature, self._journal, self._code = temperature, journal, code_digest()[:16]
+        self._temperature, self._journal, self.version = temperature, journal, code_digest()[:16]
         self._sets: dict[str, list[Answer]] = {}
         for answer in first_of_each_set(list(recording.answers.values()), limit):
             self._sets.setdefault(answer.task, []).append(answer)
@@ -140,7 +140,7 @@ class Measuring:
         inputs = self._inputs[cell.cluster, cell.set]
         key = f"{cell}/{setting.method}/{size_of(setting)}/{inputs}"
         known = self._journal.rows.get(key)
-        if known is None or known["version"] != self._code:
+        if known is None or known["version"] != self.version:
             begun = time.perf_counter()
             known = self._row(cell, setting, inputs)
             self._journal.add(key, known)
@@ -152,7 +152,7 @@ class Measuring:
         answers = self._sets[cell.set]
         runs = [_run(*self._worker.run(Unit(answer, ((cell.cluster, setting, "main"),)))) for answer in answers]
         return {"cell": asdict(cell), "method": setting.method, "size": size_of(setting),
-                "prompts": [one.id for one in answers], "runs": runs, "inputs": inputs, "version": self._code}
+                "prompts": [one.id for one in answers], "runs": runs, "inputs": inputs, "version": self.version}
 
     def _digest(self, cluster: str, name: str) -> str:
         """Of the cluster, of the recorded answers of a set and of the draft's name."""

@@ -29,13 +29,14 @@ def write_receipt(journals: Sequence[Journal], about: Mapping[str, Any], many: S
                   out: Path) -> None:
     """about: what the recordings are. many: receipts of `studies.batching`."""
     rows = [row for journal in journals for row in journal.rows.values()]
-    runs = [row for row in rows if row["key"].startswith("run/")]
     hits = [{name: value for name, value in row.items() if name != "key"} for row in rows
             if row["key"].startswith(HIT_RATES)]
     samples = best_of(row for row in rows if "cell" in row)
+    versions = {one["version"] for one in samples}
+    runs = [row for row in rows if row["key"].startswith("run/") and row["version"] in versions]
     found = {**about, "prompts": _prompts(rows), "runs": runs, "hit_rates": hits,
              "many": [line for one in many for line in many_rows(one)]}
-    measured = {name: value for name, value in runs[-1].items() if name != "key"}
+    measured = {name: value for name, value in runs[-1].items() if name not in ("key", "version")}
     save_receipt(study_receipt("costs", found, samples) | measured, out / "receipt.json")
 
 

@@ -252,6 +252,12 @@ def test_the_presets_have_targets_of_their_own_over_pp_and_over_trees() -> None:
     assert all(met for _, met in faster.values()) and not any("CPU" in what for what in faster)
 
 
+def test_many_requests_may_nowhere_be_slower_than_pp() -> None:
+    loads = [{"cluster": "cpu-4", "at once": 8, "ratio": 1.2}, {"cluster": "cpu-4", "at once": 32, "ratio": 0.97}]
+    (line,) = targets(results(), loads)
+    assert (line.found, line.reached, line.where) == ("0.970 at the worst", False, "32 on cpu-4 0.97")
+
+
 def test_temperatures_are_compared_by_their_speedups_and_the_others_say_what_the_texts_make_of_it() -> None:
     found = results(rows_of(2.0, name="gsm8k"), rows_of(2.5, name="gsm8k", heat=1.0))
     assert heat_ratios(found, OURS) == {("cpu-2", "model", "gsm8k"): pytest.approx(0.8)}
@@ -300,6 +306,7 @@ def test_the_report_has_a_place_for_hit_rates_and_for_many_requests(journal: Jou
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "| model | 0.52 | 0.61 |" in text and "| cpu-4 | 2 | 8 | 5 | 1.6 |" in text
+    assert "| at least 1 | 1.600 at the worst | yes |  |" in text
     assert "Cells are of 2 versions of the code" in text
 
 

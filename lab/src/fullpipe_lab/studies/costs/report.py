@@ -46,7 +46,7 @@ def write_report(out: Path) -> None:
     results = Results(value["samples"])
     write_whole(out / "report.md", render(
         "costs.md.j2", value=value, about=value["results"], results=results, tables=tables,
-        targets=[list(asdict(one).values()) for one in targets(results)], worst=_WORST, others=OTHERS,
+        targets=[list(asdict(one).values()) for one in targets(results, value["results"]["many"])], worst=_WORST, others=OTHERS,
         patience=PATIENCE, edges=[("chain", CHAIN_DEPTHS[-1], f"d{CHAIN_DEPTHS[-1]}"),
                                   ("pipedec", PIPEDEC_WIDTHS[-1], f"w{PIPEDEC_WIDTHS[-1]}")]))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, geometric_mean
+from typing import Any
 
 from fullpipe_lab.studies.costs.comparing import TOGETHER, Results, heat_ratios
 from fullpipe_lab.studies.costs.measuring import OURS, Cell
@@ -28,9 +29,10 @@ class Target:
     where: str = ""
 
 
-def targets(results: Results) -> list[Target]:
-    """Those of the issue that replays of one request decide, as far as the rows go."""
-    made = [_least(results), _mean_on_cpu(results), *_on_gpus(results), _over_trees(results), _by_heat(results)]
+def targets(results: Results, many: Sequence[Mapping[str, Any]] = ()) -> list[Target]:
+    """Those of the issue that replays decide, as far as the rows go. many: rows of `report.many_rows`."""
+    made = [_least(results), _mean_on_cpu(results), *_on_gpus(results), _over_trees(results), _by_heat(results),
+            _never_below_pp(many)]
     return [one for one in made if one]
 
 
@@ -74,6 +76,12 @@ def _on_gpus(results: Results) -> Iterator[Target]:
             if wanted is not None:
                 yield Target(f"{cell.cluster}, draft model, T 0, over `pp`: {cell.set}", f"at least {wanted:g}",
                              f"{one.over_pp:.2f}", one.over_pp >= wanted)
+
+
+def _never_below_pp(many: Sequence[Mapping[str, Any]]) -> Target | None:
+    short = [f"{one['at once']} on {one['cluster']} {one['ratio']:.2f}" for one in many if one["ratio"] < 1]
+    return Target("many requests: tokens a second over the better `pp`, every load", "at least 1",
+                  f"{min(one['ratio'] for one in many):.3f} at the worst", not short, ", ".join(short)) if many else None
 
 
 def _by_heat(results: Results) -> Target | None:

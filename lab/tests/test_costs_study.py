@@ -121,12 +121,13 @@ def test_a_row_of_pp_is_counted_by_hand(bench: Path) -> None:
 
 def test_a_run_goes_on_where_it_was_and_another_version_is_measured_again_where_asked(
         bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = dict(measured(bench, *ALL).rows)
-    assert {row["method"] for row in rows.values()} == set(ALL)
-    again = measured(bench, *ALL)
+    methods = "pp", "chain", OURS
+    rows = dict(measured(bench, *methods, limit=1).rows)
+    assert {row["method"] for row in rows.values()} == set(methods)
+    again = measured(bench, *methods, limit=1)
     assert again.rows == rows and len((bench / "journal-t0.jsonl").read_text().splitlines()) == len(rows)
     monkeypatch.setattr(measuring, "code_digest", lambda: "another version of the code")
-    newer = measured(bench, OURS)
+    newer = measured(bench, OURS, limit=1)
     assert newer.rows.keys() == rows.keys()
     assert {row["method"] for row in newer.rows.values() if row["version"] == "another version "} == {OURS}
     assert all(newer.rows[key]["runs"] == row["runs"] for key, row in rows.items())

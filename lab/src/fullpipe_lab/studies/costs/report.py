@@ -43,11 +43,11 @@ def write_receipt(journals: Sequence[Journal], about: Mapping[str, Any], many: S
 def write_report(out: Path) -> None:
     """report.md beside receipt.json."""
     value = json.loads((out / "receipt.json").read_text(encoding="utf-8"))
-    results = Results(value["samples"])
+    results, about = Results(value["samples"]), value["results"]
+    asked = [list(asdict(one).values()) for one in targets(results, about["many"])]
     write_whole(out / "report.md", render(
-        "costs.md.j2", value=value, about=value["results"], results=results, tables=tables,
-        targets=[list(asdict(one).values()) for one in targets(results, value["results"]["many"])], worst=_WORST, others=OTHERS,
-        patience=PATIENCE, edges=[("chain", CHAIN_DEPTHS[-1], f"d{CHAIN_DEPTHS[-1]}"),
+        "costs.md.j2", value=value, about=about, results=results, tables=tables, targets=asked, worst=_WORST,
+        others=OTHERS, patience=PATIENCE, edges=[("chain", CHAIN_DEPTHS[-1], f"d{CHAIN_DEPTHS[-1]}"),
                                   ("pipedec", PIPEDEC_WIDTHS[-1], f"w{PIPEDEC_WIDTHS[-1]}")]))
 
 

@@ -79,9 +79,11 @@ def _on_gpus(results: Results) -> Iterator[Target]:
 
 
 def _never_below_pp(many: Sequence[Mapping[str, Any]]) -> Target | None:
+    if not many:
+        return None
     short = [f"{one['at once']} on {one['cluster']} {one['ratio']:.2f}" for one in many if one["ratio"] < 1]
     return Target("many requests: tokens a second over the better `pp`, every load", "at least 1",
-                  f"{min(one['ratio'] for one in many):.3f} at the worst", not short, ", ".join(short)) if many else None
+                  f"{min(one['ratio'] for one in many):.3f} at the worst", not short, ", ".join(short))
 
 
 def _by_heat(results: Results) -> Target | None:

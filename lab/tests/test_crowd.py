@@ -30,6 +30,7 @@ from fullpipe_lab.studies.batching import (
     Cell,
     Measured,
     all_cells,
+    check_cluster,
     make_engine,
     order,
     write_report,
@@ -308,6 +309,21 @@ def test_the_report_compares_with_the_better_plain_pipeline_and_says_what_is_not
     assert "| 1 | 6.00x | 5x | yes | 0.20 / 0.20 / 0.20 | yes | - | - | - |" in text
     assert "| 4 | 1.50x | 2.5x | **no** | 1.20 / 1.20 / 1.20 | **no** | - | - | - |" in text
     assert "| 0.5 | 9.0 | - | - |" in text and "versions of the code" not in text
+
+
+def test_elsewhere_than_on_gpus_8_no_more_is_asked_for_than_pp(tmp_path: Path) -> None:
+    made = Journal(tmp_path / "journal.jsonl")
+    made.add("run/1", provenance())
+    for method, throughput in (("fullpipe", 11.0), ("pp", 10.0)):
+        made.add(method, row(method, 1, throughput, 0.1) | {"preset": "cpu-4"})
+    write_report(made, tmp_path)
+    assert "| 1 | 1.10x | 1x | yes |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_journal_is_of_one_cluster(journal: Journal) -> None:
+    check_cluster(journal, "gpus-8")
+    with pytest.raises(UsageError, match="holds cells of gpus-8, not of cpu-4"):
+        check_cluster(journal, "cpu-4")
 
 
 def test_the_report_comes_of_the_receipt_alone_and_is_the_same_each_time(journal: Journal, tmp_path: Path) -> None:

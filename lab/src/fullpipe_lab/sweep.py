@@ -52,7 +52,7 @@ _Key = tuple[Any, ...]
 CHAIN_DEPTHS = (2, 3, 4, 6, 8, 12, 16)
 TREE_DEPTHS = (3, 5, 8, 12)
 WIDTHS = (4, 8, 16, 32, 64)
-_TREE_ROWS = 128  # trees of more nodes are not tried: SpecInfer, Sequoia and EAGLE-2 verify 16 to 128
+TREE_ROWS = 128  # trees of more nodes are not tried: SpecInfer, Sequoia and EAGLE-2 verify 16 to 128
 _DECIDING = ("costs.py", "live_costs.py", "messages.py", "sequences/*.py", "methods/*.py", "engine/*.py",
              "stations/drafts/*.py", "pipeline/inprocess.py", "pipeline/links.py")
 _DECIDING_HERE = ("replay.py", "crowd.py", "memo.py", "clusters/*.py")
@@ -103,7 +103,7 @@ def candidates(method: str, drafts: Sequence[str], widths: Sequence[int],
         case "static-tree":
             return [Setting(method, draft, width, depth)
                     for draft, width, depth in product(drafts, widths, depths or TREE_DEPTHS)
-                    if width * depth <= _TREE_ROWS]
+                    if width * depth <= TREE_ROWS]
         case "spd" | "ppsd":
             return [Setting(method, draft, width) for draft, width in product(drafts, dict.fromkeys((1, *widths)))]
     return [Setting(method, draft, width) for draft, width in product(drafts, widths)]
@@ -157,7 +157,7 @@ class Journal:
             raise UsageError(f"{self.path} holds samples, but {path.name} beside it is gone, which says of what",
                              hint=again)
         known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if self.samples else {}
-        mine = {f"cluster {name}": _fingerprint(text, Path(folder)) for name, (text, folder) in plan.clusters.items()}
+        mine = {f"cluster {name}": fingerprint(text, Path(folder)) for name, (text, folder) in plan.clusters.items()}
         mine["version of the code"] = code_digest()
         if plan.draft_model is not None:
             mine["draft"] = plan.draft_model
@@ -182,7 +182,7 @@ class Journal:
                              hint="Delete the file to begin anew, or name another folder with --out.") from None
 
 
-def _fingerprint(text: str, folder: Path) -> str:
+def fingerprint(text: str, folder: Path) -> str:
     """Of a cluster's description and the profiles that it names."""
     digest = hashlib.sha256(text.encode())
     for device in tomllib.loads(text)["devices"]:

@@ -20,8 +20,13 @@ def provenance(*folders: Path) -> dict[str, Any]:
     """Command, commit, date, versions and machine. folders: other code of the checkout that decides the figures."""
     commit, _ = commit_of(_PACKAGE)
     dirty = any(commit_of(folder)[1] for folder in (_PACKAGE, *folders))
-    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit, "dirty": dirty,
+    return {"command": shlex.join([_program(Path(sys.argv[0])), *sys.argv[1:]]), "commit": commit, "dirty": dirty,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(), "machine": machine()}
+
+
+def _program(path: Path) -> str:
+    """A package that is run by `python -m` is called by its own name."""
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def versions() -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Many requests at once in virtual time: fullpipe against what else could be done with the same pipeline.
 
     python -m fullpipe_lab.studies.batching measure --bench DIR [--draft NAME] [--limit 5] [--methods fullpipe,pp,...]
-    python -m fullpipe_lab.studies.batching report
+        [--cluster FILE_OR_PRESET --journal FILE --out DIR]
+    python -m fullpipe_lab.studies.batching report [--journal FILE --out DIR]
 
 `measure` replays the answers of a bench folder (recording-t0.jsonl and memo/ of `fullpipe-lab bench --out DIR`); what
 the draft is not known to say of them it computes, and keeps. Each cell goes to the journal: a run that is killed goes
-on where it was, and cells of another version of the code are measured again. `report` makes receipt.json of the
-journal, and of that alone report.md and batching.svg, in lab/reports/batching.
+on where it was, and cells of another version of the code are measured again. A journal is of one cluster. `report`
+makes receipt.json of the journal, and of that alone report.md and batching.svg, in lab/reports/batching.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, Literal
 from fullpipe import hub
 from fullpipe.cluster.provenance import provenance
 from fullpipe.engine import Engine
+from fullpipe.errors import UsageError
 from fullpipe.files import write_whole
 from fullpipe.methods import make_method
 from fullpipe.options import EngineOptions
@@ -56,8 +58,8 @@ WIDTH = 32  # the best that was found for one request on gpus-8 (lab/reports/gpu
 MOST_AT_ONCE = 64  # requests that are admitted of those that have come
 SPARE_SLOTS = 1088  # of a request, for speculation: no tree is cut short for want of cache
 ARRIVED = 60  # requests of an open loop
-WANTED = {1: 5.0, 4: 2.5, 8: 1.5}
-"""By requests at once, how many times the throughput of pp is asked for; elsewhere it is never below 1."""
+WANTED = {("gpus-8", 1): 5.0, ("gpus-8", 4): 2.5, ("gpus-8", 8): 1.5}
+"""By cluster and requests at once, how many times the throughput of pp is asked for; elsewhere it is never below 1."""
 _FREE = 1.02  # a flight that takes so much longer than one of a single row: rows up to there are called free
 _ORDER_SEED = 5
 _SLACK = 1.005  # a TBT this much longer is not called longer: flights are whole
@@ -126,11 +128,13 @@ class Measuring:
     def __init__(self, bench: Path, draft: str, cluster: str, temperature: float, limit: int) -> None:
         recording = Recording.load(bench / f"recording-t{temperature:g}.jsonl")
         self._head, self._draft = recording.head, str(hub.resolve(draft))
-        self._preset, self.cluster = cluster, Cluster.load(cluster)
+        self._preset, self.cluster = Path(cluster).name.removesuffix(".toml"), Cluster.load(cluster)
         self.answers = first_of_each_set(list(recording.answers.values()), limit)
         self._memos = Memos(bench / "memo", self._draft, recording.head)
 
     def run(self, cells: list[Cell], journal: Journal) -> None:
+        """Raises UsageError for a journal of another cluster."""
+        check_cluster(journal, self._preset)
         code = version()
         for cell in cells:
             known = journal.rows.get(cell.key)
@@ -153,6 +157,13 @@ class Measuring:
                 "stages": self.cluster.num_stages, "note": self.cluster.file.cluster.note.strip(),
                 "target": self._head.model, "draft": Path(self._draft).stem, "dtype": self._head.dtype,
                 "prompts": [one.id for one in self.answers], **row_of(run)}
+
+
+def check_cluster(journal: Journal, name: str) -> None:
+    """Raises UsageError where the journal has cells of another cluster."""
+    if others := {row["preset"] for row in journal.rows.values() if "preset" in row} - {name}:
+        raise UsageError(f"{journal.path} holds cells of {', '.join(sorted(others))}, not of {name}",
+                         hint="Name another file with --journal, and another folder with --out.")
 
 
 def first_of_each_set(answers: Sequence[Answer], limit: int) -> list[Answer]:
@@ -247,7 +258,8 @@ class Results:
             plain = [one for name in (PLAIN, "pp-bunched") if (one := self.at("closed", amount, name))]
             if ours is None or not plain:
                 continue
-            wanted, gain = WANTED.get(int(amount), 1.0), ours.throughput / max(one.throughput for one in plain)
+            wanted = WANTED.get((ours.row["preset"], int(amount)), 1.0)
+            gain = ours.throughput / max(one.throughput for one in plain)
             shares = [getattr(ours.tbt, name) / min(getattr(one.tbt, name) for one in plain)
                       for name in ("median", "p90", "p99")]
             lines.append([f"{amount:g}", f"{gain:.2f}x", f"{wanted:g}x", "yes" if gain >= wanted else "**no**",

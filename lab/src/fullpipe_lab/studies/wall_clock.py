@@ -1,16 +1,15 @@
 """What link latency does to `pp`, and what speculation does about it: real processes, the wall clock.
 
     python -m fullpipe_lab.studies.wall_clock [--model M] [--draft D] [--stages 4] [--links 25,100]
-        [--methods chain,pipedec,fullpipe] [--write]
+        [--methods chain pipedec fullpipe] [--write [NAME]]
 
 Stage processes with emulated links, one compute thread each; engine and draft sit with stage 0. In every cell all
-methods take turns on the same running pipeline, prompt by prompt: what is compared ran one after the other. A method's
-width is the best of --widths on a prompt that is not counted, tried in the same pipeline before (chain: its depth;
-fullpipe: also none, which lets in whatever pays by what rows cost here, measured). Stages and draft compete for this
-machine's cores when several have work: that is in the figures. Prompts: the first of each category of the set that
-comes with Fullpipe.
+methods take turns on the same running pipeline, prompt by prompt: what is compared ran one after the other. `fullpipe`
+runs as it comes. Any other method has its best of --widths (chain: of --depths) on a prompt that is not counted, tried
+in the same pipeline before. Stages and draft compete for this machine's cores when several have work: that is in the
+figures. Prompts: the first of each category of the set that comes with Fullpipe.
 
-Ends with 1 when two texts differ. `--write` keeps the receipt in lab/receipts/wall_clock.json.
+Ends with 1 when two texts differ. `--write` keeps the receipt in lab/receipts, as wall_clock.json or NAME.json.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from fullpipe.request import SamplingParams
 from fullpipe_lab.asking import Real
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
 
+AS_IT_COMES = ("pp", "fullpipe")
 Prompt = tuple[str, list[int]]
 
 
@@ -57,8 +57,9 @@ def ask(on: Real, prompt: Prompt, method: str, size: int | None, tokens: int) ->
 
 
 def best_size(on: Real, prompt: Prompt, method: str, sizes: Sequence[int], tokens: int) -> int | None:
-    tried: list[int | None] = [*sizes] if method != "fullpipe" else [None, *sizes]
-    return min(tried, key=lambda size: ask(on, prompt, method, size, tokens).tbt_s)
+    if method in AS_IT_COMES:
+        return None
+    return min(sizes, key=lambda size: ask(on, prompt, method, size, tokens).tbt_s)
 
 
 def turns(on: Real, prompts: Sequence[Prompt], sizes: dict[str, int | None], repeats: int,
@@ -80,7 +81,14 @@ def row(method: str, found: Sequence[dict[str, Run]]) -> dict[str, Any]:
             "speedup": round(statistics.median(speedups), 2),
             "speedup_range": [round(min(speedups), 2), round(max(speedups), 2)],
             "hit_rate": round(hits / max(hits + misses, 1), 3),
+            "over_best_other": over_best_other(method, found),
             "identical": all(runs[method].tokens == runs["pp"].tokens for runs in found)}
+
+
+def over_best_other(method: str, found: Sequence[dict[str, Run]]) -> float:
+    """All time between tokens, of the fastest of the other methods over that of this one."""
+    spent = {name: sum(runs[name].tbt_s * (len(runs[name].tokens) - 1) for runs in found) for name in found[0]}
+    return round(min(seconds for name, seconds in spent.items() if name != method) / spent[method], 2)
 
 
 def main() -> None:
@@ -91,13 +99,15 @@ def main() -> None:
     parser.add_argument("--stages", default="4")
     parser.add_argument("--links", default="25,100", help="one-way latencies in ms")
     parser.add_argument("--methods", nargs="+", default=["chain", "pipedec", "fullpipe"])
-    parser.add_argument("--widths", default="2,4,8")
+    parser.add_argument("--widths", default="1,2,4,8")
+    parser.add_argument("--depths", default="2,3,4,6,8")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", nargs="?", const="wall_clock", metavar="NAME")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    offered = integers(asked.widths, "--widths"), integers(asked.depths, "--depths")
     cells, samples = [], []
     for stages, ms in product(integers(asked.stages, "--stages"), decimals(asked.links, "--links")):
         with Real(Options.of(model=asked.model, stages=stages, link_ms=ms, draft=asked.draft, method="fullpipe",
@@ -105,9 +115,8 @@ def main() -> None:
             *prompts, other = [(one.id, on.encode([{"role": "user", "content": one.text}]))
                                for one in choose(None, 1)[: asked.prompts + 1]]
             ask(on, other, "pp", None, 8)  # warm: first touches of weights and caches
-            widths = integers(asked.widths, "--widths")
-            sizes = {"pp": None} | {method: best_size(on, other, method, widths, asked.tokens // 2)
-                                    for method in asked.methods}
+            sizes = {"pp": None} | {method: best_size(on, other, method, offered[method in WITH_DEPTH],
+                                                      asked.tokens // 2) for method in asked.methods}
             found = turns(on, prompts, sizes, asked.repeats, asked.tokens)
         for method in sizes:
             cells.append({"stages": stages, "link_ms": ms, **row(method, found)})
@@ -115,8 +124,9 @@ def main() -> None:
         samples.append([{method: asdict(run) for method, run in runs.items()} for runs in found])
     print_table(list(cells[0]), [[str(value) for value in one.values()] for one in cells])
     if asked.write:
-        settings = {name: getattr(asked, name) for name in ("model", "draft", "dtype", "tokens", "repeats", "widths")}
-        save_receipt(study_receipt("wall_clock", settings | {"cells": cells}, samples), STUDIES / "wall_clock.json")
+        settings = {name: getattr(asked, name) for name in ("model", "draft", "dtype", "tokens", "repeats", "widths",
+                                                           "depths")}
+        save_receipt(study_receipt("wall_clock", settings | {"cells": cells}, samples), STUDIES / f"{asked.write}.json")
     if not all(one["identical"] for one in cells):
         sys.exit("two texts differ")
 

@@ -216,8 +216,8 @@ class NgramDraft:
                                                      self._rates)
 
     def _expand(self, reader: _Reader, part: Part, row: int, fanout: int) -> Expansion:
-        # Mapped once more they are nearer to the truth, but nothing is faster: of guesses that are rare, and not as rare
-        # as said, more are launched (docs/log).
+        # Mapped once more they are nearer to the truth, but nothing is faster: of guesses that are rare, though not as
+        # rare as said, more are launched (docs/log).
         expansion = Expansion(part.nodes[row], [], [], [], learned=True)
         ahead = len(part.paths[row])
         if part.positions[row] + 1 - ahead != len(reader.index):

@@ -153,7 +153,6 @@ class Sequence:
 
     def lend(self, count: int) -> list[int]:
         """Up to `count` slots that the draft may fill on its own."""
-        assert not self.lent
         self.lent = [slot for _ in range(min(count, self.room)) if (slot := self.slots.take()) is not None]
         return list(self.lent)
 

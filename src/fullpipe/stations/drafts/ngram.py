@@ -216,7 +216,7 @@ class NgramDraft:
                                                      self._rates)
 
     def _expand(self, reader: _Reader, part: Part, row: int, fanout: int) -> Expansion:
-        # Mapped once more they are nearer to the truth, but nothing is faster: of guesses that are rare, and not as
+        # Mapped once more they are nearer to the truth, but nothing is faster: of guesses that are rare, though not as
         # rare as said, more are launched (docs/log).
         expansion = Expansion(part.nodes[row], [], [], [], learned=True)
         ahead = len(part.paths[row])

@@ -123,7 +123,8 @@ def test_what_methods_did_is_kept_and_drawn(tmp_path: Path) -> None:
     save_receipt(receipt, tmp_path / "map.json")
     kept = Kept(json.loads((tmp_path / "map.json").read_text()))
     assert [line[1] for line in kept.table()] == ["pipedec, width 2", "fullpipe"]
-    speed = tokens_per_second(machine({1: 0.001}, {1: 0.001}, link_s=0, shared=False), PROFILE, *found["pipedec"].flight)
+    units = machine({1: 0.001}, {1: 0.001}, shared=False, link_s=0)
+    speed = tokens_per_second(units, PROFILE, *found["pipedec"].flight)
     assert kept.table()[0][-2:] == [f"{speed:.1f}", f"{found['pipedec'].speed:.1f}"]
     drawn = kept.picture()
     assert drawn == kept.picture() and "two units" in drawn and "pp: 500.0 tokens a second" in drawn

@@ -108,10 +108,10 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """Heights over x, in logarithms, and y. values: a line for each y; NaN where there is none."""
+    """Heights over x, in logarithms, and y. xs, values: a line for each y, all of one length."""
 
     title: str
-    xs: Sequence[float]
+    xs: Sequence[Sequence[float]]
     ys: Sequence[float]
     values: Sequence[Sequence[float]]
     marks: Sequence[Mark]
@@ -124,15 +124,17 @@ def maps(found: Sequence[Map], x_label: str, y_label: str, label: str) -> str:
     with _style():
         figure = Figure(figsize=(5.2 * len(found), 4.6), layout="constrained")
         for plot, one in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
-            drawn = plot.contourf(one.xs, one.ys, one.values, levels=14, cmap="YlGnBu_r")
+            ys = [[y] * len(xs) for xs, y in zip(one.xs, one.ys)]
+            drawn = plot.contourf(one.xs, ys, one.values, levels=14, cmap="YlGnBu_r")
             figure.colorbar(drawn, ax=plot, label=label, format="%g")
             for mark, colour in zip(one.marks, COLOURS):
                 plot.plot(mark.x, mark.y, mark.shape, color=colour, markersize=9, markeredgecolor="black",
-                          markeredgewidth=0.8 if mark.shape != "x" else 2.5, linestyle="none", label=mark.label)
+                          markeredgewidth=2.5 if mark.shape == "x" else 0.8, linestyle="none", label=mark.label,
+                          clip_on=False, zorder=3)
             plot.set_xscale("log", base=2)
             plot.xaxis.set_major_formatter("{x:g}")
             plot.set_xlabel(x_label)
             plot.set_ylabel(y_label)
             plot.set_title(one.title)
-            plot.legend(loc="upper left", fontsize=8, framealpha=0.9)
+            plot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
         return _svg(figure)

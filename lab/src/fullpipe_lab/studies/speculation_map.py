@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -235,10 +234,10 @@ class Kept:
 
 
 def _map(title: str, machine: Machine, profile: Profile, samples: Sequence[Sample]) -> figures.Map:
-    rows = [MOST_ROWS ** (step / _STEPS) for step in range(_STEPS + 1)]
-    levels = [1 + (MOST_LEVELS - 1) * step / _STEPS for step in range(_STEPS + 1)]
-    values = [[tokens_per_second(machine, profile, row, level) if row >= level else math.nan for row in rows]
-              for level in levels]
+    steps = [step / _STEPS for step in range(_STEPS + 1)]
+    levels = [1 + (MOST_LEVELS - 1) * step for step in steps]
+    rows = [[level * (MOST_ROWS / level) ** step for step in steps] for level in levels]
+    values = [[tokens_per_second(machine, profile, row, level) for row in line] for line, level in zip(rows, levels)]
     plain = next(one.speed for one in samples if one.method == "pp")
     best = {name: max((one for one in samples if one.method == name), key=lambda one: one.speed)
             for name in ("chain", "pipedec", "fullpipe")}

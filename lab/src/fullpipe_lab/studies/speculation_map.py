@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 RECEIPT = STUDIES / "speculation_map.json"
 PICTURE = STUDIES.parents[1] / "docs" / "speculation-costs.svg"
 SETTINGS = (Setting("pp", "none"), *(Setting("chain", "model", depth=depth) for depth in (2, 4, 8, 12)),
-            *(Setting("pipedec", "model", width=width) for width in (1, 2, 4, 16)), Setting("fullpipe", "model"))
+            *(Setting("pipedec", "model", width=width) for width in (1, 2, 4, 16, 32)), Setting("fullpipe", "model"))
 MOST_ROWS, MOST_LEVELS = 128, 16
 _OTHERS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 15.0)  # where the profile is kept
 _STEPS = 60  # of the picture, each way

@@ -151,12 +151,6 @@ class Sequence:
         part.paths.append(node.path)
         part.wants.append(wants)
 
-    def lend(self, count: int) -> list[int]:
-        """Up to `count` slots that the draft may fill on its own."""
-        assert not self.lent
-        self.lent = [slot for _ in range(min(count, self.room)) if (slot := self.slots.take()) is not None]
-        return list(self.lent)
-
     def place(self, node: Node, slot: int) -> None:
         """Let a node below the root stand in a slot."""
         assert node.parent is not None
@@ -184,6 +178,7 @@ class Sequence:
             self.path_slots.append(root.slot)
         if root.state is not State.PROPOSED:
             self.stages.rows = root.position + 1
+        root.in_draft &= self.draft.rows == root.position  # known there, and with all that is committed
         if root.in_draft:
             self.draft.rows = root.position + 1
         for node in step.dead:

@@ -3,7 +3,6 @@ the draft knows of every node exactly what stands before it, whatever has happen
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -18,13 +17,12 @@ from driving import TellingEngine
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.engine.jobs import _behind, _take_chain
 from fullpipe.events import Emitted, Preempted
-from fullpipe.messages import Drafted, Event, Expansion, Flight, steps
+from fullpipe.messages import Event, Expansion, Flight, steps
 from fullpipe.methods import make_method
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import INSTANT, Link, Links
-from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node, State
@@ -33,7 +31,6 @@ from fullpipe.stations.drafts.model import DraftModel
 from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
-from fullpipe.stations.spec import StationSpec
 from fullpipe.stations.target import ModelStage
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
@@ -96,6 +93,10 @@ class Watching(InProcessPipeline):
     def draft(self, job: Flight) -> None:
         for node, (sequence, asked) in self.engine._jobs.asked.items():
             self.careful.expected[node] = path_of(sequence, asked)
+        # A root that is sent and not asked about has brought text up to a chain that the draft knows already.
+        self.careful.seen["overtaken"] += sum(
+            node >= 0 and not wants and not path
+            for part in job.parts for node, wants, path in zip(part.nodes, part.wants, part.paths))
         super().draft(job)
 
 
@@ -117,7 +118,7 @@ def drive(engine: TellingEngine) -> None:
 
 def test_a_draft_far_away_goes_on_by_itself_and_what_it_has_computed_is_not_computed_again() -> None:
     """Also where text has overtaken the chain: what is left of it hangs behind the root, in the slots that it has."""
-    careful, found = Careful(0.9), Counter[str]()
+    careful, found = Careful(0.97), Counter[str]()
     engine = engine_over(careful)
     sequence = engine.submit(Request(0, (4, 8, 15), SamplingParams(max_tokens=200)))
     sent: set[int] = set()
@@ -127,14 +128,11 @@ def test_a_draft_far_away_goes_on_by_itself_and_what_it_has_computed_is_not_comp
                 found["hits"] += event.fate == "hit"
         engine.check()
         if not sequence.finished:
-            root = sequence.tree.root
-            found["overtaken"] += not root.in_draft and any(child.in_draft for child in root.children.values())
-            sent |= {node for node, _ in engine._jobs.asked.items()}
-            found["kept"] += sum(node.in_draft and node.id not in sent and node is not root
-                                 for node in sequence.tree.nodes())
+            sent |= engine._jobs.asked.keys()
+            found["kept"] += sum(node.in_draft and node.id not in sent for node in sequence.tree.nodes())
     assert sequence.output == plain((4, 8, 15), 200)
     assert careful.seen["alone"] > 100 and careful.seen["rows"] < careful.seen["alone"]
-    assert found["hits"] > 100 and found["overtaken"] > 3 and found["kept"] > 100
+    assert found["hits"] > 50 and careful.seen["overtaken"] > 3 and found["kept"] > 100, found
     assert engine.figures[0].num_emitted == 200
 
 
@@ -168,10 +166,10 @@ def test_whatever_happens_meanwhile_text_slots_and_paths_are_right(
 def test_who_is_sent_back_while_slots_are_lent_loses_nothing() -> None:
     """The second comes while the first has lent slots; memory runs out, and the first is the younger one."""
     sent_back: list[Event] = []
-    engine = engine_over(Careful(0.9), draft_s=0.5, spare_slots=40, kv_cache_tokens=700)
+    engine = engine_over(Careful(0.9), draft_s=30.0, spare_slots=40, kv_cache_tokens=700)
     engine.listen(lambda event: sent_back.append(event) if isinstance(event, Preempted) else None)
     first = engine.submit(Request(0, (4, 8, 15), SamplingParams(max_tokens=400)), arrived=1.0)
-    while not (first.lent and len(first.output) > 150):
+    while not (first.lent and len(first.output) > 5):
         engine.step()
     older = engine.submit(Request(1, (4, 8, 16), SamplingParams(max_tokens=600)), arrived=0.0)
     lent = 0
@@ -244,8 +242,7 @@ def test_what_is_left_of_an_answer_is_what_it_says_behind_the_text(drawn: tuple[
 @given(chains())
 def test_what_is_left_stands_in_the_slots_that_it_was_computed_in(drawn: tuple[Expansion, list[int]]) -> None:
     said, text = drawn
-    careful = Careful(0.5)
-    engine = engine_over(careful)
+    engine = engine_over(Careful(0.5), draft_s=0.0)
     sequence = engine.submit(Request(0, (4, 8, 15), SamplingParams(max_tokens=80)))
     engine.step()
     node, lent = sequence.tree.root, [sequence.slots.take() or 0 for _ in said.computed]
@@ -255,18 +252,18 @@ def test_what_is_left_stands_in_the_slots_that_it_was_computed_in(drawn: tuple[E
         root = sequence.tree.root
         if root.state is State.PROPOSED:
             sequence.tree.launch(root)
-            root.slot = root.slot or sequence.slots.take()
+            before -= root.slot is None
+            root.slot = sequence.slots.take() if root.slot is None else root.slot
             sequence.path_slots += [root.slot or 0] if len(sequence.path_slots) == root.position else []
-            before -= 1
         sequence.tree.land(root, token)
         sequence.advance()
     _take_chain(sequence, node, said)
     sequence.check()
-    standing, root, under = list[int](), sequence.tree.root, {path: what for path, what in paths(said).items()}
+    standing, root, under = list[int](), sequence.tree.root, paths(said)
     stands = {tuple(path_of(sequence, one)[node.position + 1 :]): one.slot for one in sequence.tree.nodes()
               if one is not root and one.slot is not None}
     for slot, index in zip(lent, said.computed):
-        path = tuple(tuple(said.tokens[one] for one in said.computed[: said.computed.index(index) + 1]))
+        path = tuple(said.tokens[one] for one in said.computed[: said.computed.index(index) + 1])
         if path in stands:
             assert stands[path] == slot and under[path][1]
             standing.append(slot)
@@ -280,10 +277,11 @@ def test_what_is_left_stands_in_the_slots_that_it_was_computed_in(drawn: tuple[E
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A target, and a draft that is mostly right: the target, disturbed."""
     root, target = tmp_path_factory.mktemp("models"), tiny.tiny_model("qwen2", seed=1)
+    target.model.norm.weight.data *= 8  # so that both are sure of what they say
     found, generator = {"target": tiny.save(target, root / "target")}, torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in target.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.002 * torch.randn(parameter.shape, generator=generator))
     return found | {"draft": tiny.save(target, root / "draft")}
 
 
@@ -311,11 +309,10 @@ def test_a_model_and_its_draft_say_what_the_model_says(folders: dict[str, Path],
         draft = Counting(whole(folders["draft"]))
         pipeline = InProcessPipeline([ModelStage(whole(folders["target"], 0, 3), is_last=False),
                                       ModelStage(whole(folders["target"], 3), is_last=True)],
-                                     Mix([draft, NgramDraft()]) if mix else draft, costs=costs, links=far(2, 0.1))
-        machine = Machine(2, STAGE, DRAFT, draft_link_s=0.1) if name == "fullpipe" else None
+                                     Mix([draft, NgramDraft()]) if mix else draft, costs=costs, links=far(2, 0.04))
+        machine = Machine(2, STAGE, DRAFT, draft_link_s=0.04) if name == "fullpipe" else None
         engine = TellingEngine(pipeline, make_method(name, machine=machine))
         sequences = [engine.submit(Request(id, (1, 17, 9, 33, id + 3), params)) for id in range(2)]
-        sequences[1].request.params.max_tokens  # noqa: B018
         drive(engine)
         texts.append([one.output for one in sequences])
         if name == "fullpipe":

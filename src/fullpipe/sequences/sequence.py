@@ -46,7 +46,7 @@ class Sequence:
     arrived: when it came; waiting_since: when its newest token came, or it did. Seconds of the pipeline's clock.
     tokens, path_slots: the committed path by position, prompt and root included (the root's slot joins
     when it gets one). cached: prompt positions taken over from another request. finished: why it ended, once it has.
-    lent: slots that the draft may fill on its own, until its answer comes.
+    lent: slots that the draft may fill on its own, until its answer comes or a node has no other left.
     """
 
     request: Request
@@ -135,7 +135,7 @@ class Sequence:
     def add_node(self, part: Part, channel: Channel, node: Node, wants: bool) -> None:
         """Append a node's row. Its ancestors were sent before, or stand in the part already."""
         if node.slot is None:
-            node.slot = self.slots.take()
+            node.slot = self.lent.pop() if self.lent and not self.slots.num_free else self.slots.take()
             assert node.slot is not None, "the method took more nodes than there was room for"
             if node is self.tree.root:
                 self.path_slots.append(node.slot)

@@ -17,12 +17,13 @@ from driving import TellingEngine
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.engine.jobs import _behind, _take_chain
 from fullpipe.events import Emitted, Preempted
-from fullpipe.messages import Event, Expansion, Flight, steps
+from fullpipe.messages import Drafted, Event, Expansion, Flight, steps
 from fullpipe.methods import make_method
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import INSTANT, Link, Links
+from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node, State
@@ -31,6 +32,7 @@ from fullpipe.stations.drafts.model import DraftModel
 from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
+from fullpipe.stations.spec import StationSpec
 from fullpipe.stations.target import ModelStage
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
@@ -239,6 +241,18 @@ def test_what_is_left_of_an_answer_is_what_it_says_behind_the_text(drawn: tuple[
         assert [rest.parents[index] for index in rest.computed] == [-1, *rest.computed[:-1]][: len(rest.computed)]
 
 
+def commit(sequence: Sequence, token: int) -> None:
+    """The root enters, lands, and says what follows."""
+    root = sequence.tree.root
+    if root.slot is None:
+        root.slot = sequence.slots.take()
+        sequence.path_slots.append(root.slot or 0)
+    if root.state is State.PROPOSED:
+        sequence.tree.launch(root)
+    sequence.tree.land(root, token)
+    sequence.advance()
+
+
 @given(chains())
 def test_what_is_left_stands_in_the_slots_that_it_was_computed_in(drawn: tuple[Expansion, list[int]]) -> None:
     said, text = drawn
@@ -249,14 +263,8 @@ def test_what_is_left_stands_in_the_slots_that_it_was_computed_in(drawn: tuple[E
     sequence.lent = list(lent)
     before = sequence.slots.num_free + len(lent)
     for token in text:
-        root = sequence.tree.root
-        if root.state is State.PROPOSED:
-            sequence.tree.launch(root)
-            before -= root.slot is None
-            root.slot = sequence.slots.take() if root.slot is None else root.slot
-            sequence.path_slots += [root.slot or 0] if len(sequence.path_slots) == root.position else []
-        sequence.tree.land(root, token)
-        sequence.advance()
+        before -= sequence.tree.root.slot is None
+        commit(sequence, token)
     _take_chain(sequence, node, said)
     sequence.check()
     standing, root, under = list[int](), sequence.tree.root, paths(said)
@@ -268,6 +276,31 @@ def test_what_is_left_stands_in_the_slots_that_it_was_computed_in(drawn: tuple[E
             assert stands[path] == slot and under[path][1]
             standing.append(slot)
     assert len(stands) == len(standing) and sequence.slots.num_free == before - len(standing)
+    if stands:  # what the draft knows is not all that is committed before it
+        known = sequence.draft.rows
+        commit(sequence, next(child.token for child in root.children.values() if child.in_draft))
+        assert sequence.draft.rows == known and not sequence.tree.root.in_draft
+
+
+# ---- in processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+def test_a_draft_in_a_process_goes_on_at_its_pace() -> None:
+    stages = [StationSpec("fullpipe.stations.scripted:ScriptedStage", {"index": k, "num_stages": 2, "truth": TRUTH})
+              for k in range(2)]
+    draft = StationSpec("fullpipe.stations.drafts.scripted:ScriptedDraft", {"truth": TRUTH, "accuracy": 0.9})
+    pace, heard = {"stage 0": {1: 0.002}, "draft": {1: 0.002}}, list[Drafted]()
+    machine = Machine(2, CostCurve({1: 0.002}), CostCurve({1: 0.002}), draft_link_s=0.02)
+    with WorkersPipeline(stages, draft, links=far(2, 0.02), pace=pace) as pipeline:
+        engine = TellingEngine(pipeline, make_method("fullpipe", machine=machine), listeners=[
+            lambda event: heard.append(event) if isinstance(event, Drafted) else None])
+        sequence = engine.submit(Request(0, (4, 8, 15), SamplingParams(max_tokens=60)))
+        drive(engine)
+    assert sequence.output == plain((4, 8, 15), 60)
+    assert sum(steps(one.expansions) for one in heard) > 20
+    assert all(one.leg.end - one.leg.start >= 0.002 * (1 + steps(one.expansions)) - 1e-6
+               for one in heard if one.leg.nodes)
 
 
 # ---- with models -------------------------------------------------------------------------------------------

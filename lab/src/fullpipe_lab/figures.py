@@ -94,3 +94,47 @@ def _draw(plot: Any, panel: Panel, names: Sequence[str], log: bool) -> None:
     plot.set_xlabel(panel.x_label)
     plot.set_title(panel.title)
     plot.grid(alpha=0.15)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point of a map with its label. shape: as matplotlib names markers."""
+
+    label: str
+    x: float
+    y: float
+    shape: str
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """Heights over x, in logarithms, and y. xs, values: a line for each y, all of one length."""
+
+    title: str
+    xs: Sequence[Sequence[float]]
+    ys: Sequence[float]
+    values: Sequence[Sequence[float]]
+    marks: Sequence[Mark]
+
+
+def maps(found: Sequence[Map], x_label: str, y_label: str, label: str) -> str:
+    """Maps side by side, each with a scale of its own."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(5.2 * len(found), 4.6), layout="constrained")
+        for plot, one in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
+            ys = [[y] * len(xs) for xs, y in zip(one.xs, one.ys)]
+            drawn = plot.contourf(one.xs, ys, one.values, levels=14, cmap="YlGnBu_r")
+            figure.colorbar(drawn, ax=plot, label=label, format="%g")
+            for mark, colour in zip(one.marks, COLOURS):
+                plot.plot(mark.x, mark.y, mark.shape, color=colour, markersize=9, markeredgecolor="black",
+                          markeredgewidth=2.5 if mark.shape == "x" else 0.8, linestyle="none", label=mark.label,
+                          clip_on=False, zorder=3)
+            plot.set_xscale("log", base=2)
+            plot.xaxis.set_major_formatter("{x:g}")
+            plot.set_xlabel(x_label)
+            plot.set_ylabel(y_label)
+            plot.set_title(one.title)
+            plot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+        return _svg(figure)

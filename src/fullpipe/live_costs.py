@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left
 
 from fullpipe.costs import CostCurve, Machine
-from fullpipe.messages import Drafted, Landed
+from fullpipe.messages import Drafted, Landed, steps
 
 # Shares of a leg's error by which all knots follow, and those of its rows besides. More often a station has become
 # slower as a whole than at some rows alone.
@@ -62,9 +62,9 @@ class LiveMachine(Machine):
                     self.know(curves)
             case Drafted():
                 rows, seconds = len(event.leg.nodes), event.leg.end - event.leg.start
-                if steps := sum(len(expansion.computed) for expansion in event.expansions):
+                if alone := steps(event.expansions):
                     # A chain's steps are calls of one row each; what the first call took is not known apart.
-                    rows, seconds = (1, seconds / (1 + steps)) if rows == 1 else (0, 0.0)
+                    rows, seconds = (1, seconds / (1 + alone)) if rows == 1 else (0, 0.0)
                 if self._draft.observe(rows, seconds):
                     self.draft = self._draft.curve
 

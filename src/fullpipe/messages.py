@@ -153,6 +153,11 @@ class Expansion(Struct):
     learned: bool = False
 
 
+def steps(answer: Any) -> int:
+    """How many steps a draft went on by itself, each of one row; of a stage's answer none."""
+    return sum(len(one.computed) for one in answer) if isinstance(answer, list) else 0
+
+
 class Event(Struct, tag_field="type", tag=True, forbid_unknown_fields=True):
     """Something that happened at `time` (seconds of the pipeline's clock)."""
 

@@ -120,7 +120,7 @@ def test_without_refresh_every_wrong_first_answer_is_a_miss() -> None:
 @pytest.mark.parametrize("method", WITH_REFRESH)
 def test_a_refresh_rides_along_behind_new_nodes(method: str) -> None:
     source = Changeable(3)
-    run(source, method)
+    run(source, method, width=1)
     seen: set[int] = set()
     again = 0
     for nodes in source.jobs:

@@ -174,7 +174,8 @@ CHANGES: list[tuple[Frame, tuple[str, ...], Any]] = [
     *((DRAFTED, (GUESS,), [value]) for value in (
         3, {name: SAID[name] for name in ("node", "tokens", "logprobs")}, SAID | {"node": 2}, SAID | {"node": "1"},
         SAID | {"logprobs": [-0.5, -1.0, -2.0]}, SAID | {"parents": [0, 0]}, SAID | {"tokens": [-5, 6]},
-        SAID | {"logprobs": [-0.5, float("nan")]}, SAID | {"sources": [1]}, SAID | {"sources": [1, -1]})),
+        SAID | {"logprobs": [-0.5, float("nan")]}, SAID | {"sources": [1]}, SAID | {"sources": [1, -1]},
+        *(SAID | {"computed": computed} for computed in ([2], [-1], [1], [0, 0], ["0"])))),
     (BEAT, ("done",), MISSING), (BEAT, ("done",), "0"), (BEAT, ("done",), 7), (BEAT, ("done",), -2),
     ({"kind": "Free"}, ("kind",), "RFree"),
 ]

@@ -10,7 +10,7 @@ from fullpipe.stations.drafts.mix import Mix, merge
 
 def expansion(*guesses: tuple[int, float, int], source: int = 0) -> Expansion:
     return Expansion(4, [t for t, _, _ in guesses], [math.log(p) for _, p, _ in guesses], [u for _, _, u in guesses],
-                     [source] * len(guesses))
+                     sources=[source] * len(guesses))
 
 
 def test_every_guess_once_and_chains_kept() -> None:

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -29,6 +30,7 @@ from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
+from fullpipe.stations.drafts.chains import go_on
 from fullpipe.stations.sampling import RowContext, rank
 from fullpipe_lab.files import on_disk
 from fullpipe_lab.recording import Answer, Head
@@ -222,25 +224,13 @@ class MemoDraft:
             count = min(fanout, len(tokens))
             expansions.append(Expansion(part.nodes[row], tokens[:count], logprobs[:count], [-1] * count))
         if wanted and part.ahead:
-            self._go_on(part, ids[wanted[0]], part.paths[wanted[0]], expansions[0], fanout, least)
+            go_on(part, wanted[0], expansions[0], least, partial(self._ask, fanout))
         return expansions
 
-    def _go_on(self, part: Part, id: int, path: list[int], expansion: Expansion, fanout: int, least: float) -> None:
-        """Further along the likeliest chain, as `DraftModel` does."""
-        best, chain = 0, 0.0
-        for slot in part.ahead:
-            chain += min(expansion.logprobs[best], 0.0)
-            if chain < least:
-                return
-            self._ids[slot] = id = self._memo.child(id, expansion.tokens[best])
-            ((tokens, logprobs),) = self._memo.answers([id])
-            count = min(fanout, len(tokens))
-            expansion.computed.append(best)
-            parents = [best] * count
-            best = len(expansion.tokens)
-            expansion.tokens += tokens[:count]
-            expansion.logprobs += logprobs[:count]
-            expansion.parents += parents
+    def _ask(self, fanout: int, one: Part) -> tuple[list[int], list[float]]:
+        """What follows the only row of a part."""
+        ((tokens, logprobs),) = self._memo.answers([self._id(one, 0)])
+        return tokens[:fanout], logprobs[:fanout]
 
     def _id(self, part: Part, row: int) -> int:
         """The path of a row. Rows of the prompt have none that matters."""

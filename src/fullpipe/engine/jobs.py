@@ -17,7 +17,8 @@ _Parts = dict[int, tuple[Part, Sequence]]  # by request
 
 class Jobs:
     """Makes draft jobs and remembers what was asked. asked: by node, until it is answered or dies. newest: id of a job
-    from which to go on. calibration: how far the answers are believed."""
+    from which to go on. calibration: how far the answers are believed. out: when the job that is on its way set off
+    (None: none is), and its rows."""
 
     def __init__(self, options: EngineOptions, newest: int, calibration: Calibration) -> None:
         self._calibration = calibration
@@ -25,7 +26,7 @@ class Jobs:
         self._ids = count(newest + 1)
         self.asked: dict[int, tuple[Sequence, Node]] = {}
         self.closes: list[ArenaId] = []
-        self.out: tuple[float, int] | None = None
+        self.out: tuple[float | None, int] = None, 0
         self._deep: dict[int, tuple[Sequence, Node]] = {}  # nodes behind which the draft goes on by itself
 
     def next(self, method: Method, sequences: Collection[Sequence], load: Load) -> tuple[Flight, dict[int, int]] | None:
@@ -65,7 +66,7 @@ class Jobs:
         wanted = {node.id for node in nodes}
         sent: set[int] = set()
         for node in nodes:
-            missing = [] if node.id in sent else _not_in_draft(node)
+            missing = [] if node.id in sent else _not_in_draft(node, sequence.tree.root)
             if sum(other.slot is None for other in missing) > sequence.room:
                 sequence.tree.return_unasked(node)
                 continue
@@ -78,28 +79,32 @@ class Jobs:
                     self.asked[other.id] = (sequence, other)
 
     def _lend(self, method: Method, sequence: Sequence, node: Node, part: Part, job: Flight, load: Load) -> None:
-        """Let the draft go on behind the first node that it is asked about, as far as the method wants."""
+        """Let the draft go on behind the first node that it is asked about, as far as the method wants: not to where
+        nothing is to be guessed any more, and with half of the room, for launches need some meanwhile."""
         levels, least = method.levels(sequence, node, load)
-        if levels and node.waiting and (slots := sequence.lend(levels)):
-            part.ahead, job.least = slots, least
+        levels = min(levels, sequence.tree.horizon - node.position - 1, sequence.room // 2)
+        if levels > 0 and node.waiting:
+            part.ahead, job.least = _lend(sequence, levels), least
             self._deep[node.id] = sequence, node
 
     def answered(self, event: Drafted) -> list[Expansion]:
         """Take what is answered, as far as it is believed; that is returned. A node that the reply leaves out stays
         asked: its answer may come with a later one."""
         believed = []
-        self.out = None
+        self.out = None, 0
         deep, self._deep = self._deep, {}
         for expansion in event.expansions:
-            if expansion.node in deep:
-                self.asked.pop(expansion.node, None)
-                sequence, node = deep.pop(expansion.node)
+            entry = self.asked.pop(expansion.node, None)
+            if lent := deep.pop(expansion.node, None):
+                sequence, node = lent
                 believed.append(self._calibration.take(node, expansion))
                 _take_chain(sequence, node, believed[-1])
-            elif entry := self.asked.pop(expansion.node, None):
+            elif entry:
                 sequence, node = entry
                 believed.append(self._calibration.take(node, expansion))
                 sequence.tree.propose(node, believed[-1])
+        for sequence, _ in deep.values():  # the draft has left it out, or it was called back on its way
+            _take_back(sequence)
         return believed
 
     def check(self) -> None:
@@ -107,9 +112,25 @@ class Jobs:
         assert all(node.waiting for _, node in self.asked.values())
 
 
+def _lend(sequence: Sequence, count: int) -> list[int]:
+    """Lend that many slots, for which there is room, to the draft."""
+    assert not sequence.lent
+    sequence.lent = [slot for _ in range(count) if (slot := sequence.slots.take()) is not None]
+    return list(sequence.lent)
+
+
+def _take_back(sequence: Sequence, used: Collection[int] = ()) -> None:
+    """Have the slots that were lent back, but for those that nodes stand in now."""
+    lent, sequence.lent = sequence.lent, []
+    for slot in lent:
+        if slot not in used:
+            sequence.slots.give(slot)
+
+
 def _take_chain(sequence: Sequence, node: Node, expansion: Expansion) -> None:
     """Take an answer with a chain. While it was on its way text may have followed the chain: what is left of it then
     follows the root."""
+    steps = len(expansion.computed)
     if node.state is State.COMMITTED:
         since = sequence.tokens[node.position + 1 : sequence.tree.root.position + 1]
         rest = _behind(expansion, since)
@@ -118,22 +139,22 @@ def _take_chain(sequence: Sequence, node: Node, expansion: Expansion) -> None:
         node.asked = node.asked or rest is not None
     if expansion.tokens:
         sequence.tree.propose(node, expansion)
-    _adopt(sequence, node, expansion)
+    _adopt(sequence, node, expansion, steps - len(expansion.computed))
 
 
-def _adopt(sequence: Sequence, node: Node, expansion: Expansion) -> None:
-    """Take guesses that the draft has computed on its own for nodes that it knows. What is left of the slots that were
-    lent for them comes back."""
-    lent, sequence.lent = sequence.lent, []
-    for index in expansion.computed if node.state in LIVE else ():
+def _adopt(sequence: Sequence, node: Node, expansion: Expansion, passed: int) -> None:
+    """Take guesses that the draft has computed on its own for nodes that it knows, each in the slot that was lent for
+    it. passed: steps of the chain that the text has taken already, in slots of its own."""
+    used: list[int] = []
+    for slot, index in zip(sequence.lent[passed:], expansion.computed if node.state in LIVE else ()):
         child = node.children.get(expansion.tokens[index])
-        if not lent or child is None or child.slot is not None or child.in_draft:
+        if child is None or child.slot is not None or child.in_draft:
             break
-        sequence.place(child, lent.pop(0))
+        sequence.place(child, slot)
         child.in_draft = child.asked = child.answered = True
         node = child
-    for slot in lent:
-        sequence.slots.give(slot)
+        used.append(slot)
+    _take_back(sequence, used)
 
 
 def _behind(expansion: Expansion, tokens: list[int]) -> Expansion | None:
@@ -157,11 +178,14 @@ def _behind(expansion: Expansion, tokens: list[int]) -> Expansion | None:
     return found if found.tokens else None
 
 
-def _not_in_draft(node: Node) -> list[Node]:
-    """The node, and before it those of its ancestors that the draft has not computed. (A node is sent after
-    its ancestors, so above the first that is known all are.)"""
+def _not_in_draft(node: Node, root: Node) -> list[Node]:
+    """The node, and before it those of its ancestors that the draft has not computed. A node is sent after its
+    ancestors, so above the first that is known all are; but a root that text had brought before the draft's chain led
+    to it is known in another slot only, and what is known behind it does not tell."""
     missing = [node]
     while (parent := missing[-1].parent) is not None and not parent.in_draft:
         missing.append(parent)
+    if not root.in_draft and missing[-1] is not root:
+        missing.append(root)
     missing.reverse()
     return missing

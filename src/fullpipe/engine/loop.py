@@ -103,8 +103,7 @@ class Loop:
             self.pipeline.draft(job)
 
     def _load(self) -> Load:
-        running, under_way = len(self._scheduler.running), len(self._flights.under_way)
-        return Load(running, 0, under_way, self._now, *(self._jobs.out or (None, 0)))
+        return Load(len(self._scheduler.running), 0, len(self._flights.under_way), self._now, *self._jobs.out)
 
     def _act(self, event: Event) -> None:
         match event:

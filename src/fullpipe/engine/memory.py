@@ -59,7 +59,7 @@ class Memory:
         while sequence.slots.capacity < whole and sequence.slots.num_free < _GROWTH // 2:
             more = min(_GROWTH, whole - sequence.slots.capacity)
             if not self._ledger.take(more):
-                return sequence.slots.num_free >= least
+                return sequence.slots.num_free + len(sequence.lent) >= least
             sequence.slots.grow(sequence.slots.capacity + more)
             self._close_dropped()
         return True

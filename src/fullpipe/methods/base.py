@@ -85,7 +85,8 @@ class Method(ABC):
 
         sequences: those whose root may enter, or has. At most `Sequence.room` nodes of each get a new slot. Never names
         a node whose parent is neither launched nor earlier in the list. Where a root waits and nothing is under way,
-        something is chosen.
+        something is chosen, or a draft job is out, or `expand` chooses one at once: a root is held for the draft's
+        answer and for nothing else.
         """
 
     @abstractmethod

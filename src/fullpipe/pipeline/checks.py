@@ -99,3 +99,6 @@ def _check_expansion(one: Expansion, newest: int) -> None:
         raise NonsenseError(f"guesses for node {one.node} by nobody")
     if not all(-1 <= parent < at for at, parent in enumerate(one.parents)):
         raise NonsenseError(f"a guess for node {one.node} that comes before its parent")
+    chain = [one.parents[index] if 0 <= index < len(one.parents) else None for index in one.computed]
+    if one.computed and chain != [-1, *one.computed[:-1]]:
+        raise NonsenseError(f"a chain behind node {one.node} that does not hang together")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fullpipe.costs import Machine
 from fullpipe.errors import PipelineError
-from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready, Woken
+from fullpipe.messages import Drafted, Event, Flight, Landed, Leg, Ready, Woken, steps
 from fullpipe.pipeline.agenda import Agenda
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.cancelled import CancelTimes
@@ -186,8 +186,8 @@ class InProcessPipeline(Pipeline):
         begun, before = self.now(), time.perf_counter()
         result, tap = untapped(flight, station.run(flight, cargo.hidden))
         duration = self._costs(station.name, flight.num_rows, time.perf_counter() - before, _context(flight))
-        if station is self._draft and (steps := sum(len(expansion.computed) for expansion in result)):
-            duration += steps * self._costs(station.name, 1, 0.0, _context(flight))
+        if alone := steps(result):
+            duration += alone * self._costs(station.name, 1, 0.0, _context(flight))
         ends = self._agenda.time + duration
         leg = Leg(station.name, begun, self.now() if self._wall else ends, flight.nodes)
         if tap and (taps := self._taps):

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, cast
 
 from fullpipe.costs import CostCurve
 from fullpipe.errors import FullpipeError, PipelineError
-from fullpipe.messages import Landed
+from fullpipe.messages import Landed, steps
 from fullpipe.pipeline.cancelled import Cancelled
 from fullpipe.pipeline.emulation import Arrival, Outbox, sleep_until, wake_promptly
 from fullpipe.pipeline.frames import (
@@ -107,11 +107,12 @@ class Control:
             arrival.flight, arrival.hidden = drop_rows(arrival.flight, arrival.hidden, dead)
 
     def timed(self, arrival: Arrival, work: Callable[[], Any]) -> tuple[Any, Stay]:
-        """Do the station's work on a flight; its result, and the stay so far."""
+        """Do the station's work on a flight; its result, and the stay so far. Where it goes at the pace of a curve,
+        each step of a chain that a draft takes by itself is a call of one row."""
         start, flight = time.monotonic(), arrival.flight
         result = work()
         if self._pace:
-            sleep_until(start + self._pace(flight.num_rows))
+            sleep_until(start + self._pace(flight.num_rows) + steps(result) * self._pace(1))
         self._done = flight.id
         return result, Stay(arrival.due - arrival.came, max(0.0, start - arrival.due), time.monotonic() - start, 0.0,
                             flight.nodes)

@@ -46,7 +46,7 @@ class Sequence:
     arrived: when it came; waiting_since: when its newest token came, or it did. Seconds of the pipeline's clock.
     tokens, path_slots: the committed path by position, prompt and root included (the root's slot joins
     when it gets one). cached: prompt positions taken over from another request. finished: why it ended, once it has.
-    lent: slots that the draft may fill on its own, until its answer comes.
+    lent: slots that the draft may fill on its own, until its answer comes or a node has no other left.
     """
 
     request: Request
@@ -135,7 +135,7 @@ class Sequence:
     def add_node(self, part: Part, channel: Channel, node: Node, wants: bool) -> None:
         """Append a node's row. Its ancestors were sent before, or stand in the part already."""
         if node.slot is None:
-            node.slot = self.slots.take()
+            node.slot = self.lent.pop() if self.lent and not self.slots.num_free else self.slots.take()
             assert node.slot is not None, "the method took more nodes than there was room for"
             if node is self.tree.root:
                 self.path_slots.append(node.slot)
@@ -150,11 +150,6 @@ class Sequence:
         part.slots.append(node.slot)
         part.paths.append(node.path)
         part.wants.append(wants)
-
-    def lend(self, count: int) -> list[int]:
-        """Up to `count` slots that the draft may fill on its own."""
-        self.lent = [slot for _ in range(min(count, self.room)) if (slot := self.slots.take()) is not None]
-        return list(self.lent)
 
     def place(self, node: Node, slot: int) -> None:
         """Let a node below the root stand in a slot."""
@@ -183,6 +178,7 @@ class Sequence:
             self.path_slots.append(root.slot)
         if root.state is not State.PROPOSED:
             self.stages.rows = root.position + 1
+        root.in_draft &= self.draft.rows == root.position  # known there, and with all that is committed
         if root.in_draft:
             self.draft.rows = root.position + 1
         for node in step.dead:

@@ -10,8 +10,9 @@ from typing import cast
 from msgspec import convert
 from msgspec.structs import replace
 
-from fullpipe.messages import ArenaId, Expansion, Flight, Tap
+from fullpipe.messages import ArenaId, Expansion, Flight, Part, Tap
 from fullpipe.stations.base import DraftLike, tap_reader
+from fullpipe.stations.drafts.chains import chain_rows
 from fullpipe.stations.spec import StationSpec
 
 _LN2 = math.log(2)
@@ -54,9 +55,12 @@ class Mix:
         answered once."""
         answers: dict[int, list[Expansion]] = {}
         for rank, draft in enumerate(self._drafts):
-            for expansion in draft.run(self._question(rank, job)):
+            said = draft.run(self._question(rank, job))
+            for expansion in said:
                 answers.setdefault(expansion.node, []).append(
                     replace(expansion, sources=[1 << rank] * len(expansion.tokens)))
+            if rank == 0:
+                job = _with_chains(job, said)
             if rank == 0 and rank in self._readers:
                 answered = set(answers)
                 for node in answered & self._held.keys():
@@ -97,6 +101,27 @@ def first_rows(job: Flight, count: int) -> Flight:
     return replace(job, parts=parts)
 
 
+def _with_chains(job: Flight, said: Sequence[Expansion]) -> Flight:
+    """The job for all drafts but the first: it alone goes on by itself, and what it has computed on its way the others
+    must know of too, for those slots are filled now."""
+    chains = {one.node: [one.tokens[index] for index in one.computed] for one in said if one.computed}
+    parts = []
+    for part in job.parts:
+        if part.ahead:
+            row = next((row for row, node in enumerate(part.nodes) if part.wants[row] and node in chains), None)
+            part = part if row is None else _joined(part, chain_rows(part, row, chains[part.nodes[row]]))
+            part = replace(part, ahead=[])
+        parts.append(part)
+    return replace(job, parts=parts)
+
+
+def _joined(part: Part, chain: Part) -> Part:
+    """The part, and behind its rows those of a chain, of which nobody wants to hear."""
+    return Part(part.arena, part.commits, part.nodes + chain.nodes, part.tokens + chain.tokens,
+                part.positions + chain.positions, part.slots + chain.slots, part.paths + chain.paths,
+                part.wants + [False] * len(chain))
+
+
 def merge(expansions: Sequence[Expansion]) -> Expansion:
     """One expansion of the same node that holds every guess once, chains included.
 
@@ -124,7 +149,8 @@ def merge(expansions: Sequence[Expansion]) -> Expansion:
                 merged.sources[index] |= source
                 merged.logprobs[index] = math.log((math.exp(merged.logprobs[index]) + math.exp(logprob)) / 2)
             moved.append(index)
-        merged.computed += [moved[index] for index in expansion.computed]
+        if rank == 0:  # who alone goes on by itself
+            merged.computed = [moved[index] for index in expansion.computed]
     return merged
 
 

@@ -6,6 +6,7 @@ the very noise that the target will add at that position (DESIGN section 3).
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from fullpipe.messages import ArenaId, Expansion, Flight, Part
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.weights import open_model
+from fullpipe.stations.drafts.chains import go_on
 from fullpipe.stations.sampling import rank
 from fullpipe.stations.target import SliceRunner, Wanted
 
@@ -43,32 +45,17 @@ class DraftModel:
             for row, expansion in zip(wanted, expansions):
                 first.setdefault(row.part.arena, (row, expansion))
             for row, expansion in first.values():
-                self._go_on(job, row, expansion)
+                go_on(row.part, row.row, expansion, job.least, partial(self._ask, job.fanout))
         self._runner.close(job.closes)
         return expansions
 
-
-    def _go_on(self, job: Flight, row: Wanted, expansion: Expansion) -> None:
-        """Guess further along the likeliest chain, a step at a time, while there are slots and it is likely enough."""
-        part, path, best, chain = row.part, row.part.paths[row.row], 0, 0.0
-        for step, slot in enumerate(part.ahead, 1):
-            chain += min(expansion.logprobs[best], 0.0)
-            if chain < job.least:
-                return
-            path = [*path, slot]
-            one = Part(part.arena, [], [-1], [expansion.tokens[best]], [part.positions[row.row] + step], [slot], [path],
-                       [True])
-            flight = Flight(job.id, [one])
-            hidden = self._runner.forward(flight, None)
-            (wanted,) = self._runner.wanted(flight)
-            (tokens,), (logprobs,) = rank(self._runner.logits(hidden, [wanted]), [wanted.context()], job.fanout,
-                                          limit=self._vocab)
-            expansion.computed.append(best)
-            parents = [best] * len(tokens)
-            best = len(expansion.tokens)
-            expansion.tokens += tokens
-            expansion.logprobs += logprobs
-            expansion.parents += parents
+    def _ask(self, fanout: int, one: Part) -> tuple[list[int], list[float]]:
+        """What follows the only row of a part."""
+        flight = Flight(-1, [one])
+        hidden, wanted = self._runner.forward(flight, None), list(self._runner.wanted(flight))
+        (tokens,), (logprobs,) = rank(self._runner.logits(hidden, wanted), [wanted[0].context()], fanout,
+                                      limit=self._vocab)
+        return tokens, logprobs
 
 
 def build_draft_model(*, model: str, dtype: str, vocab: int | None = None) -> DraftModel:

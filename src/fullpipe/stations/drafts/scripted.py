@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fullpipe.messages import ArenaId, Expansion, Flight, Part, Tap
+from fullpipe.stations.drafts.chains import go_on
 from fullpipe.stations.scripted import Truth, answerer, hash_token, tap_features
 from fullpipe.stations.table import SlotTable, open_table
 
@@ -42,10 +44,20 @@ class ScriptedDraft:
         for part in job.parts:
             table = self._tables[part.arena]
             table.apply(part)
-            expansions += [self._expand(table, part, row, job.fanout) for row in range(len(part)) if part.wants[row]]
+            wanted = [row for row in range(len(part)) if part.wants[row]]
+            said = [self._expand(table, part, row, job.fanout) for row in wanted]
+            if said and part.ahead:
+                go_on(part, wanted[0], said[0], job.least, partial(self._ask, table, job.fanout))
+            expansions += said
         for request in job.closes:
             self._tables.pop(request, None)
         return expansions
+
+    def _ask(self, table: SlotTable, fanout: int, one: Part) -> tuple[list[int], list[float]]:
+        """What follows the only row of a part."""
+        table.apply(one)
+        said = self._expand(table, one, 0, fanout)
+        return said.tokens, said.logprobs
 
     def _expand(self, table: SlotTable, part: Part, row: int, fanout: int) -> Expansion:
         path = table.tail(part, row, 3)

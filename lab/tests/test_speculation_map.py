@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from fullpipe_lab.memo import Memo, Memos
 from fullpipe_lab.receipts import save_receipt, study_receipt
 from fullpipe_lab.recording import Answer, Head, Recording
 from fullpipe_lab.studies.speculation_map import (
+    PICTURE,
+    RECEIPT,
     Kept,
     Profile,
     best_point,
@@ -129,6 +132,16 @@ def test_what_methods_did_is_kept_and_drawn(tmp_path: Path) -> None:
     drawn = kept.picture()
     assert drawn == kept.picture() and "two units" in drawn and "pp: 500.0 tokens a second" in drawn
     assert f"fullpipe: {found['fullpipe'].speed:.0f}" in drawn and "chain, depth 2" in drawn
+
+
+def test_the_page_says_what_the_receipt_says() -> None:
+    page = PICTURE.with_suffix(".md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if re.search(r"\| \d+\.\d\d \| \d+\.\d\d \|", line)]
+    kept = Kept(json.loads(RECEIPT.read_text(encoding="utf-8")))
+    assert [line.strip("| ").split(" | ")[1:] for line in table] == [line[2:] for line in kept.table()]
+    assert f"right for {kept.profile.first:.3f}" in page
+    best = [best_point(machine, kept.profile)[1:] for machine in kept.machines.values()]
+    assert best == [(3, 2), (64, 3)], "the page says where the tops of the maps are"
 
 
 def results() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What rows and levels of a flight are worth, in closed form, and where methods really sit: the picture of
 docs/speculation-costs.md. Virtual time, recorded answers.
 
-    python -m fullpipe_lab.studies.speculation_map measure --bench DIR --clusters FILE_OR_PRESET ... [--limit 2]
+    python -m fullpipe_lab.studies.speculation_map measure --bench DIR --clusters FILE_OR_PRESET ... [--limit 1]
     python -m fullpipe_lab.studies.speculation_map draw
 
 `measure` counts how often the draft is right on all recorded answers (recording-t0.jsonl and memo/ of a bench folder),
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 RECEIPT = STUDIES / "speculation_map.json"
 PICTURE = STUDIES.parents[1] / "docs" / "speculation-costs.svg"
 SETTINGS = (Setting("pp", "none"), *(Setting("chain", "model", depth=depth) for depth in (2, 4, 8, 12)),
-            *(Setting("pipedec", "model", width=width) for width in (1, 2, 4, 16)), Setting("fullpipe", "model"))
-MOST_ROWS, MOST_LEVELS = 128, 12
+            *(Setting("pipedec", "model", width=width) for width in (1, 2, 4, 16, 32)), Setting("fullpipe", "model"))
+MOST_ROWS, MOST_LEVELS = 128, 16
 _OTHERS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 15.0)  # where the profile is kept
 _STEPS = 60  # of the picture, each way
 
@@ -112,7 +112,7 @@ def best_point(machine: Machine, profile: Profile) -> tuple[float, int, int]:
 
 @dataclass(slots=True)
 class _Flights:
-    """Listens for rows and levels of flights."""
+    """Listens for rows of flights, and for levels: the longest chain in a flight."""
 
     flights: int = 0
     rows: int = 0
@@ -122,7 +122,10 @@ class _Flights:
         if isinstance(event, Launched) and event.nodes:
             self.flights += 1
             self.rows += len(event.nodes)
-            self.levels += len(set(event.positions))
+            depths: dict[int, int] = {}
+            for node, parent in zip(event.nodes, event.parents):
+                depths[node] = depths.get(parent, 0) + 1
+            self.levels += max(depths.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +263,7 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, default=Path("bench-out"), help="recording-t0.jsonl and memo/")
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="the model whose answers the memos keep")
     parser.add_argument("--clusters", nargs="+", default=["gpus-8"])
-    parser.add_argument("--limit", type=int, default=2, help="answers of each set that are replayed")
+    parser.add_argument("--limit", type=int, default=1, help="answers of each set that are replayed")
     parser.add_argument("--receipt", type=Path, default=RECEIPT)
     parser.add_argument("--out", type=Path, default=PICTURE)
     asked = parser.parse_args()

@@ -25,7 +25,7 @@ from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe.stations.scripted import ScriptedStage, hash_token
 from fullpipe.stations.table import SlotTable
 
-SEED, INSTANCES, TOKENS = 13, 10, 60
+SEED, INSTANCES, TOKENS = 13, 8, 50
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 
 
@@ -130,4 +130,4 @@ def test_the_regret_is_small() -> None:
         own = instance.seconds(make_method("fullpipe", machine=instance.machine))
         best = min(instance.seconds(plan) for plan in plans())
         regrets.append(max(own / best - 1, 0.0))
-    assert mean(regrets) <= 0.05, regrets
+    assert mean(regrets) <= 0.02 and max(regrets) <= 0.1, regrets

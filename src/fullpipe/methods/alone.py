@@ -38,6 +38,7 @@ _MOST_LEVELS = 24  # that a draft goes on by itself
 _LEAST_CHAIN = math.log(0.1)  # chains less likely than this it gives up
 _SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # rows of a flight that are compared
 _MOST_ASKED = 64  # rows of a draft job
+_GIVEN_UP = 16  # flights in which the draft was not asked
 _USUAL_LEVELS = 16  # more do not count when it is remembered how many a flight had
 
 
@@ -53,12 +54,14 @@ class Alone:
         self._levels = 1.0  # of the likeliest chain in a flight, of late
         self._rows = 1  # of the newest flight
         self._sent: deque[int] = deque(maxlen=64)  # rows of the newest flights
+        self._request, self._unasked = -1, 0  # whose flights these are; flights since the draft was asked
         self._busy = [0.0] * machine.num_stages  # until when each stage is, as far as can be told
 
     # ---- what is launched --------------------------------------------------------------------------------
 
     def launch(self, sequence: Sequence, load: Load, most: int | None = None) -> list[Node]:
         """What enters stage 0 now, parents first, `most` nodes at most; empty to wait for an answer or a landing."""
+        self._meet(sequence)
         if self.machine.shared and load.asked_at is not None:  # stage 0 would begin no sooner
             return []
         flight = self._fill(sequence, load, min(self._most_rows(), most or sys.maxsize))
@@ -70,6 +73,14 @@ class Alone:
             self._rows = len(flight.nodes)
             self._levels += 0.1 * (min(flight.levels, _USUAL_LEVELS) - self._levels)
         return flight.nodes
+
+    def _meet(self, sequence: Sequence) -> None:
+        """Try the draft with each request, though it has been given up with the one before: where stage 0 never rests
+        there is no shade to try it in, and what it has said of another text says little of this one."""
+        if sequence.request.id != self._request:
+            if self._unasked > _GIVEN_UP:
+                self._right = self._chain = _PRIOR
+            self._request, self._unasked = sequence.request.id, 0
 
     def _fill(self, sequence: Sequence, load: Load, limit: int) -> _Flight:
         """The nodes that are worth their rows, best first."""
@@ -139,6 +150,7 @@ class Alone:
             return
         machine, moment = self.machine, load.now
         self._sent.append(rows)
+        self._unasked += 1
         hop, before = machine.link_s / machine.num_stages, list(self._sent)[-1 - load.under_way : -1]
         for index, curve in enumerate(machine.stages):
             # Nothing queues for longer than all that is under way takes: so what was foreseen wrongly passes.
@@ -196,6 +208,7 @@ class Alone:
             asked += probability
         for node in reversed(passed):
             tree.return_unasked(node)
+        self._unasked = 0 if nodes else self._unasked
         return nodes
 
     def _pays_asking(self, tree: TokenTree, probability: float, load: Load, due: float = math.inf) -> bool:

@@ -38,6 +38,7 @@ _MOST_LEVELS = 24  # that a draft goes on by itself
 _LEAST_CHAIN = math.log(0.1)  # chains less likely than this it gives up
 _SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # rows of a flight that are compared
 _MOST_ASKED = 64  # rows of a draft job
+_GIVEN_UP = 16  # flights in which the draft was not asked
 _USUAL_LEVELS = 16  # more do not count when it is remembered how many a flight had
 
 
@@ -53,12 +54,14 @@ class Alone:
         self._levels = 1.0  # of the likeliest chain in a flight, of late
         self._rows = 1  # of the newest flight
         self._sent: deque[int] = deque(maxlen=64)  # rows of the newest flights
+        self._request, self._unasked = -1, 0  # whose flights these are; flights since the draft was asked
         self._busy = [0.0] * machine.num_stages  # until when each stage is, as far as can be told
 
     # ---- what is launched --------------------------------------------------------------------------------
 
     def launch(self, sequence: Sequence, load: Load, most: int | None = None) -> list[Node]:
         """What enters stage 0 now, parents first, `most` nodes at most; empty to wait for an answer or a landing."""
+        self._meet(sequence)
         if self.machine.shared and load.asked_at is not None:  # stage 0 would begin no sooner
             return []
         flight = self._fill(sequence, load, min(self._most_rows(), most or sys.maxsize))
@@ -70,6 +73,14 @@ class Alone:
             self._rows = len(flight.nodes)
             self._levels += 0.1 * (min(flight.levels, _USUAL_LEVELS) - self._levels)
         return flight.nodes
+
+    def _meet(self, sequence: Sequence) -> None:
+        """Try the draft with each request, though it has been given up with the one before: where stage 0 never rests
+        there is no shade to try it in, and what it has said of another text says little of this one."""
+        if sequence.request.id != self._request:
+            if self._unasked > _GIVEN_UP:
+                self._right = self._chain = _PRIOR
+            self._request, self._unasked = sequence.request.id, 0
 
     def _fill(self, sequence: Sequence, load: Load, limit: int) -> _Flight:
         """The nodes that are worth their rows, best first."""
@@ -139,6 +150,7 @@ class Alone:
             return
         machine, moment = self.machine, load.now
         self._sent.append(rows)
+        self._unasked += 1
         hop, before = machine.link_s / machine.num_stages, list(self._sent)[-1 - load.under_way : -1]
         for index, curve in enumerate(machine.stages):
             # Nothing queues for longer than all that is under way takes: so what was foreseen wrongly passes.
@@ -165,7 +177,7 @@ class Alone:
                 return False
             wait = max(load.asked_at + self._draft(load.asked_rows) + self.machine.draft_link_s - load.now, 0.0)
         levels, goes_on = flight.levels, reached * self._right
-        saved = levels * (self._period(levels) / levels - self._period(levels + 1) / (levels + 1))
+        saved = levels * (self._level(levels) - self._level(levels + 1))
         lost = max(flight.first - goes_on, flight.first * (1 - (1 - _LEAST_DOUBT) ** levels))
         row = self._stage.marginal(len(flight.nodes) + load.prompt_rows)
         return goes_on * saved > lost * (wait + self.machine.num_stages * row)
@@ -180,7 +192,7 @@ class Alone:
         while len(nodes) < _MOST_ASKED and (best := candidates.best()) is not None:
             node, probability = candidates.take(), math.exp(best)
             if not nodes:
-                if not self._pays_asking(tree, probability, load):
+                if not self._pays_asking(tree, probability, load, node.due):
                     passed.append(node)
                     break
             else:
@@ -196,21 +208,31 @@ class Alone:
             asked += probability
         for node in reversed(passed):
             tree.return_unasked(node)
+        self._unasked = 0 if nodes else self._unasked
         return nodes
 
-    def _pays_asking(self, tree: TokenTree, probability: float, load: Load) -> bool:
-        """Whether a call is worth it that asks about a node of this probability first. In the shade, while stage 0 has
-        nothing else to do, one about the root always is: so a draft that has turned useless is tried again."""
+    def _pays_asking(self, tree: TokenTree, probability: float, load: Load, due: float = math.inf) -> bool:
+        """Whether a call is worth it that asks about a node of this probability first, which lands when it is due. In
+        the shade, while stage 0 has nothing else to do, one about the root always is: so a draft that has turned
+        useless is tried again."""
         price = self._stage.marginal(1) / 2 if probability < 1 else 0.0
         if self.machine.shared:
             price += self._delay(tree, self._draft(1), load) * self._missing(tree)
-        return probability * self._chain * self._value() >= price
+        return probability * self._answer(due, self._draft(1), load) >= price
+
+    def _answer(self, due: float, takes: float, load: Load) -> float:
+        """Seconds that an answer about a sure node is worth which takes so long. The node lands when it is due, and
+        what is said of the token behind it by then is worth the time that is left."""
+        begins = max(load.now, self._busy[0]) if self.machine.shared else load.now
+        left = max(due - begins - takes - self.machine.draft_link_s, 0.0)
+        return self._chain * self._value() - self._right * max(self._value() - left, 0.0)
 
     def follows(self, sequence: Sequence, load: Load) -> bool:
         """Whether the draft is to be sent the text that it has not seen: while it is any good, or in the shade."""
-        behind = sequence.tree.root.position - sequence.draft.rows
-        delay = self._delay(sequence.tree, self._draft(behind), load) if self.machine.shared else 0.0
-        return self._chain * self._value() >= delay * self._missing(sequence.tree)
+        root = sequence.tree.root
+        takes = self._draft(root.position - sequence.draft.rows)
+        delay = self._delay(sequence.tree, takes, load) if self.machine.shared else 0.0
+        return self._answer(root.due, takes, load) >= delay * self._missing(sequence.tree)
 
     def levels(self) -> tuple[int, float]:
         """How far the draft goes on by itself, and how likely a chain must be for that."""
@@ -256,9 +278,15 @@ class Alone:
 
     def _value(self) -> float:
         """Seconds that a sure guess is worth."""
-        traversal = self.machine.num_stages * self._stage(1) + self.machine.link_s
-        level = min(self._period(self._levels) / self._levels, traversal)
-        return level + _TENTH * (traversal - level)
+        level = self._level(self._levels)
+        return level + _TENTH * (self._traversal() - level)
+
+    def _level(self, levels: float) -> float:
+        """Seconds of a level where flights have so many; no more than without a draft."""
+        return min(self._period(levels) / levels, self._traversal())
+
+    def _traversal(self) -> float:
+        return self.machine.num_stages * self._stage(1) + self.machine.link_s
 
     def _most_rows(self) -> int:
         """Rows of a flight at which a row's share of it and of the wait for it after a miss is least."""

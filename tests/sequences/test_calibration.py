@@ -28,7 +28,7 @@ def taught(seen: list[tuple[int, float, bool]]) -> Calibration:
 
 def said(*guesses: tuple[int, float, int], sources: tuple[int, ...] = ()) -> Expansion:
     return Expansion(0, [t for t, _, _ in guesses], [math.log(p) for _, p, _ in guesses], [u for _, _, u in guesses],
-                     list(sources))
+                     sources=list(sources))
 
 
 def node(token: int) -> Node:

@@ -9,7 +9,8 @@
 - A flight is held for the draft's next answer while sharing one launch among one more level saves more than the wait
   costs if the text leaves the flight.
 - The draft is asked about a node while its children would be worth their rows and its own row, and while the call does
-  not keep stage 0 from a root that is about to need it.
+  not keep stage 0 from a root that is about to need it. What is said of a token later than the token is known is worth
+  nothing.
 - With a draft far away the draft goes on by itself, as many levels as its way is worth.
 """
 

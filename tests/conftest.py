@@ -22,7 +22,7 @@ settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def a_home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is learned of drafts and costs here is nobody's business later; models that were fetched are used."""
     own, models = tmp_path_factory.mktemp("home"), cache.home() / "models"
     if models.exists():

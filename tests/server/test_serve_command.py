@@ -32,9 +32,12 @@ class NoService:
 class NothingMade:
     """A test double of `Assembly`."""
 
-    pipeline = method = rebuild = None
+    pipeline = method = rebuild = calibration = None
     prepared = SimpleNamespace(engine_options=lambda asked: asked, unshared=lambda asked: None,
                                generation=Generation())
+
+    def keep(self) -> None:
+        pass
 
 
 @pytest.fixture

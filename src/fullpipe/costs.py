@@ -101,6 +101,7 @@ class Machine:
     link_s: seconds that a traversal of the pipeline spends on links.
     shared: the draft sits on the device of stage 0, so that one waits for the other.
     draft_link_s: seconds that a draft job spends on links, there and back.
+    reads_taps: the draft reads hidden states, and an answer may have to wait until the node has been launched.
     stages: of every stage, in order; `stage` is then their slowest. Left out: each is like `stage`.
     devices: where every stage sits; stages of one device take turns. Left out: each has its own.
 
@@ -115,6 +116,7 @@ class Machine:
     draft_link_s: float = 0.0
     stages: Sequence[CostCurve] = ()
     devices: Sequence[str] = ()
+    reads_taps: bool = False
     gap: CostCurve | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

@@ -184,12 +184,12 @@ class Alone:
 
     # ---- what the draft is asked -------------------------------------------------------------------------
 
-    def expand(self, sequence: Sequence, load: Load) -> list[Node]:
-        """The nodes that the draft should look at now; empty for none."""
+    def expand(self, sequence: Sequence, load: Load, most: int | None = None) -> list[Node]:
+        """The nodes that the draft should look at now, `most` at most; empty for none."""
         tree, value, candidates = sequence.tree, self._value(), sequence.tree.unasked(self._floor)
         nodes, passed, asked = list[Node](), list[Node](), 0.0
-        row = self._stage.marginal(1)
-        while len(nodes) < _MOST_ASKED and (best := candidates.best()) is not None:
+        row, limit = self._stage.marginal(1), min(_MOST_ASKED, most or _MOST_ASKED)
+        while len(nodes) < limit and (best := candidates.best()) is not None:
             node, probability = candidates.take(), math.exp(best)
             if not nodes:
                 if not self._pays_asking(tree, probability, load, node.due):

@@ -341,7 +341,7 @@ def test_cells_of_several_versions_are_owned_up_to(journal: Journal, tmp_path: P
 
 
 def test_who_guesses_whatever_it_costs_never_learns_what_it_costs() -> None:
-    """Each row costs as much as the first, which legs soon tell: few guesses are worth that with four requests under way."""
+    """Each row costs as much as the first, which legs soon tell: of four requests few guesses are worth that."""
     answers = [recorded(index) for index in range(12)]
     on = unit_cluster(STAGES)
 

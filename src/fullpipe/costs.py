@@ -106,6 +106,7 @@ class Machine:
     devices: where every stage sits; stages of one device take turns. Left out: each has its own.
 
     gap: seconds from flight to flight, by rows, when the pipeline is full: `stage`, or more where stages take turns.
+    num_devices: of the stages; as many work at the same time.
     """
 
     num_stages: int
@@ -118,9 +119,11 @@ class Machine:
     devices: Sequence[str] = ()
     reads_taps: bool = False
     gap: CostCurve | None = field(init=False, default=None)
+    num_devices: int = field(init=False)
 
     def __post_init__(self) -> None:
         assert len(self.stages) in (0, self.num_stages) and len(self.devices) in (0, self.num_stages)
+        self.num_devices = len(set(self.devices)) or self.num_stages
         if self.stages:
             self.know(self.stages)
         elif self.stage:

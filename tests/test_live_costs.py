@@ -132,8 +132,9 @@ def answer(rows: int, seconds: float) -> Drafted:
 
 
 def test_each_station_follows_its_own_legs() -> None:
-    machine = LiveMachine(Machine(2, KNOWN, KNOWN, link_s=0.01, shared=True, draft_link_s=0.02, devices=["a", "a"]))
-    assert (machine.link_s, machine.shared, machine.draft_link_s) == (0.01, True, 0.02)
+    machine = LiveMachine(Machine(2, KNOWN, KNOWN, link_s=0.01, shared=True, draft_link_s=0.02, devices=["a", "a"],
+                                  reads_taps=True))
+    assert (machine.link_s, machine.shared, machine.draft_link_s, machine.reads_taps) == (0.01, True, 0.02, True)
     for _ in range(60):
         machine.observe(landing((1, KNOWN(1)), (1, 0.06)))
         machine.observe(answer(1, 0.005))

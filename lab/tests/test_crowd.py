@@ -340,6 +340,19 @@ def test_cells_of_several_versions_are_owned_up_to(journal: Journal, tmp_path: P
     assert "Cells are of 2 versions of the code" in (tmp_path / "report.md").read_text()
 
 
+def test_who_guesses_whatever_it_costs_never_learns_what_it_costs() -> None:
+    """Each row costs as much as the first, which legs soon tell: of four requests few guesses are worth that."""
+    answers = [recorded(index) for index in range(12)]
+    on = unit_cluster(STAGES)
+
+    def rows(method: str) -> float:
+        run = play(answers, closed(12, 4), PARAMS, CrowdDraft(lambda index: Guesser(answers[index])), on,
+                   make_engine(method, on), costs=lambda station, rows, measured, context: float(rows))
+        return run.stations.rows["stage 0"] / run.tokens
+
+    assert min(rows("equal"), rows("separate")) > 1.1 * rows("fullpipe")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_answers_a_small_crowd_with_its_own_engine(method: str) -> None:
     """On the cluster that is measured, with scripted guesses: the right texts, and no more at a time than it says."""

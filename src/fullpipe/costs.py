@@ -101,10 +101,12 @@ class Machine:
     link_s: seconds that a traversal of the pipeline spends on links.
     shared: the draft sits on the device of stage 0, so that one waits for the other.
     draft_link_s: seconds that a draft job spends on links, there and back.
+    reads_taps: the draft reads hidden states, and an answer may have to wait until the node has been launched.
     stages: of every stage, in order; `stage` is then their slowest. Left out: each is like `stage`.
     devices: where every stage sits; stages of one device take turns. Left out: each has its own.
 
     gap: seconds from flight to flight, by rows, when the pipeline is full: `stage`, or more where stages take turns.
+    num_devices: of the stages; as many work at the same time.
     """
 
     num_stages: int
@@ -115,10 +117,13 @@ class Machine:
     draft_link_s: float = 0.0
     stages: Sequence[CostCurve] = ()
     devices: Sequence[str] = ()
+    reads_taps: bool = False
     gap: CostCurve | None = field(init=False, default=None)
+    num_devices: int = field(init=False)
 
     def __post_init__(self) -> None:
         assert len(self.stages) in (0, self.num_stages) and len(self.devices) in (0, self.num_stages)
+        self.num_devices = len(set(self.devices)) or self.num_stages
         if self.stages:
             self.know(self.stages)
         elif self.stage:

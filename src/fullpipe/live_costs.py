@@ -47,7 +47,7 @@ class LiveMachine(Machine):
 
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine.num_stages, machine.stage, machine.draft, machine.link_s, machine.shared,
-                         machine.draft_link_s, machine.stages, machine.devices)
+                         machine.draft_link_s, machine.stages, machine.devices, machine.reads_taps)
         self._stages = [LiveCurve(curve) for curve in self.stages] or \
             [LiveCurve(None) for _ in range(self.num_stages)]
         self._draft = LiveCurve(self.draft)

@@ -12,12 +12,14 @@ from fullpipe.cluster.kept import KeptCosts
 from fullpipe.costs import CostCurve, Machine
 
 MACHINE = Machine(2, draft=CostCurve({1: 0.001, 8: 0.002}), link_s=0.25, shared=True, draft_link_s=0.125,
-                  stages=[CostCurve({1: 0.01, 4: 0.02}), CostCurve({1: 0.015})], devices=["here", "here"])
+                  stages=[CostCurve({1: 0.01, 4: 0.02}), CostCurve({1: 0.015})], devices=["here", "here"],
+                  reads_taps=True)
 OLD = {"num_stages": 2, "stage": [[1, 0.01]], "draft": None, "link_s": 0.0}
 
 
 def told(machine: Machine) -> dict[str, Any]:
-    return {name: getattr(machine, name) for name in ("num_stages", "link_s", "shared", "draft_link_s")} | {
+    return {name: getattr(machine, name) for name in ("num_stages", "link_s", "shared", "draft_link_s",
+                                                     "reads_taps")} | {
         "stages": [curve.points for curve in machine.stages], "devices": list(machine.devices),
         "draft": machine.draft and machine.draft.points, "gap": machine.gap and machine.gap.points}
 

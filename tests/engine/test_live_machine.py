@@ -108,6 +108,28 @@ def test_begun_from_nothing_a_machine_is_known_after_some_flights() -> None:
     assert method.machine is machine
 
 
+@pytest.mark.parametrize(("requests", "accuracy", "most"), [(1, 0.7, 1.35), (4, 0.4, 1.25)])
+def test_four_stages_of_one_device_are_no_pipeline(requests: int, accuracy: float, most: float) -> None:
+    """They take turns, so that a traversal takes no longer than a flight. most: times as long as with one stage that
+    does all of their work; what is left is that stage 0 begins what others then wait for."""
+    def seconds(count: int) -> float:
+        curves = {"draft": CostCurve.of(lambda rows: 0.14 + 0.06 * rows),
+                  "stage": CostCurve.of(lambda rows: (0.9 + 0.1 * rows) / count)}
+        pipeline = InProcessPipeline(
+            [ScriptedStage(k, count, TRUTH) for k in range(count)], ScriptedDraft(TRUTH, accuracy=accuracy),
+            costs=lambda station, rows, measured, context: curves[station.split()[0]](rows),
+            device_of=lambda station: "a")
+        machine = Machine(count, curves["stage"], curves["draft"], shared=True, devices=["a"] * count)
+        engine = TellingEngine(pipeline, make_method("fullpipe", machine=machine))
+        for id in range(requests):
+            engine.submit(Request(id, (id, 8, 15), SamplingParams(max_tokens=120)))
+        while engine.busy:
+            engine.step()
+        return pipeline.now()
+
+    assert seconds(4) < most * seconds(1)
+
+
 @pytest.mark.parametrize("given", [None, Machine(3), Machine(3, STAGE), LiveMachine(Machine(3))],
                          ids=["none", "without curves", "with curves", "learning"])
 def test_an_engine_leaves_a_machine_that_has_curves_or_learns_them(given: Machine | None) -> None:

@@ -8,7 +8,7 @@ from driving import Alone, expanded, launched
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion
-from fullpipe.methods import METHODS, WITH_DEPTH, WITH_REFRESH, Load, make_method
+from fullpipe.methods import METHODS, WITH_DEPTH, WITH_REFRESH, FullPipe, Load, make_method
 from fullpipe.request import Request, SamplingParams
 from fullpipe.sequences.tree import Node, TokenTree
 
@@ -231,3 +231,30 @@ def test_without_a_width_it_is_what_pays() -> None:
         answer(tree, tree.root, *((token, 0.12) for token in range(8)))
         found.append(len(launched(method, tree)))
     assert found == [0, 8]
+
+
+CHEAP = CostCurve.of(lambda rows: 1 + 1e-4 * rows)
+
+
+@pytest.mark.parametrize("machine", [None, Machine(4, CHEAP), Machine(4, CHEAP, CHEAP)],
+                         ids=["unknown", "stages known", "all known"])
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_draft_width_bounds_what_is_asked_of_each_sequence(machine: Machine | None, sequences: int) -> None:
+    found = []
+    for draft_width in (3, None):
+        method = FullPipe(draft_width=draft_width, machine=machine)
+        trees = [second_round() for _ in range(sequences)]
+        for tree in trees:
+            answer(tree, tree.root, *((token, 0.12) for token in range(8)))
+            launch(tree, launched(method, tree))
+        alone = [Alone(tree) for tree in trees]
+        method.launch(alone, Load(sequences, under_way=1))  # type: ignore[arg-type]
+        chosen = method.expand(alone, Load(sequences, under_way=1))  # type: ignore[arg-type]
+        found.append(max(len(nodes) for _, nodes in chosen))
+    assert found[0] == 3 < found[1]
+
+
+@pytest.mark.parametrize("draft_width", [0, -1])
+def test_no_draft_width_below_one(draft_width: int) -> None:
+    with pytest.raises(UsageError, match=f"draft_width must be 1 or more .got {draft_width}"):
+        FullPipe(draft_width=draft_width)

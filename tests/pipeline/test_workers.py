@@ -258,6 +258,7 @@ def test_draft_at_work_delays_no_stage_that_taps() -> None:
     """Flights land while it works on one job, and their taps have all come by the next."""
     flights = 20
     with WorkersPipeline(_tapping(2), _checker(needs=1), pace={"draft": {1: 0.5}}) as pipeline:
+        assert pipeline.machine().reads_taps
         pipeline.draft(_job(0))
         for number in range(flights):
             pipeline.launch(_row(number))
@@ -284,6 +285,7 @@ def test_taps_that_the_source_does_not_read_are_dropped() -> None:
 
 def test_stages_may_tap_where_there_is_no_draft() -> None:
     with WorkersPipeline(_tapping(1)) as pipeline:
+        assert not pipeline.machine().reads_taps
         pipeline.launch(_row(0))
         assert _until(pipeline, Landed).nodes == [0]
 

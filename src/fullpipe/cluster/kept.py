@@ -30,6 +30,7 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     shared: bool
     draft_link_s: float
     devices: list[str]
+    reads_taps: bool
 
 
 class _Fates(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -65,14 +66,16 @@ class KeptCosts:
         if found.of != self.of_what or len(found.devices) not in (0, len(stages)):
             return None
         return Machine(len(stages), draft=draft, link_s=found.link_s, shared=found.shared,
-                       draft_link_s=found.draft_link_s, stages=stages, devices=found.devices)
+                       draft_link_s=found.draft_link_s, stages=stages, devices=found.devices,
+                       reads_taps=found.reads_taps)
 
     def save(self, machine: Machine) -> bool:
         """Whether it could be written. If not, it is measured again next time."""
         assert machine.stages, "they were measured"
         file = _File(of=self.of_what, stages=[_points(curve) for curve in machine.stages],
                      draft=_points(machine.draft) if machine.draft else None, link_s=machine.link_s,
-                     shared=machine.shared, draft_link_s=machine.draft_link_s, devices=list(machine.devices))
+                     shared=machine.shared, draft_link_s=machine.draft_link_s, devices=list(machine.devices),
+                     reads_taps=machine.reads_taps)
         return _write(self.path, file)
 
 

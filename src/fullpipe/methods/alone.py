@@ -86,7 +86,7 @@ class Alone:
     def _fill(self, sequence: Sequence, load: Load, limit: int) -> _Flight:
         """The nodes that are worth their rows, best first."""
         tree, value = sequence.tree, self._value()
-        candidates, flight = tree.unlaunched(self._floor), _Flight(self.machine.num_stages)
+        candidates, flight = tree.unlaunched(self._floor), _Flight(self.machine.num_devices)
         stage, passed, new = self._stage, list[Node](), 0
         first_price = self._price_of_flight(tree, load)
         while len(flight.nodes) < limit and (best := candidates.best()) is not None:
@@ -181,16 +181,16 @@ class Alone:
         saved = levels * (self._level(levels) - self._level(levels + 1))
         lost = max(flight.first - goes_on, flight.first * (1 - (1 - _LEAST_DOUBT) ** levels))
         row = self._stage.marginal(len(flight.nodes) + load.prompt_rows)
-        return goes_on * saved > lost * (wait + self.machine.num_stages * row)
+        return goes_on * saved > lost * (wait + self.machine.num_devices * row)
 
     # ---- what the draft is asked -------------------------------------------------------------------------
 
-    def expand(self, sequence: Sequence, load: Load) -> list[Node]:
-        """The nodes that the draft should look at now; empty for none."""
+    def expand(self, sequence: Sequence, load: Load, most: int | None = None) -> list[Node]:
+        """The nodes that the draft should look at now, `most` at most; empty for none."""
         tree, value, candidates = sequence.tree, self._value(), sequence.tree.unasked(self._floor)
         nodes, passed, asked = list[Node](), list[Node](), 0.0
-        row = self._stage.marginal(1)
-        while len(nodes) < _MOST_ASKED and (best := candidates.best()) is not None:
+        row, limit = self._stage.marginal(1), min(_MOST_ASKED, most or _MOST_ASKED)
+        while len(nodes) < limit and (best := candidates.best()) is not None:
             node, probability = candidates.take(), math.exp(best)
             if not nodes:
                 if not self._pays_asking(tree, probability, load, node.due):
@@ -287,11 +287,11 @@ class Alone:
         return min(self._period(levels) / levels, self._traversal())
 
     def _traversal(self) -> float:
-        return self.machine.num_stages * self._stage(1) + self.machine.link_s
+        return self.machine.num_devices * self._stage(1) + self.machine.link_s
 
     def _most_rows(self) -> int:
         """Rows of a flight at which a row's share of it and of the wait for it after a miss is least."""
-        stages, doubt, stage = self.machine.num_stages, 1 - self._right, self._stage
+        stages, doubt, stage = self.machine.num_devices, 1 - self._right, self._stage
         return min(_SIZES, key=lambda rows: stage(rows) * (1 / rows + doubt * stages / 2))
 
 

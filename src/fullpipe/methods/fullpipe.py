@@ -39,8 +39,9 @@ _SPARE_ROWS = 32  # slots of a sequence for each flight that may be under way, w
 class FullPipe(RefreshingMethod):
     """width: nodes of a sequence in one flight at most; None: what pays, or 8 where nobody knows what rows cost.
 
-    draft_width: nodes of a sequence in one draft call at most. Default: twice the width, but 16 to 32: with 64 instead
-    of 32 the draft computed 1.8 times as many nodes for 0.7% fewer steps (GSM8K question 1, width 64, docs/log).
+    draft_width: nodes of a sequence in one draft call at most; None: what pays, or, where nobody knows what rows cost,
+    twice the width, but 16 to 32: with 64 instead of 32 the draft computed 1.8 times as many nodes for 0.7% fewer steps
+    (GSM8K question 1, width 64, docs/log).
     refresh: siblings that a refreshed answer brings up enter late like all others.
     prefill_share: see `Prices`.
     """
@@ -50,12 +51,14 @@ class FullPipe(RefreshingMethod):
     def __init__(self, *, width: int | None = None, floor: float = PROBABILITY_FLOOR, draft_width: int | None = None,
                  refresh: bool = False, machine: Machine | None = None, prefill_share: float = 1.0) -> None:
         wide = _WIDTH if width is None else width
-        super().__init__(width=wide, floor=floor, draft_width=draft_width or min(max(16, 2 * wide), 32),
-                         refresh=refresh, machine=machine)
+        asked = min(max(16, 2 * wide), 32) if draft_width is None else draft_width
+        super().__init__(width=wide, floor=floor, draft_width=asked, refresh=refresh, machine=machine)
         if prefill_share <= 0:
             raise UsageError(f"the prefill share must be above 0 (got {prefill_share:g})",
                              hint="1 lets tokens take twice as long while a prompt comes in.")
         self._has_width, self._prefill_share = width is not None, prefill_share
+        self._most_asked = draft_width
+        self._reads_taps = False
         self._prices: Prices | None = None
         self._alone: Alone | None = None
         self._learn()
@@ -90,7 +93,7 @@ class FullPipe(RefreshingMethod):
         """The nodes whose children may be worth a row. With many sequences: those at least as likely as the last that
         was."""
         if self._alone and load.running == 1 and sequences:
-            nodes = self._alone.expand(sequences[0], load)
+            nodes = self._alone.expand(sequences[0], load, self._most_asked)
             return [(sequences[0], nodes)] if nodes else []
         if self._least >= 0:  # even a sure guess is worth less than its row
             return []
@@ -102,7 +105,7 @@ class FullPipe(RefreshingMethod):
             ahead, share, limit = _FLIGHTS_AHEAD * self.width, self.draft_width, self.draft_width * many
         least = max(self.floor, self._least)
         chosen = _merge(sequences, lambda one: one.tree.unasked(max(least, one.tree.launch_cutoff(ahead))), share,
-                        _anything, limit, None if self._prices else share)
+                        _anything, limit, self._most_asked if self._prices else share)
         return [(one, self.fill(one.tree, nodes)) for one, nodes in chosen] if self.refresh else chosen
 
     def levels(self, sequence: Sequence, node: Node, load: Load) -> tuple[int, float]:
@@ -114,6 +117,7 @@ class FullPipe(RefreshingMethod):
         return self._prices.prompt_rows(chunk, self._rows) if deciding else chunk
 
     def meet(self, machine: Machine) -> None:
+        self._reads_taps = machine.reads_taps
         self.machine = learning(self.machine or machine)
         self._learn()
 
@@ -132,12 +136,13 @@ class FullPipe(RefreshingMethod):
         return not (self._alone and load.running == 1) or self._alone.follows(sequence, load)
 
     def _learn(self) -> None:
-        """Weigh costs from when they are known. A draft that is asked again and again has none of one call."""
+        """Weigh costs from when they are known. For one sequence those of draft calls too, but not where the draft
+        reads hidden states: its answer may wait for the very launch that would be held for it."""
         machine = self.machine
         if machine and machine.gap:
             self._prices = self._prices or Prices(machine, self._prefill_share)
-            if machine.draft and not self.refresh:
-                self._alone = Alone(machine, self.floor)
+            weighs = machine.draft and not (self.refresh or self._reads_taps)
+            self._alone = Alone(machine, self.floor) if weighs else None
 
     def _shares(self, running: int) -> tuple[int, int]:
         """Rows of a flight that a sequence has first of all, and rows of all together."""

@@ -51,7 +51,7 @@ class Prices:
     @property
     def _depth(self) -> int:
         """Flights that keep all stages and links busy."""
-        return self._machine.num_stages + math.ceil(self._machine.link_s / max(self._curve(1), _LEAST_S))
+        return self._machine.num_devices + math.ceil(self._machine.link_s / max(self._curve(1), _LEAST_S))
 
     def full(self, under_way: int, roots: int, running: int) -> bool:
         """Whether the pipeline is so full that a flight with so many roots should wait for a landing."""
@@ -59,12 +59,12 @@ class Prices:
 
     def evenly(self, running: int) -> int:
         """Roots per flight that keep all stages equally busy."""
-        return -(-max(running, 1) // self._machine.num_stages)
+        return -(-max(running, 1) // self._machine.num_devices)
 
     def least_guess(self, rows: int, running: int) -> float:
         """Log of the path probability that a guess needs to be worth a row where there are `rows` already: above 0 if
         even a sure one is not."""
-        traversal = max(self._machine.num_stages * self._curve(self.evenly(running)) + self._machine.link_s, _LEAST_S)
+        traversal = max(self._machine.num_devices * self._curve(self.evenly(running)) + self._machine.link_s, _LEAST_S)
         price = running * self._curve.marginal(max(rows, 1)) / traversal
         return math.log(price) if price > 0 else -math.inf
 
@@ -85,6 +85,6 @@ class Prices:
     def prompt_rows(self, chunk: int, flight_rows: int) -> int:
         """Rows of prompts, up to `chunk`, beside so many others."""
         # A root may land when a prompt's flight has just entered: it waits for it, and follows it through n stages.
-        n = self._machine.num_stages
+        n = self._machine.num_devices
         allowed = self._curve(flight_rows) * (1 + self._prefill_share) * n / (n + 1)
         return min(chunk, max(self._curve.most_rows(allowed, flight_rows + chunk) - flight_rows, _LEAST_CHUNK))

@@ -14,6 +14,7 @@ from fullpipe.pipeline.wire import NonsenseError
 
 _SOURCES = 1 << 16  # nobody mixes so many drafts
 
+
 @dataclass(frozen=True, slots=True)
 class Expected:
     """Knows what may be said of a flight or job that is under way.

@@ -135,7 +135,7 @@ class InProcessPipeline(Pipeline):
         devices = [_HERE if self._wall else stage.device for stage in self._stages]
         shared = self._draft is not None and (self._wall or self._draft.device == devices[0])
         return Machine(self.num_stages, link_s=self._links.traversal_s, draft_link_s=self._links.draft_s, shared=shared,
-                       devices=devices)
+                       devices=devices, reads_taps=self._taps is not None)
 
     def close(self) -> None:
         self._agenda.clear()

@@ -58,11 +58,15 @@ class Layout:
     def names(self) -> list[str]:
         return [*(f"stage {rank}" for rank in range(len(self.stages))), *(["draft"] if self.draft else [])]
 
+    @property
+    def tapping(self) -> list[int]:
+        """Ranks of the stages that send hidden states to the draft."""
+        return [rank for rank, spec in enumerate(self.stages) if self.draft and spec.args.get("taps")]
+
     def setups(self, port: int, listener: int) -> list[Setup]:
         """One for each worker, who meet at `port`, served by the first on the inherited socket `listener`."""
         specs = [*self.stages, *([self.draft] if self.draft else [])]
-        tapping = [rank for rank, spec in enumerate(self.stages) if self.draft and spec.args.get("taps")]
-        return [Setup(name, rank, len(specs), len(self.stages), tapping, spec,
+        return [Setup(name, rank, len(specs), len(self.stages), self.tapping, spec,
                       StationLinks.of(self.links, rank, len(self.stages)), self.pace.get(name), self.threads,
                       self.beat_s, self.start_timeout, os.getpid(), port, listener if rank == 0 else None)
                 for rank, (name, spec) in enumerate(zip(self.names, specs))]

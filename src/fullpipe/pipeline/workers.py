@@ -76,6 +76,7 @@ class WorkersPipeline(Pipeline):
         layout = Layout(stages=stages, draft=draft, links=self._links,
                         pace={name: CostCurve(curve).points for name, curve in (pace or {}).items()}, threads=threads,
                         beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS), start_timeout=start_timeout)
+        self._reads_taps = bool(layout.tapping)
         if unknown := [name for name in layout.pace if name not in layout.names]:
             raise UsageError(f"there is no station {unknown[0]!r} to pace",
                              hint=f"There are: {', '.join(layout.names)}.")
@@ -125,7 +126,8 @@ class WorkersPipeline(Pipeline):
         return time.monotonic()
 
     def machine(self) -> Machine:
-        return Machine(self.num_stages, link_s=self._links.traversal_s, draft_link_s=self._links.draft_s)
+        return Machine(self.num_stages, link_s=self._links.traversal_s, draft_link_s=self._links.draft_s,
+                       reads_taps=self._reads_taps)
 
     def close(self) -> None:
         self._finalizer()

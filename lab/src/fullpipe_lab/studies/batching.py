@@ -38,7 +38,7 @@ from fullpipe_lab.memo import MemoDraft, Memos
 from fullpipe_lab.receipts import HERE, STUDIES, save_receipt, study_receipt
 from fullpipe_lab.recording import Answer, Recording
 from fullpipe_lab.report import render
-from fullpipe_lab.studies.rivals import Balanced, Equal
+from fullpipe_lab.studies.rivals import Balanced, Equal, Separate
 from fullpipe_lab.sweep import code_digest
 
 REPORT = STUDIES.parent / "reports" / "batching"
@@ -108,8 +108,8 @@ def make_engine(method: str, cluster: Cluster) -> MakeEngine:
     places = EngineOptions(max_num_seqs=1 if method == ALONE else MOST_AT_ONCE, spare_slots=SPARE_SLOTS)
     makers: dict[str, Callable[[], Any]] = {
         OURS: lambda: make_method("fullpipe", machine=machine_of(cluster, DRAFTS)),
-        "equal": lambda: Equal(free, width=WIDTH), PLAIN: lambda: Balanced(cluster.num_stages),
-        "pp-bunched": lambda: make_method("pp")}
+        "equal": lambda: Equal(free, width=WIDTH), "separate": lambda: Separate(width=WIDTH),
+        PLAIN: lambda: Balanced(cluster.num_stages), "pp-bunched": lambda: make_method("pp")}
     make = makers.get(method, lambda: make_method("fullpipe", width=WIDTH))
     return lambda pipeline, listeners: Engine(pipeline, make(), options=places, listeners=listeners)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
+from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
 from fullpipe.methods import Chosen, FullPipe, Load, PlainPipeline
 from fullpipe.sequences.sequence import Sequence
@@ -25,7 +26,14 @@ class Balanced(PlainPipeline):
         return super().launch(waiting, load)[:limit]
 
 
-class Equal(FullPipe):
+class Separate(FullPipe):
+    """Every sequence gets its whole width, whatever that costs the others: it never learns what rows cost."""
+
+    def meet(self, machine: Machine) -> None:
+        """It does not want to know."""
+
+
+class Equal(Separate):
     """Every sequence gets the same share of a flight's rows, whatever its guesses are worth.
 
     rows: of a flight, shared by those that run; at least one each.

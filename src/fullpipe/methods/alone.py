@@ -38,6 +38,7 @@ _LEAST_DOUBT = 0.01  # of a level, whatever the draft says: nothing is certain f
 _MOST_LEVELS = 24  # that a draft goes on by itself
 _LEAST_CHAIN = math.log(0.1)  # chains less likely than this it gives up
 _SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # rows of a flight that are compared
+_FLIGHTS_AHEAD = 2
 _MOST_ASKED = 64  # rows of a draft job
 _GIVEN_UP = 16  # flights in which the draft was not asked
 _USUAL_LEVELS = 16  # more do not count when it is remembered how many a flight had
@@ -185,17 +186,25 @@ class Alone:
 
     # ---- what the draft is asked -------------------------------------------------------------------------
 
-    def expand(self, sequence: Sequence, load: Load, most: int | None = None) -> list[Node]:
-        """The nodes that the draft should look at now, `most` at most; empty for none."""
+    def expand(self, sequence: Sequence, load: Load, most: int | None = None, wide: int | None = None) -> list[Node]:
+        """The nodes that the draft should look at now, `most` at most; empty for none. wide: rows of a flight at most.
+
+        Beside the first none whose children come after two flights' worth of better nodes: where rows cost nothing,
+        nothing else would bound the tree.
+        """
         tree, value, candidates = sequence.tree, self._value(), sequence.tree.unasked(self._floor)
         nodes, passed, asked = list[Node](), list[Node](), 0.0
         row, limit = self._stage.marginal(1), min(_MOST_ASKED, most or _MOST_ASKED)
+        least = tree.launch_cutoff(_FLIGHTS_AHEAD * min(self._most_rows(), wide or sys.maxsize))
         while len(nodes) < limit and (best := candidates.best()) is not None:
             node, probability = candidates.take(), math.exp(best)
             if not nodes:
                 if not self._pays_asking(tree, probability, load, node.due):
                     passed.append(node)
                     break
+            elif best < least:
+                passed.append(node)
+                break
             else:
                 price = asked * (self._draft.marginal(len(nodes)) + row)
                 left = math.inf if node.state is State.PROPOSED else node.due - load.now - self._draft(len(nodes) + 1)

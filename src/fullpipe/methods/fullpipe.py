@@ -93,7 +93,7 @@ class FullPipe(RefreshingMethod):
         """The nodes whose children may be worth a row. With many sequences: those at least as likely as the last that
         was."""
         if self._alone and load.running == 1 and sequences:
-            nodes = self._alone.expand(sequences[0], load, self._most_asked)
+            nodes = self._alone.expand(sequences[0], load, self._most_asked, self.most_nodes)
             return [(sequences[0], nodes)] if nodes else []
         if self._least >= 0:  # even a sure guess is worth less than its row
             return []

@@ -12,14 +12,25 @@ import pytest
 
 from fullpipe.cluster.provenance import provenance
 from fullpipe.errors import UsageError
+from fullpipe.stations.drafts.scripted import ScriptedDraft
 from fullpipe_lab.clusters import unit_cluster
 from fullpipe_lab.files import Journal
 from fullpipe_lab.recording import Answer, Head, Recording
 from fullpipe_lab.studies.costs import measuring
 from fullpipe_lab.studies.costs.__main__ import main
 from fullpipe_lab.studies.costs.comparing import Results, best_of, heat_ratios, others
-from fullpipe_lab.studies.costs.measuring import ALL, OTHERS, OURS, Cell, Measuring, between, climb, try_settings
-from fullpipe_lab.studies.costs.report import HIT_RATES, many_rows, write_receipt, write_report
+from fullpipe_lab.studies.costs.measuring import (
+    ALL,
+    HIT_RATES,
+    OTHERS,
+    OURS,
+    Cell,
+    Measuring,
+    between,
+    climb,
+    try_settings,
+)
+from fullpipe_lab.studies.costs.report import many_rows, write_receipt, write_report
 from fullpipe_lab.studies.costs.tables import apart_table, heat_table, main_table, ratio_lines, work_table, worst_table
 from fullpipe_lab.studies.costs.targets import targets
 from fullpipe_lab.sweep import Setting
@@ -151,6 +162,21 @@ def test_another_cluster_of_the_same_name_is_not_taken_for_the_first(bench: Path
     assert [round(between(row), 3) for row in rows] == [0.138, 0.138, 0.276, 0.276]
     with pytest.raises(UsageError, match="two versions of cpu-3"):
         best_of(rows)
+
+
+def test_what_became_of_guesses_is_told_by_what_was_claimed(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half_right = ScriptedDraft({"kind": "hash", "vocab": 50, "seed": 1}, accuracy=0.5, vocab=50)
+    monkeypatch.setattr("fullpipe_lab.sweep.Worker._draft", lambda *_: half_right)
+    journal = Journal(bench / "journal-t0.jsonl")
+    measuring_of(bench, journal).watch("cpu-3", "model")
+    rows = list(journal.rows.values())
+    assert rows and {(row["T"], row["draft"], row["cluster"]) for row in rows} == {("0", "model", "cpu-3")}
+    for row in rows:
+        low, high = map(float, row["claimed"].split(" to "))
+        assert low - 1e-3 <= row["at its word"] <= high + 1e-3 and row["guesses"] > 0 and 0 <= row["seen"] <= 1
+    word, believed = (sum(abs(row[name] - row["seen"]) * row["guesses"] for row in rows)
+                      for name in ("at its word", "believed"))
+    assert believed < word
 
 
 def test_a_draft_of_no_known_name_is_refused(bench: Path) -> None:

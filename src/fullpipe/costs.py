@@ -33,6 +33,9 @@ class CostCurve:
         self.seconds: list[float] = []
         for rows in self.rows:
             self.seconds.append(max(points[rows], self.seconds[-1] if self.seconds else 0.0))
+        # Methods ask for the same few numbers of rows dozens of times a step.
+        self._known: dict[int, float] = {}
+        self._marginals: dict[int, float] = {}
 
     @property
     def points(self) -> dict[int, float]:
@@ -62,6 +65,14 @@ class CostCurve:
 
     def __call__(self, rows: float) -> float:
         """Seconds of a flight of so many rows; 0 without rows."""
+        if not isinstance(rows, int):
+            return self._read(rows)
+        known = self._known.get(rows)
+        if known is None:
+            known = self._known[rows] = self._read(rows)
+        return known
+
+    def _read(self, rows: float) -> float:
         if rows <= 0:
             return 0.0
         piece = min(bisect_left(self.rows, rows), len(self.rows) - 1)
@@ -71,8 +82,11 @@ class CostCurve:
 
     def marginal(self, rows: int) -> float:
         """Seconds that a row more takes where there are `rows` already."""
-        piece = min(bisect_right(self.rows, rows), len(self.rows) - 1)
-        return self._slope(piece) if piece else 0.0
+        known = self._marginals.get(rows)
+        if known is None:
+            piece = min(bisect_right(self.rows, rows), len(self.rows) - 1)
+            known = self._marginals[rows] = self._slope(piece) if piece else 0.0
+        return known
 
     def most_rows(self, seconds: float, limit: int) -> int:
         """The most rows, up to `limit`, that take no longer than `seconds`; 0 when not even one does."""

@@ -3,6 +3,7 @@ the draft knows of every node exactly what stands before it, whatever has happen
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -265,7 +266,7 @@ def test_what_is_left_stands_in_the_slots_that_it_was_computed_in(drawn: tuple[E
     for token in text:
         before -= sequence.tree.root.slot is None
         commit(sequence, token)
-    _take_chain(sequence, node, said)
+    _take_chain(sequence, node, said, -math.inf)
     sequence.check()
     standing, root, under = list[int](), sequence.tree.root, paths(said)
     stands = {tuple(path_of(sequence, one)[node.position + 1 :]): one.slot for one in sequence.tree.nodes()

@@ -31,6 +31,7 @@ from fullpipe.errors import PipelineError, UsageError
 from fullpipe.files import write_whole
 from fullpipe.methods import METHODS, Method, make_method
 from fullpipe.pipeline.worker import die_with_parent
+from fullpipe.sequences.calibration import Calibration
 from fullpipe.stations.base import DraftLike
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.ngram import NgramDraft
@@ -272,9 +273,17 @@ class Worker:
 
     def run(self, unit: Unit) -> list[Sample]:
         samples = [self._sample(unit.answer, *work) for work in unit.work]
-        if self._memos is not None:
-            self._memos.save(unit.answer)
+        self._keep(unit.answer)
         return samples
+
+    def watch(self, answer: Answer, name: str, setting: Setting, calibration: Calibration) -> None:
+        """Replay an answer on cluster `name`; the calibration learns what becomes of the guesses."""
+        self._replay(answer, name, setting, calibration)
+        self._keep(answer)
+
+    def _keep(self, answer: Answer) -> None:
+        if self._memos is not None:
+            self._memos.save(answer)
 
     def _draft(self, setting: Setting, answer: Answer) -> DraftLike | None:
         """The setting's proposers; "model" stands for the real draft, whose answers are kept."""
@@ -292,13 +301,17 @@ class Worker:
         return model if setting.draft == "model" else Mix([model, NgramDraft(min_n=MIXED_MIN_N)])
 
     def _sample(self, answer: Answer, name: str, setting: Setting, phase: Phase) -> Sample:
-        cluster, drafts = self._clusters[name], setting.draft.split(",")
-        run = replay(answer, self._plan.head.params, self._draft(setting, answer),
-                     setting.make(machine_of(cluster, drafts)), cluster, costs=DraftCosts(cluster, drafts))
+        cluster, run = self._clusters[name], self._replay(answer, name, setting)
         return Sample(cluster=name, temperature=self._plan.head.temperature, phase=phase, repeat=0, same_text=None,
                       near_ties=None, prompt=answer.id, task=answer.task, finish=answer.finish, method=setting.method,
                       width=setting.width, depth=setting.depth, draft=setting.draft, floor=setting.floor,
                       **_figures(run, cluster))
+
+    def _replay(self, answer: Answer, name: str, setting: Setting, calibration: Calibration | None = None) -> Run:
+        cluster, drafts = self._clusters[name], setting.draft.split(",")
+        return replay(answer, self._plan.head.params, self._draft(setting, answer),
+                      setting.make(machine_of(cluster, drafts)), cluster, costs=DraftCosts(cluster, drafts),
+                      calibration=calibration)
 
 
 def _figures(run: Run, cluster: Cluster) -> dict[str, Any]:

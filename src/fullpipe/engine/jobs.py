@@ -87,9 +87,9 @@ class Jobs:
             part.ahead, job.least = _lend(sequence, levels), least
             self._deep[node.id] = sequence, node
 
-    def answered(self, event: Drafted) -> list[Expansion]:
+    def answered(self, event: Drafted, floor: float) -> list[Expansion]:
         """Take what is answered, as far as it is believed; that is returned. A node that the reply leaves out stays
-        asked: its answer may come with a later one."""
+        asked: its answer may come with a later one. floor: see `TokenTree.propose`."""
         believed = []
         self.out = None, 0
         deep, self._deep = self._deep, {}
@@ -98,11 +98,11 @@ class Jobs:
             if lent := deep.pop(expansion.node, None):
                 sequence, node = lent
                 believed.append(self._calibration.take(node, expansion))
-                _take_chain(sequence, node, believed[-1])
+                _take_chain(sequence, node, believed[-1], floor)
             elif entry:
                 sequence, node = entry
                 believed.append(self._calibration.take(node, expansion))
-                sequence.tree.propose(node, believed[-1])
+                sequence.tree.propose(node, believed[-1], floor)
         for sequence, _ in deep.values():  # the draft has left it out, or it was called back on its way
             _take_back(sequence)
         return believed
@@ -127,7 +127,7 @@ def _take_back(sequence: Sequence, used: Collection[int] = ()) -> None:
             sequence.slots.give(slot)
 
 
-def _take_chain(sequence: Sequence, node: Node, expansion: Expansion) -> None:
+def _take_chain(sequence: Sequence, node: Node, expansion: Expansion, floor: float) -> None:
     """Take an answer with a chain. While it was on its way text may have followed the chain: what is left of it then
     follows the root."""
     steps = len(expansion.computed)
@@ -138,7 +138,7 @@ def _take_chain(sequence: Sequence, node: Node, expansion: Expansion) -> None:
         expansion = rest or Expansion(node.id, [], [], [])
         node.asked = node.asked or rest is not None
     if expansion.tokens:
-        sequence.tree.propose(node, expansion)
+        sequence.tree.propose(node, expansion, floor)
     _adopt(sequence, node, expansion, steps - len(expansion.computed))
 
 

@@ -115,7 +115,7 @@ class Loop:
             case Drafted():
                 self.method.observe(event)
                 self._draft_ready = True
-                self.method.answered(self._jobs.answered(event))
+                self.method.answered(self._jobs.answered(event, self.method.floor))
             case Failed():
                 raise StationFailed(event.station, event.reason, hint=event.hint or _AFTER_FAILURE)
 

@@ -38,7 +38,7 @@ _LEAST_DOUBT = 0.01  # of a level, whatever the draft says: nothing is certain f
 _MOST_LEVELS = 24  # that a draft goes on by itself
 _LEAST_CHAIN = math.log(0.1)  # chains less likely than this it gives up
 _SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # rows of a flight that are compared
-_FLIGHTS_AHEAD = 2
+_MOVED = 0.01  # a hit rate that moves by less changes no bound
 _MOST_ASKED = 64  # rows of a draft job
 _GIVEN_UP = 16  # flights in which the draft was not asked
 _USUAL_LEVELS = 16  # more do not count when it is remembered how many a flight had
@@ -57,6 +57,7 @@ class Alone:
         self._rows = 1  # of the newest flight
         self._sent: deque[int] = deque(maxlen=64)  # rows of the newest flights
         self._request, self._unasked = -1, 0  # whose flights these are; flights since the draft was asked
+        self._most: tuple[CostCurve | None, float, int] = None, 0.0, 0  # for what it was found, and it
         self._busy = [0.0] * machine.num_stages  # until when each stage is, as far as can be told
 
     # ---- what is launched --------------------------------------------------------------------------------
@@ -189,13 +190,13 @@ class Alone:
     def expand(self, sequence: Sequence, load: Load, most: int | None = None, wide: int | None = None) -> list[Node]:
         """The nodes that the draft should look at now, `most` at most; empty for none. wide: rows of a flight at most.
 
-        Beside the first none whose children come after two flights' worth of better nodes: where rows cost nothing,
+        Beside the first none whose children come after a flight's worth of better nodes: where rows cost nothing,
         nothing else would bound the tree.
         """
         tree, value, candidates = sequence.tree, self._value(), sequence.tree.unasked(self._floor)
         nodes, passed, asked = list[Node](), list[Node](), 0.0
         row, limit = self._stage.marginal(1), min(_MOST_ASKED, most or _MOST_ASKED)
-        least = tree.launch_cutoff(_FLIGHTS_AHEAD * min(self._most_rows(), wide or sys.maxsize))
+        least = tree.launch_cutoff(min(self._most_rows(), wide or sys.maxsize))
         while len(nodes) < limit and (best := candidates.best()) is not None:
             node, probability = candidates.take(), math.exp(best)
             if not nodes:
@@ -300,8 +301,13 @@ class Alone:
 
     def _most_rows(self) -> int:
         """Rows of a flight at which a row's share of it and of the wait for it after a miss is least."""
-        stages, doubt, stage = self.machine.num_devices, 1 - self._right, self._stage
-        return min(_SIZES, key=lambda rows: stage(rows) * (1 / rows + doubt * stages / 2))
+        stage, right = self._stage, self._right
+        known, at, found = self._most
+        if known is not stage or abs(at - right) > _MOVED:
+            stages, doubt = self.machine.num_devices, 1 - right
+            found = min(_SIZES, key=lambda rows: stage(rows) * (1 / rows + doubt * stages / 2))
+            self._most = stage, right, found
+        return found
 
 
 class _Flight:

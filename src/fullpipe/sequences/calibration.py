@@ -147,8 +147,12 @@ class _Table:
         return mapped if mapped < 0 else 0.0
 
     def map_all(self, logprobs: Sequence[float]) -> list[float]:
-        least, shift, one = _LOGS[0], self._shifts[0], self.map
-        return [logprob + shift if logprob < least else one(logprob) for logprob in logprobs]
+        """The same of many: an answer has sixteen, and a call for each would take longer than the sums."""
+        shifts, slopes = self._shifts, self._slopes
+        ends = [bisect_right(_LOGS, logprob) for logprob in logprobs]
+        mapped = [logprob + shifts[at] + (slopes[at] * (logprob - _LEFT[at]) if at else 0.0)
+                  for logprob, at in zip(logprobs, ends)]
+        return [logprob if logprob < 0 else 0.0 for logprob in mapped] if max(mapped, default=0.0) > 0 else mapped
 
     def note(self, logprob: float, hit: bool) -> None:
         """Count it at the knots on both sides, the nearer one more."""

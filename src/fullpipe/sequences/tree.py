@@ -116,8 +116,9 @@ class TokenTree:
 
     # ---- growing -------------------------------------------------------------------------------------
 
-    def propose(self, node: Node, expansion: Expansion) -> None:
-        """Take the draft's guesses of what follows `node`. Guesses for a dead or committed node are dropped.
+    def propose(self, node: Node, expansion: Expansion, floor: float = -math.inf) -> None:
+        """Take the draft's guesses of what follows `node`. Guesses for a dead or committed node are dropped, and those
+        that log-probability `floor` is not reached by: given no root will their path be likelier.
 
         At the first answer a child that is there already came with a chain, before anybody had looked at `node` itself.
         It gets the mean of both probabilities (0 where it is not among those guessed now), and its subtree moves with
@@ -133,11 +134,11 @@ class TokenTree:
         elif node.children:
             self._weigh(node, expansion)
         if max(expansion.parents, default=-1) < 0:
-            self._offer(node, expansion.tokens, expansion.logprobs)
+            self._offer(node, expansion.tokens, expansion.logprobs, floor)
         else:
-            self._propose_chains(node, expansion)
+            self._propose_chains(node, expansion, floor)
 
-    def _propose_chains(self, node: Node, expansion: Expansion) -> None:
+    def _propose_chains(self, node: Node, expansion: Expansion, floor: float) -> None:
         """Guesses that follow guesses: those that something follows become nodes at once."""
         chained = set(expansion.parents)
         made: dict[int, Node] = {}
@@ -148,13 +149,18 @@ class TokenTree:
                 continue
             if index in chained:
                 cum = under.cum + min(logprob, 0.0)
-                made[index] = under.children.get(token) or self._new(token, under, under.position + 1, cum)
+                made[index] = under.children.get(token) or self._chained(under, token, cum)
             else:
-                self._offer(under, [token], [logprob])
+                self._offer(under, [token], [logprob], floor)
 
-    def _offer(self, node: Node, tokens: list[int], logprobs: list[float]) -> None:
+    def _chained(self, under: Node, token: int, cum: float) -> Node:
+        self._offer_next(under, [guess for guess in under.guesses if guess[1] != token])
+        return self._new(token, under, under.position + 1, cum)
+
+    def _offer(self, node: Node, tokens: list[int], logprobs: list[float], floor: float) -> None:
         cum = node.cum
-        guesses = [(cum + (logprob if logprob < 0 else 0.0), token) for token, logprob in zip(tokens, logprobs)]
+        guesses = [(cum + (logprob if logprob < 0 else 0.0), token) for token, logprob in zip(tokens, logprobs)
+                   if logprob >= floor]
         if node.guesses or node.children:
             known = {token for _, token in node.guesses} | set(node.children)
             guesses = node.guesses + [guess for guess in guesses if guess[1] not in known]
@@ -207,11 +213,19 @@ class TokenTree:
         if guesses and changed:
             self._push(self._frontier, node, guesses[-1][0])
 
+    def take_guess(self, parent: Node) -> Node:
+        """Make a node of the best guess of a node that has one."""
+        cum, token = parent.guesses.pop()
+        node = self._new(token, parent, parent.position + 1, cum)
+        if parent.guesses:
+            self._push(self._frontier, parent, parent.guesses[-1][0])
+        return node
+
     def _new(self, token: int, parent: Node | None, position: int, cum: float) -> Node:
+        """A new node, which is no guess of its parent any more."""
         node = Node(next(self._ids), token, parent, position, cum)
         if parent is not None:
             parent.children[token] = node
-            self._offer_next(parent, [guess for guess in parent.guesses if guess[1] != token])
         self.num_live += 1
         self._push(self._unlaunched, node, cum)
         self._push(self._unasked, node, cum)
@@ -297,6 +311,7 @@ class TokenTree:
         if token in node.children:
             return node.children[token]
         cum = next(cum for cum, known in node.guesses if known == token)
+        self._offer_next(node, [guess for guess in node.guesses if guess[1] != token])
         return self._new(token, node, node.position + 1, cum)
 
     def unlaunched(self, floor: float) -> Candidates:
@@ -450,7 +465,7 @@ class Candidates:
             best = -heap[0][0] if heap else -math.inf
             frontier = tree._best_frontier()
             if frontier is not None and frontier.guesses[-1][0] > max(best, self._least):
-                tree._child(frontier, frontier.guesses[-1][1])
+                tree.take_guess(frontier)
                 continue
             return best - tree.root.cum if heap and best >= self._least else None
 

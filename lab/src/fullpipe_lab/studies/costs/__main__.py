@@ -1,15 +1,17 @@
 """Does `fullpipe` as it comes lose to another method anywhere? Virtual time, recorded answers.
 
     python -m fullpipe_lab.studies.costs measure --bench DIR --clusters FILE_OR_PRESET ... [--only fullpipe]
+    python -m fullpipe_lab.studies.costs watch --bench DIR --clusters FILE_OR_PRESET ...
     python -m fullpipe_lab.studies.costs compare --bench DIR [--others FILE]
     python -m fullpipe_lab.studies.costs report --bench DIR [--many batching-receipt.json ...] [--out DIR]
 
 `measure` replays the answers of a bench folder (recording-t*.jsonl, of `fullpipe-lab record`) with every method: the
 others at each setting that may be their best on a cluster and set, `fullpipe` without options. What the draft says is
 computed once, and kept in DIR/memo. Every row goes to DIR/journal-t*.jsonl: a run that is killed goes on where it was,
-and rows of another version of the code are measured again, of the methods that --only names. `compare` prints
-`fullpipe` against the best other method, cell by cell, and what is reached of what is asked for. `report` makes
-receipt.json of the journals, and of that alone report.md, in lab/reports/costs.
+and rows of another version of the code are measured again, of the methods that --only names. `watch` adds how often
+guesses of `fullpipe` come true, by what was claimed. `compare` prints `fullpipe` against the best other method, cell
+by cell, and what is reached of what is asked for. `report` makes receipt.json of the journals, and of that alone
+report.md, in lab/reports/costs.
 """
 
 from __future__ import annotations
@@ -44,6 +46,14 @@ def measure(asked: argparse.Namespace) -> None:
                 measuring.run(cell, method)
 
 
+def watch(asked: argparse.Namespace) -> None:
+    for heat in decimals(asked.temperatures, "--temperatures"):
+        measuring = Measuring(asked.bench, asked.draft, asked.clusters, heat, asked.limit, _journal(asked.bench, heat))
+        for cluster in asked.clusters:
+            for draft in asked.drafts.split(","):
+                measuring.watch(Path(cluster).name.removesuffix(".toml"), draft)
+
+
 def compare(asked: argparse.Namespace) -> None:
     rows = [row for heat in decimals(asked.temperatures, "--temperatures")
             for row in _journal(asked.bench, heat).rows.values() if "cell" in row]
@@ -76,7 +86,7 @@ def _journal(bench: Path, heat: float) -> Journal:
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("measure", "compare", "report"))
+    parser.add_argument("what", choices=("measure", "watch", "compare", "report"))
     parser.add_argument("--bench", type=Path, default=Path("bench-out"), help="recording-t*.jsonl, memo/, journals")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--clusters", nargs="+", default=["gpus-8", "gpus-14", "edge-5", "home-6"])
@@ -88,7 +98,7 @@ def main() -> None:
     parser.add_argument("--many", type=Path, nargs="*", default=[], help="receipts of studies.batching")
     parser.add_argument("--out", type=Path, default=REPORT)
     asked = parser.parse_args()
-    {"measure": measure, "compare": compare, "report": report}[asked.what](asked)
+    {"measure": measure, "watch": watch, "compare": compare, "report": report}[asked.what](asked)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from fullpipe import hub
 from fullpipe.errors import UsageError
+from fullpipe_lab.calibration_table import WatchedCalibration, name_of
 from fullpipe_lab.clusters import Cluster
 from fullpipe_lab.files import Journal
 from fullpipe_lab.receipts import Sample
@@ -30,6 +31,8 @@ from fullpipe_lab.sweep import (
     fingerprint,
 )
 
+HIT_RATES = "hit-rates/"
+"""Begins the keys of journal rows about expected and seen hit rates."""
 OURS, PLAIN = "fullpipe", "pp"
 OTHERS = ("chain", "pipedec", "static-tree")
 ALL = (PLAIN, *OTHERS, OURS)
@@ -135,6 +138,22 @@ class Measuring:
         if method == PLAIN:
             cell = Cell(cell.temperature, cell.cluster, "none", cell.set)
         try_settings(method, DRAFTS.get(cell.draft, "none"), lambda setting: self._seconds(cell, setting))
+
+    def watch(self, cluster: str, draft: str) -> None:
+        """Note how often guesses came true, of how many that were claimed and that were believed, over all answers one
+        after another: a row for each kind of guess and tenth of probability."""
+        watched = WatchedCalibration()
+        for answer in (one for answers in self._sets.values() for one in answers):
+            self._worker.watch(answer, cluster, Setting(OURS, DRAFTS[draft]), watched)
+        for line in watched.table():
+            self._journal.add(f"{HIT_RATES}T{self._temperature:g}/{cluster}/{draft}/{line.kind}/{line.decile}", {
+                "T": f"{self._temperature:g}", "draft": draft, "cluster": cluster, "who": name_of(line.kind),
+                "claimed": f"{line.decile / 10:.1f} to {line.decile / 10 + 0.1:.1f}", "guesses": line.number,
+                "at its word": round(line.claimed / line.number, 3), "believed": round(line.believed / line.number, 3),
+                "seen": round(line.seen / line.number, 3)})
+        claimed, believed = watched.surprise()
+        print(f"T{self._temperature:g}/{cluster}/{draft}: {claimed:.0f} nats of surprise at the draft's word, "
+              f"{believed:.0f} as it was believed", flush=True)
 
     def _seconds(self, cell: Cell, setting: Setting) -> float:
         inputs = self._inputs[cell.cluster, cell.set]

@@ -15,13 +15,11 @@ from fullpipe_lab.report import render
 from fullpipe_lab.studies import batching
 from fullpipe_lab.studies.costs import tables
 from fullpipe_lab.studies.costs.comparing import Results, best_of
-from fullpipe_lab.studies.costs.measuring import OTHERS, PATIENCE, PIPEDEC_WIDTHS
+from fullpipe_lab.studies.costs.measuring import HIT_RATES, OTHERS, PATIENCE, PIPEDEC_WIDTHS
 from fullpipe_lab.studies.costs.targets import targets
 from fullpipe_lab.sweep import CHAIN_DEPTHS
 
 REPORT = STUDIES.parent / "reports" / "costs"
-HIT_RATES = "hit-rates/"
-"""Begins the keys of journal rows about expected and seen hit rates: of any columns, shown as they are."""
 _WORST = 12
 
 

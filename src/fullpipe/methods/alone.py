@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _PRIOR = 0.85  # of a draft's best guess to be right, before it has said anything
 _FOLLOW = 0.05  # share of an answer's news by which what is held of the draft follows
-_TENTH = 0.1  # of what a traversal takes beyond one level: found by trying (docs/speculation-costs.md)
+_BEYOND = 0.2  # of what a traversal takes beyond one level: found by trying (docs/speculation-costs.md)
 _LEAST_DOUBT = 0.01  # of a level, whatever the draft says: nothing is certain for ever
 _MOST_LEVELS = 24  # that a draft goes on by itself
 _LEAST_CHAIN = math.log(0.1)  # chains less likely than this it gives up
@@ -290,7 +290,7 @@ class Alone:
     def _value(self) -> float:
         """Seconds that a sure guess is worth."""
         level = self._level(self._levels)
-        return level + _TENTH * (self._traversal() - level)
+        return level + _BEYOND * (self._traversal() - level)
 
     def _level(self, levels: float) -> float:
         """Seconds of a level where flights have so many; no more than without a draft."""

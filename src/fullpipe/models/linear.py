@@ -62,3 +62,28 @@ class Linear:
         if self._packed:
             return _apply_packed(x, self._weight, self._bias)
         return F.linear(x, self._weight, self._bias)
+
+    def onto(self, x: Tensor, total: Tensor) -> None:
+        """Add the product to total, [rows, out], in place; the sum is rounded once. A weight that is not packed."""
+        assert not self._packed
+        total.addmm_(x, self._weight.t())
+        if self._bias is not None:
+            total.add_(self._bias)
+
+    def to(self, device: torch.device) -> Linear:
+        """The same on another device; of a weight that is not packed."""
+        assert not self._packed
+        bias = None if self._bias is None else self._bias.to(device)
+        return Linear(self._weight.to(device), bias, packed=False)
+
+    @property
+    def num_inputs(self) -> int:
+        """Of a weight that is not packed."""
+        assert not self._packed
+        return self._weight.shape[1]
+
+    @property
+    def num_outputs(self) -> int:
+        """Of a weight that is not packed."""
+        assert not self._packed
+        return self._weight.shape[0]

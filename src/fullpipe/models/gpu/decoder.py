@@ -1,0 +1,337 @@
+"""A slice of a model on a device: static memory, steps of few fixed sizes, and on CUDA a captured graph for each.
+
+Speculation is exact where a row has the same bits in any company. Between the products a kernel's program sees one row
+(`kernels`). The products are the library's, which picks another kernel, and so another order of summing, for another
+number of rows: here a step is filled up to a *bucket* of rows, and at the start it is tried which buckets agree bit by
+bit with the largest; only those are used. Filling up costs little, for a step's time is that of reading the weights.
+
+Hidden states come from the host and go back to it, whatever the device of the next stage is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fullpipe.models.attention import Segment
+from fullpipe.models.config import ModelConfig
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.gpu import plain
+from fullpipe.models.gpu.pool import BLOCK, DeviceArena, Pool
+from fullpipe.models.gpu.rows import Rows
+from fullpipe.models.linear import Linear
+from fullpipe.models.loading import Layer, Loader
+
+ROWS = (16, 32, 64)
+"""Buckets of rows that are tried."""
+
+MOST_SLOTS = 1 << 17
+"""Of a pool whose size nobody has said, which also takes no more than a quarter of what is free."""
+
+Made = TypeVar("Made")
+
+
+class Ops(Protocol):
+    """What lies between the products; see `plain`, which keeps this promise as `kernels` does."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def rotate_and_store(self, qkv: Tensor, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None, eps: float,
+                         places: Tensor, cache: Tensor) -> Tensor: ...
+
+    def attend(self, queries: Tensor, cache: Tensor, context: Tensor, lengths: Tensor) -> Tensor: ...
+
+    def gate(self, gate_up: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Layers first_layer, first_layer + 1, ... of a model, all on one device. A head comes with its norm."""
+
+    config: ModelConfig
+    first_layer: int
+    layers: list[Layer]
+    embedding: Tensor | None
+    head: Linear | None
+    norm: Tensor | None
+
+    @classmethod
+    def read(cls, files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: torch.dtype,
+             device: torch.device) -> Weights:
+        """Those of layers first..last (exclusive), which go to the device one by one."""
+        loader = Loader(files, dtype, packed=False)
+        with loader:
+            layers = [_moved(loader.layers(index, index + 1)[0], device) for index in range(first, last)]
+            embedding = loader.embedding().to(device) if has_embedding else None
+            head = loader.head(embedding)[0].to(device) if has_head else None
+            norm = loader.norm("model.norm.weight").to(device) if has_head else None
+        return cls(files.config, first, layers, embedding, head, norm)
+
+
+def _moved(layer: Layer, device: torch.device) -> Layer:
+    return Layer(layer.attention_norm.to(device), layer.qkv.to(device),
+                 None if layer.qk_norm is None else layer.qk_norm.to(device), layer.out.to(device),
+                 layer.mlp_norm.to(device), layer.gate_up.to(device), layer.down.to(device))
+
+
+class DeviceSlice:
+    """Keeps the contract of `DecoderSlice`, on a device: tensors go in and come out on the host.
+
+    dtype: of weights, hidden states and cache. slots: of the pool; None: by what is free (see `MOST_SLOTS`).
+    rows: buckets to try, rising. graphs: capture them on CUDA; else kernels are launched one by one.
+
+    rows, of the slice: the buckets that agree, rising; longer steps run in parts. exact: also the order of the rows
+    in a step of the largest bucket changes no bit.
+    """
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, *, slots: int | None = None,
+                 rows: Sequence[int] = ROWS, graphs: bool = True) -> None:
+        self.config, self.first_layer, self.dtype, self.device = weights.config, weights.first_layer, dtype, device
+        self._weights, self._layers = weights, weights.layers
+        self._graphs = graphs and device.type == "cuda"
+        self._ops = _ops(device)
+        self._frequencies = torch.tensor(self.config.rope.inv_freq, dtype=torch.float32, device=device)
+        with self._here(), torch.inference_mode():
+            self.rows, self.exact = _agreeing(weights, rows, dtype, device)
+            self.pool = Pool(self.config, self.num_layers, slots or self._slots(), dtype, device)
+        self._steps: dict[tuple[int, int, tuple[int, ...]], _Step] = {}
+        self._heads: dict[int, _Head] = {}
+        self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def allocate(self, capacity: int) -> DeviceArena:
+        """An empty arena for one request. Raises UsageError when the pool has too few blocks left."""
+        return DeviceArena(self.pool, capacity)
+
+    @overload
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
+                taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
+                taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
+        """See `DecoderSlice.forward`. Rows come after their ancestors, for a long step runs in parts."""
+        with self._here():
+            if self._layers and len(x):
+                hidden, tapped = self._run(x, Rows.of(positions, segments), tuple(taps))
+            else:
+                table = self._weights.embedding
+                hidden = x if table is None else F.embedding(x.to(self.device), table).cpu()
+                tapped = hidden.new_empty(len(x), len(taps), self.config.hidden)
+        return (hidden, tapped) if taps else hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: [r, hidden] -> float32 [r, vocab]. The slice must have the head."""
+        with self._here():
+            out = self._host(len(hidden), self.config.vocab_size, dtype=torch.float32)
+            for start in range(0, len(hidden), self.rows[-1]):
+                part = hidden[start : start + self.rows[-1]]
+                head = self._head(self._bucket(len(part)))
+                head.hidden[: len(part)].copy_(part)
+                out[start : start + len(part)].copy_(head.replay()[: len(part)], non_blocking=True)
+            self._wait()
+        return out
+
+    # ---- steps -------------------------------------------------------------------------------------------
+
+    def _run(self, x: Tensor, rows: Rows, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        hidden = self._host(len(x), self.config.hidden, dtype=self.dtype)
+        tapped = self._host(len(x), len(taps), self.config.hidden, dtype=self.dtype)
+        for start in range(0, len(x), self.rows[-1]):
+            end = min(start + self.rows[-1], len(x))
+            part = rows.part(start, end)
+            step = self._step(self._bucket(len(part)), part.context.shape[1], taps)
+            step.inputs.fill(x[start:end], part)
+            made, tap = step.replay()
+            hidden[start:end].copy_(made[: end - start], non_blocking=True)
+            if tap is not None:
+                tapped[start:end].copy_(tap[: end - start], non_blocking=True)
+            self._wait()  # also until what was sent has been read: the next part is written over it
+        return hidden, tapped
+
+    def _compute(self, inputs: Inputs, taps: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """The layers, over static tensors. Returns hidden states of the bucket, and what was tapped."""
+        ops, eps, table = self._ops, self.config.rms_eps, self._weights.embedding
+        hidden = inputs.hidden.clone() if table is None else F.embedding(inputs.tokens, table)
+        angles = inputs.positions[:, None].float() * self._frequencies
+        factor = self.config.rope.attention_factor
+        cosine, sine = angles.cos() * factor, angles.sin() * factor
+        tapped = []
+        for index, layer in enumerate(self._layers):
+            cache = self.pool.kv[index]
+            qkv = layer.qkv(ops.norm(hidden, layer.attention_norm, eps))
+            queries = ops.rotate_and_store(qkv, cosine, sine, layer.qk_norm, eps, inputs.places, cache)
+            layer.out.onto(ops.attend(queries, cache, inputs.context, inputs.lengths), hidden)
+            gate_up = layer.gate_up(ops.norm(hidden, layer.mlp_norm, eps))
+            layer.down.onto(ops.gate(gate_up), hidden)
+            if self.first_layer + index + 1 in taps:
+                tapped.append(hidden.clone())
+        return hidden, torch.stack(tapped, 1) if taps else None
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        norm, head = self._weights.norm, self._weights.head
+        assert norm is not None and head is not None
+        return head(self._ops.norm(hidden, norm, self.config.rms_eps)).float()
+
+    def _step(self, rows: int, width: int, taps: tuple[int, ...]) -> _Step:
+        key = rows, width, taps
+        if key not in self._steps:
+            inputs = Inputs(rows, width, self.config.hidden, self.dtype, self.device)
+            self._steps[key] = _Step(inputs, self._replay(partial(self._compute, inputs, taps)))
+        return self._steps[key]
+
+    def _head(self, rows: int) -> _Head:
+        if rows not in self._heads:
+            hidden = torch.zeros(rows, self.config.hidden, dtype=self.dtype, device=self.device)
+            self._heads[rows] = _Head(hidden, self._replay(partial(self._score, hidden)))
+        return self._heads[rows]
+
+    def _replay(self, run: Callable[[], Made]) -> Callable[[], Made]:
+        return Replay(run, self._memory) if self._graphs else run
+
+    def _bucket(self, rows: int) -> int:
+        return next(bucket for bucket in self.rows if bucket >= rows)
+
+    # ---- the device --------------------------------------------------------------------------------------
+
+    def _here(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def _host(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory on the host that the device can write to. torch keeps what was freed for the next."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+
+    def _slots(self) -> int:
+        if self.device.type != "cuda" or not self._layers:
+            return MOST_SLOTS // 8
+        size = self.num_layers * self.config.sizes(self.dtype.itemsize).kv_bytes
+        return max(BLOCK, min(MOST_SLOTS, torch.cuda.mem_get_info(self.device)[0] // 4 // size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    inputs: Inputs
+    replay: Callable[[], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    hidden: Tensor
+    replay: Callable[[], Tensor]
+
+
+class Inputs:
+    """Static memory from which the steps of a bucket read. What is an integer comes in one piece.
+
+    tokens, positions, places, lengths: int32 [rows]. context: int32 [rows, width]. hidden: [rows, hidden].
+    """
+
+    def __init__(self, rows: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._host = torch.zeros(rows * (4 + width), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._packed = torch.zeros_like(self._host, device=device)
+        self.tokens, self.positions, self.places, self.lengths = self._packed[: 4 * rows].view(4, rows)
+        self.context = self._packed[4 * rows :].view(rows, width)
+        self.hidden = torch.zeros(rows, hidden, dtype=dtype, device=device)
+
+    def fill(self, x: Tensor, rows: Rows) -> None:
+        """Send a step's rows. The others of the bucket read nothing but their own place in the scratch block.
+
+        x: int64 [rows], tokens; or hidden states [rows, hidden].
+        """
+        count, all_rows = len(rows), len(self.tokens)
+        host = self._host.numpy()
+        tokens, positions, places, lengths = host[: 4 * all_rows].reshape(4, all_rows)
+        context = host[4 * all_rows :].reshape(all_rows, -1)
+        positions[:count], lengths[:count], places[:count] = rows.positions, rows.positions + 1, rows.places
+        context[:count] = rows.context
+        positions[count:], lengths[count:] = 0, 1
+        places[count:] = context[count:, 0] = range(all_rows - count)
+        if x.ndim == 1:
+            tokens[:count], tokens[count:] = x.numpy(), 0
+        else:
+            self.hidden[:count].copy_(x)
+        self._packed.copy_(self._host, non_blocking=True)
+
+
+class Replay(Generic[Made]):
+    """Runs a function over static tensors as a graph, captured when it is first called.
+
+    Bits come from the graph alone: what ran before it only had kernels compiled and libraries set up.
+    """
+
+    def __init__(self, run: Callable[[], Made], memory: Any) -> None:
+        self._run, self._memory = run, memory
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Made:
+        """Where the results are; the next call of any graph of the slice may write over them."""
+        if self._graph is None:
+            self._run()
+            torch.cuda.current_stream().synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                self._made = self._run()
+            self._graph = graph
+        self._graph.replay()
+        return self._made
+
+
+# ---- which buckets agree ---------------------------------------------------------------------------------
+
+
+def _agreeing(weights: Weights, rows: Sequence[int], dtype: torch.dtype,
+              device: torch.device) -> tuple[tuple[int, ...], bool]:
+    """The buckets in which every product of the slice gives each row the bits that it has in the largest; and whether
+    in that one a row's bits do not depend on its place."""
+    most, kept, placed = max(rows), set(rows), True
+    generator = torch.Generator(device).manual_seed(0)
+    for size, product in _products(weights):
+        x = torch.randn(most, size, generator=generator, dtype=torch.float32, device=device).to(dtype)
+        whole = product(x)
+        placed &= torch.equal(product(x.flip(0)).flip(0), whole)
+        kept -= {one for one in kept if any(
+            not torch.equal(product(x[at : at + one].clone()), whole[at : at + one]) for at in range(0, most, one))}
+    return tuple(sorted(kept)), placed
+
+
+def _products(weights: Weights) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
+    """Each kind of product in the slice, as steps make it: how many numbers it takes of a row, and what it does."""
+    found: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+    for layer in weights.layers[:1]:
+        found += [(one.num_inputs, one) for one in (layer.qkv, layer.gate_up)]
+        found += [(one.num_inputs, partial(_onto, one)) for one in (layer.out, layer.down)]
+    if weights.head is not None:
+        found.append((weights.head.num_inputs, weights.head))
+    return found
+
+
+def _onto(product: Linear, x: Tensor) -> Tensor:
+    total = torch.zeros(len(x), product.num_outputs, dtype=x.dtype, device=x.device)
+    product.onto(x, total)
+    return total
+
+
+def _ops(device: torch.device) -> Ops:
+    if device.type != "cuda":
+        return plain
+    from fullpipe.models.gpu import kernels
+
+    return kernels

@@ -61,7 +61,7 @@ def slice_of(kind: str, files: ModelFiles, first: int, last: int, *, has_embeddi
     if kind == "device":
         weights = Weights.read(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
                                device=CPU)
-        return DeviceSlice(weights, dtype, CPU, slots=1024, rows=(4, 8))
+        return DeviceSlice(weights, dtype, CPU, pool_bytes=1 << 22, rows=(4, 8))
     return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
                         packed=None if kind == "auto" else kind == "packed")
 

@@ -31,6 +31,10 @@ class Arena(Protocol):
         """Copy the rows of slots of another arena of the slice to slots 0, 1, ... slots: int64 [r], r <= capacity."""
         ...
 
+    def pretend(self, count: int) -> None:
+        """Let noise stand in the first slots, as if rows of positions 0, 1, ... had been written there."""
+        ...
+
 
 class Slice(Protocol):
     """Computes steps: see `DecoderSlice`, whose methods say what they take and give."""
@@ -57,19 +61,23 @@ class Slice(Protocol):
 
 
 def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: torch.dtype,
-               device: str = "cpu", slots: int | None = None) -> Slice:
+               device: str = "cpu", kv_pool_mib: int | None = None) -> Slice:
     """Read layers first..last (exclusive) onto a device, "cpu" or "cuda:N".
 
-    slots: of the cache pool of a GPU (see `DeviceSlice`). Raises what reading raises, and UsageError for a device that
-    is not there or has too little memory.
+    kv_pool_mib: size of the cache pool on a GPU; None: by what is free (see `DeviceSlice`).
+
+    Raises what reading raises, and UsageError for a device that is not there or has too little memory.
     """
     if device == "cpu":
         from fullpipe.models.decoder import DecoderSlice
 
         return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype)
     from fullpipe.models.gpu.decoder import DeviceSlice, Weights
+    from fullpipe.models.gpu.devices import check_room, find_device
 
-    where = torch.device(device)
+    where, pool_bytes = torch.device(find_device(device)), None if kv_pool_mib is None else kv_pool_mib << 20
+    check_room(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype, device=where,
+               pool_bytes=pool_bytes)
     weights = Weights.read(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
                            device=where)
-    return DeviceSlice(weights, dtype, where, slots=slots)
+    return DeviceSlice(weights, dtype, where, pool_bytes=pool_bytes)

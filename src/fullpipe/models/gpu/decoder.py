@@ -24,7 +24,7 @@ from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.gpu import plain
-from fullpipe.models.gpu.pool import BLOCK, DeviceArena, Pool
+from fullpipe.models.gpu.pool import DeviceArena, Pool
 from fullpipe.models.gpu.rows import Rows
 from fullpipe.models.linear import Linear
 from fullpipe.models.loading import Layer, Loader
@@ -84,15 +84,15 @@ def _moved(layer: Layer, device: torch.device) -> Layer:
 class DeviceSlice:
     """Keeps the contract of `DecoderSlice`, on a device: tensors go in and come out on the host.
 
-    dtype: of weights, hidden states and cache. slots: of the pool; None: by what is free (see `MOST_SLOTS`).
+    dtype: of weights, hidden states and cache. pool_bytes: of the cache; None: by what is free (see `MOST_SLOTS`).
     rows: buckets to try, rising. graphs: capture them on CUDA; else kernels are launched one by one.
 
     rows, of the slice: the buckets that agree, rising; longer steps run in parts. exact: also the order of the rows
     in a step of the largest bucket changes no bit.
     """
 
-    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, *, slots: int | None = None,
-                 rows: Sequence[int] = ROWS, graphs: bool = True) -> None:
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, *,
+                 pool_bytes: int | None = None, rows: Sequence[int] = ROWS, graphs: bool = True) -> None:
         self.config, self.first_layer, self.dtype, self.device = weights.config, weights.first_layer, dtype, device
         self._weights, self._layers = weights, weights.layers
         self._graphs = graphs and device.type == "cuda"
@@ -100,9 +100,9 @@ class DeviceSlice:
         self._frequencies = torch.tensor(self.config.rope.inv_freq, dtype=torch.float32, device=device)
         with self._here(), torch.inference_mode():
             self.rows, self.exact = _agreeing(weights, rows, dtype, device)
-            self.pool = Pool(self.config, self.num_layers, slots or self._slots(), dtype, device)
-        self._steps: dict[tuple[int, int, tuple[int, ...]], _Step] = {}
-        self._heads: dict[int, _Head] = {}
+            self.pool = Pool(self.config, self.num_layers, self._slots(pool_bytes), dtype, device)
+        self._steps: dict[tuple[int, int, tuple[int, ...]], Step] = {}
+        self._heads: dict[int, Head] = {}
         self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
 
     @property
@@ -140,7 +140,7 @@ class DeviceSlice:
             out = self._host(len(hidden), self.config.vocab_size, dtype=torch.float32)
             for start in range(0, len(hidden), self.rows[-1]):
                 part = hidden[start : start + self.rows[-1]]
-                head = self._head(self._bucket(len(part)))
+                head = self.head(self._bucket(len(part)))
                 head.hidden[: len(part)].copy_(part)
                 out[start : start + len(part)].copy_(head.replay()[: len(part)], non_blocking=True)
             self._wait()
@@ -154,7 +154,7 @@ class DeviceSlice:
         for start in range(0, len(x), self.rows[-1]):
             end = min(start + self.rows[-1], len(x))
             part = rows.part(start, end)
-            step = self._step(self._bucket(len(part)), part.context.shape[1], taps)
+            step = self.step(self._bucket(len(part)), part.context.shape[1], taps)
             step.inputs.fill(x[start:end], part)
             made, tap = step.replay()
             hidden[start:end].copy_(made[: end - start], non_blocking=True)
@@ -187,17 +187,19 @@ class DeviceSlice:
         assert norm is not None and head is not None
         return head(self._ops.norm(hidden, norm, self.config.rms_eps)).float()
 
-    def _step(self, rows: int, width: int, taps: tuple[int, ...]) -> _Step:
+    def step(self, rows: int, width: int, taps: tuple[int, ...] = ()) -> Step:
+        """The layers, for a bucket of rows and one of width."""
         key = rows, width, taps
         if key not in self._steps:
             inputs = Inputs(rows, width, self.config.hidden, self.dtype, self.device)
-            self._steps[key] = _Step(inputs, self._replay(partial(self._compute, inputs, taps)))
+            self._steps[key] = Step(inputs, self._replay(partial(self._compute, inputs, taps)))
         return self._steps[key]
 
-    def _head(self, rows: int) -> _Head:
+    def head(self, rows: int) -> Head:
+        """Norm and head, for a bucket of rows."""
         if rows not in self._heads:
             hidden = torch.zeros(rows, self.config.hidden, dtype=self.dtype, device=self.device)
-            self._heads[rows] = _Head(hidden, self._replay(partial(self._score, hidden)))
+            self._heads[rows] = Head(hidden, self._replay(partial(self._score, hidden)))
         return self._heads[rows]
 
     def _replay(self, run: Callable[[], Made]) -> Callable[[], Made]:
@@ -219,21 +221,26 @@ class DeviceSlice:
         """Memory on the host that the device can write to. torch keeps what was freed for the next."""
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
-    def _slots(self) -> int:
-        if self.device.type != "cuda" or not self._layers:
-            return MOST_SLOTS // 8
+    def _slots(self, pool_bytes: int | None) -> int:
+        """Of the pool. A slice without layers, whose slots take no memory, has as many as can be."""
         size = self.num_layers * self.config.sizes(self.dtype.itemsize).kv_bytes
-        return max(BLOCK, min(MOST_SLOTS, torch.cuda.mem_get_info(self.device)[0] // 4 // size))
+        if pool_bytes is None and self.device.type == "cuda":
+            pool_bytes = min(MOST_SLOTS * size, torch.cuda.mem_get_info(self.device)[0] // 4)
+        return MOST_SLOTS if pool_bytes is None or not size else pool_bytes // size
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
+    """A step of one size: fill its inputs, then replay it. See `DeviceSlice._compute`."""
+
     inputs: Inputs
     replay: Callable[[], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class Head:
+    """The head for one number of rows: fill hidden, [rows, hidden], then replay it for float32 [rows, vocab]."""
+
     hidden: Tensor
     replay: Callable[[], Tensor]
 

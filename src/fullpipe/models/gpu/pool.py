@@ -87,6 +87,13 @@ class DeviceArena:
                           for places in (other.places[theirs], self.places[:count]))
         kv.index_copy_(2, target, kv.index_select(2, source))
 
+    @torch.inference_mode()
+    def pretend(self, count: int) -> None:
+        """Let noise stand in the first slots, as if rows of positions 0, 1, ... had been written there."""
+        self.positions[:count] = range(count)
+        kv, places = self._pool.kv, torch.from_numpy(self.places[:count].astype(np.int64)).to(self._pool.kv.device)
+        kv.index_copy_(2, places, torch.randn_like(kv[:, :, :count]))
+
     def _grow(self, capacity: int) -> None:
         more = self._pool.take(-(-capacity // BLOCK) - len(self._blocks))
         self._blocks += more

@@ -109,6 +109,14 @@ class DeviceSlice:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    @property
+    def has_embedding(self) -> bool:
+        return self._weights.embedding is not None
+
+    @property
+    def has_head(self) -> bool:
+        return self._weights.head is not None
+
     def allocate(self, capacity: int) -> DeviceArena:
         """An empty arena for one request. Raises UsageError when the pool has too few blocks left."""
         return DeviceArena(self.pool, capacity)

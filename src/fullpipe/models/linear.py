@@ -77,13 +77,7 @@ class Linear:
         return Linear(self._weight.to(device), bias, packed=False)
 
     @property
-    def num_inputs(self) -> int:
-        """Of a weight that is not packed."""
+    def weight(self) -> Tensor:
+        """[out, in], where it is not packed."""
         assert not self._packed
-        return self._weight.shape[1]
-
-    @property
-    def num_outputs(self) -> int:
-        """Of a weight that is not packed."""
-        assert not self._packed
-        return self._weight.shape[0]
+        return self._weight

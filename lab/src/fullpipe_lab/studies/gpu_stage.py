@@ -1,10 +1,11 @@
 """What stages on a GPU say, and what they take, in one go: run this where a GPU is.
 
-    python -m fullpipe_lab.studies.gpu_stage --model smollm2-135m.gguf [--parts a,b,c,d,e,f] [--out DIR] [--device cuda]
+    python -m fullpipe_lab.studies.gpu_stage --model smollm2-135m.gguf [--parts a,b,c,d,e,f,g] [--out DIR]
 
 a: the machine, and the bandwidth of its memory. b: what a GPU says beside the processor, and the texts of methods.
 c: whether a row has the same bits in any company. d: what a step takes, against reading its weights once; models of the
-shape of Qwen2.5 1.5B and 7B with random weights. e: pipelines of stage processes on the one GPU. f: a profile file.
+shape of Qwen2.5 1.5B and 7B with random weights. e: pipelines of stage processes on the one GPU. f: a profile file. g:
+products alone.
 
 A part that fails is told and does not stop the others. DIR/gpu_stage.json is written anew after each. `--small` tries
 the parts on small sizes, so that `--device cpu` can see them run.
@@ -536,9 +537,29 @@ def part_f(study: Study) -> None:
                head_us=1e6 * profile.heads.at(1))
 
 
+# ---- g: products -----------------------------------------------------------------------------------------
+
+
+def part_g(study: Study) -> None:
+    from fullpipe_lab.studies.gpu_products import compare
+
+    for name, config in (("1.5B", QWEN_1_5B), ("7B", QWEN_7B)):
+        weights = random_weights(study, config, 28)
+        layers, sizes = weights.layers, [("qkv", "qkv"), ("out", "out"), ("gate_up", "gate_up"), ("down", "down")]
+        for what, attribute in sizes:
+            with trying(study, f"g: {name} {what}"):
+                compare([getattr(layer, attribute).weight for layer in layers], study.read_gbps(), study.note,
+                        f"{name} {what}")
+        assert weights.head is not None
+        with trying(study, f"g: {name} head"):
+            compare([weights.head.weight], study.read_gbps(), study.note, f"{name} head")
+        del weights, layers
+        freed()
+
+
 # ---- all of it -------------------------------------------------------------------------------------------
 
-PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e, "f": part_f}
+PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e, "f": part_f, "g": part_g}
 
 
 @contextmanager
@@ -563,6 +584,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small sizes, to see the parts run")
     asked = parser.parse_args()
     study = Study(torch.device(asked.device), asked.model, asked.out, asked.small)
+    gc.freeze()  # torch collects before each capture
     for part in asked.parts.split(","):
         with trying(study, part):
             PARTS[part](study)
@@ -578,7 +600,8 @@ def _summary(study: Study) -> None:
     """What matters, last."""
     print("\n==== summary ====")
     for table in ("machine", "bandwidth", "parity", "texts in process", "row identity", "buckets against the set",
-                  "buckets", "buckets that agree", "without graphs", "pipelines", "profile", "failed"):
+                  "buckets", "buckets that agree", "without graphs", "products", "our product", "pipelines", "profile",
+                  "failed"):
         for row in study.found.get(table, []):
             print(f"{table}: " + ", ".join(f"{name} {_shown(value)}" for name, value in row.items()))
     print("steps: model, part, context, rows: device ms (over limit) wall ms")

@@ -97,13 +97,14 @@ class DeviceSlice:
         self._weights, self._layers = weights, weights.layers
         self._graphs = graphs and device.type == "cuda"
         self._ops = _ops(device)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32, however split
         self._frequencies = torch.tensor(self.config.rope.inv_freq, dtype=torch.float32, device=device)
         with self._here(), torch.inference_mode():
             self.rows, self.exact = _agreeing(weights, rows, dtype, device)
             self.pool = Pool(self.config, self.num_layers, self._slots(pool_bytes), dtype, device)
         self._steps: dict[tuple[int, int, tuple[int, ...]], Step] = {}
         self._heads: dict[int, Head] = {}
-        self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._capture = _Capture(device) if self._graphs else None
 
     @property
     def num_layers(self) -> int:
@@ -158,7 +159,7 @@ class DeviceSlice:
 
     def _run(self, x: Tensor, rows: Rows, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         hidden = self._host(len(x), self.config.hidden, dtype=self.dtype)
-        tapped = self._host(len(x), len(taps), self.config.hidden, dtype=self.dtype)
+        tapped = self._host(len(x), len(taps), self.config.hidden, dtype=self.dtype) if taps else hidden
         for start in range(0, len(x), self.rows[-1]):
             end = min(start + self.rows[-1], len(x))
             part = rows.part(start, end)
@@ -211,7 +212,7 @@ class DeviceSlice:
         return self._heads[rows]
 
     def _replay(self, run: Callable[[], Made]) -> Callable[[], Made]:
-        return Replay(run, self._memory) if self._graphs else run
+        return Replay(run, self._capture) if self._capture else run
 
     def _bucket(self, rows: int) -> int:
         return next(bucket for bucket in self.rows if bucket >= rows)
@@ -286,23 +287,33 @@ class Inputs:
         self._packed.copy_(self._host, non_blocking=True)
 
 
+class _Capture:
+    """What all graphs of a slice are captured with: memory that they share, for one runs at a time, and a stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class Replay(Generic[Made]):
     """Runs a function over static tensors as a graph, captured when it is first called.
 
     Bits come from the graph alone: what ran before it only had kernels compiled and libraries set up.
     """
 
-    def __init__(self, run: Callable[[], Made], memory: Any) -> None:
-        self._run, self._memory = run, memory
+    def __init__(self, run: Callable[[], Made], capture: _Capture) -> None:
+        self._run, self._capture = run, capture
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> Made:
         """Where the results are; the next call of any graph of the slice may write over them."""
         if self._graph is None:
-            self._run()
-            torch.cuda.current_stream().synchronize()
+            memory, stream = self._capture.memory, self._capture.stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run()
+            stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 self._made = self._run()
             self._graph = graph
         self._graph.replay()
@@ -331,15 +342,15 @@ def _products(weights: Weights) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
     """Each kind of product in the slice, as steps make it: how many numbers it takes of a row, and what it does."""
     found: list[tuple[int, Callable[[Tensor], Tensor]]] = []
     for layer in weights.layers[:1]:
-        found += [(one.num_inputs, one) for one in (layer.qkv, layer.gate_up)]
-        found += [(one.num_inputs, partial(_onto, one)) for one in (layer.out, layer.down)]
+        found += [(one.weight.shape[1], one) for one in (layer.qkv, layer.gate_up)]
+        found += [(one.weight.shape[1], partial(_onto, one)) for one in (layer.out, layer.down)]
     if weights.head is not None:
-        found.append((weights.head.num_inputs, weights.head))
+        found.append((weights.head.weight.shape[1], weights.head))
     return found
 
 
 def _onto(product: Linear, x: Tensor) -> Tensor:
-    total = torch.zeros(len(x), product.num_outputs, dtype=x.dtype, device=x.device)
+    total = torch.zeros(len(x), len(product.weight), dtype=x.dtype, device=x.device)
     product.onto(x, total)
     return total
 

@@ -109,7 +109,7 @@ def test_blocks_come_from_the_pool_and_go_back(part: DeviceSlice) -> None:
 def test_a_pool_that_is_full_says_so(part: DeviceSlice) -> None:
     free = part.pool.num_free
     arena = part.allocate(free)
-    with pytest.raises(UsageError, match="pool of 2048 cache slots .* is full: 0 are free, 256 more") as told:
+    with pytest.raises(UsageError, match=r"pool of 2048 cache slots .* is full: 0 are free, 256 more") as told:
         part.allocate(1)
     assert told.value.param == "kv_pool_mib" and "`kv_pool_mib`" in (told.value.hint or "")
     with pytest.raises(UsageError, match="is full"):

@@ -21,7 +21,8 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_gpu")
 def test_stages_and_draft_model_are_told_of_the_device(models: Models) -> None:
-    prepared = prepare(Options.of(model=str(models.target), draft=f"{models.draft},ngram", stages=2, device="cuda", kv_pool_mib=64))
+    prepared = prepare(Options.of(model=str(models.target), draft=f"{models.draft},ngram", stages=2, device="cuda",
+                                  kv_pool_mib=64))
     assert prepared.target.dtype == "bfloat16" and prepared.row_bytes == 2 * prepared.target.config.hidden
     assert [(spec.args["device"], spec.args["kv_pool_mib"]) for spec in prepared.stages] == [("cuda:0", 64)] * 2
     assert prepared.draft is not None

@@ -13,17 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORMS = ((16, 256, 4, 4), (32, 128, 4, 4), (32, 128, 4, 6), (32, 256, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4),
-         (64, 64, 4, 6), (128, 64, 4, 5), (128, 128, 8, 3))
-"""Columns and depth of a tile, warps, stages."""
+FORMS = ((32, 128, 4, 4, False), (32, 256, 4, 4, False), (64, 128, 4, 4, False), (64, 64, 4, 4, True),
+         (64, 128, 4, 4, True), (64, 128, 4, 6, True), (64, 256, 4, 3, True), (128, 64, 4, 4, True),
+         (128, 128, 4, 4, True), (128, 128, 8, 4, True))
+"""Columns and depth of a tile, warps, stages; whether the weight is the left factor."""
+
+Form = tuple[int, int, int, int, bool]
 SPLITS = (1, 2, 4, 8)
 
 
 @triton.jit
-def _product(x, weight, parts, columns, depth, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+def _product(x, weight, parts, columns, depth, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+             SWAPPED: tl.constexpr):
     block, split = tl.program_id(0), tl.program_id(1)
     m, n, k = tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([COLUMNS, ROWS], tl.float32) if SWAPPED else tl.zeros([ROWS, COLUMNS], tl.float32)
     first = split * share
     left = x + m[:, None] * depth + k[None, :]
     right = weight + n[:, None].to(tl.int64) * depth + k[None, :]
@@ -32,17 +36,19 @@ def _product(x, weight, parts, columns, depth, share, ROWS: tl.constexpr, COLUMN
         there = at + k < depth
         a = tl.load(left + at, mask=there[None, :], other=0.0)
         b = tl.load(right + at, mask=real[:, None] & there[None, :], other=0.0)
-        total = tl.dot(a, tl.trans(b), total)
+        total = tl.dot(b, tl.trans(a), total) if SWAPPED else tl.dot(a, tl.trans(b), total)
+    if SWAPPED:
+        total = tl.trans(total)
     tl.store(parts + (split * ROWS + m[:, None]) * columns + n[None, :], total, mask=real[None, :])
 
 
-def ours(x: Tensor, weight: Tensor, form: tuple[int, int, int, int], splits: int, parts: Tensor) -> None:
+def ours(x: Tensor, weight: Tensor, form: Form, splits: int, parts: Tensor) -> None:
     """Sums over parts of the depth: parts, float32 [splits, rows, columns]. x: [16, 32 or 64, depth]."""
     (rows, depth), columns = x.shape, weight.shape[0]
-    wide, deep, warps, stages = form
+    wide, deep, warps, stages, swapped = form
     share = triton.cdiv(triton.cdiv(depth, deep), splits) * deep
     _product[(triton.cdiv(columns, wide), splits)](x, weight, parts, columns, depth, share, ROWS=rows, COLUMNS=wide,
-                                                   DEPTH=deep, num_warps=warps, num_stages=stages)
+                                                   DEPTH=deep, SWAPPED=swapped, num_warps=warps, num_stages=stages)
 
 
 def captured_us(run: Callable[[], object], calls: int, repeats: int = 12) -> float:
@@ -93,7 +99,7 @@ def compare(weights: list[Tensor], gbps: float, note: Callable[..., None], name:
         _check(weights[0], min(found)[1], min(found)[2], note, name)
 
 
-def _check(weight: Tensor, form: tuple[int, int, int, int], splits: int, note: Callable[..., None], name: str) -> None:
+def _check(weight: Tensor, form: Form, splits: int, note: Callable[..., None], name: str) -> None:
     """The best form in each bucket: right, and the same bits?"""
     columns, depth = weight.shape
     x = torch.randn(64, depth, device=weight.device).bfloat16()

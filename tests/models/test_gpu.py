@@ -16,11 +16,11 @@ from torch import Tensor
 import tiny
 from fullpipe.errors import UsageError
 from fullpipe.models.attention import Segment
+from fullpipe.models.gpu import plain
 from fullpipe.models.gpu.decoder import DeviceSlice, Weights
 from fullpipe.models.gpu.devices import find_device
 from fullpipe.models.gpu.pool import BLOCK, DeviceArena, Pool
 from fullpipe.models.gpu.rows import Rows, width_for
-from fullpipe.models.linear import Linear
 from fullpipe.models.weights import open_model
 
 CPU = torch.device("cpu")
@@ -79,17 +79,17 @@ def test_a_row_has_the_same_bits_in_any_slots_company_and_parts(part: DeviceSlic
 def test_buckets_that_disagree_are_left_out(weights: Callable[..., Weights],
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that sums eight rows in another order than four or sixteen."""
-    product = Linear.__call__
-    monkeypatch.setattr(Linear, "__call__", lambda self, x: product(self, x) * (1 + 1e-6 * (len(x) == 8)))
+    product = plain.product
+    monkeypatch.setattr(plain, "product", lambda x, weight: product(x, weight) * (1 + 1e-6 * (len(x) == 8)))
     made = DeviceSlice(weights(CPU), torch.float32, CPU, rows=(4, 8, 16), pool_bytes=1 << 20)
     assert (made.rows, made.exact) == ((4, 16), True)
 
 
 def test_a_product_that_minds_the_order_of_rows_is_told(weights: Callable[..., Weights],
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    product = Linear.__call__
-    monkeypatch.setattr(Linear, "__call__",
-                        lambda self, x: product(self, x) * (1 + 1e-6 * (torch.arange(len(x)) == 3)[:, None]))
+    product = plain.product
+    monkeypatch.setattr(plain, "product",
+                        lambda x, weight: product(x, weight) * (1 + 1e-6 * (torch.arange(len(x)) == 3)[:, None]))
     assert not DeviceSlice(weights(CPU), torch.float32, CPU, rows=(4,), pool_bytes=1 << 20).exact
 
 
@@ -177,8 +177,8 @@ def test_graphs_say_what_kernels_say_and_nearly_what_the_processor_says(
     rng = random.Random(0)
     tokens, slots = [rng.randrange(tiny.VOCAB) for _ in range(90)], list(range(90))
     truth = chain(one := DeviceSlice(weights(CPU), torch.float32, CPU), one.allocate(90), tokens, slots, 0)
-    for graphs in (True, False):
-        made = DeviceSlice(weights(device, dtype), dtype, device, graphs=graphs)
+    for graphs, library in ((True, True), (False, True), (True, False)):
+        made = DeviceSlice(weights(device, dtype), dtype, device, graphs=graphs, library=library)
         arena = made.allocate(90)
         whole = chain(made, made.allocate(90), tokens, slots, 0)
         parts = [chain(made, arena, tokens[at : at + 3], slots, at) for at in range(0, 90, 3)]

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _shown(value: Any) -> str:
 # ---- time ------------------------------------------------------------------------------------------------
 
 
-def device_ms(study: Study, run: Callable[[], object], repeats: int = 30) -> float:
+def device_ms(study: Study, run: Callable[[], object], repeats: int = 20) -> float:
     """Median milliseconds on the device. Calls follow each other without a gap."""
     for _ in range(3):
         run()
@@ -106,7 +107,7 @@ def device_ms(study: Study, run: Callable[[], object], repeats: int = 30) -> flo
     return statistics.median(float(start.elapsed_time(end)) for start, end in marks)
 
 
-def wall_ms(study: Study, run: Callable[[], object], repeats: int = 20) -> float:
+def wall_ms(study: Study, run: Callable[[], object], repeats: int = 15) -> float:
     """Median milliseconds on the wall clock of a call that waits for its result."""
     samples = []
     for _ in range(repeats + 3):
@@ -161,7 +162,8 @@ def _driver() -> str:
 def part_b(study: Study) -> None:
     tokens = _text(study, 40 if study.small else 200)
     truth = _logits_of(_whole(study, "cpu", torch.float32), tokens)
-    for where, dtype in (("gpu", torch.float32), ("gpu", torch.bfloat16), ("cpu", torch.bfloat16)):
+    for where, dtype in (("gpu", torch.float32), ("gpu", torch.bfloat16), ("gpu, our products", torch.bfloat16),
+                         ("cpu", torch.bfloat16)):
         logits = _logits_of(_whole(study, where, dtype), tokens)
         error = ((logits - truth).norm() / truth.norm()).item()
         kl = torch.nn.functional.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), log_target=True,
@@ -180,7 +182,7 @@ def _whole(study: Study, where: str, dtype: torch.dtype) -> Slice:
     if where == "cpu":
         return DecoderSlice(files, 0, last, has_embedding=True, has_head=True, dtype=dtype)
     return DeviceSlice(Weights.read(files, 0, last, has_embedding=True, has_head=True, dtype=dtype,
-                                    device=study.device), dtype, study.device)
+                                    device=study.device), dtype, study.device, library=where == "gpu")
 
 
 def _text(study: Study, count: int) -> list[int]:
@@ -272,12 +274,12 @@ def _rows_of(study: Study, name: str, weights: Weights) -> None:
     vocab, size = weights.config.vocab_size, 60 if study.small else 300
     tree = Tree([rng.randrange(vocab) for _ in range(size)], [rng.randrange(vocab) for _ in range(48)],
                 [rng.randrange(-1, row) for row in range(48)], list(range(size + 48)))
-    seen: dict[tuple[int, ...], Tensor] = {}
-    for rows in (*((bucket,) for bucket in ROWS), ROWS):
-        slice = DeviceSlice(weights, torch.bfloat16, study.device, rows=rows, pool_bytes=None)
-        truth = seen[rows] = _run_tree(slice, tree, random.Random(0), whole=True)
+    seen: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
+    for library, rows in product((True, False), (*((bucket,) for bucket in ROWS), ROWS)):
+        slice = _sliced(study, weights, rows=rows, library=library)
+        truth = seen[library, rows] = _run_tree(slice, tree, random.Random(0), whole=True)
         compared = differing = bits = 0
-        for trial in range(2 if study.small else 8):
+        for trial in range(2 if study.small else 6):
             rng = random.Random(trial)
             moved = replace(tree, slots=rng.sample(range(1500), size + 48))
             found = _run_tree(slice, moved, rng, whole=False)
@@ -285,14 +287,14 @@ def _rows_of(study: Study, name: str, weights: Weights) -> None:
             compared += len(found)
             differing += int(unlike.ne(0).any(1).sum())
             bits += sum(int(((unlike >> bit) & 1).sum()) for bit in range(32)) if unlike.any() else 0
-        study.note("row identity", model=name, tried=str(rows), used=str(slice.rows), exact=slice.exact,
+        study.note("row identity", model=name, products=_by(library), tried=str(rows), used=str(slice.rows), exact=slice.exact,
                    rows_compared=compared, rows_differing=differing, bits_differing=bits)
         del slice
         freed()
-    for rows in list(seen)[:-1]:
-        study.note("buckets against the set", model=name, bucket=rows[0],
-                   same_bits=torch.equal(seen[rows], seen[ROWS]),
-                   largest_difference=(seen[rows] - seen[ROWS]).abs().max().item())
+    for (library, rows), logits in seen.items():
+        study.note("buckets against the set", model=name, products=_by(library), bucket=str(rows),
+                   same_bits=torch.equal(logits, seen[library, ROWS]),
+                   largest_difference=(logits - seen[library, ROWS]).abs().max().item())
 
 
 def _run_tree(slice: DeviceSlice, tree: Tree, rng: random.Random, *, whole: bool) -> Tensor:
@@ -379,8 +381,10 @@ def part_d(study: Study) -> None:
     for name, config in shapes.items():
         for part, layers, ends in (("7 layers", 7, False), ("whole", config.num_layers, True)):
             weights = random_weights(study, config, min(layers, config.num_layers), ends=ends)
-            with trying(study, f"d: {name}, {part}"):
-                _steps_of(study, name, part, weights)
+            for library in (True, False):
+                with trying(study, f"d: {name}, {part}, {_by(library)}"):
+                    _steps_of(study, name, part, weights, library)
+                freed()
             if ends:
                 for what in (_buckets_of, _eager_of, _kernels_of):
                     with trying(study, f"d: {what.__name__} {name}"):
@@ -397,8 +401,13 @@ def _sliced(study: Study, weights: Weights, **options: Any) -> DeviceSlice:
     return DeviceSlice(weights, torch.bfloat16, study.device, pool_bytes=_pool(study, weights), **options)
 
 
-def _steps_of(study: Study, name: str, part: str, weights: Weights) -> None:
-    slice, config = _sliced(study, weights), weights.config
+def _by(library: bool) -> str:
+    """Whose products."""
+    return "library" if library else "ours"
+
+
+def _steps_of(study: Study, name: str, part: str, weights: Weights, library: bool) -> None:
+    slice, config = _sliced(study, weights, library=library), weights.config
     for context in (64,) if study.small else CONTEXTS:
         for rows in (1, 16) if study.small else STEP_ROWS:
             x, positions, segment = _chain(slice, rows, context)
@@ -408,7 +417,7 @@ def _steps_of(study: Study, name: str, part: str, weights: Weights) -> None:
             taken = device_ms(study, step.replay)
             if weights.head is not None:
                 taken += device_ms(study, slice.head(bucket).replay)
-            study.note("steps", model=name, part=part, context=context, rows=rows, bucket=bucket, width=width,
+            study.note("steps", model=name, part=part, products=_by(library), context=context, rows=rows, bucket=bucket, width=width,
                        device_ms=taken, limit_ms=limit, over_limit=taken / limit,
                        wall_ms=wall_ms(study, _whole_call(slice, x, positions, segment)))
 
@@ -449,17 +458,20 @@ def _weight_bytes(weights: Weights) -> int:
 
 def _buckets_of(study: Study, name: str, weights: Weights) -> None:
     """Each bucket by itself, whether or not it agrees with others."""
-    for bucket in ROWS:
-        slice = _sliced(study, weights, rows=(bucket,))
+    for library, bucket in product((True, False), ROWS):
+        slice = _sliced(study, weights, rows=(bucket,), library=library)
         x, positions, segment = _chain(slice, 8, 128)
         step, _, _ = _filled(slice, x, positions, segment)
-        study.note("buckets", model=name, bucket=bucket, layers_ms=device_ms(study, step.replay),
+        study.note("buckets", model=name, products=_by(library), bucket=bucket, layers_ms=device_ms(study, step.replay),
                    head_ms=device_ms(study, slice.head(bucket).replay),
                    limit_ms=_weight_bytes(weights) / study.read_gbps() / 1e6)
         del slice, step
         freed()
-    slice = _sliced(study, weights)
-    study.note("buckets that agree", model=name, rows=str(slice.rows), exact=slice.exact)
+    for library in (True, False):
+        slice = _sliced(study, weights, library=library)
+        study.note("buckets that agree", model=name, products=_by(library), rows=str(slice.rows),
+                   exact=slice.exact)
+        del slice
 
 
 def _eager_of(study: Study, name: str, weights: Weights) -> None:
@@ -475,9 +487,13 @@ def _eager_of(study: Study, name: str, weights: Weights) -> None:
 
 def _kernels_of(study: Study, name: str, weights: Weights) -> None:
     """Which kernels run in a step of 8 rows, and what each takes of it."""
+    for library in (True, False):
+        _profiled(study, name, _sliced(study, weights, graphs=False, library=library), library)
+
+
+def _profiled(study: Study, name: str, slice: DeviceSlice, library: bool) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    slice = _sliced(study, weights, graphs=False)
     x, positions, segment = _chain(slice, 8, 2048 if not study.small else 64)
     step, bucket, _ = _filled(slice, x, positions, segment)
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if study.on_gpu else [])]
@@ -489,7 +505,7 @@ def _kernels_of(study: Study, name: str, weights: Weights) -> None:
     taken = {one.key: (one.count, getattr(one, "self_device_time_total", 0.0)) for one in told.key_averages()
              if getattr(one, "self_device_time_total", 0.0) > 0 and one.device_type.name == "CUDA"}
     for key, (count, us) in sorted(taken.items(), key=lambda item: -item[1][1])[:16]:
-        study.note("kernels", model=name, bucket=bucket, count=count, us_each=us / count, us=us, kernel=key[:110])
+        study.note("kernels", model=name, products=_by(library), bucket=bucket, count=count, us_each=us / count, us=us, kernel=key[:110])
 
 
 # ---- e: pipelines of processes ---------------------------------------------------------------------------
@@ -606,8 +622,8 @@ def _summary(study: Study) -> None:
             print(f"{table}: " + ", ".join(f"{name} {_shown(value)}" for name, value in row.items()))
     print("steps: model, part, context, rows: device ms (over limit) wall ms")
     for row in study.found.get("steps", []):
-        print(f"  {row['model']:10} {row['part']:8} {row['context']:5} {row['rows']:3}: {row['device_ms']:.3f} "
-              f"({row['over_limit']:.2f}) {row['wall_ms']:.3f}")
+        print(f"  {row['model']:10} {row['part']:8} {row['products']:7} {row['context']:5} {row['rows']:3}: "
+              f"{row['device_ms']:.3f} ({row['over_limit']:.2f}) {row['wall_ms']:.3f}")
 
 
 if __name__ == "__main__":

@@ -39,16 +39,20 @@ Made = TypeVar("Made")
 
 
 class Ops(Protocol):
-    """What lies between the products; see `plain`, which keeps this promise as `kernels` does."""
+    """What steps are made of; see `plain`, which keeps this promise as `kernels` does."""
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
-    def rotate_and_store(self, qkv: Tensor, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None, eps: float,
-                         places: Tensor, cache: Tensor) -> Tensor: ...
+    def add_norm(self, hidden: Tensor, parts: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor: ...
+
+    def rotate_and_store(self, parts: Tensor, bias: Tensor | None, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None,
+                         eps: float, places: Tensor, cache: Tensor) -> Tensor: ...
 
     def attend(self, queries: Tensor, cache: Tensor, context: Tensor, lengths: Tensor) -> Tensor: ...
 
-    def gate(self, gate_up: Tensor) -> Tensor: ...
+    def gate(self, parts: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +91,24 @@ class DeviceSlice:
     dtype: of weights, hidden states and cache. pool_bytes: of the cache; None: by what is free (see `MOST_SLOTS`).
     rows: buckets to try, rising. graphs: capture them on CUDA; else kernels are launched one by one.
 
+    library: products are the library's; else `kernels` has one of its own for 16 bits.
+
     rows, of the slice: the buckets that agree, rising; longer steps run in parts. exact: also the order of the rows
     in a step of the largest bucket changes no bit.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, *,
-                 pool_bytes: int | None = None, rows: Sequence[int] = ROWS, graphs: bool = True) -> None:
+                 pool_bytes: int | None = None, rows: Sequence[int] = ROWS, graphs: bool = True,
+                 library: bool = True) -> None:
         self.config, self.first_layer, self.dtype, self.device = weights.config, weights.first_layer, dtype, device
         self._weights, self._layers = weights, weights.layers
         self._graphs = graphs and device.type == "cuda"
         self._ops = _ops(device)
+        self._product = plain.product if library else self._ops.product
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32, however split
         self._frequencies = torch.tensor(self.config.rope.inv_freq, dtype=torch.float32, device=device)
         with self._here(), torch.inference_mode():
-            self.rows, self.exact = _agreeing(weights, rows, dtype, device)
+            self.rows, self.exact = _agreeing(self._product, _shapes(weights), rows, dtype)
             self.pool = Pool(self.config, self.num_layers, self._slots(pool_bytes), dtype, device)
         self._steps: dict[tuple[int, int, tuple[int, ...]], Step] = {}
         self._heads: dict[int, Head] = {}
@@ -179,14 +187,16 @@ class DeviceSlice:
         angles = inputs.positions[:, None].float() * self._frequencies
         factor = self.config.rope.attention_factor
         cosine, sine = angles.cos() * factor, angles.sin() * factor
-        tapped = []
-        for index, layer in enumerate(self._layers):
+        normed, tapped = ops.norm(hidden, self._layers[0].attention_norm, eps), []
+        for index, (layer, after) in enumerate(zip(self._layers, [*self._layers[1:], self._layers[0]])):
             cache = self.pool.kv[index]
-            qkv = layer.qkv(ops.norm(hidden, layer.attention_norm, eps))
-            queries = ops.rotate_and_store(qkv, cosine, sine, layer.qk_norm, eps, inputs.places, cache)
-            layer.out.onto(ops.attend(queries, cache, inputs.context, inputs.lengths), hidden)
-            gate_up = layer.gate_up(ops.norm(hidden, layer.mlp_norm, eps))
-            layer.down.onto(ops.gate(gate_up), hidden)
+            queries = ops.rotate_and_store(self._product(normed, layer.qkv.weight), layer.qkv.bias, cosine, sine,
+                                           layer.qk_norm, eps, inputs.places, cache)
+            mixed = ops.attend(queries, cache, inputs.context, inputs.lengths)
+            normed = ops.add_norm(hidden, self._product(mixed, layer.out.weight), layer.out.bias, layer.mlp_norm, eps)
+            gated = ops.gate(self._product(normed, layer.gate_up.weight), self.dtype)
+            # What comes of the last layer is normed for nobody.
+            normed = ops.add_norm(hidden, self._product(gated, layer.down.weight), None, after.attention_norm, eps)
             if self.first_layer + index + 1 in taps:
                 tapped.append(hidden.clone())
         return hidden, torch.stack(tapped, 1) if taps else None
@@ -194,7 +204,8 @@ class DeviceSlice:
     def _score(self, hidden: Tensor) -> Tensor:
         norm, head = self._weights.norm, self._weights.head
         assert norm is not None and head is not None
-        return head(self._ops.norm(hidden, norm, self.config.rms_eps)).float()
+        parts = self._product(self._ops.norm(hidden, norm, self.config.rms_eps), head.weight)
+        return parts[0].float() if len(parts) == 1 else parts.sum(0, dtype=torch.float32)
 
     def step(self, rows: int, width: int, taps: tuple[int, ...] = ()) -> Step:
         """The layers, for a bucket of rows and one of width."""
@@ -323,36 +334,28 @@ class Replay(Generic[Made]):
 # ---- which buckets agree ---------------------------------------------------------------------------------
 
 
-def _agreeing(weights: Weights, rows: Sequence[int], dtype: torch.dtype,
-              device: torch.device) -> tuple[tuple[int, ...], bool]:
-    """The buckets in which every product of the slice gives each row the bits that it has in the largest; and whether
+def _agreeing(product: Callable[[Tensor, Tensor], Tensor], weights: Sequence[Tensor], rows: Sequence[int],
+              dtype: torch.dtype) -> tuple[tuple[int, ...], bool]:
+    """The buckets in which products with these weights give each row the bits that it has in the largest; and whether
     in that one a row's bits do not depend on its place."""
     most, kept, placed = max(rows), set(rows), True
-    generator = torch.Generator(device).manual_seed(0)
-    for size, product in _products(weights):
-        x = torch.randn(most, size, generator=generator, dtype=torch.float32, device=device).to(dtype)
-        whole = product(x)
-        placed &= torch.equal(product(x.flip(0)).flip(0), whole)
+    for weight in weights:
+        generator = torch.Generator(weight.device).manual_seed(0)
+        x = torch.randn(most, weight.shape[1], generator=generator, device=weight.device).to(dtype)
+        whole = product(x, weight)
+        placed &= torch.equal(product(x.flip(0), weight).flip(1), whole)
         kept -= {one for one in kept if any(
-            not torch.equal(product(x[at : at + one].clone()), whole[at : at + one]) for at in range(0, most, one))}
+            not torch.equal(product(x[at : at + one].clone(), weight), whole[:, at : at + one])
+            for at in range(0, most, one))}
     return tuple(sorted(kept)), placed
 
 
-def _products(weights: Weights) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
-    """Each kind of product in the slice, as steps make it: how many numbers it takes of a row, and what it does."""
-    found: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+def _shapes(weights: Weights) -> list[Tensor]:
+    """A weight of every shape that steps multiply with."""
+    found = [] if weights.head is None else [weights.head.weight]
     for layer in weights.layers[:1]:
-        found += [(one.weight.shape[1], one) for one in (layer.qkv, layer.gate_up)]
-        found += [(one.weight.shape[1], partial(_onto, one)) for one in (layer.out, layer.down)]
-    if weights.head is not None:
-        found.append((weights.head.weight.shape[1], weights.head))
+        found += [layer.qkv.weight, layer.out.weight, layer.gate_up.weight, layer.down.weight]
     return found
-
-
-def _onto(product: Linear, x: Tensor) -> Tensor:
-    total = torch.zeros(len(x), len(product.weight), dtype=x.dtype, device=x.device)
-    product.onto(x, total)
-    return total
 
 
 def _ops(device: torch.device) -> Ops:

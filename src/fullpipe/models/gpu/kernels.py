@@ -1,7 +1,8 @@
-"""What lies between the products, as Triton kernels: each says what its twin in `plain` says, in one launch or two.
+"""A step's operations as Triton kernels: each says what its twin in `plain` says, in one launch or two.
 
-A program computes one row, or one head of one, and sees nothing else. So a row's bits cannot depend on its company, on
-where its context lies, or on how far a bucket is filled up.
+Between the products a program computes one row, or one head of one, and sees nothing else. So a row's bits cannot
+depend on its company, on where its context lies, or on how far a bucket is filled up. In a product a row is a column of
+what the tensor cores compute, and the order in which they sum depends on the weight's shape alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fullpipe.models.gpu import plain
 
 CHUNK = 64
 """Positions that attention reads at a time."""
@@ -20,26 +23,69 @@ SPLITS = 32
 _LEAST_DOT = 16  # rows of a matrix product on tensor cores
 
 
+_TILE, _DEPTH = 64, 128
+"""Rows of the weight that a program of a product has, and numbers of each that it reads at a time."""
+
+_ENOUGH, _MOST_PARTS, _LEAST_TILES = 128, 8, 3
+"""A product is cut along its depth until there are enough programs, into so many parts at most, each not too short.
+Nothing here follows the card, for bits follow it."""
+
+
 @triton.jit
-def _norm(x, weight, out, size, eps, BLOCK: tl.constexpr):
+def _product(x, weight, parts, columns, depth, share, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    block, part = tl.program_id(0), tl.program_id(1)
+    m, n, k = tl.arange(0, ROWS), block * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
+    total = tl.zeros([TILE, ROWS], tl.float32)
+    first = part * share
+    rows = x + m[:, None] * depth + k[None, :]
+    tile = weight + n[:, None].to(tl.int64) * depth + k[None, :]
+    real = n < columns
+    for at in range(first, tl.minimum(first + share, depth), DEPTH):
+        there = at + k < depth
+        given = tl.load(rows + at, mask=there[None, :], other=0.0)
+        read = tl.load(tile + at, mask=real[:, None] & there[None, :], other=0.0)
+        total = tl.dot(read, tl.trans(given), total)
+    tl.store(parts + (part * ROWS + m[:, None]) * columns + n[None, :], tl.trans(total), mask=real[None, :])
+
+
+@triton.jit
+def _norm(hidden, parts, bias, weight, out, size, away, eps, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+          BIASED: tl.constexpr):
+    """With parts: they are added to hidden first. away: numbers from one part to the next."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
-    values = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(hidden + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        added = tl.zeros([BLOCK], tl.float32)
+        for part in tl.static_range(PARTS):
+            added += tl.load(parts + part * away + row * size + column, mask=inside, other=0.0).to(tl.float32)
+        if BIASED:
+            added += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        kept = (values + added).to(hidden.dtype.element_ty)
+        tl.store(hidden + row * size + column, kept, mask=inside)
+        values = kept.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
     scaled = values * scale * tl.load(weight + column, mask=inside, other=0.0)
     tl.store(out + row * size + column, scaled.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _rotate(qkv, cosine, sine, qk_norm, places, queries, cache, room, eps, HEADS: tl.constexpr,
-            KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr):
+def _rotate(parts, bias, cosine, sine, qk_norm, places, queries, cache, room, away, eps, HEADS: tl.constexpr,
+            KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr,
+            NORMED: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < HALF
-    source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + i
-    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    source = parts + (row * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + i
+    low = tl.zeros([BLOCK], tl.float32)
+    high = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        low += tl.load(source + part * away, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(source + part * away + HALF, mask=inside, other=0.0).to(tl.float32)
+    if BIASED:
+        low += tl.load(bias + head * 2 * HALF + i, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(bias + head * 2 * HALF + HALF + i, mask=inside, other=0.0).to(tl.float32)
     if head < HEADS + KV_HEADS:
         if NORMED:
             scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / (2 * HALF) + eps)
@@ -125,33 +171,65 @@ def _combine(highest, total, mixed, lengths, out, HEADS: tl.constexpr, SIZE: tl.
 
 
 @triton.jit
-def _gate(gate_up, out, size, BLOCK: tl.constexpr):
+def _gate(parts, out, size, away, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
-    left = tl.load(gate_up + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(gate_up + (row * 2 + 1) * size + column, mask=inside, other=0.0).to(tl.float32)
+    left = tl.zeros([BLOCK], tl.float32)
+    right = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        source = parts + part * away + row * 2 * size + column
+        left += tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        right += tl.load(source + size, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * size + column, (left / (1.0 + tl.exp(-left)) * right).to(out.dtype.element_ty), mask=inside)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """See `plain.product`; the parts are float32, as many as the weight's shape asks for. Weights in float32 are the
+    library's matter. x: [rows, in], rows a power of two and 16 or more."""
+    if weight.dtype == torch.float32:
+        return plain.product(x, weight)
+    (rows, depth), columns = x.shape, weight.shape[0]
+    tiles, count = triton.cdiv(depth, _DEPTH), 1
+    while count < _MOST_PARTS and triton.cdiv(columns, _TILE) * count < _ENOUGH and tiles >= 2 * count * _LEAST_TILES:
+        count *= 2
+    parts = torch.empty(count, rows, columns, dtype=torch.float32, device=x.device)
+    _product[(triton.cdiv(columns, _TILE), count)](
+        x, weight, parts, columns, depth, triton.cdiv(tiles, count) * _DEPTH, ROWS=rows, TILE=_TILE, DEPTH=_DEPTH,
+        num_warps=4, num_stages=4)
+    return parts
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `plain.norm`; weight: [n]."""
-    rows, size = x.shape
-    out = torch.empty_like(x)
+    return _normed(x, None, None, weight, eps)
+
+
+def add_norm(hidden: Tensor, parts: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """See `plain.add_norm`."""
+    return _normed(hidden, parts, bias, weight, eps)
+
+
+def _normed(hidden: Tensor, parts: Tensor | None, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    rows, size = hidden.shape
+    out = torch.empty_like(hidden)
     block = triton.next_power_of_2(size)
-    _norm[(rows,)](x, weight, out, size, eps, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    _norm[(rows,)](hidden, hidden if parts is None else parts, hidden if bias is None else bias, weight, out, size,
+                   rows * size, eps, BLOCK=block, PARTS=0 if parts is None else len(parts), BIASED=bias is not None,
+                   num_warps=min(16, max(1, block // 512)))
     return out
 
 
-def rotate_and_store(qkv: Tensor, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None, eps: float, places: Tensor,
-                     cache: Tensor) -> Tensor:
+def rotate_and_store(parts: Tensor, bias: Tensor | None, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None,
+                     eps: float, places: Tensor, cache: Tensor) -> Tensor:
     """See `plain.rotate_and_store`."""
-    twice_kv, room, size = cache.shape
-    rows, heads = len(qkv), qkv.shape[1] // size - twice_kv
-    queries = torch.empty(rows, heads, size, dtype=qkv.dtype, device=qkv.device)
+    (count, rows, width), (twice_kv, room, size) = parts.shape, cache.shape
+    heads = width // size - twice_kv
+    queries = torch.empty(rows, heads, size, dtype=cache.dtype, device=cache.device)
     _rotate[(rows, heads + twice_kv)](
-        qkv, cosine, sine, cosine if qk_norm is None else qk_norm, places, queries, cache, room, eps, HEADS=heads,
-        KV_HEADS=twice_kv // 2, HALF=size // 2, BLOCK=triton.next_power_of_2(size // 2), NORMED=qk_norm is not None,
+        parts, parts if bias is None else bias, cosine, sine, cosine if qk_norm is None else qk_norm, places, queries,
+        cache, room, rows * width, eps, HEADS=heads, KV_HEADS=twice_kv // 2, HALF=size // 2,
+        BLOCK=triton.next_power_of_2(size // 2), PARTS=count, BIASED=bias is not None, NORMED=qk_norm is not None,
         num_warps=1)
     return queries
 
@@ -172,9 +250,9 @@ def attend(queries: Tensor, cache: Tensor, context: Tensor, lengths: Tensor) -> 
     return out
 
 
-def gate(gate_up: Tensor) -> Tensor:
+def gate(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """See `plain.gate`."""
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    _gate[(rows, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024, num_warps=4)
+    count, rows, size = parts.shape[0], parts.shape[1], parts.shape[2] // 2
+    out = torch.empty(rows, size, dtype=dtype, device=parts.device)
+    _gate[(rows, triton.cdiv(size, 1024))](parts, out, size, parts[0].numel(), BLOCK=1024, PARTS=count, num_warps=4)
     return out

@@ -48,6 +48,9 @@ from fullpipe.request import SamplingParams
 from fullpipe_lab.asking import Asker, Real
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
 
+PRODUCTS = ("library", "ours", "ours, early")
+"""Whose products a slice has; and whether kernels begin early. The last is what Fullpipe does."""
+
 METHODS = ("pp", "pipedec", "fullpipe")
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 2048)
@@ -162,7 +165,7 @@ def _driver() -> str:
 def part_b(study: Study) -> None:
     tokens = _text(study, 40 if study.small else 200)
     truth = _logits_of(_whole(study, "cpu", torch.float32), tokens)
-    for where, dtype in (("gpu", torch.float32), ("gpu", torch.bfloat16), ("gpu, our products", torch.bfloat16),
+    for where, dtype in (("gpu", torch.float32), *((products, torch.bfloat16) for products in PRODUCTS),
                          ("cpu", torch.bfloat16)):
         logits = _logits_of(_whole(study, where, dtype), tokens)
         error = ((logits - truth).norm() / truth.norm()).item()
@@ -182,7 +185,8 @@ def _whole(study: Study, where: str, dtype: torch.dtype) -> Slice:
     if where == "cpu":
         return DecoderSlice(files, 0, last, has_embedding=True, has_head=True, dtype=dtype)
     return DeviceSlice(Weights.read(files, 0, last, has_embedding=True, has_head=True, dtype=dtype,
-                                    device=study.device), dtype, study.device, library=where == "gpu")
+                                    device=study.device), dtype, study.device,
+                       **use(study, where if where in PRODUCTS else PRODUCTS[-1]))
 
 
 def _text(study: Study, count: int) -> list[int]:
@@ -274,10 +278,10 @@ def _rows_of(study: Study, name: str, weights: Weights) -> None:
     vocab, size = weights.config.vocab_size, 60 if study.small else 300
     tree = Tree([rng.randrange(vocab) for _ in range(size)], [rng.randrange(vocab) for _ in range(48)],
                 [rng.randrange(-1, row) for row in range(48)], list(range(size + 48)))
-    seen: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
-    for library, rows in product((True, False), (*((bucket,) for bucket in ROWS), ROWS)):
-        slice = _sliced(study, weights, rows=rows, library=library)
-        truth = seen[library, rows] = _run_tree(slice, tree, random.Random(0), whole=True)
+    seen: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+    for products, rows in product(PRODUCTS, (*((bucket,) for bucket in ROWS), ROWS)):
+        slice = _sliced(study, weights, products, rows=rows)
+        truth = seen[products, rows] = _run_tree(slice, tree, random.Random(0), whole=True)
         compared = differing = bits = 0
         for trial in range(2 if study.small else 6):
             rng = random.Random(trial)
@@ -287,14 +291,15 @@ def _rows_of(study: Study, name: str, weights: Weights) -> None:
             compared += len(found)
             differing += int(unlike.ne(0).any(1).sum())
             bits += sum(int(((unlike >> bit) & 1).sum()) for bit in range(32)) if unlike.any() else 0
-        study.note("row identity", model=name, products=_by(library), tried=str(rows), used=str(slice.rows), exact=slice.exact,
-                   rows_compared=compared, rows_differing=differing, bits_differing=bits)
+        study.note("row identity", model=name, products=products, tried=str(rows), used=str(slice.rows),
+                   exact=slice.exact, rows_compared=compared, rows_differing=differing, bits_differing=bits)
         del slice
         freed()
-    for (library, rows), logits in seen.items():
-        study.note("buckets against the set", model=name, products=_by(library), bucket=str(rows),
-                   same_bits=torch.equal(logits, seen[library, ROWS]),
-                   largest_difference=(logits - seen[library, ROWS]).abs().max().item())
+    for (products, rows), logits in seen.items():
+        study.note("buckets against the set", model=name, products=products, bucket=str(rows),
+                   same_bits=torch.equal(logits, seen[products, ROWS]), same_as_early=torch.equal(
+                       logits, seen[PRODUCTS[-1], ROWS]),
+                   largest_difference=(logits - seen[products, ROWS]).abs().max().item())
 
 
 def _run_tree(slice: DeviceSlice, tree: Tree, rng: random.Random, *, whole: bool) -> Tensor:
@@ -381,9 +386,9 @@ def part_d(study: Study) -> None:
     for name, config in shapes.items():
         for part, layers, ends in (("7 layers", 7, False), ("whole", config.num_layers, True)):
             weights = random_weights(study, config, min(layers, config.num_layers), ends=ends)
-            for library in (True, False):
-                with trying(study, f"d: {name}, {part}, {_by(library)}"):
-                    _steps_of(study, name, part, weights, library)
+            for products in PRODUCTS:
+                with trying(study, f"d: {name}, {part}, {products}"):
+                    _steps_of(study, name, part, weights, products)
                 freed()
             if ends:
                 for what in (_buckets_of, _eager_of, _kernels_of):
@@ -393,21 +398,27 @@ def part_d(study: Study) -> None:
             freed()
 
 
+def use(study: Study, products: str) -> Row:
+    """The option of a slice with these products; and kernels that begin early or do not, from now on."""
+    if study.on_gpu:
+        from fullpipe.models.gpu import kernels
+
+        kernels.EARLY = products == "ours, early"
+    return {"library": products == "library"}
+
+
 def _pool(study: Study, weights: Weights) -> int:
     return 8192 * len(weights.layers) * weights.config.sizes(2).kv_bytes
 
 
-def _sliced(study: Study, weights: Weights, **options: Any) -> DeviceSlice:
-    return DeviceSlice(weights, torch.bfloat16, study.device, pool_bytes=_pool(study, weights), **options)
+def _sliced(study: Study, weights: Weights, products: str, **options: Any) -> DeviceSlice:
+    return DeviceSlice(weights, torch.bfloat16, study.device, pool_bytes=_pool(study, weights), **use(study, products),
+                       **options)
 
 
-def _by(library: bool) -> str:
-    """Whose products."""
-    return "library" if library else "ours"
-
-
-def _steps_of(study: Study, name: str, part: str, weights: Weights, library: bool) -> None:
-    slice, config = _sliced(study, weights, library=library), weights.config
+@torch.inference_mode()
+def _steps_of(study: Study, name: str, part: str, weights: Weights, products: str) -> None:
+    slice, config = _sliced(study, weights, products), weights.config
     for context in (64,) if study.small else CONTEXTS:
         for rows in (1, 16) if study.small else STEP_ROWS:
             x, positions, segment = _chain(slice, rows, context)
@@ -417,8 +428,8 @@ def _steps_of(study: Study, name: str, part: str, weights: Weights, library: boo
             taken = device_ms(study, step.replay)
             if weights.head is not None:
                 taken += device_ms(study, slice.head(bucket).replay)
-            study.note("steps", model=name, part=part, products=_by(library), context=context, rows=rows, bucket=bucket, width=width,
-                       device_ms=taken, limit_ms=limit, over_limit=taken / limit,
+            study.note("steps", model=name, part=part, products=products, context=context, rows=rows, bucket=bucket,
+                       width=width, device_ms=taken, limit_ms=limit, over_limit=taken / limit,
                        wall_ms=wall_ms(study, _whole_call(slice, x, positions, segment)))
 
 
@@ -456,26 +467,27 @@ def _weight_bytes(weights: Weights) -> int:
     return len(weights.layers) * sizes.layer_bytes + sizes.head_bytes * (weights.head is not None)
 
 
+@torch.inference_mode()
 def _buckets_of(study: Study, name: str, weights: Weights) -> None:
     """Each bucket by itself, whether or not it agrees with others."""
-    for library, bucket in product((True, False), ROWS):
-        slice = _sliced(study, weights, rows=(bucket,), library=library)
+    for products, bucket in product(PRODUCTS, ROWS):
+        slice = _sliced(study, weights, products, rows=(bucket,))
         x, positions, segment = _chain(slice, 8, 128)
         step, _, _ = _filled(slice, x, positions, segment)
-        study.note("buckets", model=name, products=_by(library), bucket=bucket, layers_ms=device_ms(study, step.replay),
+        study.note("buckets", model=name, products=products, bucket=bucket, layers_ms=device_ms(study, step.replay),
                    head_ms=device_ms(study, slice.head(bucket).replay),
                    limit_ms=_weight_bytes(weights) / study.read_gbps() / 1e6)
         del slice, step
         freed()
-    for library in (True, False):
-        slice = _sliced(study, weights, library=library)
-        study.note("buckets that agree", model=name, products=_by(library), rows=str(slice.rows),
-                   exact=slice.exact)
+    for products in PRODUCTS[:2]:
+        slice = _sliced(study, weights, products)
+        study.note("buckets that agree", model=name, products=products, rows=str(slice.rows), exact=slice.exact)
         del slice
 
 
+@torch.inference_mode()
 def _eager_of(study: Study, name: str, weights: Weights) -> None:
-    slice = _sliced(study, weights, graphs=False)
+    slice = _sliced(study, weights, "library", graphs=False)
     for rows in (1, 8, 64):
         x, positions, segment = _chain(slice, rows, 128)
         step, bucket, _ = _filled(slice, x, positions, segment)
@@ -487,14 +499,15 @@ def _eager_of(study: Study, name: str, weights: Weights) -> None:
 
 def _kernels_of(study: Study, name: str, weights: Weights) -> None:
     """Which kernels run in a step of 8 rows, and what each takes of it."""
-    for library in (True, False):
-        _profiled(study, name, _sliced(study, weights, graphs=False, library=library), library)
+    for products in PRODUCTS[:2]:
+        _profiled(study, name, _sliced(study, weights, products, graphs=False), products)
 
 
-def _profiled(study: Study, name: str, slice: DeviceSlice, library: bool) -> None:
+@torch.inference_mode()
+def _profiled(study: Study, name: str, slice: DeviceSlice, products: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    x, positions, segment = _chain(slice, 8, 2048 if not study.small else 64)
+    x, positions, segment = _chain(slice, 8, 128 if not study.small else 64)
     step, bucket, _ = _filled(slice, x, positions, segment)
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if study.on_gpu else [])]
     with torch.inference_mode(), profile(activities=kinds) as told:
@@ -505,7 +518,8 @@ def _profiled(study: Study, name: str, slice: DeviceSlice, library: bool) -> Non
     taken = {one.key: (one.count, getattr(one, "self_device_time_total", 0.0)) for one in told.key_averages()
              if getattr(one, "self_device_time_total", 0.0) > 0 and one.device_type.name == "CUDA"}
     for key, (count, us) in sorted(taken.items(), key=lambda item: -item[1][1])[:16]:
-        study.note("kernels", model=name, products=_by(library), bucket=bucket, count=count, us_each=us / count, us=us, kernel=key[:110])
+        study.note("kernels", model=name, products=products, bucket=bucket, count=count, us_each=us / count, us=us,
+                   kernel=key[:80])
 
 
 # ---- e: pipelines of processes ---------------------------------------------------------------------------
@@ -590,7 +604,6 @@ def trying(study: Study, what: str) -> Iterator[None]:
     study.note("time", what=what, s=time.perf_counter() - begun)
 
 
-@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="GGUF file of SmolLM2-135M")
@@ -622,7 +635,7 @@ def _summary(study: Study) -> None:
             print(f"{table}: " + ", ".join(f"{name} {_shown(value)}" for name, value in row.items()))
     print("steps: model, part, context, rows: device ms (over limit) wall ms")
     for row in study.found.get("steps", []):
-        print(f"  {row['model']:10} {row['part']:8} {row['products']:7} {row['context']:5} {row['rows']:3}: "
+        print(f"  {row['model']:10} {row['part']:8} {row['products']:11} {row['context']:5} {row['rows']:3}: "
               f"{row['device_ms']:.3f} ({row['over_limit']:.2f}) {row['wall_ms']:.3f}")
 
 

@@ -99,7 +99,7 @@ class DeviceSlice:
 
     def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, *,
                  pool_bytes: int | None = None, rows: Sequence[int] = ROWS, graphs: bool = True,
-                 library: bool = True) -> None:
+                 library: bool = False) -> None:
         self.config, self.first_layer, self.dtype, self.device = weights.config, weights.first_layer, dtype, device
         self._weights, self._layers = weights, weights.layers
         self._graphs = graphs and device.type == "cuda"

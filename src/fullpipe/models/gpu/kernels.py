@@ -3,6 +3,9 @@
 Between the products a program computes one row, or one head of one, and sees nothing else. So a row's bits cannot
 depend on its company, on where its context lies, or on how far a bucket is filled up. In a product a row is a column of
 what the tensor cores compute, and the order in which they sum depends on the weight's shape alone.
+
+Kernels begin early (Hopper's dependent launches): each lets the next one start at once, and waits itself, before it
+reads anything that changes, until the one before is done. What a product does while it waits is to fetch its weights.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fullpipe.models.gpu import plain
 
@@ -20,11 +24,18 @@ CHUNK = 64
 SPLITS = 32
 """Programs at most that share a row's context. Which chunks each has depends on the length of the context alone."""
 
+EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+"""Whether this card has dependent launches."""
+
 _LEAST_DOT = 16  # rows of a matrix product on tensor cores
 
 
 _TILE, _DEPTH = 64, 128
 """Rows of the weight that a program of a product has, and numbers of each that it reads at a time."""
+
+_AHEAD = 512
+"""Numbers of each row of its weight that a program fetches into the card's cache while it waits: 64 KiB, for all
+programs together less than half of that cache."""
 
 _ENOUGH, _MOST_PARTS, _LEAST_TILES = 128, 8, 3
 """A product is cut along its depth until there are enough programs, into so many parts at most, each not too short.
@@ -32,11 +43,20 @@ Nothing here follows the card, for bits follow it."""
 
 
 @triton.jit
-def _product(x, weight, parts, columns, depth, share, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+def _product(x, weight, parts, columns, depth, share, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+             AHEAD: tl.constexpr, EARLY: tl.constexpr):
     block, part = tl.program_id(0), tl.program_id(1)
     m, n, k = tl.arange(0, ROWS), block * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
     total = tl.zeros([TILE, ROWS], tl.float32)
     first = part * share
+    if EARLY:
+        gdc_launch_dependents()
+        own = weight + tl.minimum(n, columns - 1).to(tl.int64) * depth + first
+        size = tl.minimum(tl.minimum(share, depth - first), AHEAD) * 2
+        tl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+                                  [own.to(tl.int64), tl.zeros([TILE], tl.int32) + size], dtype=tl.int32, is_pure=False,
+                                  pack=1)
+        gdc_wait()
     rows = x + m[:, None] * depth + k[None, :]
     tile = weight + n[:, None].to(tl.int64) * depth + k[None, :]
     real = n < columns
@@ -50,8 +70,11 @@ def _product(x, weight, parts, columns, depth, share, ROWS: tl.constexpr, TILE: 
 
 @triton.jit
 def _norm(hidden, parts, bias, weight, out, size, away, eps, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-          BIASED: tl.constexpr):
+          BIASED: tl.constexpr, EARLY: tl.constexpr):
     """With parts: they are added to hidden first. away: numbers from one part to the next."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -73,7 +96,10 @@ def _norm(hidden, parts, bias, weight, out, size, away, eps, BLOCK: tl.constexpr
 @triton.jit
 def _rotate(parts, bias, cosine, sine, qk_norm, places, queries, cache, room, away, eps, HEADS: tl.constexpr,
             KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr,
-            NORMED: tl.constexpr):
+            NORMED: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < HALF
@@ -112,8 +138,11 @@ def _rotate(parts, bias, cosine, sine, qk_norm, places, queries, cache, room, aw
 @triton.jit
 def _attend(queries, cache, context, lengths, highest, total, mixed, width, room, scale, HEADS: tl.constexpr,
             KV_HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK: tl.constexpr):
+            BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """All query heads of one key-value head over one share of a row's context: highest score, sum, mixed values."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     GROUPS: tl.constexpr = HEADS // KV_HEADS
     length = tl.load(lengths + row)
@@ -154,8 +183,11 @@ def _attend(queries, cache, context, lengths, highest, total, mixed, width, room
 
 @triton.jit
 def _combine(highest, total, mixed, lengths, out, HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
-             SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+             SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """One head of a row: its shares, weighted anew by the highest score of all."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     chunks = (tl.load(lengths + row) + CHUNK - 1) // CHUNK
     share = (chunks + SPLITS - 1) // SPLITS
@@ -171,7 +203,10 @@ def _combine(highest, total, mixed, lengths, out, HEADS: tl.constexpr, SIZE: tl.
 
 
 @triton.jit
-def _gate(parts, out, size, away, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _gate(parts, out, size, away, BLOCK: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -196,7 +231,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     parts = torch.empty(count, rows, columns, dtype=torch.float32, device=x.device)
     _product[(triton.cdiv(columns, _TILE), count)](
         x, weight, parts, columns, depth, triton.cdiv(tiles, count) * _DEPTH, ROWS=rows, TILE=_TILE, DEPTH=_DEPTH,
-        num_warps=4, num_stages=4)
+        AHEAD=_AHEAD, EARLY=EARLY, launch_pdl=EARLY, num_warps=4, num_stages=4)
     return parts
 
 
@@ -216,7 +251,7 @@ def _normed(hidden: Tensor, parts: Tensor | None, bias: Tensor | None, weight: T
     block = triton.next_power_of_2(size)
     _norm[(rows,)](hidden, hidden if parts is None else parts, hidden if bias is None else bias, weight, out, size,
                    rows * size, eps, BLOCK=block, PARTS=0 if parts is None else len(parts), BIASED=bias is not None,
-                   num_warps=min(16, max(1, block // 512)))
+                   EARLY=EARLY, launch_pdl=EARLY, num_warps=min(16, max(1, block // 512)))
     return out
 
 
@@ -230,7 +265,7 @@ def rotate_and_store(parts: Tensor, bias: Tensor | None, cosine: Tensor, sine: T
         parts, parts if bias is None else bias, cosine, sine, cosine if qk_norm is None else qk_norm, places, queries,
         cache, room, rows * width, eps, HEADS=heads, KV_HEADS=twice_kv // 2, HALF=size // 2,
         BLOCK=triton.next_power_of_2(size // 2), PARTS=count, BIASED=bias is not None, NORMED=qk_norm is not None,
-        num_warps=1)
+        EARLY=EARLY, launch_pdl=EARLY, num_warps=1)
     return queries
 
 
@@ -244,9 +279,10 @@ def attend(queries: Tensor, cache: Tensor, context: Tensor, lengths: Tensor) -> 
     _attend[(rows, kv_heads, min(SPLITS, triton.cdiv(width, CHUNK)))](
         queries, cache, context, lengths, highest, total, mixed, width, room, size**-0.5, HEADS=heads,
         KV_HEADS=kv_heads, SIZE=size, CHUNK=CHUNK, SPLITS=SPLITS,
-        ROWS=max(_LEAST_DOT, triton.next_power_of_2(heads // kv_heads)), BLOCK=block, num_warps=4)
+        ROWS=max(_LEAST_DOT, triton.next_power_of_2(heads // kv_heads)), BLOCK=block, EARLY=EARLY, launch_pdl=EARLY,
+        num_warps=4)
     _combine[(rows, heads)](highest, total, mixed, lengths, out, HEADS=heads, SIZE=size, CHUNK=CHUNK, SPLITS=SPLITS,
-                            BLOCK=block, num_warps=4)
+                            BLOCK=block, EARLY=EARLY, launch_pdl=EARLY, num_warps=4)
     return out
 
 
@@ -254,5 +290,6 @@ def gate(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """See `plain.gate`."""
     count, rows, size = parts.shape[0], parts.shape[1], parts.shape[2] // 2
     out = torch.empty(rows, size, dtype=dtype, device=parts.device)
-    _gate[(rows, triton.cdiv(size, 1024))](parts, out, size, parts[0].numel(), BLOCK=1024, PARTS=count, num_warps=4)
+    _gate[(rows, triton.cdiv(size, 1024))](parts, out, size, parts[0].numel(), BLOCK=1024, PARTS=count, EARLY=EARLY,
+                                           launch_pdl=EARLY, num_warps=4)
     return out

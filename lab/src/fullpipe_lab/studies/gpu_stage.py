@@ -48,8 +48,8 @@ from fullpipe.request import SamplingParams
 from fullpipe_lab.asking import Asker, Real
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
 
-PRODUCTS = ("library", "ours", "ours, early")
-"""Whose products a slice has; and whether kernels begin early. The last is what Fullpipe does."""
+PRODUCTS = ("library", "ours", "early")
+"""Whose products a slice has: the library's, or ours; the last with kernels that begin early, as Fullpipe has them."""
 
 METHODS = ("pp", "pipedec", "fullpipe")
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -66,6 +66,7 @@ class Study:
     model: Path
     out: Path
     small: bool
+    products: Sequence[str] = PRODUCTS
     found: dict[str, list[Row]] = field(default_factory=dict)
 
     @property
@@ -165,7 +166,7 @@ def _driver() -> str:
 def part_b(study: Study) -> None:
     tokens = _text(study, 40 if study.small else 200)
     truth = _logits_of(_whole(study, "cpu", torch.float32), tokens)
-    for where, dtype in (("gpu", torch.float32), *((products, torch.bfloat16) for products in PRODUCTS),
+    for where, dtype in (("gpu", torch.float32), *((products, torch.bfloat16) for products in study.products),
                          ("cpu", torch.bfloat16)):
         logits = _logits_of(_whole(study, where, dtype), tokens)
         error = ((logits - truth).norm() / truth.norm()).item()
@@ -186,7 +187,7 @@ def _whole(study: Study, where: str, dtype: torch.dtype) -> Slice:
         return DecoderSlice(files, 0, last, has_embedding=True, has_head=True, dtype=dtype)
     return DeviceSlice(Weights.read(files, 0, last, has_embedding=True, has_head=True, dtype=dtype,
                                     device=study.device), dtype, study.device,
-                       **use(study, where if where in PRODUCTS else PRODUCTS[-1]))
+                       **use(study, where if where in PRODUCTS else study.products[-1]))
 
 
 def _text(study: Study, count: int) -> list[int]:
@@ -211,6 +212,7 @@ def _prompts(on: Asker, count: int) -> list[list[int]]:
 
 def _texts_in_process(study: Study, dtype: str) -> None:
     """Two stages on the device, in this process: the methods' texts, which must be one."""
+    use(study, study.products[-1])
     prepared = prepare(Options.of(model=str(study.model), stages=2, draft="ngram", dtype=dtype, method="fullpipe",
                                   **_device_of(study)))
     with Asker(prepared, InProcessPipeline(*prepared.build(), clock="wall")) as on:
@@ -279,7 +281,7 @@ def _rows_of(study: Study, name: str, weights: Weights) -> None:
     tree = Tree([rng.randrange(vocab) for _ in range(size)], [rng.randrange(vocab) for _ in range(48)],
                 [rng.randrange(-1, row) for row in range(48)], list(range(size + 48)))
     seen: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-    for products, rows in product(PRODUCTS, (*((bucket,) for bucket in ROWS), ROWS)):
+    for products, rows in product(study.products, (*((bucket,) for bucket in ROWS), ROWS)):
         slice = _sliced(study, weights, products, rows=rows)
         truth = seen[products, rows] = _run_tree(slice, tree, random.Random(0), whole=True)
         compared = differing = bits = 0
@@ -297,8 +299,8 @@ def _rows_of(study: Study, name: str, weights: Weights) -> None:
         freed()
     for (products, rows), logits in seen.items():
         study.note("buckets against the set", model=name, products=products, bucket=str(rows),
-                   same_bits=torch.equal(logits, seen[products, ROWS]), same_as_early=torch.equal(
-                       logits, seen[PRODUCTS[-1], ROWS]),
+                   same_bits=torch.equal(logits, seen[products, ROWS]), same_as_last=torch.equal(
+                       logits, seen[study.products[-1], ROWS]),
                    largest_difference=(logits - seen[products, ROWS]).abs().max().item())
 
 
@@ -386,7 +388,7 @@ def part_d(study: Study) -> None:
     for name, config in shapes.items():
         for part, layers, ends in (("7 layers", 7, False), ("whole", config.num_layers, True)):
             weights = random_weights(study, config, min(layers, config.num_layers), ends=ends)
-            for products in PRODUCTS:
+            for products in study.products:
                 with trying(study, f"d: {name}, {part}, {products}"):
                     _steps_of(study, name, part, weights, products)
                 freed()
@@ -403,7 +405,7 @@ def use(study: Study, products: str) -> Row:
     if study.on_gpu:
         from fullpipe.models.gpu import kernels
 
-        kernels.EARLY = products == "ours, early"
+        kernels.EARLY = products == "early"
     return {"library": products == "library"}
 
 
@@ -470,7 +472,7 @@ def _weight_bytes(weights: Weights) -> int:
 @torch.inference_mode()
 def _buckets_of(study: Study, name: str, weights: Weights) -> None:
     """Each bucket by itself, whether or not it agrees with others."""
-    for products, bucket in product(PRODUCTS, ROWS):
+    for products, bucket in product(study.products, ROWS):
         slice = _sliced(study, weights, products, rows=(bucket,))
         x, positions, segment = _chain(slice, 8, 128)
         step, _, _ = _filled(slice, x, positions, segment)
@@ -479,7 +481,7 @@ def _buckets_of(study: Study, name: str, weights: Weights) -> None:
                    limit_ms=_weight_bytes(weights) / study.read_gbps() / 1e6)
         del slice, step
         freed()
-    for products in PRODUCTS[:2]:
+    for products in study.products:
         slice = _sliced(study, weights, products)
         study.note("buckets that agree", model=name, products=products, rows=str(slice.rows), exact=slice.exact)
         del slice
@@ -487,7 +489,7 @@ def _buckets_of(study: Study, name: str, weights: Weights) -> None:
 
 @torch.inference_mode()
 def _eager_of(study: Study, name: str, weights: Weights) -> None:
-    slice = _sliced(study, weights, "library", graphs=False)
+    slice = _sliced(study, weights, study.products[0], graphs=False)
     for rows in (1, 8, 64):
         x, positions, segment = _chain(slice, rows, 128)
         step, bucket, _ = _filled(slice, x, positions, segment)
@@ -499,7 +501,7 @@ def _eager_of(study: Study, name: str, weights: Weights) -> None:
 
 def _kernels_of(study: Study, name: str, weights: Weights) -> None:
     """Which kernels run in a step of 8 rows, and what each takes of it."""
-    for products in PRODUCTS[:2]:
+    for products in study.products:
         _profiled(study, name, _sliced(study, weights, products, graphs=False), products)
 
 
@@ -610,9 +612,10 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or STUDIES))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--products", default=",".join(PRODUCTS), help="whose products: some of the default, in order")
     parser.add_argument("--small", action="store_true", help="small sizes, to see the parts run")
     asked = parser.parse_args()
-    study = Study(torch.device(asked.device), asked.model, asked.out, asked.small)
+    study = Study(torch.device(asked.device), asked.model, asked.out, asked.small, asked.products.split(","))
     gc.freeze()  # torch collects before each capture
     for part in asked.parts.split(","):
         with trying(study, part):
@@ -635,7 +638,7 @@ def _summary(study: Study) -> None:
             print(f"{table}: " + ", ".join(f"{name} {_shown(value)}" for name, value in row.items()))
     print("steps: model, part, context, rows: device ms (over limit) wall ms")
     for row in study.found.get("steps", []):
-        print(f"  {row['model']:10} {row['part']:8} {row['products']:11} {row['context']:5} {row['rows']:3}: "
+        print(f"  {row['model']:10} {row['part']:8} {row['products']:7} {row['context']:5} {row['rows']:3}: "
               f"{row['device_ms']:.3f} ({row['over_limit']:.2f}) {row['wall_ms']:.3f}")
 
 

@@ -1,9 +1,9 @@
 """A slice of a model on a device: static memory, steps of few fixed sizes, and on CUDA a captured graph for each.
 
-Speculation is exact where a row has the same bits in any company. Between the products a kernel's program sees one row
-(`kernels`). In a product all rows meet, and another number of them may be summed in another order: so a step is filled up
-to a *bucket* of rows, and at the start it is tried which buckets agree bit by bit with the largest; only those are used.
-Filling up costs little, for a step's time is that of reading the weights.
+Speculation is exact where a row has the same bits in any company. Between the products a kernel's program sees one
+row (`kernels`). In a product all rows meet, and another number of them may be summed in another order: so a step is
+filled up to a *bucket* of rows, and at the start it is tried which buckets agree bit by bit with the largest; only
+those are used. Filling up costs little, for a step's time is that of reading the weights.
 
 Hidden states come from the host and go back to it, whatever the device of the next stage is.
 """

@@ -1,11 +1,11 @@
 """What stages on a GPU say, and what they take, in one go: run this where a GPU is.
 
-    python -m fullpipe_lab.studies.gpu_stage --model smollm2-135m.gguf [--parts a,b,c,d,e,f,g] [--out DIR]
+    python -m fullpipe_lab.studies.gpu_stage --model smollm2-135m.gguf [--parts a,b,c,d,e,f,g,h] [--out DIR]
 
 a: the machine, and the bandwidth of its memory. b: what a GPU says beside the processor, and the texts of methods.
 c: whether a row has the same bits in any company. d: what a step takes, against reading its weights once; models of the
 shape of Qwen2.5 1.5B and 7B with random weights. e: pipelines of stage processes on the one GPU. f: a profile file. g:
-products alone.
+products alone. h: whole steps with other constants of our kernels.
 
 A part that fails is told and does not stop the others. DIR/gpu_stage.json is written anew after each. `--small` tries
 the parts on small sizes, so that `--device cpu` can see them run.
@@ -589,9 +589,48 @@ def part_g(study: Study) -> None:
         freed()
 
 
+# ---- h: constants of our kernels ---------------------------------------------------------------------------
+
+BASE = {"TILE": 64, "DEPTH": 128, "WARPS": 4, "STAGES": 4, "AHEAD": 512, "ENOUGH": 128, "LEAST_TILES": 3,
+        "PER_WARP": 512}
+TRIED: tuple[Row, ...] = (
+    {}, {"STAGES": 3}, {"DEPTH": 64, "STAGES": 6}, {"DEPTH": 64, "STAGES": 4}, {"TILE": 128, "DEPTH": 64},
+    {"TILE": 128, "WARPS": 8, "STAGES": 3}, {"STAGES": 3, "ENOUGH": 256, "LEAST_TILES": 2},
+    {"STAGES": 3, "ENOUGH": 512}, {"STAGES": 3, "ENOUGH": 64}, {"STAGES": 3, "AHEAD": 128},
+    {"STAGES": 3, "AHEAD": 1536}, {"STAGES": 3, "PER_WARP": 256}, {"STAGES": 3, "PER_WARP": 128})
+
+
+def part_h(study: Study) -> None:
+    """Whole steps with other constants, which change no more than the order of sums."""
+    from fullpipe.models.gpu import kernels
+
+    for name, config in (("1.5B shape", QWEN_1_5B), ("7B shape", QWEN_7B)):
+        weights = random_weights(study, config, config.num_layers)
+        for changes in TRIED:
+            with trying(study, f"h: {name} {changes}"):
+                for constant, value in (BASE | changes).items():
+                    assert hasattr(kernels, constant)
+                    setattr(kernels, constant, value)
+                _tried(study, name, weights, changes)
+            freed()
+        del weights
+        freed()
+    for constant, value in BASE.items():
+        setattr(kernels, constant, value)
+
+
+@torch.inference_mode()
+def _tried(study: Study, name: str, weights: Weights, changes: Row) -> None:
+    slice, taken = _sliced(study, weights, "early"), {}
+    for rows in (8, 32, 64):
+        step, bucket, _ = _filled(slice, *_chain(slice, rows, 128))
+        taken[f"ms_{rows}_rows"] = device_ms(study, step.replay) + device_ms(study, slice.head(bucket).replay)
+    study.note("constants", model=name, changes=str(changes), agree=str(slice.rows), **taken)
+
+
 # ---- all of it -------------------------------------------------------------------------------------------
 
-PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e, "f": part_f, "g": part_g}
+PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e, "f": part_f, "g": part_g, "h": part_h}
 
 
 @contextmanager
@@ -609,7 +648,7 @@ def trying(study: Study, what: str) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="GGUF file of SmolLM2-135M")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default="a,b,c,d,e,f")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or STUDIES))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--products", default=",".join(PRODUCTS), help="whose products: some of the default, in order")
@@ -632,8 +671,8 @@ def _summary(study: Study) -> None:
     """What matters, last."""
     print("\n==== summary ====")
     for table in ("machine", "bandwidth", "parity", "texts in process", "row identity", "buckets against the set",
-                  "buckets", "buckets that agree", "without graphs", "products", "our product", "pipelines", "profile",
-                  "failed"):
+                  "buckets", "buckets that agree", "without graphs", "products", "our product", "constants",
+                  "pipelines", "profile", "failed"):
         for row in study.found.get(table, []):
             print(f"{table}: " + ", ".join(f"{name} {_shown(value)}" for name, value in row.items()))
     print("steps: model, part, context, rows: device ms (over limit) wall ms")

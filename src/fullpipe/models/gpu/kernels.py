@@ -27,17 +27,21 @@ SPLITS = 32
 EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 """Whether this card has dependent launches."""
 
+PER_WARP = 512
+"""Numbers of a row that a warp of a norm has."""
+
 _LEAST_DOT = 16  # rows of a matrix product on tensor cores
 
 
-_TILE, _DEPTH = 64, 128
-"""Rows of the weight that a program of a product has, and numbers of each that it reads at a time."""
+TILE, DEPTH, WARPS, STAGES = 64, 128, 4, 4
+"""Rows of the weight that a program of a product has, and numbers of each that it reads at a time; its warps, and how
+many reads are under way."""
 
-_AHEAD = 512
+AHEAD = 512
 """Numbers of each row of its weight that a program fetches into the card's cache while it waits: 64 KiB, for all
 programs together less than half of that cache."""
 
-_ENOUGH, _MOST_PARTS, _LEAST_TILES = 128, 8, 3
+ENOUGH, MOST_PARTS, LEAST_TILES = 128, 8, 3
 """A product is cut along its depth until there are enough programs, into so many parts at most, each not too short.
 Nothing here follows the card, for bits follow it."""
 
@@ -225,13 +229,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == torch.float32:
         return plain.product(x, weight)
     (rows, depth), columns = x.shape, weight.shape[0]
-    tiles, count = triton.cdiv(depth, _DEPTH), 1
-    while count < _MOST_PARTS and triton.cdiv(columns, _TILE) * count < _ENOUGH and tiles >= 2 * count * _LEAST_TILES:
+    tiles, count = triton.cdiv(depth, DEPTH), 1
+    while count < MOST_PARTS and triton.cdiv(columns, TILE) * count < ENOUGH and tiles >= 2 * count * LEAST_TILES:
         count *= 2
     parts = torch.empty(count, rows, columns, dtype=torch.float32, device=x.device)
-    _product[(triton.cdiv(columns, _TILE), count)](
-        x, weight, parts, columns, depth, triton.cdiv(tiles, count) * _DEPTH, ROWS=rows, TILE=_TILE, DEPTH=_DEPTH,
-        AHEAD=_AHEAD, EARLY=EARLY, launch_pdl=EARLY, num_warps=4, num_stages=4)
+    _product[(triton.cdiv(columns, TILE), count)](
+        x, weight, parts, columns, depth, triton.cdiv(tiles, count) * DEPTH, ROWS=rows, TILE=TILE, DEPTH=DEPTH,
+        AHEAD=AHEAD, EARLY=EARLY, launch_pdl=EARLY, num_warps=WARPS, num_stages=STAGES)
     return parts
 
 
@@ -251,7 +255,7 @@ def _normed(hidden: Tensor, parts: Tensor | None, bias: Tensor | None, weight: T
     block = triton.next_power_of_2(size)
     _norm[(rows,)](hidden, hidden if parts is None else parts, hidden if bias is None else bias, weight, out, size,
                    rows * size, eps, BLOCK=block, PARTS=0 if parts is None else len(parts), BIASED=bias is not None,
-                   EARLY=EARLY, launch_pdl=EARLY, num_warps=min(16, max(1, block // 512)))
+                   EARLY=EARLY, launch_pdl=EARLY, num_warps=min(16, max(1, block // PER_WARP)))
     return out
 
 

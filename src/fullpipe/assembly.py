@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from fullpipe.cluster.alone import choose
 from fullpipe.cluster.calibrate import measure_machine
 from fullpipe.cluster.kept import KeptCosts, KeptFates
 from fullpipe.cluster.partition import cut
+from fullpipe.cluster.provenance import versions
 from fullpipe.costs import Machine
 from fullpipe.errors import DraftMismatch, UsageError
 from fullpipe.hub import CATALOGUE, cache, resolve
@@ -57,7 +57,8 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model that is to be served. ends: layers finished after each stage. vocab: number of real tokens."""
+    """The model that is to be served. ends: layers finished after each stage. vocab: number of real tokens. device:
+    what stages and draft model compute on, "cpu" or "cuda:N". kv_pool_mib: see `PipelineOptions`."""
 
     path: Path
     config: ModelConfig
@@ -65,6 +66,13 @@ class Target:
     dtype: str
     vocab: int
     ends: tuple[int, ...]
+    device: str = "cpu"
+    kv_pool_mib: int | None = None
+
+    @property
+    def placed(self) -> dict[str, Any]:
+        """What a builder of a station is told of the device; nothing of the processor."""
+        return {} if self.device == "cpu" else {"device": self.device, "kv_pool_mib": self.kv_pool_mib}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +196,7 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
     from fullpipe.models.tokens.loading import load_tokenizer, with_template
     from fullpipe.models.weights import open_model
 
-    name, asked = options.model.model, options.method
+    name, asked, device = options.model.model, options.method, _device(options.pipeline.device)
     names = draft_names(name, options.model.draft)
     if asked.method == "auto":
         asked = replace(asked, method=_what_auto_means(names, options.pipeline.stages))
@@ -207,13 +215,23 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
                               options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
-    target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype), vocab, ends)
+    target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype, device), vocab, ends, device,
+                    options.pipeline.kv_pool_mib)
     draft = draft_spec(names, target, say)
     length = _length(options.model.max_model_len, files.config.max_positions)
     stages = stage_specs(target, margins=options.model.margins, taps=taps_of(names))
     generation = sampling_of(path, options.model.generation_config)
     return Prepared(replace(options, method=asked), target, tuple(stages), draft, tuple(names), length,
                     generation)
+
+
+def _device(name: str) -> str:
+    """The device with its number. Raises UsageError where there is none."""
+    if name == "cpu":
+        return name
+    from fullpipe.models.gpu.devices import find_device
+
+    return find_device(name)
 
 
 def _length(asked: int | None, most: int) -> int:
@@ -239,7 +257,8 @@ def start(prepared: Prepared, say: Say = _silent) -> Pipeline:
     options = prepared.options.pipeline
     where = "in this process" if options.stages is None else \
         "as 1 stage" if len(prepared.stages) == 1 else f"as {len(prepared.stages)} stages"
-    say(f"loading {prepared.target.path.name} {where} in {prepared.target.dtype}")
+    on = "" if prepared.target.device == "cpu" else f" on {prepared.target.device}"
+    say(f"loading {prepared.target.path.name} {where}{on} in {prepared.target.dtype}")
     if options.stages is None:
         return _in_this_process(*prepared.build(), options.threads)
     from fullpipe.pipeline.workers import WorkersPipeline
@@ -285,8 +304,9 @@ def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
 def _kept_costs(prepared: Prepared) -> KeptCosts:
     options, target = prepared.options.pipeline, prepared.target
     return KeptCosts.of(cache.home() / "profiles", {
-        "versions": [version("fullpipe"), version("torch")], "model": [str(target.path), _fingerprint(target.path)],
-        "draft": ",".join(prepared.drafts), "dtype": target.dtype, "stages": options.stages,
+        "versions": [versions().get(name) for name in ("fullpipe", "torch")],
+        "model": [str(target.path), _fingerprint(target.path)], "draft": ",".join(prepared.drafts),
+        "dtype": target.dtype, "stages": options.stages, **target.placed,
         "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
 
 
@@ -297,8 +317,9 @@ def _kept_fates(prepared: Prepared) -> KeptFates | None:
     target = prepared.target
     folders = [folder for name in prepared.drafts if (folder := module_folder(name))]
     return KeptFates.of(cache.home() / "profiles", {
-        "version": version("fullpipe"), "model": [str(target.path), _fingerprint(target.path)], "dtype": target.dtype,
-        "draft": to_builtins(prepared.draft), "modules": [_fingerprint(folder) for folder in folders]})
+        "version": versions().get("fullpipe"), "model": [str(target.path), _fingerprint(target.path)],
+        "dtype": target.dtype, "draft": to_builtins(prepared.draft),
+        "modules": [_fingerprint(folder) for folder in folders]})
 
 
 def _fingerprint(path: Path) -> list[int]:
@@ -350,7 +371,8 @@ def stage_specs(target: Target, *, margins: bool, taps: Sequence[int] = ()) -> l
     specs, first = [], 0
     for k, last in enumerate(target.ends):
         args = {"model": str(target.path), "first": first, "last": last, "is_first": k == 0,
-                "is_last": k == len(target.ends) - 1, "dtype": target.dtype, "vocab": target.vocab, "margins": margins}
+                "is_last": k == len(target.ends) - 1, "dtype": target.dtype, "vocab": target.vocab, "margins": margins,
+                **target.placed}
         if mine := [tap for tap in taps if first < tap <= last]:
             args["taps"] = mine
         specs.append(StationSpec("fullpipe.stations.target:build_stage", args))
@@ -401,7 +423,7 @@ def _one_draft(name: str, target: Target, say: Say) -> StationSpec:
     path = resolve(name)
     check_same_vocabulary(target.tokenizer, load_tokenizer(path))
     return StationSpec("fullpipe.stations.drafts.model:build_draft_model",
-                       {"model": str(path), "dtype": target.dtype, "vocab": target.vocab})
+                       {"model": str(path), "dtype": target.dtype, "vocab": target.vocab, **target.placed})
 
 
 def _module_spec(name: str, folder: Path, target: Target, say: Say) -> StationSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
@@ -20,6 +21,8 @@ DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 DTYPES = ("auto", "float32", "bfloat16")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_ANYWHERE = ("stages", "device", "kv_pool_mib", "threads")  # options of the pipeline that need no stage processes
 _LONGEST_S = 86_400.0  # the system's own waits overflow at 24 days
 
 
@@ -85,6 +88,9 @@ class PipelineOptions:
 
     stages: int | None = option(None, "Processes on this machine to cut the model over, and one more for the draft. "
                                 "Without any, it runs in this process.")
+    device: str = option("cpu", "What stages and draft model compute on: cpu, cuda, or cuda:N for one of several GPUs.")
+    kv_pool_mib: int | None = option(None, "Cache memory of each stage on a GPU, in MiB, taken at the start. Default: "
+                                     "a quarter of what is free, for 131,072 tokens at most.")
     threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
                                  "cores).")
     link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")
@@ -94,7 +100,13 @@ class PipelineOptions:
     start_timeout: float = option(300.0, "Time that the stage processes may take to start.", metavar="SECONDS")
 
     def __post_init__(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise UsageError(f"unknown device {self.device!r}", param="device",
+                             hint="Known are cpu, cuda, and cuda:0, cuda:1, ...")
         _refuse_unless(
+            (self.kv_pool_mib is None or self.kv_pool_mib >= 1,
+             f"kv_pool_mib must be 1 or more (got {self.kv_pool_mib})"),
+            (self.kv_pool_mib is None or self.device != "cpu", "kv_pool_mib is for stages on a GPU (`device=cuda`)"),
             (self.threads is None or self.threads >= 1, f"threads must be 1 or more (got {self.threads})"),
             (0 <= self.link_ms < math.inf, f"the link latency must be 0 or more (got {self.link_ms} ms)"),
             (self.link_mbit is None or self.link_mbit > 0,
@@ -107,7 +119,7 @@ class PipelineOptions:
 
     def _refuse_what_needs_stages(self) -> None:
         for one in fields(self):
-            if one.name not in ("stages", "threads") and getattr(self, one.name) != one.default:
+            if one.name not in _ANYWHERE and getattr(self, one.name) != one.default:
                 raise UsageError(f"{one.name} is for stage processes, and there are none",
                                  hint="Say how many there shall be: `stages=2`.")
 

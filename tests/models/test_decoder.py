@@ -21,7 +21,9 @@ from fullpipe.messages import Flight, Landed, Opening, Part
 from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.gpu.decoder import DeviceSlice, Weights
 from fullpipe.models.linear import can_pack
+from fullpipe.models.slice import Slice
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
 from fullpipe.stations.base import Tapped
@@ -29,13 +31,13 @@ from fullpipe.stations.target import build_stage
 from tiny import FAMILIES, LAYERS, VOCAB, save, tiny_model, write_gguf
 
 CAPACITY = 80
+CPU = torch.device("cpu")
 
 Pair = tuple[PreTrainedModel, Path]
-packings = pytest.mark.parametrize("packed", [
-    pytest.param(False, id="plain"),
-    pytest.param(True, id="packed",
-                 marks=pytest.mark.skipif(not can_pack(torch.float32), reason="this torch cannot pack weights")),
-])
+KINDS = ("plain", "packed", "device")
+kinds = pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=[pytest.mark.skipif(kind == "packed" and not can_pack(torch.float32),
+                                                 reason="this torch cannot pack weights")]) for kind in KINDS])
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +55,30 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     return make
 
 
+def slice_of(kind: str, files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool,
+             dtype: torch.dtype) -> Slice:
+    """A slice of a kind. Of that for devices this is the CPU, with small buckets, so that long steps run in parts."""
+    if kind == "device":
+        weights = Weights.read(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
+                               device=CPU)
+        return DeviceSlice(weights, dtype, CPU, pool_bytes=1 << 22, rows=(4, 8))
+    return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
+                        packed=None if kind == "auto" else kind == "packed")
+
+
 class Pipe:
     """Slices in a row with one request's arenas."""
 
-    def __init__(self, slices: list[DecoderSlice], capacity: int = CAPACITY) -> None:
+    def __init__(self, slices: list[Slice], capacity: int = CAPACITY) -> None:
         self.slices = slices
         self.arenas = [part.allocate(capacity) for part in slices]
 
     @classmethod
     def of(cls, files: ModelFiles, cuts: list[int], dtype: torch.dtype = torch.float32,
-           packed: bool | None = None) -> Pipe:
+           kind: str = "auto") -> Pipe:
         bounds = [0, *cuts, files.config.num_layers]
         last = len(bounds) - 2
-        return cls([DecoderSlice(files, a, b, has_embedding=i == 0, has_head=i == last, dtype=dtype, packed=packed)
+        return cls([slice_of(kind, files, a, b, has_embedding=i == 0, has_head=i == last, dtype=dtype)
                     for i, (a, b) in enumerate(pairwise(bounds))])
 
     def fresh(self) -> Pipe:
@@ -148,13 +161,13 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 TEXT = [5, 17, 3, 80, 41, 41, 9, 63, 22, 70, 1, 12]
 
 
-@packings
+@kinds
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_and_chain_are_what_transformers_says(
-        pair: Callable[..., Pair], family: str, tied: bool, packed: bool) -> None:
+        pair: Callable[..., Pair], family: str, tied: bool, kind: str) -> None:
     model, folder = pair(family, tie_word_embeddings=tied)
-    pipe = Pipe.of(open_model(folder), [], packed=packed)
+    pipe = Pipe.of(open_model(folder), [], kind=kind)
     expected = reference(model, TEXT)
     close(pipe.chain(TEXT), expected)
     pipe = pipe.fresh()
@@ -165,12 +178,13 @@ def test_prefill_and_chain_are_what_transformers_says(
 
 @pytest.mark.parametrize("cuts", [[], [2], [2, 3], [1, 2, 3, 4], [0], [LAYERS]],
                          ids=["1", "2", "3", "every layer", "embedding alone", "head alone"])
+@pytest.mark.parametrize("kind", ["auto", "device"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_trees_in_any_cut_are_what_transformers_says_of_each_path(
-        pair: Callable[..., Pair], family: str, cuts: list[int]) -> None:
+        pair: Callable[..., Pair], family: str, kind: str, cuts: list[int]) -> None:
     model, folder = pair(family)
     tree = random_tree(len(cuts))
-    ours = tree.run(Pipe.of(open_model(folder), cuts), batches_of(tree, 5))
+    ours = tree.run(Pipe.of(open_model(folder), cuts, kind=kind), batches_of(tree, 5))
     for row in range(len(tree.tokens)):
         close(ours[row], reference(model, tree.text(row))[-1])
 
@@ -193,12 +207,14 @@ def test_options_are_what_transformers_makes_of_them(
         pair: Callable[..., Pair], family: str, changes: dict[str, Any]) -> None:
     model, folder = pair(family, **changes)
     text = (TEXT * 7)[:CAPACITY]
-    close(Pipe.of(open_model(folder), []).chain(text), reference(model, text))
+    for kind in ("auto", "device"):
+        close(Pipe.of(open_model(folder), [], kind=kind).chain(text), reference(model, text))
 
 
-def test_rows_of_several_requests_share_a_step(pair: Callable[..., Pair]) -> None:
+@pytest.mark.parametrize("kind", ["auto", "device"])
+def test_rows_of_several_requests_share_a_step(pair: Callable[..., Pair], kind: str) -> None:
     model, folder = pair("qwen2")
-    part = Pipe.of(open_model(folder), []).slices[0]
+    part = Pipe.of(open_model(folder), [], kind=kind).slices[0]
     texts = [TEXT, TEXT[3:8], TEXT[5:6]]
     segments, start = [], 0
     for text in texts:
@@ -211,17 +227,19 @@ def test_rows_of_several_requests_share_a_step(pair: Callable[..., Pair]) -> Non
         close(ours[segment.start : segment.end], reference(model, text))
 
 
-def test_a_slot_may_be_given_to_another_row(pair: Callable[..., Pair]) -> None:
+@pytest.mark.parametrize("kind", ["auto", "device"])
+def test_a_slot_may_be_given_to_another_row(pair: Callable[..., Pair], kind: str) -> None:
     model, folder = pair("llama")
-    pipe = Pipe.of(open_model(folder), [2])
+    pipe = Pipe.of(open_model(folder), [2], kind=kind)
     pipe.chain(TEXT[:6])
     pipe.chain([90, 91, 92], 6)  # guesses that turn out wrong
     close(pipe.chain(TEXT[6:], 6), reference(model, TEXT)[6:])
 
 
-def test_a_step_without_rows(pair: Callable[..., Pair]) -> None:
+@pytest.mark.parametrize("kind", ["auto", "device"])
+def test_a_step_without_rows(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("llama")
-    first, last = Pipe.of(open_model(folder), [2]).slices
+    first, last = Pipe.of(open_model(folder), [2], kind=kind).slices
     nothing = torch.empty(0, dtype=torch.int64)
     assert last.forward(first.forward(nothing, nothing, []), nothing, []).shape == (0, 64)
 
@@ -232,8 +250,8 @@ def test_bfloat16_packed_and_plain_agree_with_each_other_and_roughly_with_float3
         pair: Callable[..., Pair], family: str) -> None:
     model, folder = pair(family)
     files, tree = open_model(folder), random_tree(3)
-    packed, plain = (tree.run(Pipe.of(files, [3], torch.bfloat16, packing), batches_of(tree, 5))
-                     for packing in (True, False))
+    packed, plain = (tree.run(Pipe.of(files, [3], torch.bfloat16, kind), batches_of(tree, 5))
+                     for kind in ("packed", "plain"))
     truth = torch.stack([reference(model, tree.text(row))[-1] for row in range(len(tree.tokens))])
     scale = truth.std()
     assert (packed - plain).abs().max() < 0.15 * scale
@@ -245,13 +263,13 @@ invariant = pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="not m
 
 
 @invariant
-@packings
+@kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_has_the_same_bits_whatever_its_company_slots_and_width(
-        pair: Callable[..., Pair], family: str, dtype: torch.dtype, packed: bool) -> None:
+        pair: Callable[..., Pair], family: str, dtype: torch.dtype, kind: str) -> None:
     files, tree = open_model(pair(family)[1]), random_tree(7)
-    pipe = Pipe.of(files, [3], dtype, packed)
+    pipe = Pipe.of(files, [3], dtype, kind)
     together = tree.run(pipe, batches_of(tree, len(tree.tokens)))
     for size in (1, 2, 3, 7):
         assert torch.equal(together, tree.run(pipe.fresh(), batches_of(tree, size)))
@@ -333,11 +351,12 @@ def gguf_by_transformers(path: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("cuts", [[], [2], [1, 4]], ids=["1", "2", "3"])
+@pytest.mark.parametrize("kind", ["auto", "device"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taps_are_what_transformers_has_after_each_layer(
-        pair: Callable[..., Pair], family: str, cuts: list[int]) -> None:
+        pair: Callable[..., Pair], family: str, kind: str, cuts: list[int]) -> None:
     model, folder = pair(family)
-    pipe = Pipe.of(open_model(folder), cuts)
+    pipe = Pipe.of(open_model(folder), cuts, kind=kind)
     with torch.inference_mode():
         expected = model(torch.tensor([TEXT]), output_hidden_states=True).hidden_states
     x, positions = torch.tensor(TEXT), torch.arange(len(TEXT))
@@ -353,9 +372,10 @@ def test_taps_are_what_transformers_has_after_each_layer(
     close(pipe.slices[-1].logits(features[:, -1]), reference(model, TEXT))
 
 
-def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pair]) -> None:
+@pytest.mark.parametrize("kind", ["auto", "device"])
+def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("qwen3")
-    part = Pipe.of(open_model(folder), []).slices[0]
+    part = Pipe.of(open_model(folder), [], kind=kind).slices[0]
     x, positions = torch.tensor(TEXT), torch.arange(len(TEXT))
     mask = torch.ones(len(TEXT), len(TEXT), dtype=torch.bool).tril()
     plain = part.forward(x, positions, [Segment(0, len(TEXT), part.allocate(20), positions, mask)])
@@ -364,9 +384,10 @@ def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pai
     assert features.is_contiguous() and features.untyped_storage().data_ptr() != hidden.untyped_storage().data_ptr()
 
 
-def test_taps_of_a_step_without_rows(pair: Callable[..., Pair]) -> None:
+@pytest.mark.parametrize("kind", ["auto", "device"])
+def test_taps_of_a_step_without_rows(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("llama")
-    first, second = Pipe.of(open_model(folder), [2]).slices
+    first, second = Pipe.of(open_model(folder), [2], kind=kind).slices
     none = torch.empty(0, dtype=torch.int64)
     hidden, features = first.forward(none, none, [], [1, 2])
     assert features.shape == (0, 2, 64)

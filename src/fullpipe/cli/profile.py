@@ -12,7 +12,7 @@ from fullpipe.cli import console
 from fullpipe.cli.lists import integers
 from fullpipe.cli.options import Only
 from fullpipe.errors import UsageError
-from fullpipe.options import ModelOptions
+from fullpipe.options import ModelOptions, PipelineOptions
 
 if TYPE_CHECKING:
     from fullpipe.cluster.profile import Cost, Curve, Profile, Surface
@@ -27,6 +27,7 @@ def profile(
     contexts: Annotated[str, typer.Option("--contexts", help="Tokens before the rows, rising.")] = "128,512,2048",
     repeats: Annotated[int, typer.Option("--repeats", help="Samples of each time; the median is taken.")] = 5,
     threads: Annotated[int, typer.Option("--threads", help="Compute threads, as of one stage.")] = 1,
+    pipeline: Annotated[PipelineOptions, Only("device")] = PipelineOptions(),
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile instead of tables.")] = False,
 ) -> None:
     """Measure this machine: layers, head, embedding, draft calls and messages, by rows and context.
@@ -44,7 +45,8 @@ def profile(
 
     with console.StepBar("measuring") as bar:
         found = measure(model.model, guesser, rows=row_counts, contexts=context_sizes, repeats=repeats, threads=threads,
-                        dtype=model.dtype, progress=lambda what, done, total: bar(done, total, what))
+                        dtype=model.dtype, device=pipeline.device,
+                        progress=lambda what, done, total: bar(done, total, what))
     found.save(out)
     if as_json:
         console.print_json(found.model_dump(mode="json"))

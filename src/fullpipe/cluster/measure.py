@@ -27,9 +27,10 @@ from fullpipe.cluster.provenance import commit_of, machine, versions
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.messages import ArenaId, Flight, Opening, Part
-from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES, pick_dtype
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.gpu.devices import device_name, find_device
+from fullpipe.models.slice import Slice, load_slice
 from fullpipe.models.weights import open_model
 from fullpipe.options import EngineOptions
 from fullpipe.request import SamplingParams
@@ -56,17 +57,18 @@ _Cell = TypeVar("_Cell")
 
 
 def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS, contexts: Sequence[int] = CONTEXTS,
-            repeats: int = 5, threads: int = 1, dtype: str = "auto",
+            repeats: int = 5, threads: int = 1, dtype: str = "auto", device: str = "cpu",
             progress: Progress = lambda what, done, total: None) -> Profile:
     """This machine's profile for a target, and for a draft model if one is named.
 
     model, draft: names as `fullpipe.hub.resolve` takes them. rows: of a flight. contexts: tokens that stand before
-    them. repeats: samples of a cell. threads: of the process that computes, as of a stage's.
+    them. repeats: samples of a cell. threads: of the process that computes, as of a stage's. device: it computes on.
 
     Raises UsageError for sizes that are below 1, do not rise, or are beyond a model's context; and what opening a
     model and loading it raise.
     """
-    dtype = pick_dtype(dtype)
+    device = find_device(device)
+    dtype = pick_dtype(dtype, device)
     _check(rows, contexts, repeats, threads)
     target = open_model(resolve(model))
     guesser = open_model(resolve(draft)) if draft is not None else None
@@ -76,16 +78,16 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
                              f"{contexts[-1]} are more", hint="Choose smaller `contexts`.")
     cells = _Cells(rows, contexts, repeats, progress)
     with _threads(threads), torch.inference_mode():
-        layers, flights = _layers(target, dtype, cells)
-        heads, lookups = _ends(target, dtype, cells)
-        drafts = None if guesser is None else _drafts(guesser, dtype, cells)
+        layers, flights = _layers(target, dtype, cells, device)
+        heads, lookups = _ends(target, dtype, cells, device)
+        drafts = None if guesser is None else _drafts(guesser, dtype, cells, device)
     shapes = [None if files is None else _shape(name or "", files, dtype)
               for name, files in ((model, target), (draft, guesser))]
     assert shapes[0] is not None
     commit, dirty = commit_of(Path(__file__).parents[1])
     return Profile(target=shapes[0], draft_model=shapes[1], dtype=dtype,  # type: ignore[arg-type]
-                   threads=threads, machine={**machine(), **versions()}, commit=commit, dirty=dirty,
-                   date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), layers=layers, flights=flights,
+                   threads=threads, machine={**machine(), **versions(), **device_name(device)}, commit=commit,
+                   dirty=dirty, date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), layers=layers, flights=flights,
                    heads=heads, lookups=lookups, drafts=drafts, messages=_messages(progress))
 
 
@@ -164,7 +166,7 @@ class _Standing(SliceRunner):
     """Runs requests that begin with their context in place. Noise stands in the cache: what a step takes does not
     depend on the numbers there. most: rows of its largest flight."""
 
-    def __init__(self, slice: DecoderSlice, most: int) -> None:
+    def __init__(self, slice: Slice, most: int) -> None:
         super().__init__(slice)
         self._most = most
 
@@ -174,7 +176,7 @@ class _Standing(SliceRunner):
         opening = Opening(arena, context + self._most, context, SamplingParams())
         if arena not in self._arenas:
             self.open([opening])
-            self._arenas[arena].kv.normal_(generator=torch.Generator().manual_seed(context))
+            self._arenas[arena].pretend(context)
         table = self._tables[arena] = SlotTable(opening)
         places = list(range(context))
         table.apply(Part(arena, places, [-1] * context, [0] * context, places, places, [[]] * context,
@@ -190,11 +192,11 @@ def _timed(work: Callable[..., object], *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def _layers(files: ModelFiles, dtype: str, cells: _Cells) -> list[Surface]:
+def _layers(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> list[Surface]:
     """One layer, and what a flight costs beside its layers."""
     kind, config = DTYPES[dtype], files.config
     number = min(config.num_layers, max(2, -(-_COLD_BYTES // files.layer_bytes(0, kind))))
-    many, one = (_Standing(DecoderSlice(files, 0, count, has_embedding=False, has_head=False, dtype=kind),
+    many, one = (_Standing(load_slice(files, 0, count, has_embedding=False, has_head=False, dtype=kind, device=device),
                            max(cells.rows)) for count in (number, 1))
 
     def sample(rows: int, context: int) -> tuple[float, float]:
@@ -209,9 +211,9 @@ def _layers(files: ModelFiles, dtype: str, cells: _Cells) -> list[Surface]:
     return cells.surface("layers", sample)
 
 
-def _ends(files: ModelFiles, dtype: str, cells: _Cells) -> list[Curve]:
+def _ends(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> list[Curve]:
     """Head with the pick, and embedding."""
-    ends = DecoderSlice(files, 0, 0, has_embedding=True, has_head=True, dtype=DTYPES[dtype])
+    ends = load_slice(files, 0, 0, has_embedding=True, has_head=True, dtype=DTYPES[dtype], device=device)
     runner = _Standing(ends, max(cells.rows))
 
     def head(flight: Flight, hidden: Tensor) -> None:
@@ -226,9 +228,10 @@ def _ends(files: ModelFiles, dtype: str, cells: _Cells) -> list[Curve]:
     return cells.curves("head", sample)
 
 
-def _drafts(files: ModelFiles, dtype: str, cells: _Cells) -> Surface:
+def _drafts(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> Surface:
     """A draft call as `stations/drafts/model.py:DraftModel.run` makes it."""
-    whole = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype])
+    whole = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype],
+                       device=device)
     runner = _Standing(whole, max(cells.rows))
 
     def call(job: Flight) -> None:

@@ -51,9 +51,9 @@ class KVArena:
         """Copy the rows of another arena's slots, of all layers, to slots 0, 1, ... slots: int64 [r], r <= capacity."""
         self.kv[:, :, : len(slots)] = other.kv.index_select(2, slots)
 
-    @property
-    def num_layers(self) -> int:
-        return self.kv.shape[0]
+    def pretend(self, count: int) -> None:
+        """Let noise stand in the first slots, as if rows of positions 0, 1, ... had been written there."""
+        self.kv[:, :, :count].normal_(generator=torch.Generator().manual_seed(count))
 
     @property
     def nbytes(self) -> int:

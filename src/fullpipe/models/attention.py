@@ -1,7 +1,5 @@
 """Attention of a step's rows over the caches of their requests, requests of about one size in one product.
-
-Attention sums over slots in float64, so that which slots hold the context, and in which order, vanishes when the sum is
-rounded.
+Sums over slots are float64 (`decoder` says why).
 """
 
 from __future__ import annotations
@@ -9,12 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullpipe.models.arena import SLOT_MULTIPLE, KVArena
+from fullpipe.models.arena import SLOT_MULTIPLE
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.linear import MIN_ROWS
 
@@ -26,14 +25,14 @@ class Segment:
     """The rows of one request in a step.
 
     start, end: row range in the step.
-    cache: the request's arena on this slice.
+    cache: the request's arena on this slice, of the kind that the slice allocates.
     slots: int64 [r]: where each row writes its key and value; distinct.
     mask: bool [r, width], width <= the arena's capacity: True = attend. A row's own slot must be included.
     """
 
     start: int
     end: int
-    cache: KVArena
+    cache: Any
     slots: Tensor
     mask: Tensor
 

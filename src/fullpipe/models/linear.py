@@ -62,3 +62,19 @@ class Linear:
         if self._packed:
             return _apply_packed(x, self._weight, self._bias)
         return F.linear(x, self._weight, self._bias)
+
+    def to(self, device: torch.device) -> Linear:
+        """The same on another device; of a weight that is not packed."""
+        assert not self._packed
+        bias = None if self._bias is None else self._bias.to(device)
+        return Linear(self._weight.to(device), bias, packed=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], where it is not packed."""
+        assert not self._packed
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias

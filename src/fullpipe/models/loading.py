@@ -85,22 +85,28 @@ class Loader:
 
     def embedding(self) -> Tensor:
         """The table, which is only looked up and never packed."""
+        return self._table("model.embed_tokens.weight")
+
+    def head(self, embedding: Tensor | None) -> list[Linear]:
+        """The head, one that is packed in parts of rows of the vocabulary; a tied one that is not packed is the
+        embedding itself."""
+        config = self._files.config
+        name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+        if not self._packed:
+            whole = embedding if config.tied and embedding is not None else self._table(name)
+            return [Linear(whole, None, packed=False)]
+        return self._spread(partial(self._head_part, name), range(0, config.vocab_size, _HEAD_ROWS))
+
+    def _table(self, name: str) -> Tensor:
+        """[vocab, hidden], not packed."""
         config = self._files.config
         out = torch.empty(config.vocab_size, config.hidden, dtype=self._dtype)
 
         def load(start: int) -> None:
-            self._files.read_into("model.embed_tokens.weight", out[start : start + _HEAD_ROWS], start)
+            self._files.read_into(name, out[start : start + _HEAD_ROWS], start)
 
         self._spread(load, range(0, config.vocab_size, _HEAD_ROWS))
         return out
-
-    def head(self, embedding: Tensor | None) -> list[Linear]:
-        """The head in parts of rows of the vocabulary; a tied one that is not packed is the embedding itself."""
-        config = self._files.config
-        name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
-        if config.tied and embedding is not None and not self._packed:
-            return [Linear(embedding, None, packed=False)]
-        return self._spread(partial(self._head_part, name), range(0, config.vocab_size, _HEAD_ROWS))
 
     def _head_part(self, name: str, start: int) -> Linear:
         config = self._files.config

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Flight, Landed, Opening, Part
-from fullpipe.models.arena import KVArena
 from fullpipe.models.attention import Segment
-from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES
+from fullpipe.models.slice import Arena, Slice, load_slice
 from fullpipe.models.weights import open_model
 from fullpipe.stations.base import Tapped
 from fullpipe.stations.sampling import RowContext, pick, tell_logprobs, typical
@@ -54,10 +53,10 @@ class Wanted:
 class SliceRunner:
     """Runs flights through one decoder slice, with an arena per open request."""
 
-    def __init__(self, slice: DecoderSlice) -> None:
+    def __init__(self, slice: Slice) -> None:
         self.slice = slice
         self._tables: dict[ArenaId, SlotTable] = {}
-        self._arenas: dict[ArenaId, KVArena] = {}
+        self._arenas: dict[ArenaId, Arena] = {}
 
     def open(self, openings: list[Opening]) -> None:
         """Make arenas, or enlarge those that are there (see `Opening`)."""
@@ -123,7 +122,7 @@ class ModelStage:
     taps: hidden states to send to the draft station, of every row, prompt rows too (see `DecoderSlice.forward`).
     """
 
-    def __init__(self, slice: DecoderSlice, *, is_last: bool, vocab: int | None = None, margins: bool = False,
+    def __init__(self, slice: Slice, *, is_last: bool, vocab: int | None = None, margins: bool = False,
                  taps: Sequence[int] = ()) -> None:
         self._runner = SliceRunner(slice)
         self._is_last, self._vocab, self._margins, self._taps = is_last, vocab, margins, list(taps)
@@ -152,8 +151,9 @@ class ModelStage:
 
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,
-                vocab: int | None = None, margins: bool = False, taps: list[int] | None = None) -> ModelStage:
-    """Load layers `first` (inclusive) to `last` (exclusive) of the model at path `model` as a stage.
+                vocab: int | None = None, margins: bool = False, taps: list[int] | None = None, device: str = "cpu",
+                kv_pool_mib: int | None = None) -> ModelStage:
+    """Load layers `first` (inclusive) to `last` (exclusive) of the model at path `model` as a stage on a device.
 
     taps: after how many layers of the model hidden states go to the draft station. Raises `UsageError` unless they
     rise and lie above `first` and not above `last`: others are not made here.
@@ -162,6 +162,6 @@ def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: b
     if taps != sorted({*taps}) or not all(first < tap <= last for tap in taps):
         raise UsageError(f"layers {first} to {last} cannot be tapped at {taps}",
                          hint=f"Give rising numbers of finished layers from {first + 1} to {last}.")
-    slice = DecoderSlice(open_model(Path(model)), first, last, has_embedding=is_first, has_head=is_last,
-                         dtype=DTYPES[dtype])
+    slice = load_slice(open_model(Path(model)), first, last, has_embedding=is_first, has_head=is_last,
+                       dtype=DTYPES[dtype], device=device, kv_pool_mib=kv_pool_mib)
     return ModelStage(slice, is_last=is_last, vocab=vocab, margins=margins, taps=taps)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fullpipe.messages import ArenaId, Expansion, Flight, Part
-from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES
+from fullpipe.models.slice import Slice, load_slice
 from fullpipe.models.weights import open_model
 from fullpipe.stations.drafts.chains import go_on
 from fullpipe.stations.sampling import rank
@@ -26,7 +26,7 @@ class DraftModel:
     vocab: number of real tokens that target and draft share; nothing beyond it is proposed.
     """
 
-    def __init__(self, slice: DecoderSlice, *, vocab: int | None = None) -> None:
+    def __init__(self, slice: Slice, *, vocab: int | None = None) -> None:
         self._runner = SliceRunner(slice)
         self._vocab = vocab
 
@@ -58,8 +58,10 @@ class DraftModel:
         return tokens, logprobs
 
 
-def build_draft_model(*, model: str, dtype: str, vocab: int | None = None) -> DraftModel:
-    """Load the whole model at path `model` as a draft."""
+def build_draft_model(*, model: str, dtype: str, vocab: int | None = None, device: str = "cpu",
+                      kv_pool_mib: int | None = None) -> DraftModel:
+    """Load the whole model at path `model` as a draft, on a device."""
     files = open_model(Path(model))
-    slice = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype])
+    slice = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype],
+                       device=device, kv_pool_mib=kv_pool_mib)
     return DraftModel(slice, vocab=vocab)

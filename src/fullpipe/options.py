@@ -89,8 +89,8 @@ class PipelineOptions:
     stages: int | None = option(None, "Processes on this machine to cut the model over, and one more for the draft. "
                                 "Without any, it runs in this process.")
     device: str = option("cpu", "What stages and draft model compute on: cpu, cuda, or cuda:N for one of several GPUs.")
-    kv_pool_mib: int | None = option(None, "Cache memory of each stage on a GPU, in MiB, taken at the start. Default: "
-                                     "a quarter of what is free, for 131,072 tokens at most.")
+    kv_pool_mib: int | None = option(None, "Cache memory of each stage, and of a draft model, on a GPU, in MiB, taken "
+                                     "at the start. Default: a quarter of what is free, for 131,072 tokens at most.")
     threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
                                  "cores).")
     link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")

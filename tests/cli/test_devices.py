@@ -64,3 +64,14 @@ def test_stages_of_one_gpu_share_a_device() -> None:
     assert devices(spec(), spec(), spec()) == ["core of stage 0", "core of stage 1", "core of draft"]
     assert devices(None, spec(device="cuda:0"), spec(device="cuda:0")) == ["cuda:0", "cuda:0"]
     assert devices(spec(device="cuda:1"), spec(device="cuda:0"), spec()) == ["cuda:0", "core of stage 1", "cuda:1"]
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(("draft", "device"), [("{draft},ngram", "cuda:0"), ("ngram,{draft}", "cuda:0"),
+                                               ("ngram", "core of draft")])
+def test_a_draft_model_beside_another_draft_shares_the_gpu_too(models: Models, draft: str, device: str) -> None:
+    prepared = prepare(Options.of(model=str(models.target), draft=draft.format(draft=models.draft), stages=2,
+                                  device="cuda"))
+    layout = Layout(stages=prepared.stages, draft=prepared.draft, links=Links([]), pace={}, threads=1, beat_s=1.0,
+                    start_timeout=1.0)
+    assert layout.devices == ["cuda:0", "cuda:0", device]

@@ -4,6 +4,8 @@ that graphs say what kernels say."""
 from __future__ import annotations
 
 import random
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import tiny
 from fullpipe.errors import UsageError
 from fullpipe.models.attention import Segment
 from fullpipe.models.gpu import plain
-from fullpipe.models.gpu.decoder import DeviceSlice, Weights
+from fullpipe.models.gpu.decoder import DeviceSlice, Weights, operations
 from fullpipe.models.gpu.devices import find_device
 from fullpipe.models.gpu.pool import BLOCK, DeviceArena, Pool
 from fullpipe.models.gpu.rows import Rows, width_for
@@ -170,6 +172,36 @@ def test_a_device_that_is_too_small(weights: Callable[..., Weights], tmp_path: P
     devices.check_room(files, 0, 5, pool_bytes=10 << 20, **layers)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"5 layers of .* need 612 MiB on cuda .*100 of cache.*, and 600 are free"):
         devices.check_room(files, 0, 5, pool_bytes=100 << 20, **layers)  # type: ignore[arg-type]
+
+
+def test_a_slice_that_nobody_uses_is_gone_before_room_is_looked_for(
+        weights: Callable[..., Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that a slice has made hold it, and memory that torch keeps for later does not count as free."""
+    from fullpipe.models.gpu import devices
+
+    made = DeviceSlice(weights(CPU), torch.float32, CPU, pool_bytes=1 << 20)
+    chain(made, made.allocate(8), [1, 2, 3], [0, 1, 2], 0)
+    pool, emptied = weakref.ref(made.pool), list[bool]()
+    del made
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(pool() is None))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 0))
+    devices.check_room(open_model(tiny.save(tiny.tiny_model("llama"), tmp_path)), 0, 5, has_embedding=True,
+                       has_head=True, dtype=torch.float32, device=torch.device("cuda"), pool_bytes=None)
+    assert emptied == [True]
+
+
+def test_a_gpu_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch 2.7, whose Triton has no dependent launches."""
+    monkeypatch.setitem(sys.modules, "fullpipe.models.gpu.kernels", None)
+    monkeypatch.delattr("fullpipe.models.gpu.kernels", raising=False)
+    with pytest.raises(UsageError, match="there are no kernels for cuda:0: ") as told:
+        operations(torch.device("cuda:0"))
+    assert told.value.param == "device" and "`device=cpu`" in (told.value.hint or "")
+
+
+def test_a_bucket_is_no_larger_than_the_scratch_block(weights: Callable[..., Weights]) -> None:
+    with pytest.raises(AssertionError, match="scratch block"):
+        DeviceSlice(weights(CPU), torch.float32, CPU, rows=(16, 2 * BLOCK), pool_bytes=1 << 20)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

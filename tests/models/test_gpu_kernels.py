@@ -82,6 +82,19 @@ def test_how_a_product_is_cut() -> None:
     assert list(counts.values()) == [1, 2, 4, 8, 1]
 
 
+@pytest.mark.parametrize("depth", [128 * 25 - 8, 128 * 25, 128 * 28, 128 * 33, 128 * 41])
+def test_no_part_of_a_product_is_empty(depth: int) -> None:
+    x, weight = randn(16, depth, dtype=HALF), randn(64, depth, dtype=HALF)
+    parts, truth = kernels.product(x, weight), x.double() @ weight.double().t()
+    assert (parts.double().sum(0) - truth).norm() / truth.norm() < 1e-5
+    assert parts.abs().amax((1, 2)).min() > 0
+
+
+def test_a_weight_of_an_odd_depth_is_the_librarys_matter() -> None:
+    x, weight = randn(16, 100, dtype=HALF), randn(64, 100, dtype=HALF)
+    assert torch.equal(kernels.product(x, weight), plain.product(x, weight))
+
+
 @DTYPES
 @SHAPES
 @PARTS

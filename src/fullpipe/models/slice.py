@@ -66,16 +66,19 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
 
     kv_pool_mib: size of the cache pool on a GPU; None: by what is free (see `DeviceSlice`).
 
-    Raises what reading raises, and UsageError for a device that is not there or has too little memory.
+    Raises what reading raises, and UsageError, before anything is read, for a device that is not there, has no kernels,
+    or has too little memory.
     """
     if device == "cpu":
         from fullpipe.models.decoder import DecoderSlice
 
         return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype)
-    from fullpipe.models.gpu.decoder import DeviceSlice, Weights
+    from fullpipe.models.gpu.decoder import DeviceSlice, Weights, operations
     from fullpipe.models.gpu.devices import check_room, find_device
 
     where, pool_bytes = torch.device(find_device(device)), None if kv_pool_mib is None else kv_pool_mib << 20
+    with torch.cuda.device(where):
+        operations(where)
     check_room(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype, device=where,
                pool_bytes=pool_bytes)
     weights = Weights.read(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,

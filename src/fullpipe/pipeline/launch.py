@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fullpipe import errors
@@ -60,9 +60,10 @@ class Layout:
 
     @property
     def devices(self) -> list[str]:
-        """Where each station computes: on a GPU, which others may share, or on a core of its own."""
+        """Where each station computes: on a GPU, which others may share, or on a core of its own. Of several drafts the
+        first one with a GPU counts."""
         specs = [*self.stages, *([self.draft] if self.draft else [])]
-        return [spec.args.get("device", f"core of {name}") for name, spec in zip(self.names, specs)]
+        return [next(_gpus(spec), f"core of {name}") for name, spec in zip(self.names, specs)]
 
     @property
     def tapping(self) -> list[int]:
@@ -187,3 +188,11 @@ def _as_error(worker: Worker, error: str, message: str, hint: str | None) -> Ful
     if isinstance(kind, type) and issubclass(kind, FullpipeError) and kind is not StationFailed:
         return kind(f"{worker.name}: {message}", hint=hint)
     return StationFailed(worker.name, f"{error}: {message}{worker.log_tail()}")
+
+
+def _gpus(spec: StationSpec) -> Iterator[str]:
+    """Those of a station: of a mix each of its drafts may have one."""
+    if device := spec.args.get("device"):
+        yield device
+    for draft in spec.args.get("drafts", []):
+        yield from _gpus(StationSpec(**draft))

@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fullpipe.errors import UsageError
 from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.gpu import plain
-from fullpipe.models.gpu.pool import DeviceArena, Pool
+from fullpipe.models.gpu.pool import BLOCK, DeviceArena, Pool
 from fullpipe.models.gpu.rows import Rows
 from fullpipe.models.linear import Linear
 from fullpipe.models.loading import Layer, Loader
@@ -89,7 +90,9 @@ class DeviceSlice:
     """Keeps the contract of `DecoderSlice`, on a device: tensors go in and come out on the host.
 
     dtype: of weights, hidden states and cache. pool_bytes: of the cache; None: by what is free (see `MOST_SLOTS`).
-    rows: buckets to try, rising. graphs: capture them on CUDA; else kernels are launched one by one.
+    rows: buckets to try, `BLOCK` at most; on CUDA powers of two from 16 on.
+
+    graphs: capture them on CUDA; else kernels are launched one by one.
 
     library: products are the library's; else `kernels` has one of its own for 16 bits.
 
@@ -100,10 +103,12 @@ class DeviceSlice:
     def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, *,
                  pool_bytes: int | None = None, rows: Sequence[int] = ROWS, graphs: bool = True,
                  library: bool = False) -> None:
+        assert max(rows) <= BLOCK, "rows that fill a bucket up have the scratch block only"
         self.config, self.first_layer, self.dtype, self.device = weights.config, weights.first_layer, dtype, device
         self._weights, self._layers = weights, weights.layers
         self._graphs = graphs and device.type == "cuda"
-        self._ops = _ops(device)
+        with self._here():
+            self._ops = operations(device)
         self._product = plain.product if library else self._ops.product
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32, however split
         self._frequencies = torch.tensor(self.config.rope.inv_freq, dtype=torch.float32, device=device)
@@ -358,9 +363,14 @@ def _shapes(weights: Weights) -> list[Tensor]:
     return found
 
 
-def _ops(device: torch.device) -> Ops:
+def operations(device: torch.device) -> Ops:
+    """Those of a device, which is the current one. Raises UsageError where its kernels cannot be had."""
     if device.type != "cuda":
         return plain
-    from fullpipe.models.gpu import kernels
-
+    try:
+        from fullpipe.models.gpu import kernels
+    except ImportError as error:
+        raise UsageError(f"there are no kernels for {device}: {error}", param="device",
+                         hint="Install a newer torch for CUDA, with the Triton that belongs to it (2.11 with 3.6 was "
+                              "tried), or use `device=cpu`.") from error
     return kernels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from fullpipe.errors import UsageError
@@ -48,6 +50,8 @@ def check_room(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
         ends = sizes.head_bytes
     weights = (last - first) * sizes.layer_bytes + ends
     cache = 2 * BLOCK * (last - first) * sizes.kv_bytes if pool_bytes is None else pool_bytes
+    gc.collect()  # a slice of this process that nobody uses any more: its steps and it hold each other
+    torch.cuda.empty_cache()
     free, needed = torch.cuda.mem_get_info(device)[0], weights + cache + _BESIDE
     if needed > free:
         raise UsageError(

@@ -225,17 +225,20 @@ def _gate(parts, out, size, away, BLOCK: tl.constexpr, PARTS: tl.constexpr, EARL
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """See `plain.product`; the parts are float32, as many as the weight's shape asks for. Weights in float32 are the
-    library's matter. x: [rows, in], rows a power of two and 16 or more."""
-    if weight.dtype == torch.float32:
+    library's matter, and so are those whose rows do not begin at a multiple of 16 bytes, which cannot be fetched
+    ahead. x: [rows, in], rows a power of two and 16 or more."""
+    if weight.dtype == torch.float32 or weight.shape[1] % 8:
         return plain.product(x, weight)
     (rows, depth), columns = x.shape, weight.shape[0]
     tiles, count = triton.cdiv(depth, DEPTH), 1
     while count < MOST_PARTS and triton.cdiv(columns, TILE) * count < ENOUGH and tiles >= 2 * count * LEAST_TILES:
         count *= 2
+    share = triton.cdiv(tiles, count)
+    count = triton.cdiv(tiles, share)  # none is empty: it would fetch ahead less than nothing
     parts = torch.empty(count, rows, columns, dtype=torch.float32, device=x.device)
     _product[(triton.cdiv(columns, TILE), count)](
-        x, weight, parts, columns, depth, triton.cdiv(tiles, count) * DEPTH, ROWS=rows, TILE=TILE, DEPTH=DEPTH,
-        AHEAD=AHEAD, EARLY=EARLY, launch_pdl=EARLY, num_warps=WARPS, num_stages=STAGES)
+        x, weight, parts, columns, depth, share * DEPTH, ROWS=rows, TILE=TILE, DEPTH=DEPTH, AHEAD=AHEAD, EARLY=EARLY,
+        launch_pdl=EARLY, num_warps=WARPS, num_stages=STAGES)
     return parts
 
 

@@ -49,9 +49,7 @@ class Pool:
                 f"{blocks * BLOCK} more are needed", param="kv_pool_mib",
                 hint="Give a larger `kv_pool_mib`, or let requests wait for room by a smaller `kv_cache_tokens` or "
                      "`max_num_seqs`.")
-        taken = self._free[len(self._free) - blocks :]
-        del self._free[len(self._free) - blocks :]
-        return taken[::-1]
+        return [self._free.pop() for _ in range(blocks)]  # one by one: an arena may be let go of at any moment
 
     def give(self, blocks: list[int]) -> None:
         """Take blocks back."""
@@ -85,7 +83,8 @@ class DeviceArena:
         self.positions[:count] = other.positions[theirs]
         source, target = (torch.from_numpy(places.astype(np.int64)).to(kv.device)
                           for places in (other.places[theirs], self.places[:count]))
-        kv.index_copy_(2, target, kv.index_select(2, source))
+        for layer in kv:  # the copy in between takes no more room than it must
+            layer.index_copy_(1, target, layer.index_select(1, source))
 
     @torch.inference_mode()
     def pretend(self, count: int) -> None:

@@ -14,10 +14,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
 from fullpipe.models.config import ModelConfig, Sizes
+from fullpipe.models.dequant import block_shape
 from fullpipe.models.recognise import fetch_again
 
 # Numbers converted at a time: they and their float32 copy stay in the processor's cache.
@@ -37,6 +39,15 @@ class ModelFiles(ABC):
         """Shape of a tensor as transformers would have it. Raises `DamagedModel` when it is not there."""
 
     @abstractmethod
+    def kind(self, name: str) -> Kind:
+        """How a tensor is stored. Raises `DamagedModel` when it is not there."""
+
+    @abstractmethod
+    def raw_rows(self, name: str, first: int, rows: int) -> Tensor:
+        """Rows of a matrix as they are stored, uint8 [rows, bytes of a row]; `first` and `rows` multiples of the size
+        of a head. Raises `DamagedModel` when the file ends within them."""
+
+    @abstractmethod
     def _read_rows(self, name: str, first: int, rows: int) -> Tensor:
         """Rows first..first + rows of a tensor ([n] counts as n rows of one number), in any float dtype."""
 
@@ -47,6 +58,11 @@ class ModelFiles(ABC):
     @abstractmethod
     def _others(self, wanted: Collection[str]) -> list[str]:
         """Tensors of the file beside the wanted ones, those that cannot matter left out."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the matrices are stored in blocks of small integers."""
+        return block_shape(self.kind("model.layers.0.mlp.gate_proj.weight"))[0] > 1
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """A whole tensor in a new buffer. See `read_into`."""
@@ -71,8 +87,12 @@ class ModelFiles(ABC):
             part = out[start : start + step]
             block = self._read_rows(name, first + start, part.shape[0])
             if not math.isfinite(block.sum(dtype=torch.float32)):
-                raise self._damaged(name, "it holds numbers that are not finite")
+                raise self.not_finite(name)
             part.copy_(block.view(part.shape))
+
+    def not_finite(self, name: str) -> DamagedModel:
+        """The error for a tensor that holds inf or NaN."""
+        return self._damaged(name, "it holds numbers that are not finite")
 
     def sizes(self, dtype: torch.dtype) -> Sizes:
         """Bytes and operations of embedding, layer and head, for a planner."""

@@ -48,7 +48,7 @@ class ModelOptions:
     draft: str = option("auto", "Who guesses: auto (ngram, and the model's partner; in one process where they pay), "
                         "none, ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas between.",
                         "--draft", "-d")
-    dtype: str = option("auto", "float32, bfloat16, stored (weights as they are in the file, on the native kernels), or "
+    dtype: str = option("auto", "float32, bfloat16, stored (weights as the file has them, on the native kernels), or "
                         "auto: stored if they are quantised, else bfloat16 where the processor computes in it.")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
     chat_template: str | None = option(None, "File with the chat template to use in place of the model's, or the "

@@ -28,7 +28,9 @@ class KVArena:
     @classmethod
     def allocate(cls, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype,
                  head_size: int | None = None) -> KVArena:
-        """An empty arena; head_size: numbers of a head, if more than head_dim. Zeros, not garbage: a masked slot has weight 0, and 0 x NaN would be NaN.
+        """An empty arena. head_size: numbers of a head where they are filled up; None: head_dim.
+
+        Zeros, not garbage: a masked slot has weight 0, and 0 x NaN would be NaN.
 
         The system hands out zero pages when they are first written, so unused slots cost no memory.
         """

@@ -13,6 +13,7 @@ import torch
 
 from fullpipe.errors import UsageError
 from fullpipe.kernels import Kernels, load
+from fullpipe.models.config import Sizes
 from fullpipe.models.files import ModelFiles
 
 STORED = "stored"
@@ -41,6 +42,16 @@ def pick_dtype(name: str, device: str = "cpu", files: ModelFiles | None = None) 
     if files is not None and files.is_quantised and _has_fast_kernels():
         return STORED
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """In what torch computes beside a model of this dtype, a draft module for example."""
+    return DTYPES[pick_dtype("auto") if name == STORED else name]
+
+
+def sizes_in(files: ModelFiles, dtype: str) -> Sizes:
+    """Bytes and operations of a model's parts, for a planner."""
+    return files.stored_sizes() if dtype == STORED else files.sizes(DTYPES[dtype])
 
 
 def native_kernels() -> Kernels:

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fullpipe.kernels import Kernels, Model, Segment as NativeSegment, Weight
+from fullpipe.kernels import Kernels, Model, Weight
+from fullpipe.kernels import Segment as NativeSegment
 from fullpipe.models.arena import KVArena
 from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig

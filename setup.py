@@ -17,7 +17,10 @@ LOST = ("fullpipe: the native kernels could not be compiled ({}). Everything wor
 
 
 class BuildKernels(build_ext):
-    """Goes on where there is no compiler."""
+    """Builds a plain library, which ctypes loads, and goes on where there is no compiler."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so.1"  # an ending that Python does not take for a module's
 
     def build_extension(self, ext: Any) -> None:
         try:
@@ -27,7 +30,7 @@ class BuildKernels(build_ext):
 
 
 kernels = Extension(
-    "fullpipe.kernels._native", sorted(str(file) for file in FOLDER.glob("*.c")),
+    "fullpipe.kernels.libkernels", sorted(str(file) for file in FOLDER.glob("*.c")),
     depends=sorted(str(file) for file in FOLDER.glob("*.h")), libraries=["m", "pthread"], optional=True,
     # Contraction would round differently on every level of instructions.
     extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0"])

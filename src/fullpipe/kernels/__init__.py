@@ -183,7 +183,7 @@ def _check(outcome: int) -> None:
 @cache
 def load() -> Kernels | None:
     """The kernels; None where they were not built, or were built for another system. See `Kernels` for errors."""
-    for file in sorted(Path(__file__).parent.glob("_native.*")):
+    for file in sorted(Path(__file__).parent.glob("libkernels.*")):
         try:
             return Kernels(ctypes.CDLL(str(file)))
         except (OSError, AttributeError):

@@ -120,8 +120,8 @@ def test_numbers_that_are_not_finite_are_told(native: Kernels, form: Form) -> No
 @pytest.mark.parametrize(("level", "said"), [("sse9", "unknown level 'sse9'"), ("", "portable")])
 def test_the_environment_names_a_level(level: str, said: str) -> None:
     code = "from fullpipe.kernels import load; print(load().level)"
-    run = subprocess.run([sys.executable, "-c", code], env={ASKED: level or "portable", "PYTHONPATH": ":".join(sys.path)},
-                         capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                         env={ASKED: level or "portable", "PYTHONPATH": ":".join(sys.path)})
     assert said in run.stdout + run.stderr
 
 

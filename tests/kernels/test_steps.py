@@ -118,14 +118,14 @@ def test_slots_of_one_position_have_no_order(whole: NativeSlice) -> None:
         step(whole, arena, [8], [12], [13], [[*range(14)]])
 
 
-def test_scales_that_are_not_finite_are_damage(native: Kernels, tmp_path: object, files: ModelFiles) -> None:
+def test_scales_that_are_not_finite_are_damage(native: Kernels, files: ModelFiles) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     entry = files._entry("blk.1.ffn_down.weight", name)  # type: ignore[attr-defined]
     damaged = files.path.with_name("damaged.gguf")
     raw = bytearray(files.path.read_bytes())
     raw[entry.offset : entry.offset + 2] = b"\x80\x7f" if entry.kind == Kind.BF16 else b"\x00\x7c"
     damaged.write_bytes(raw)
-    with pytest.raises(DamagedModel, match="ffn_down|down_proj"):
+    with pytest.raises(DamagedModel, match="down_proj"):
         NativeSlice(native, open_model(damaged), 0, 5, has_embedding=False, has_head=False)
 
 

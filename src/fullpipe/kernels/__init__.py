@@ -13,7 +13,7 @@ import enum
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -147,7 +147,7 @@ class Kernels:
         self._library.fp_release(byref(model))
 
     def read(self, where: int, count: int) -> None:
-        """Read so many bytes, for measuring how long it takes."""
+        """Read so many bytes, a multiple of 512, for measuring how long it takes."""
         self._library.fp_read(where, count)
 
     def spin(self, count: int) -> float:
@@ -169,7 +169,7 @@ _FUNCTIONS = (
                        c_int)),
     ("fp_logits", c_int, (_WEIGHT, c_void_p, c_float, c_void_p, c_int, c_void_p, c_int)),
     ("fp_release", None, (POINTER(Model),)),
-    ("fp_read", c_uint64, (c_void_p, c_int64)),
+    ("fp_read", c_int32, (c_void_p, c_int64)),
     ("fp_spin", c_double, (c_int64,)),
 )
 

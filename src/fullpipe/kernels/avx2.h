@@ -66,6 +66,9 @@ INLINE vi i_shifted(int32_t x, int by) {
     __m256i all = (__m256i)((lanes)_mm256_set1_epi32(x) << by);
     return TWICE(vi, all, all);
 }
+INLINE vi i_load(const uint8_t *x) {
+    return TWICE(vi, _mm256_loadu_si256((const __m256i *)x), _mm256_loadu_si256((const __m256i *)(x + 32)));
+}
 INLINE vi i_zero(void) { return TWICE(vi, _mm256_setzero_si256(), _mm256_setzero_si256()); }
 INLINE vi i_add(vi x, vi y) { return TWICE(vi, _mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)); }
 INLINE vi i_mul(vi x, vi y) { return TWICE(vi, _mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)); }
@@ -89,9 +92,7 @@ INLINE int32_t i_sum(vi x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
 
-INLINE vb b_load(const uint8_t *x) {
-    return TWICE(vb, _mm256_loadu_si256((const __m256i *)x), _mm256_loadu_si256((const __m256i *)(x + 32)));
-}
+INLINE vb b_load(const uint8_t *x) { return i_load(x); }
 INLINE vb b_low(vb x) {
     __m256i mask = _mm256_set1_epi8(15);
     return TWICE(vb, _mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask));

@@ -51,6 +51,7 @@ INLINE vf f_ints(vi x) { return _mm512_cvtepi32_ps(x); }
 INLINE vf f_power(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
 
 INLINE vi i_shifted(int32_t x, int by) { return (vi)((lanes)_mm512_set1_epi32(x) << by); }
+INLINE vi i_load(const uint8_t *x) { return _mm512_loadu_si512(x); }
 INLINE vi i_zero(void) { return _mm512_setzero_si512(); }
 INLINE vi i_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vi i_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
@@ -78,7 +79,7 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 #include "products.h"
 #include "between.h"
 
-const fp_ops fp_avx512 = {product, quantise, norm, rotate, store_half, attend, gate, spin};
+const fp_ops fp_avx512 = {product, quantise, norm, rotate, store_half, attend, gate, read_all, spin};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -341,15 +341,8 @@ FP_EXPORT int fp_logits(const fp_weight *head, const float *norm, float eps, con
 
 /* ---- what the machine can do ----------------------------------------------------------------------------------- */
 
-/* Read so many bytes (a multiple of 64), and give something made of them. */
-FP_EXPORT uint64_t fp_read(const uint64_t *from, int64_t bytes) {
-    uint64_t sums[8] = {0};
-    for (int64_t i = 0; i < bytes / 64; i++) {
-        __builtin_prefetch(from + 8 * i + 512);
-        for (int j = 0; j < 8; j++) sums[j] += from[8 * i + j];
-    }
-    return sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
-}
+/* Read so many bytes, a multiple of 512, and give something made of them. */
+FP_EXPORT int32_t fp_read(const uint8_t *from, int64_t bytes) { return ops->read(from, bytes); }
 
 /* Products of bytes in a loop of nothing else; returns how many. */
 FP_EXPORT double fp_spin(int64_t count) { return ops->spin(count); }

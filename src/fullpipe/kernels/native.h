@@ -68,7 +68,10 @@ typedef struct {
     /* Heads that share keys and values: queries and out [heads][size]; scores: room for heads * (count + 16). */
     void (*attend)(const float *queries, int heads, const fp_context *context, float factor, float *scores, float *out);
     void (*gate)(float *gate, const float *up, int count); /* silu(gate) * up, in place */
-    double (*spin)(int64_t count); /* byte products per call of a loop of nothing else, for measuring the limit */
+    /* For measuring the limits: read memory and give something made of it; do nothing but multiply bytes, and give how
+       many products that were. */
+    int32_t (*read)(const uint8_t *from, int64_t bytes);
+    double (*spin)(int64_t count);
 } fp_ops;
 
 /* One layer. The last two norms are of single heads, [head_dim], or NULL. */

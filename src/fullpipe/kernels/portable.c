@@ -62,6 +62,7 @@ INLINE vf f_ints(vi x) { vf r; LANES r.l[l] = (float)x.l[l]; return r; }
 INLINE vf f_power(vi n) { vf r; LANES r.l[l] = from_bits((uint32_t)(n.l[l] + 127) << 23); return r; }
 
 INLINE vi i_shifted(int32_t x, int by) { vi r; LANES r.l[l] = x * (1 << by); return r; }
+INLINE vi i_load(const uint8_t *x) { vi r; memcpy(&r, x, 64); return r; }
 INLINE vi i_zero(void) { return i_shifted(0, 0); }
 INLINE vi i_add(vi a, vi b) { LANES a.l[l] += b.l[l]; return a; }
 INLINE vi i_mul(vi a, vi b) { LANES a.l[l] *= b.l[l]; return a; }
@@ -92,4 +93,4 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 #include "products.h"
 #include "between.h"
 
-const fp_ops fp_portable = {product, quantise, norm, rotate, store_half, attend, gate, spin};
+const fp_ops fp_portable = {product, quantise, norm, rotate, store_half, attend, gate, read_all, spin};

@@ -17,6 +17,7 @@ from fullpipe.options import ModelOptions
 
 if TYPE_CHECKING:
     from fullpipe.models.config import Sizes
+    from fullpipe.models.files import ModelFiles
 
 _DEFAULT_STAGES = 8
 
@@ -73,8 +74,17 @@ def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str
         "file_bytes": sum(file.stat().st_size for file in _weight_files(path)),
         "draft": known.draft if known else None,
         "dtype": dtype,
+        "widened": _widened(files) if dtype == "stored" else {},
         **_sizes_and_stages(sizes_in(files, dtype), config.num_layers, stages),
     }
+
+
+def _widened(files: ModelFiles) -> dict[str, str]:
+    """Types of matrices that there is no kernel for, and what they are kept as."""
+    from fullpipe.models.native.weights import form_of
+
+    kinds = {files.kind(name) for name in files.matrices}
+    return {kind.name: form_of(kind).name for kind in kinds if form_of(kind).name != kind.name}
 
 
 def _sizes_and_stages(size: Sizes, num_layers: int, stages: int | None) -> dict[str, Any]:
@@ -148,6 +158,7 @@ def _print(found: dict[str, Any]) -> None:
         (found["dtype"], f"{console.megabytes(found['layer_bytes'])} a layer, "
          f"{console.megabytes(found['embedding_bytes'])} embedding, "
          f"{console.megabytes(found['head_bytes'])} head"),
+        ("widened", ", ".join(f"{kind} to {form}" for kind, form in found["widened"].items()) or None),
         ("draft", found["draft"]),
     ):
         if text is not None:

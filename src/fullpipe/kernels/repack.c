@@ -33,52 +33,60 @@ FP_EXPORT int64_t fp_scales_bytes(int form, int outputs, int inputs) {
     return fp_is_float(form) ? 0 : tiles * (inputs / FP_BLOCK / fp_scale_tiles(form)) * fp_scale_bytes(form);
 }
 
+/* Bytes are taken eight or four at a time; no bit crosses into a neighbour that the mask leaves. */
+static uint64_t eight_at(const uint8_t *at) { uint64_t x; memcpy(&x, at, 8); return x; }
+static uint32_t four_at(const uint8_t *at) { uint32_t x; memcpy(&x, at, 4); return x; }
+#define EACH8(byte) ((byte) * 0x0101010101010101ULL)
+#define EACH4(byte) ((byte) * 0x01010101U)
+
+/* Bits 0..7 of a byte as eight bytes of 0 or 1. */
+static uint64_t bits_apart(uint8_t bits) {
+    return ((EACH8(bits) & 0x8040201008040201ULL) + EACH8(0x7f)) >> 7 & EACH8(1);
+}
+
 /* The 32 numbers of part `part` of a block, as 0..63 without offset, or with Q8_0 plus 128. */
 static void numbers_of(int form, const uint8_t *block, int part, uint8_t *out) {
     const layout *at = &layouts[form];
     const uint8_t *low = block + at->low, *high = block + at->high;
-    switch (form) {
-    case FP_Q8_0:
-        for (int i = 0; i < 32; i++) out[i] = low[i] ^ 0x80;
-        return;
-    case FP_Q4_K: case FP_Q5_K: /* two parts share 32 bytes */
-        for (int i = 0; i < 32; i++) out[i] = low[part / 2 * 32 + i] >> (part % 2 * 4) & 15;
-        if (form == FP_Q5_K) for (int i = 0; i < 32; i++) out[i] |= (high[i] >> part & 1) << 4;
-        return;
-    case FP_Q6_K: /* four parts share 64 bytes of low and 32 of high bits */
-        low += part / 4 * 64 + part % 2 * 32, high += part / 4 * 32;
-        for (int i = 0; i < 32; i++)
-            out[i] = (low[i] >> (part % 4 / 2 * 4) & 15) | (high[i] >> (part % 4 * 2) & 3) << 4;
-        return;
-    default:
-        for (int i = 0; i < 16; i++) out[i] = low[i] & 15, out[16 + i] = low[i] >> 4;
-        if (at->high < 0) return;
-        uint32_t bits;
-        memcpy(&bits, high, 4);
-        for (int i = 0; i < 32; i++) out[i] |= (bits >> i & 1) << 4;
+    uint64_t x[4];
+    for (int i = 0; i < 4; i++) {
+        switch (form) {
+        case FP_Q8_0:
+            x[i] = eight_at(low + 8 * i) ^ EACH8(0x80);
+            break;
+        case FP_Q4_K: case FP_Q5_K: /* two parts share 32 bytes */
+            x[i] = eight_at(low + part / 2 * 32 + 8 * i) >> part % 2 * 4 & EACH8(15);
+            if (form == FP_Q5_K) x[i] |= (eight_at(high + 8 * i) >> part & EACH8(1)) << 4;
+            break;
+        case FP_Q6_K: /* four parts share 64 bytes of low and 32 of high bits */
+            x[i] = eight_at(low + part / 4 * 64 + part % 2 * 32 + 8 * i) >> part % 4 / 2 * 4 & EACH8(15);
+            x[i] |= (eight_at(high + part / 4 * 32 + 8 * i) >> part % 4 * 2 & EACH8(3)) << 4;
+            break;
+        default:
+            x[i] = eight_at(low + i % 2 * 8) >> i / 2 * 4 & EACH8(15);
+            if (at->high >= 0) x[i] |= bits_apart(high[i]) << 4;
+        }
     }
+    memcpy(out, x, 32);
 }
 
 /* 32 numbers of one channel into a tile. */
 static void put_numbers(int form, const uint8_t *in, int channel, uint8_t *tile) {
-    if (form == FP_Q8_0) {
-        for (int j = 0; j < 8; j++) memcpy(tile + 64 * j + 4 * channel, in + 4 * j, 4);
-        return;
+    uint32_t fifth = 0, top[2] = {0, 0};
+    tile += 4 * channel;
+    for (int j = 0; j < 8; j++) {
+        uint32_t word = four_at(in + 4 * j);
+        if (form == FP_Q8_0) memcpy(tile + 64 * j, &word, 4);
+        fifth |= (word >> 4 & EACH4(1)) << j;
+        top[j / 4] |= (word >> 4 & EACH4(3)) << 2 * (j % 4);
     }
-    uint8_t low[16];
-    for (int i = 0; i < 16; i++) low[i] = (uint8_t)((in[i] & 15) | in[16 + i] << 4);
-    for (int j = 0; j < 4; j++) memcpy(tile + 64 * j + 4 * channel, low + 4 * j, 4);
-    if (fp_tile_bytes(form) == 320) {
-        uint8_t fifth[4] = {0};
-        for (int i = 0; i < 32; i++) fifth[i % 4] |= (uint8_t)((in[i] >> 4 & 1) << i / 4);
-        memcpy(tile + 256 + 4 * channel, fifth, 4);
+    if (form == FP_Q8_0) return;
+    for (int j = 0; j < 4; j++) {
+        uint32_t both = (four_at(in + 4 * j) & EACH4(15)) | (four_at(in + 16 + 4 * j) & EACH4(15)) << 4;
+        memcpy(tile + 64 * j, &both, 4);
     }
-    if (form == FP_Q6_K) {
-        uint8_t top[8] = {0}; /* four inputs of words 0..3, then of words 4..7 */
-        for (int i = 0; i < 32; i++) top[i / 16 * 4 + i % 4] |= (uint8_t)((in[i] >> 4 & 3) << 2 * (i / 4 % 4));
-        memcpy(tile + 256 + 4 * channel, top, 4);
-        memcpy(tile + 320 + 4 * channel, top + 4, 4);
-    }
+    if (fp_tile_bytes(form) == 320) memcpy(tile + 256, &fifth, 4);
+    if (form == FP_Q6_K) memcpy(tile + 256, &top[0], 4), memcpy(tile + 320, &top[1], 4);
 }
 
 /* Scale and minimum, 6 bits each, of part `part` of a K block. */

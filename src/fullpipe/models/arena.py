@@ -26,17 +26,14 @@ class KVArena:
     capacity: int
 
     @classmethod
-    def allocate(cls, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype,
-                 head_size: int | None = None) -> KVArena:
-        """An empty arena. head_size: numbers of a head where they are filled up; None: head_dim.
-
-        Zeros, not garbage: a masked slot has weight 0, and 0 x NaN would be NaN.
+    def allocate(cls, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> KVArena:
+        """An empty arena. Zeros, not garbage: a masked slot has weight 0, and 0 x NaN would be NaN.
 
         The system hands out zero pages when they are first written, so unused slots cost no memory.
         """
         assert capacity > 0
         room = -(-capacity // SLOT_MULTIPLE) * SLOT_MULTIPLE
-        return cls(torch.zeros(layers, 2 * config.kv_heads, room, head_size or config.head_dim, dtype=dtype), capacity)
+        return cls(torch.zeros(layers, 2 * config.kv_heads, room, config.head_dim, dtype=dtype), capacity)
 
     def enlarged(self, capacity: int, used: int) -> KVArena:
         """An arena for `capacity` rows, at least as many as in this one, with what stands in the first `used` slots of

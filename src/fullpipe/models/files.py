@@ -61,6 +61,14 @@ class ModelFiles(ABC):
         """Tensors of the file beside the wanted ones, those that cannot matter left out."""
 
     @property
+    def matrices(self) -> list[str]:
+        """Names of all tensors that are multiplied with."""
+        shapes = self.config.outer_shapes()
+        for layer in range(self.config.num_layers):
+            shapes |= self.config.layer_shapes(layer)
+        return [name for name, shape in shapes.items() if len(shape) == 2]
+
+    @property
     def is_quantised(self) -> bool:
         """Whether the matrices are stored in blocks of small integers."""
         return block_shape(self.kind("model.layers.0.mlp.gate_proj.weight"))[0] > 1

@@ -9,9 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fullpipe.models.arena import KVArena
+from fullpipe.models.arena import SLOT_MULTIPLE, KVArena
+from fullpipe.models.config import ModelConfig
 
 NOTHING = -1
+
+
+def padded_head(config: ModelConfig) -> int:
+    """Numbers of a head in a cache."""
+    return -(-config.head_dim // 16) * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,14 @@ class NativeArena:
     standing: NDArray[np.int32]
 
     @classmethod
-    def of(cls, kv: KVArena) -> NativeArena:
+    def allocate(cls, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> NativeArena:
+        """An empty arena; slots that are never written cost no memory."""
+        room = -(-capacity // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        kv = torch.zeros(layers, 2 * config.kv_heads, room, padded_head(config), dtype=dtype)
+        return cls._of(KVArena(kv, capacity))
+
+    @classmethod
+    def _of(cls, kv: KVArena) -> NativeArena:
         return cls(kv, np.full(kv.capacity, NOTHING, np.int32))
 
     @property
@@ -39,7 +52,7 @@ class NativeArena:
 
     def enlarged(self, capacity: int, used: int) -> NativeArena:
         """See `KVArena.enlarged`."""
-        more = NativeArena.of(self.kv.enlarged(capacity, used))
+        more = NativeArena._of(self.kv.enlarged(capacity, used))
         more.standing[: len(self.standing)] = self.standing
         return more
 

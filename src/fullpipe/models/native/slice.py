@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fullpipe.kernels import Kernels, Model, Weight
 from fullpipe.kernels import Segment as NativeSegment
-from fullpipe.models.arena import KVArena
 from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.files import ModelFiles
-from fullpipe.models.native.arena import NativeArena
+from fullpipe.models.native.arena import NativeArena, padded_head
 from fullpipe.models.native.weights import NativeWeights
 
 _ANGLES = 512  # positions whose angles are computed at a time
@@ -43,7 +42,6 @@ class NativeSlice:
         self._native, self._cache = native, cache
         self._weights = NativeWeights.read(native, files, first_layer, last_layer, has_embedding=has_embedding,
                                            has_head=has_head)
-        self._head_size = -(-self.config.head_dim // 16) * 16
         self._angles = _Angles(self.config)
         self._model = self._described()
 
@@ -62,8 +60,7 @@ class NativeSlice:
 
     def allocate(self, capacity: int) -> NativeArena:
         """An empty arena for one request on this slice."""
-        return NativeArena.of(KVArena.allocate(self.config, self.num_layers, capacity, self._cache,
-                                               head_size=self._head_size))
+        return NativeArena.allocate(self.config, self.num_layers, capacity, self._cache)
 
     @overload
     def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor: ...
@@ -111,7 +108,7 @@ class NativeSlice:
     def _described(self) -> Model:
         config = self.config
         return Model(layers=self.num_layers, hidden=config.hidden, heads=config.heads, kv_heads=config.kv_heads,
-                     head_dim=config.head_dim, size=self._head_size, intermediate=config.intermediate,
+                     head_dim=config.head_dim, size=padded_head(config), intermediate=config.intermediate,
                      half=self._cache == torch.float16, eps=config.rms_eps, layer=self._weights.layers)
 
 

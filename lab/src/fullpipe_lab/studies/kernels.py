@@ -38,6 +38,7 @@ from fullpipe.models.native.slice import NativeSlice
 from fullpipe.models.slice import Slice
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
+from fullpipe.prompts import read_prompts
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
 
 PARTS = ("products", "steps", "quality")
@@ -45,7 +46,7 @@ MODELS = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "smollm2-135m")
 SHAPES = ((1536, 8960), (8960, 1536))
 CONTEXT = 128
 _MANY_BYTES = 160 << 20  # of weights that take turns
-_TEXTS, _LENGTH = 5, 320  # of which the quality is told
+_LENGTH = 320  # tokens of each text of which the quality is told
 
 
 def main() -> None:
@@ -209,8 +210,9 @@ def _texts(path: Path) -> Iterator[list[int]]:
     """Prompts, code and prose of this checkout, as tokens."""
     package, tokenizer = Path(fullpipe.__file__).parent, load_tokenizer(path)
     docs = package.parents[1] / "docs"
-    for file in (package / "prompts.jsonl", package / "engine" / "loop.py", package / "sequences" / "tree.py",
-                 docs / "exactness.md", docs / "architecture.md")[:_TEXTS]:
+    yield list(tokenizer.encode("\n\n".join(prompt.text for prompt in read_prompts(package / "prompts.jsonl"))))
+    for file in (package / "engine" / "loop.py", package / "sequences" / "tree.py", docs / "exactness.md",
+                 docs / "architecture.md"):
         yield list(tokenizer.encode(file.read_text(encoding="utf-8")[:6000]))
 
 

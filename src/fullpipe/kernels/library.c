@@ -69,7 +69,8 @@ static void multiply(int threads, products *p) {
     p->tiles = 0;
     for (int i = 0; i < p->count; i++) p->tiles += fp_tiles(p->weights[i]);
     p->step = threads == 1 ? p->tiles : (p->tiles + 6 * threads - 1) / (6 * threads);
-    fp_share(threads, some_tiles, p, (p->tiles + p->step - 1) / p->step);
+    double tiles = (double)p->tiles * p->rows.inputs / FP_BLOCK;
+    fp_share(threads, some_tiles, p, (p->tiles + p->step - 1) / p->step, tiles * (8 + 1.6 * p->rows.count));
 }
 
 static void quantise_rows(const float *x, int rows, int inputs, fp_block *out) {
@@ -242,16 +243,19 @@ static void run_layer(step *s) {
     const fp_layer *l = s->layer;
     int64_t rows = s->rows, qkv = (int64_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
     int mixed = m->heads * m->head_dim;
-    fp_share(s->threads, begin_attention, s, rows);
+    double numbers = (double)rows * m->hidden, read = 0;
+    for (int64_t row = 0; row < rows; row++) read += s->reads[row];
+    fp_share(s->threads, begin_attention, s, rows, numbers / 4);
     products in = {{&l->query, &l->key, &l->value}, 3, 0, 0, 0, {(int)rows, m->hidden, s->normed, s->blocks}, s->qkv, qkv};
     multiply(s->threads, &in);
-    fp_share(s->threads, rotate_and_write, s, rows);
-    fp_share(s->threads, attend_one, s, rows * m->kv_heads);
-    if (wants_blocks(&l->out)) fp_share(s->threads, quantise_mixed, s, rows);
+    fp_share(s->threads, rotate_and_write, s, rows, numbers / 2);
+    fp_share(s->threads, attend_one, s, rows * m->kv_heads, read * mixed / 25);
+    if (wants_blocks(&l->out)) fp_share(s->threads, quantise_mixed, s, rows, numbers / 8);
     products out = {{&l->out}, 1, 1, 0, 0, {(int)rows, mixed, s->mixed, s->blocks}, s->hidden, m->hidden};
     multiply(s->threads, &out);
-    fp_share(s->threads, begin_mlp, s, rows);
-    fp_share(s->threads, gate_and_up, s, (l->gate.outputs + FP_BLOCK - 1) / FP_BLOCK);
+    fp_share(s->threads, begin_mlp, s, rows, numbers / 4);
+    int64_t parts = (l->gate.outputs + FP_BLOCK - 1) / FP_BLOCK;
+    fp_share(s->threads, gate_and_up, s, parts, (double)parts * m->hidden / 8 * (8 + 1.6 * rows));
     products down = {{&l->down}, 1, 1, 0, 0, {(int)rows, m->intermediate, s->wide, s->wide_blocks}, s->hidden, m->hidden};
     multiply(s->threads, &down);
 }

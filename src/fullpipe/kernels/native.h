@@ -101,11 +101,11 @@ typedef struct {
     int64_t room, width, rows;
 } fp_segment;
 
-/* Work in parts 0..count - 1, each done by one of some threads, 0..threads - 1. */
+/* Work in parts 0..count - 1, each done by one of some threads, 0..threads - 1. ns: about how long it takes one. */
 typedef void fp_part(void *of, int64_t part, int thread);
 int fp_enter(int threads); /* how many there are for the caller, who may run parts until it leaves */
 void fp_leave(int threads);
-void fp_share(int threads, fp_part *part, void *of, int64_t count);
+void fp_share(int threads, fp_part *part, void *of, int64_t count, double ns);
 
 extern const fp_ops fp_portable;
 #if defined(__x86_64__)

@@ -1,5 +1,8 @@
-/* The threads that share the channels of a product. They wait for the next part of a step for some microseconds, in
-   which it mostly comes, and then sleep: a neighbour's stage needs the core. */
+/* The threads that share the parts of a step with the one that calls.
+
+   Nobody waits for a thread that has taken nothing: where the system has no core for it, the caller does all the parts.
+   A thread that finds none looks again for some microseconds, in which the next ones mostly come, and lets others run
+   meanwhile; then it sleeps, for a neighbour's stage needs the core. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
@@ -9,22 +12,26 @@
 #include "native.h"
 
 #define MOST_THREADS 256
-#define SPIN_NS 50000
+#define MOST_PARTS 0xffffff
+#define LOOKS_NS 50000
+#define WORTH_NS 15000 /* less work than this is done before anybody has woken up */
 
 static pthread_mutex_t entered = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
-static atomic_int sleeping, working;
-static atomic_ullong call; /* its number, and in the last 16 bits how many threads it is for */
-static atomic_long next_part;
 static int workers;
+static atomic_int sleeping;
 
+/* Calls come one after the other. In one word, so that a thread that comes late takes nothing of another call: number
+   of the call, threads that it is for, and parts that nobody has taken. The rest changes only while no part is left. */
+static atomic_ullong call;
+static atomic_llong done;
 static fp_part *part_now;
 static void *of_now;
 static int64_t count_now;
 
 static void pause_briefly(void) {
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
+    for (int i = 0; i < 16; i++) __builtin_ia32_pause();
 #endif
 }
 
@@ -34,36 +41,37 @@ static int64_t now_ns(void) {
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+static int is_for(unsigned long long of, int thread) { return (of & MOST_PARTS) && thread < (int)(of >> 24 & 0xff) + 1; }
+
 static void work(int thread) {
-    for (long part; (part = atomic_fetch_add(&next_part, 1)) < count_now;) part_now(of_now, part, thread);
+    for (unsigned long long now = atomic_load(&call); is_for(now, thread);) {
+        if (!atomic_compare_exchange_weak(&call, &now, now - 1)) continue;
+        part_now(of_now, count_now - (int64_t)(now & MOST_PARTS), thread);
+        atomic_fetch_add(&done, 1);
+        now = atomic_load(&call);
+    }
 }
 
-static unsigned long long call_after(unsigned long long seen) {
-    int64_t until = now_ns() + SPIN_NS;
+static void wait_for_parts(int thread) {
+    int64_t until = now_ns() + LOOKS_NS;
     do {
-        for (int i = 0; i < 32; i++) {
-            if (atomic_load(&call) != seen) return atomic_load(&call);
+        for (int i = 0; i < 4; i++) {
+            if (is_for(atomic_load(&call), thread)) return;
             pause_briefly();
         }
+        sched_yield();
     } while (now_ns() < until);
     pthread_mutex_lock(&lock);
     atomic_fetch_add(&sleeping, 1);
-    while (atomic_load(&call) == seen) pthread_cond_wait(&bell, &lock);
+    while (!is_for(atomic_load(&call), thread)) pthread_cond_wait(&bell, &lock);
     atomic_fetch_sub(&sleeping, 1);
     pthread_mutex_unlock(&lock);
-    return atomic_load(&call);
 }
 
-typedef struct { int thread; unsigned long long seen; } beginning;
-static beginning beginnings[MOST_THREADS];
-
-static void *worker(void *of) {
-    const beginning *own = of;
-    for (unsigned long long seen = own->seen;;) {
-        seen = call_after(seen);
-        if (own->thread >= (int)(seen & 0xffff)) continue;
-        work(own->thread);
-        atomic_fetch_sub(&working, 1);
+static void *worker(void *number) {
+    for (int thread = (int)(intptr_t)number;;) {
+        wait_for_parts(thread);
+        work(thread);
     }
     return NULL;
 }
@@ -71,7 +79,7 @@ static void *worker(void *of) {
 /* A child of fork has none of the threads. */
 static void forget_all(void) {
     pthread_mutex_init(&entered, NULL), pthread_mutex_init(&lock, NULL), pthread_cond_init(&bell, NULL);
-    atomic_store(&sleeping, 0), atomic_store(&working, 0);
+    atomic_store(&sleeping, 0);
     workers = 0;
 }
 
@@ -83,8 +91,7 @@ static void grow(int threads) {
         pthread_attr_t attributes;
         pthread_attr_init(&attributes);
         pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        beginnings[workers] = (beginning){workers + 1, atomic_load(&call)};
-        int failed = pthread_create(&made, &attributes, worker, &beginnings[workers]);
+        int failed = pthread_create(&made, &attributes, worker, (void *)(intptr_t)(workers + 1));
         pthread_attr_destroy(&attributes);
         if (failed) return;
     }
@@ -104,23 +111,23 @@ void fp_leave(int threads) {
     if (threads > 1) pthread_mutex_unlock(&entered);
 }
 
-void fp_share(int threads, fp_part *part, void *of, int64_t count) {
-    if (threads <= 1 || count <= 1) {
+void fp_share(int threads, fp_part *part, void *of, int64_t count, double ns) {
+    if (threads <= 1 || count <= 1 || count > MOST_PARTS || ns < WORTH_NS) {
         for (int64_t i = 0; i < count; i++) part(of, i, 0);
         return;
     }
     part_now = part, of_now = of, count_now = count;
-    atomic_store(&next_part, 0);
-    atomic_store(&working, threads - 1);
-    atomic_store(&call, ((atomic_load(&call) >> 16) + 1) << 16 | (unsigned)threads);
+    atomic_store(&done, 0);
+    unsigned long long next = (atomic_load(&call) >> 32) + 1;
+    atomic_store(&call, next << 32 | (unsigned long long)(threads - 1) << 24 | (unsigned long long)count);
     if (atomic_load(&sleeping)) {
         pthread_mutex_lock(&lock);
         pthread_cond_broadcast(&bell);
         pthread_mutex_unlock(&lock);
     }
     work(0);
-    for (int tries = 0; atomic_load(&working); tries++) {
-        if (tries < 1000) pause_briefly();
-        else sched_yield();
+    for (int looks = 0; atomic_load(&done) < count; looks++) {
+        pause_briefly();
+        if (looks > 20) sched_yield();
     }
 }

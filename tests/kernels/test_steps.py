@@ -147,6 +147,7 @@ def test_scales_that_are_not_finite_are_damage(native: Kernels, files: ModelFile
 
 
 def test_other_forms_are_widened(native: Kernels) -> None:
+    assert form_of(Kind.Q3_K) is Form.Q6_K and form_of(Kind.MXFP4) is form_of(Kind.IQ4_NL) is Form.Q8_0
     assert form_of(Kind.IQ4_XS) is Form.F16 and form_of(Kind.F64) is Form.F32 and form_of(Kind.Q6_K) is Form.Q6_K
 
 

@@ -10,6 +10,7 @@ import logging
 from functools import cache
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 
 from fullpipe.errors import UsageError
 from fullpipe.kernels import Kernels, load
@@ -51,7 +52,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def sizes_in(files: ModelFiles, dtype: str) -> Sizes:
     """Bytes and operations of a model's parts, for a planner."""
-    return files.stored_sizes() if dtype == STORED else files.sizes(DTYPES[dtype])
+    if dtype != STORED:
+        return files.sizes(DTYPES[dtype])
+    from fullpipe.models.native.weights import form_of
+
+    return files.stored_sizes(lambda kind: Kind[form_of(kind).name])
 
 
 def native_kernels() -> Kernels:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,20 +107,20 @@ class ModelFiles(ABC):
         """Bytes and operations of embedding, layer and head, for a planner."""
         return self.config.sizes(dtype.itemsize)
 
-    def stored_sizes(self) -> Sizes:
-        """The same of weights that stay as they are stored, with hidden states in float32 and caches in float16; a
-        layer's bytes are the mean."""
+    def stored_sizes(self, kept_as: Callable[[Kind], Kind]) -> Sizes:
+        """The same of weights that stay about as they are stored, with hidden states in float32 and caches in float16; a
+        layer's bytes are the mean. kept_as: what becomes of a format."""
+        def stored(name: str) -> int:
+            numbers, size = block_shape(kept_as(self.kind(name)))
+            return math.prod(self.shape(name)) // numbers * size
+
         layers = range(self.config.num_layers)
         names = [name for layer in layers for name in self.config.layer_shapes(layer)]
         head = "model.embed_tokens.weight" if self.config.tied else "lm_head.weight"
         return replace(
-            self.config.sizes(2), layer_bytes=sum(map(self._stored_bytes, names)) // len(layers),
-            embedding_bytes=self._stored_bytes("model.embed_tokens.weight"),
-            head_bytes=self._stored_bytes(head) + 4 * self.config.hidden, row_bytes=4 * self.config.hidden)
-
-    def _stored_bytes(self, name: str) -> int:
-        numbers, size = block_shape(self.kind(name))
-        return math.prod(self.shape(name)) // numbers * size
+            self.config.sizes(2), layer_bytes=sum(map(stored, names)) // len(layers),
+            embedding_bytes=stored("model.embed_tokens.weight"),
+            head_bytes=stored(head) + 4 * self.config.hidden, row_bytes=4 * self.config.hidden)
 
     def layer_bytes(self, layer: int, dtype: torch.dtype) -> int:
         """Bytes of one layer's weights (all layers of a supported model are equal)."""

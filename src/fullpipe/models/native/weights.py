@@ -21,7 +21,9 @@ from torch import Tensor
 
 from fullpipe.kernels import Form, Kernels, Layer, Weight
 from fullpipe.models.config import ModelConfig
+from fullpipe.models.dequant import block_shape
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.native.widening import WIDENED
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,8 +41,10 @@ _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layer
 
 
 def form_of(kind: Kind) -> Form:
-    """In which form a tensor is kept: its own, where there is a kernel for that; else widened, which rounds to eleven
-    bits at most."""
+    """In which form a tensor is kept: its own, where there is a kernel for that; else the nearest that loses nothing;
+    else float16, which rounds to eleven bits."""
+    if kind in WIDENED:
+        return WIDENED[kind][0]
     if kind == Kind.F64:
         return Form.F32
     return Form[kind.name] if kind.name in Form.__members__ else Form.F16
@@ -155,8 +159,12 @@ class _Reading:
 
     def _raw(self, matrix: _Matrix, first: int, rows: int) -> Tensor:
         """Rows in the bytes of the matrix's form."""
-        if self._files.kind(matrix.name).name == matrix.form.name:
+        kind = self._files.kind(matrix.name)
+        if kind.name == matrix.form.name:
             return self._files.raw_rows(matrix.name, first, rows).contiguous()
+        if kind in WIDENED:
+            blocks = self._files.raw_rows(matrix.name, first, rows).reshape(-1, block_shape(kind)[1])
+            return WIDENED[kind][1](blocks).contiguous()
         wide = torch.empty(rows, matrix.inputs, dtype=torch.float32 if matrix.form is Form.F32 else torch.float16)
         self._files.read_into(matrix.name, wide, first)
         return wide.view(torch.uint8)

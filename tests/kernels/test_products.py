@@ -106,6 +106,16 @@ def test_rows_of_zeros_and_of_tiny_and_huge_numbers_are_quantised(native: Kernel
     assert q[3, 31] == 127 and q[3, 63] == 127 and q[3, 32] == round(32 * 127 / 63)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_stay_so(native: Kernels, weights: dict[Form, Tiles], bad: float) -> None:
+    x = rows(3)
+    x[1, 77] = bad
+    for level in native.levels:
+        with native.at(level):
+            found = product(native, weights[Form.Q4_K].weight, x)
+            assert np.isfinite(found[[0, 2]]).all() and not np.isfinite(found[1]).any()
+
+
 @forms
 def test_numbers_that_are_not_finite_are_told(native: Kernels, form: Form) -> None:
     raw = stored(form, 16, 256)

@@ -12,6 +12,8 @@ static void quantise(const float *x, int count, fp_block *out) {
         sum += i_sum(second);
         out->minus_sum = -sum;
         out->scale = most > 1e-30f ? most / 127.0f : 0.0f;
+        vf small = f_all(0x1p-6f); /* a sum of finite numbers stays finite, one of others does not */
+        if (!(f_sum(f_add(f_mul(f_abs(low), small), f_mul(f_abs(high), small))) < INFINITY)) out->scale = NAN;
         out->shift = out->scale * (float)sum;
     }
 }

@@ -108,8 +108,10 @@ class ModelFiles(ABC):
         return self.config.sizes(dtype.itemsize)
 
     def stored_sizes(self, kept_as: Callable[[Kind], Kind]) -> Sizes:
-        """The same of weights that stay about as they are stored, with hidden states in float32 and caches in float16; a
-        layer's bytes are the mean. kept_as: what becomes of a format."""
+        """The same of weights that stay about as they are stored, with hidden states in float32 and caches in float16.
+
+        A layer's bytes are the mean. kept_as: what becomes of a format.
+        """
         def stored(name: str) -> int:
             numbers, size = block_shape(kept_as(self.kind(name)))
             return math.prod(self.shape(name)) // numbers * size

@@ -93,6 +93,8 @@ class NativeSlice:
     def _run(self, hidden: Tensor, positions: Tensor, segments: Sequence[Segment], taps: Sequence[int],
              tapped: Tensor) -> None:
         positions = positions.contiguous()
+        assert hidden.shape == (len(positions), self.config.hidden) and positions.min() >= 0
+        assert [row for one in segments for row in range(one.start, one.end)] == list(range(len(positions)))
         self._angles.reach(int(positions.max()))
         self._model.cosine, self._model.sine = self._angles.addresses
         rows = [_Rows(segment, positions) for segment in segments]
@@ -101,6 +103,7 @@ class NativeSlice:
                          tuple(tap - self.first_layer for tap in taps), tapped.data_ptr(), torch.get_num_threads())
 
     def _looked_up(self, table: Weight, tokens: Tensor) -> Tensor:
+        assert not len(tokens) or (tokens.min() >= 0 and tokens.max() < self.config.vocab_size)
         tokens, out = tokens.contiguous(), torch.empty(len(tokens), self.config.hidden)
         self._native.look_up(table, tokens.data_ptr(), len(tokens), out.data_ptr())
         return out
@@ -118,6 +121,8 @@ class _Rows:
     def __init__(self, segment: Segment, positions: Tensor) -> None:
         self._arena: NativeArena = segment.cache
         self._slots, self._mask = segment.slots.contiguous(), segment.mask.contiguous()
+        assert len(self._slots) == len(self._mask) == segment.end - segment.start
+        assert self._slots.min() >= 0 and max(self._slots.max(), self._mask.shape[1] - 1) < self._arena.capacity
         self._arena.standing[self._slots.numpy()] = positions[segment.start : segment.end].numpy()
 
     def described(self) -> NativeSegment:

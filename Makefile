@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check wheel clean
 
 demo: $(READY)
 	$(BIN)/fullpipe demo
@@ -17,7 +17,10 @@ check: $(READY)
 	$(BIN)/ruff check src tests lab
 	$(BIN)/mypy
 
-$(READY): pyproject.toml lab/pyproject.toml constraints.txt
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+$(READY): pyproject.toml setup.py lab/pyproject.toml constraints.txt $(wildcard src/fullpipe/kernels/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" --editable lab

@@ -70,6 +70,11 @@ class Target:
     kv_pool_mib: int | None = None
 
     @property
+    def numbers(self) -> str:
+        """In what it computes, as it is told."""
+        return "with weights as they are stored" if self.dtype == "stored" else f"in {self.dtype}"
+
+    @property
     def placed(self) -> dict[str, Any]:
         """What a builder of a station is told of the device; nothing of the processor."""
         return {} if self.device == "cpu" else {"device": self.device, "kv_pool_mib": self.kv_pool_mib}
@@ -215,7 +220,7 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
                               options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
-    target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype, device), vocab, ends, device,
+    target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype, device, files), vocab, ends, device,
                     options.pipeline.kv_pool_mib)
     draft = draft_spec(names, target, say)
     length = _length(options.model.max_model_len, files.config.max_positions)
@@ -258,7 +263,7 @@ def start(prepared: Prepared, say: Say = _silent) -> Pipeline:
     where = "in this process" if options.stages is None else \
         "as 1 stage" if len(prepared.stages) == 1 else f"as {len(prepared.stages)} stages"
     on = "" if prepared.target.device == "cpu" else f" on {prepared.target.device}"
-    say(f"loading {prepared.target.path.name} {where}{on} in {prepared.target.dtype}")
+    say(f"loading {prepared.target.path.name} {where}{on} {prepared.target.numbers}")
     if options.stages is None:
         return _in_this_process(*prepared.build(), options.threads)
     from fullpipe.pipeline.workers import WorkersPipeline
@@ -333,7 +338,7 @@ def _assemble_what_pays(prepared: Prepared, say: Say, may_do_without: bool) -> A
     stages: list[StageLike] | None = None
     machine = _kept_costs(prepared).load()
     if machine is None:
-        say(f"loading {prepared.target.path.name} in this process in {prepared.target.dtype}")
+        say(f"loading {prepared.target.path.name} in this process {prepared.target.numbers}")
         stages, draft = prepared.build()
         machine = _costs(prepared, _in_this_process(stages, draft, prepared.options.pipeline.threads), say)
     best = choose(machine, prepared.drafts, may_do_without=may_do_without)

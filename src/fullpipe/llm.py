@@ -193,6 +193,11 @@ class LLM:
         return self._prepared.vocab_size
 
     @property
+    def dtype(self) -> str:
+        """In which numbers the model computes; never "auto"."""
+        return self._prepared.target.dtype
+
+    @property
     def generation(self) -> Generation:
         """How the model's files want it sampled."""
         return self._prepared.generation

@@ -18,7 +18,7 @@ import msgspec
 from fullpipe.errors import UsageError
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "stored")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -48,7 +48,8 @@ class ModelOptions:
     draft: str = option("auto", "Who guesses: auto (ngram, and the model's partner; in one process where they pay), "
                         "none, ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas between.",
                         "--draft", "-d")
-    dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 where the processor computes in it.")
+    dtype: str = option("auto", "float32, bfloat16, stored (weights as the file has them, on the native kernels), or "
+                        "auto: stored if they are quantised, else bfloat16 where the processor computes in it.")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
     chat_template: str | None = option(None, "File with the chat template to use in place of the model's, or the "
                                        "template itself.", metavar="FILE")

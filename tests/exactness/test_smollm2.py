@@ -8,6 +8,7 @@ import torch
 
 from fullpipe import LLM, SamplingParams
 from fullpipe.hub import resolve
+from fullpipe.kernels import load
 from fullpipe.methods import options_of
 from simulated import simulated
 
@@ -63,6 +64,24 @@ def test_so_do_processes_and_samples(llm: LLM, asked: list[list[int]], plain: li
     assert greedy.token_ids == plain[3][:24]
     assert sample.token_ids == reference.token_ids
     assert greedy.timing["clock"] == "wall"
+
+
+@pytest.mark.weights
+@pytest.mark.processes
+@pytest.mark.skipif(load() is None, reason="the native kernels were not built")
+def test_weights_as_they_are_stored_say_the_same_by_every_method_on_any_stages(asked: list[list[int]]) -> None:
+    plain = SamplingParams(max_tokens=48, ignore_eos=True)
+    sampled = SamplingParams(max_tokens=24, temperature=1.0, seed=7)
+    texts: dict[str, list[list[int]]] = {}
+    with simulated("smollm2-135m", draft="ngram", stages=6, dtype="stored") as llm:
+        assert llm.dtype == "stored"
+        for method in ("pp", "pipedec", "fullpipe"):
+            llm.use(method, **options_of(method, width=4))
+            texts[method] = [one.token_ids for params in (plain, sampled) for one in llm.generate(asked[2:], params)]
+    with LLM("smollm2-135m", draft="ngram", stages=2, dtype="stored") as other:
+        texts["2 processes"] = [one.token_ids for params in (plain, sampled)
+                                for one in other.generate(asked[2:], params)]
+    assert all(said == texts["pp"] for said in texts.values()), texts
 
 
 def transformers_model(path: Path) -> torch.nn.Module:

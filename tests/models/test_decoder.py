@@ -17,12 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
+from fullpipe.kernels import load
 from fullpipe.messages import Flight, Landed, Opening, Part
 from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.dtypes import native_kernels
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.gpu.decoder import DeviceSlice, Weights
 from fullpipe.models.linear import can_pack
+from fullpipe.models.native.slice import NativeSlice
 from fullpipe.models.slice import Slice
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
@@ -34,10 +37,14 @@ CAPACITY = 80
 CPU = torch.device("cpu")
 
 Pair = tuple[PreTrainedModel, Path]
-KINDS = ("plain", "packed", "device")
+KINDS = ("plain", "packed", "device", "native")
 kinds = pytest.mark.parametrize("kind", [
     pytest.param(kind, marks=[pytest.mark.skipif(kind == "packed" and not can_pack(torch.float32),
-                                                 reason="this torch cannot pack weights")]) for kind in KINDS])
+                                                 reason="this torch cannot pack weights"),
+                              pytest.mark.skipif(kind == "native" and load() is None,
+                                                 reason="the native kernels were not built")]) for kind in KINDS])
+others = pytest.mark.parametrize("kind", [
+    "auto", "device", pytest.param("native", marks=pytest.mark.skipif(load() is None, reason="not built"))])
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +69,9 @@ def slice_of(kind: str, files: ModelFiles, first: int, last: int, *, has_embeddi
         weights = Weights.read(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
                                device=CPU)
         return DeviceSlice(weights, dtype, CPU, pool_bytes=1 << 22, rows=(4, 8))
+    if kind == "native":
+        return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head,
+                           cache=torch.float32 if dtype is torch.float32 else torch.float16)
     return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
                         packed=None if kind == "auto" else kind == "packed")
 
@@ -178,7 +188,7 @@ def test_prefill_and_chain_are_what_transformers_says(
 
 @pytest.mark.parametrize("cuts", [[], [2], [2, 3], [1, 2, 3, 4], [0], [LAYERS]],
                          ids=["1", "2", "3", "every layer", "embedding alone", "head alone"])
-@pytest.mark.parametrize("kind", ["auto", "device"])
+@others
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_trees_in_any_cut_are_what_transformers_says_of_each_path(
         pair: Callable[..., Pair], family: str, kind: str, cuts: list[int]) -> None:
@@ -207,11 +217,11 @@ def test_options_are_what_transformers_makes_of_them(
         pair: Callable[..., Pair], family: str, changes: dict[str, Any]) -> None:
     model, folder = pair(family, **changes)
     text = (TEXT * 7)[:CAPACITY]
-    for kind in ("auto", "device"):
+    for kind in ("auto", "device", *(("native",) if load() else ())):
         close(Pipe.of(open_model(folder), [], kind=kind).chain(text), reference(model, text))
 
 
-@pytest.mark.parametrize("kind", ["auto", "device"])
+@others
 def test_rows_of_several_requests_share_a_step(pair: Callable[..., Pair], kind: str) -> None:
     model, folder = pair("qwen2")
     part = Pipe.of(open_model(folder), [], kind=kind).slices[0]
@@ -227,7 +237,7 @@ def test_rows_of_several_requests_share_a_step(pair: Callable[..., Pair], kind: 
         close(ours[segment.start : segment.end], reference(model, text))
 
 
-@pytest.mark.parametrize("kind", ["auto", "device"])
+@others
 def test_a_slot_may_be_given_to_another_row(pair: Callable[..., Pair], kind: str) -> None:
     model, folder = pair("llama")
     pipe = Pipe.of(open_model(folder), [2], kind=kind)
@@ -236,7 +246,7 @@ def test_a_slot_may_be_given_to_another_row(pair: Callable[..., Pair], kind: str
     close(pipe.chain(TEXT[6:], 6), reference(model, TEXT)[6:])
 
 
-@pytest.mark.parametrize("kind", ["auto", "device"])
+@others
 def test_a_step_without_rows(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("llama")
     first, last = Pipe.of(open_model(folder), [2], kind=kind).slices
@@ -351,7 +361,7 @@ def gguf_by_transformers(path: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("cuts", [[], [2], [1, 4]], ids=["1", "2", "3"])
-@pytest.mark.parametrize("kind", ["auto", "device"])
+@others
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taps_are_what_transformers_has_after_each_layer(
         pair: Callable[..., Pair], family: str, kind: str, cuts: list[int]) -> None:
@@ -372,7 +382,7 @@ def test_taps_are_what_transformers_has_after_each_layer(
     close(pipe.slices[-1].logits(features[:, -1]), reference(model, TEXT))
 
 
-@pytest.mark.parametrize("kind", ["auto", "device"])
+@others
 def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("qwen3")
     part = Pipe.of(open_model(folder), [], kind=kind).slices[0]
@@ -384,7 +394,7 @@ def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pai
     assert features.is_contiguous() and features.untyped_storage().data_ptr() != hidden.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("kind", ["auto", "device"])
+@others
 def test_taps_of_a_step_without_rows(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("llama")
     first, second = Pipe.of(open_model(folder), [2], kind=kind).slices

@@ -27,6 +27,7 @@ LAYERS = (
     ("sequences",),
     ("methods",),
     ("engine",),
+    ("kernels",),
     ("models",),
     ("stations",),
     ("pipeline",),

@@ -16,7 +16,8 @@ from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.options import ModelOptions
 
 if TYPE_CHECKING:
-    from fullpipe.models.config import ModelConfig
+    from fullpipe.models.config import Sizes
+    from fullpipe.models.files import ModelFiles
 
 _DEFAULT_STAGES = 8
 
@@ -43,13 +44,13 @@ def show(
 
 
 def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str, Any]:
-    from fullpipe.models.dtypes import pick_dtype
+    from fullpipe.models.dtypes import pick_dtype, sizes_in
     from fullpipe.models.generation import sampling_of
     from fullpipe.models.tokens.loading import load_tokenizer
     from fullpipe.models.weights import open_model
 
-    dtype = pick_dtype(dtype)
-    config = open_model(path).config
+    files = open_model(path)
+    dtype, config = pick_dtype(dtype, files=files), files.config
     tokenizer = load_tokenizer(path)
     known = hub.CATALOGUE.get(name.lower())
     return {
@@ -73,19 +74,27 @@ def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str
         "file_bytes": sum(file.stat().st_size for file in _weight_files(path)),
         "draft": known.draft if known else None,
         "dtype": dtype,
-        **_sizes_and_stages(config, stages, itemsize=4 if dtype == "float32" else 2),
+        "widened": _widened(files) if dtype == "stored" else {},
+        **_sizes_and_stages(sizes_in(files, dtype), config.num_layers, stages),
     }
 
 
-def _sizes_and_stages(config: ModelConfig, stages: int | None, itemsize: int) -> dict[str, Any]:
+def _widened(files: ModelFiles) -> dict[str, str]:
+    """Types of matrices that there is no kernel for, and what they are kept as."""
+    from fullpipe.models.native.weights import form_of
+
+    kinds = {files.kind(name) for name in files.matrices}
+    return {kind.name: form_of(kind).name for kind in kinds if form_of(kind).name != kind.name}
+
+
+def _sizes_and_stages(size: Sizes, num_layers: int, stages: int | None) -> dict[str, Any]:
     """Bytes of the parts, and the stages that `cut` makes of them.
 
     The time of a step over few rows is the time it takes to read the weights, so bytes stand for time; of the
     embedding a step reads single rows, which is nothing.
     """
-    size = config.sizes(itemsize)
-    number = min(_DEFAULT_STAGES, config.num_layers) if stages is None else stages
-    layers = cut([size.layer_bytes] * config.num_layers, size.head_bytes, 0, number)
+    number = min(_DEFAULT_STAGES, num_layers) if stages is None else stages
+    layers = cut([size.layer_bytes] * num_layers, size.head_bytes, 0, number)
     rows = []
     for index, part in enumerate(layers):
         first, last = index == 0, index == len(layers) - 1
@@ -103,7 +112,7 @@ def _sizes_and_stages(config: ModelConfig, stages: int | None, itemsize: int) ->
         "layer_bytes": size.layer_bytes,
         "embedding_bytes": size.embedding_bytes,
         "head_bytes": size.head_bytes,
-        "kv_bytes_per_token": size.kv_bytes * config.num_layers,
+        "kv_bytes_per_token": size.kv_bytes * num_layers,
         "stages": rows,
     }
 
@@ -149,6 +158,7 @@ def _print(found: dict[str, Any]) -> None:
         (found["dtype"], f"{console.megabytes(found['layer_bytes'])} a layer, "
          f"{console.megabytes(found['embedding_bytes'])} embedding, "
          f"{console.megabytes(found['head_bytes'])} head"),
+        ("widened", ", ".join(f"{kind} to {form}" for kind, form in found["widened"].items()) or None),
         ("draft", found["draft"]),
     ):
         if text is not None:

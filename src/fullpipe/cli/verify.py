@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # By how much a picked logit may stand above its rival where two runs disagree and it still counts as a tie that
 # rounding decided. A bfloat16 logit between 16 and 32 is itself rounded to the next eighth.
-NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5}
+NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "stored": 1e-3}
 
 
 if TYPE_CHECKING:
@@ -80,14 +80,13 @@ def verify(
     first = methods[0] if shape.depth is None else next((name for name in methods if name in WITH_DEPTH), methods[0])
     fetch_all(model, methods[0])
     from fullpipe.llm import LLM
-    from fullpipe.models.dtypes import pick_dtype
 
-    real = replace(model, dtype=pick_dtype(model.dtype), margins=True, generation_config="none")
-    near = NEAR_TIE[real.dtype] if tolerance is None else tolerance
+    real = replace(model, margins=True, generation_config="none")
     with LLM.of(Options(model=real, method=replace(shape, method=first), pipeline=pipeline),
                 progress=console.print_note) as llm:
+        near = NEAR_TIE[llm.dtype] if tolerance is None else tolerance
         report = _compare(llm, questions, asked, methods, sampling, near)
-        report |= {"model": model.model, "draft": model.draft, "stages": llm.num_stages, "dtype": real.dtype,
+        report |= {"model": model.model, "draft": model.draft, "stages": llm.num_stages, "dtype": llm.dtype,
                    "near_tie_tolerance": near}
     _print(report, as_json)
     if any(not difference["near_tie"] for difference in report["differences"]):

@@ -27,7 +27,7 @@ from fullpipe.cluster.provenance import commit_of, machine, versions
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.messages import ArenaId, Flight, Opening, Part
-from fullpipe.models.dtypes import DTYPES, pick_dtype
+from fullpipe.models.dtypes import DTYPES, pick_dtype, sizes_in
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.gpu.devices import device_name, find_device
 from fullpipe.models.slice import Slice, load_slice
@@ -68,9 +68,9 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
     model and loading it raise.
     """
     device = find_device(device)
-    dtype = pick_dtype(dtype, device)
     _check(rows, contexts, repeats, threads)
     target = open_model(resolve(model))
+    dtype = pick_dtype(dtype, device, target)
     guesser = open_model(resolve(draft)) if draft is not None else None
     for name, files in ((model, target), (draft, guesser)):
         if files is not None and files.config.max_positions < contexts[-1] + max(rows):
@@ -102,7 +102,7 @@ def _check(rows: Sequence[int], contexts: Sequence[int], repeats: int, threads: 
 
 
 def _shape(name: str, files: ModelFiles, dtype: str) -> Shape:
-    sizes = files.sizes(DTYPES[dtype])
+    sizes = sizes_in(files, dtype)
     return Shape(name=name, num_layers=files.config.num_layers, layer_bytes=sizes.layer_bytes,
                  head_bytes=sizes.head_bytes, embedding_bytes=sizes.embedding_bytes, kv_bytes=sizes.kv_bytes,
                  row_bytes=sizes.row_bytes)
@@ -194,9 +194,9 @@ def _timed(work: Callable[..., object], *arguments: object) -> float:
 
 def _layers(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> list[Surface]:
     """One layer, and what a flight costs beside its layers."""
-    kind, config = DTYPES[dtype], files.config
-    number = min(config.num_layers, max(2, -(-_COLD_BYTES // files.layer_bytes(0, kind))))
-    many, one = (_Standing(load_slice(files, 0, count, has_embedding=False, has_head=False, dtype=kind, device=device),
+    kind, config = DTYPES.get(dtype, torch.float32), files.config
+    number = min(config.num_layers, max(2, -(-_COLD_BYTES // sizes_in(files, dtype).layer_bytes)))
+    many, one = (_Standing(load_slice(files, 0, count, has_embedding=False, has_head=False, dtype=dtype, device=device),
                            max(cells.rows)) for count in (number, 1))
 
     def sample(rows: int, context: int) -> tuple[float, float]:
@@ -213,7 +213,7 @@ def _layers(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -
 
 def _ends(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> list[Curve]:
     """Head with the pick, and embedding."""
-    ends = load_slice(files, 0, 0, has_embedding=True, has_head=True, dtype=DTYPES[dtype], device=device)
+    ends = load_slice(files, 0, 0, has_embedding=True, has_head=True, dtype=dtype, device=device)
     runner = _Standing(ends, max(cells.rows))
 
     def head(flight: Flight, hidden: Tensor) -> None:
@@ -230,7 +230,7 @@ def _ends(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> 
 
 def _drafts(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> Surface:
     """A draft call as `stations/drafts/model.py:DraftModel.run` makes it."""
-    whole = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype],
+    whole = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype,
                        device=device)
     runner = _Standing(whole, max(cells.rows))
 

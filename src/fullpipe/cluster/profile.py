@@ -131,7 +131,7 @@ class Profile(_Part):
     version: Literal[1] = VERSION
     target: Shape
     draft_model: Shape | None
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "stored"]
     threads: Count
     machine: dict[str, str | int | float | None]
     commit: str

@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from fullpipe.errors import DamagedModel, UnsupportedModel
 from fullpipe.models.config import ModelConfig, Sizes
+from fullpipe.models.dequant import block_shape
 from fullpipe.models.recognise import fetch_again
 
 # Numbers converted at a time: they and their float32 copy stay in the processor's cache.
@@ -37,6 +40,15 @@ class ModelFiles(ABC):
         """Shape of a tensor as transformers would have it. Raises `DamagedModel` when it is not there."""
 
     @abstractmethod
+    def kind(self, name: str) -> Kind:
+        """How a tensor is stored. Raises `DamagedModel` when it is not there."""
+
+    @abstractmethod
+    def raw_rows(self, name: str, first: int, rows: int) -> Tensor:
+        """Rows of a matrix as they are stored, uint8 [rows, bytes of a row]; `first` and `rows` multiples of the size
+        of a head. Raises `DamagedModel` when the file ends within them."""
+
+    @abstractmethod
     def _read_rows(self, name: str, first: int, rows: int) -> Tensor:
         """Rows first..first + rows of a tensor ([n] counts as n rows of one number), in any float dtype."""
 
@@ -47,6 +59,19 @@ class ModelFiles(ABC):
     @abstractmethod
     def _others(self, wanted: Collection[str]) -> list[str]:
         """Tensors of the file beside the wanted ones, those that cannot matter left out."""
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of all tensors that are multiplied with."""
+        shapes = self.config.outer_shapes()
+        for layer in range(self.config.num_layers):
+            shapes |= self.config.layer_shapes(layer)
+        return [name for name, shape in shapes.items() if len(shape) == 2]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the matrices are stored in blocks of small integers."""
+        return block_shape(self.kind("model.layers.0.mlp.gate_proj.weight"))[0] > 1
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """A whole tensor in a new buffer. See `read_into`."""
@@ -71,12 +96,33 @@ class ModelFiles(ABC):
             part = out[start : start + step]
             block = self._read_rows(name, first + start, part.shape[0])
             if not math.isfinite(block.sum(dtype=torch.float32)):
-                raise self._damaged(name, "it holds numbers that are not finite")
+                raise self.not_finite(name)
             part.copy_(block.view(part.shape))
+
+    def not_finite(self, name: str) -> DamagedModel:
+        """The error for a tensor that holds inf or NaN."""
+        return self._damaged(name, "it holds numbers that are not finite")
 
     def sizes(self, dtype: torch.dtype) -> Sizes:
         """Bytes and operations of embedding, layer and head, for a planner."""
         return self.config.sizes(dtype.itemsize)
+
+    def stored_sizes(self, kept_as: Callable[[Kind], Kind]) -> Sizes:
+        """The same of weights that stay about as they are stored, with hidden states in float32 and caches in float16.
+
+        A layer's bytes are the mean. kept_as: what becomes of a format.
+        """
+        def stored(name: str) -> int:
+            numbers, size = block_shape(kept_as(self.kind(name)))
+            return math.prod(self.shape(name)) // numbers * size
+
+        layers = range(self.config.num_layers)
+        names = [name for layer in layers for name in self.config.layer_shapes(layer)]
+        head = "model.embed_tokens.weight" if self.config.tied else "lm_head.weight"
+        return replace(
+            self.config.sizes(2), layer_bytes=sum(map(stored, names)) // len(layers),
+            embedding_bytes=stored("model.embed_tokens.weight"),
+            head_bytes=stored(head) + 4 * self.config.hidden, row_bytes=4 * self.config.hidden)
 
     def layer_bytes(self, layer: int, dtype: torch.dtype) -> int:
         """Bytes of one layer's weights (all layers of a supported model are equal)."""

@@ -108,6 +108,14 @@ class GGUFFiles(ModelFiles):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(_gguf_name(name), name).shape
 
+    def kind(self, name: str) -> GGMLQuantizationType:
+        return self._entry(_gguf_name(name), name).kind
+
+    def raw_rows(self, name: str, first: int, rows: int) -> Tensor:
+        entry = self._entry(_gguf_name(name), name)
+        raw = self._raw(entry, name, first * entry.row_bytes, rows * entry.row_bytes).view(rows, -1)
+        return self._in_halves(raw) if self._is_interleaved(name) else raw
+
     def _entry(self, stored: str, name: str) -> GGUFTensor:
         if stored not in self._tensors:
             raise self._damaged(name, f"it is missing (as {stored})")
@@ -138,9 +146,12 @@ class GGUFFiles(ModelFiles):
 
     def _read_rows(self, name: str, first: int, rows: int) -> Tensor:
         stored = self._dequantised(self._entry(_gguf_name(name), name), name, first, rows)
-        if not self._is_interleaved(name):
-            return stored
-        return stored.view(-1, self.config.head_dim // 2, 2, stored.numel() // rows).transpose(1, 2).reshape(rows, -1)
+        return self._in_halves(stored.view(rows, -1)) if self._is_interleaved(name) else stored
+
+    def _in_halves(self, rows: Tensor) -> Tensor:
+        """Rows of whole heads, in our order."""
+        heads = rows.view(-1, self.config.head_dim // 2, 2, rows.shape[1])
+        return heads.transpose(1, 2).reshape(rows.shape)
 
     def _dequantised(self, entry: GGUFTensor, name: str, first: int, rows: int) -> Tensor:
         """Rows of a matrix, or (a vector is one row to GGUF) numbers of a vector; float32.
@@ -150,10 +161,14 @@ class GGUFFiles(ModelFiles):
         numbers, size = block_shape(entry.kind)
         per_row = math.prod(entry.shape[1:])
         first, count = first * per_row, (rows or entry.shape[0]) * per_row
-        raw = torch.empty(count // numbers, size, dtype=torch.uint8)
-        if not read_exactly(self._files[entry.path], raw.flatten(), entry.offset + first // numbers * size):
+        raw = self._raw(entry, name, first // numbers * size, count // numbers * size)
+        return dequantise(raw.view(-1, size), entry.kind).flatten()
+
+    def _raw(self, entry: GGUFTensor, name: str, start: int, size: int) -> Tensor:
+        raw = torch.empty(size, dtype=torch.uint8)
+        if not read_exactly(self._files[entry.path], raw, entry.offset + start):
             raise self._damaged(name, "the file ends within it")
-        return dequantise(raw, entry.kind).flatten()
+        return raw
 
 
 def _gguf_name(name: str) -> str:

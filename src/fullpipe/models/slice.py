@@ -1,6 +1,7 @@
 """The promise that every kind of slice keeps: some layers of a model, with or without embedding and head.
 
-`decoder` keeps it on the processor; `gpu.decoder` on a device, with static memory and steps of fixed sizes.
+`native.slice` keeps it on the processor with weights as they are stored, `decoder` there with weights in 16 or 32 bits,
+and `gpu.decoder` on a device, with static memory and steps of fixed sizes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
+from fullpipe.models.dtypes import DTYPES, STORED, native_kernels
 from fullpipe.models.files import ModelFiles
 
 
@@ -60,27 +62,33 @@ class Slice(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
-def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: torch.dtype,
+def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: str,
                device: str = "cpu", kv_pool_mib: int | None = None) -> Slice:
     """Read layers first..last (exclusive) onto a device, "cpu" or "cuda:N".
 
+    dtype: see `models.dtypes`; "stored" is for the processor.
     kv_pool_mib: size of the cache pool on a GPU; None: by what is free (see `DeviceSlice`).
 
     Raises what reading raises, and UsageError, before anything is read, for a device that is not there, has no kernels,
     or has too little memory.
     """
+    if dtype == STORED:
+        from fullpipe.models.native.slice import NativeSlice
+
+        return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head)
+    kind = DTYPES[dtype]
     if device == "cpu":
         from fullpipe.models.decoder import DecoderSlice
 
-        return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype)
+        return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=kind)
     from fullpipe.models.gpu.decoder import DeviceSlice, Weights, operations
     from fullpipe.models.gpu.devices import check_room, find_device
 
     where, pool_bytes = torch.device(find_device(device)), None if kv_pool_mib is None else kv_pool_mib << 20
     with torch.cuda.device(where):
         operations(where)
-    check_room(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype, device=where,
+    check_room(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=kind, device=where,
                pool_bytes=pool_bytes)
-    weights = Weights.read(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
+    weights = Weights.read(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=kind,
                            device=where)
-    return DeviceSlice(weights, dtype, where, pool_bytes=pool_bytes)
+    return DeviceSlice(weights, kind, where, pool_bytes=pool_bytes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
@@ -37,6 +38,7 @@ def open_model(path: Path) -> ModelFiles:
 
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KINDS = {torch.float64: Kind.F64, torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 # Frequencies of the rotary embedding, which only repeat what is computed, and the critic of reinforcement learning.
 _BUFFERS = re.compile(r".*\brotary_emb\.inv_freq|v_head\..*")
 
@@ -58,6 +60,9 @@ class SafetensorsFiles(ModelFiles):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name)[1].shape
 
+    def kind(self, name: str) -> Kind:
+        return _KINDS[self._entry(name)[1].dtype]
+
     def _entry(self, name: str) -> tuple[_Shard, _Entry]:
         if name not in self._entries:
             raise self._damaged(name, "it is missing")
@@ -71,13 +76,16 @@ class SafetensorsFiles(ModelFiles):
     def _file_of(self, name: str) -> Path:
         return self._entries[name][0].path if name in self._entries else self.path
 
-    def _read_rows(self, name: str, first: int, rows: int) -> Tensor:
+    def raw_rows(self, name: str, first: int, rows: int) -> Tensor:
         shard, entry = self._entry(name)
         size = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         raw = torch.empty(rows * size, dtype=torch.uint8)
         if not read_exactly(shard.file, raw, entry.offset + first * size):
             raise self._damaged(name, "the file ends within it")
-        return raw.view(entry.dtype)
+        return raw.view(rows, -1)
+
+    def _read_rows(self, name: str, first: int, rows: int) -> Tensor:
+        return self.raw_rows(name, first, rows).flatten().view(self._entry(name)[1].dtype)
 
 
 class _Entry:

@@ -18,7 +18,6 @@ from torch import Tensor
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Flight, Landed, Opening, Part
 from fullpipe.models.attention import Segment
-from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.slice import Arena, Slice, load_slice
 from fullpipe.models.weights import open_model
 from fullpipe.stations.base import Tapped
@@ -163,5 +162,5 @@ def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: b
         raise UsageError(f"layers {first} to {last} cannot be tapped at {taps}",
                          hint=f"Give rising numbers of finished layers from {first + 1} to {last}.")
     slice = load_slice(open_model(Path(model)), first, last, has_embedding=is_first, has_head=is_last,
-                       dtype=DTYPES[dtype], device=device, kv_pool_mib=kv_pool_mib)
+                       dtype=dtype, device=device, kv_pool_mib=kv_pool_mib)
     return ModelStage(slice, is_last=is_last, vocab=vocab, margins=margins, taps=taps)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from fullpipe.messages import ArenaId, Expansion, Flight, Part
-from fullpipe.models.dtypes import DTYPES
 from fullpipe.models.slice import Slice, load_slice
 from fullpipe.models.weights import open_model
 from fullpipe.stations.drafts.chains import go_on
@@ -62,6 +61,6 @@ def build_draft_model(*, model: str, dtype: str, vocab: int | None = None, devic
                       kv_pool_mib: int | None = None) -> DraftModel:
     """Load the whole model at path `model` as a draft, on a device."""
     files = open_model(Path(model))
-    slice = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=DTYPES[dtype],
+    slice = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype,
                        device=device, kv_pool_mib=kv_pool_mib)
     return DraftModel(slice, vocab=vocab)

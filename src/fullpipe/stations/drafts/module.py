@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part, Tap
-from fullpipe.models.dtypes import DTYPES
+from fullpipe.models.dtypes import torch_dtype
 from fullpipe.models.spd_checkpoint import ModuleConfig, check_parity, load_checkpoint
 from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.models.weights import open_model
@@ -430,7 +430,7 @@ def build_spd(*, module: str, model: str, dtype: str, vocab: int, parity: bool =
     target's weights are of another quantisation than those that the module was trained with.
     """
     config, tensors, draft_ids = load_checkpoint(Path(module))
-    files, kind = open_model(Path(model)), DTYPES[dtype]
+    files, kind = open_model(Path(model)), torch_dtype(dtype)
     built = PipelineDraftModule(config, files.config)
     built.load_state_dict({name: value.to(kind if value.ndim > 1 else torch.float32)
                            for name, value in tensors.items()}, assign=True)

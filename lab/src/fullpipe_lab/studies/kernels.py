@@ -1,0 +1,231 @@
+"""What the native kernels take, beside what the machine could do, and what quantising the rows costs.
+
+    python -m fullpipe_lab.studies.kernels [products] [steps] [quality] [--models A,B] [--rows 1,2,4,8,16,32]
+        [--threads 1] [--repeats 12] [--write]
+
+products: one product of each form. Weights take turns, so that no cache holds them. The limit is the longer of two
+times: reading the weight at the bandwidth that was measured, and its products at the rate of a loop of nothing else.
+steps: all layers and the head of whole models after 128 tokens. quality: the models' logits beside float32 arithmetic
+on the same file's weights, over prompts, code and prose, 1,600 tokens: KL per token, and how often the likeliest token
+is the same. `--write` keeps the receipt in lab/receipts/kernels.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import mmap
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fullpipe
+from fullpipe.hub import resolve
+from fullpipe.kernels import Form, Kernels, Weight
+from fullpipe.models.attention import Segment
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.dtypes import native_kernels
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.native.slice import NativeSlice
+from fullpipe.models.slice import Slice
+from fullpipe.models.tokens.loading import load_tokenizer
+from fullpipe.models.weights import open_model
+from fullpipe.prompts import read_prompts
+from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
+
+PARTS = ("products", "steps", "quality")
+MODELS = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "smollm2-135m")
+SHAPES = ((1536, 8960), (8960, 1536))
+CONTEXT = 128
+_MANY_BYTES = 160 << 20  # of weights that take turns
+_LENGTH = 320  # tokens of each text of which the quality is told
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    native, samples = native_kernels(), list[Any]()
+    setting: dict[str, Any] = {"level": native.level, "threads": args.threads, "context": CONTEXT}
+    if "products" in args.parts:
+        setting["machine"] = limits = measure_limits(native)
+        print(f"{native.level}: reads {limits['read_gb_s']:.1f} GB/s, {limits['products_g_s']:.0f} G products/s")
+        setting["products"] = [_told(one, samples) for one in products(native, limits, args.rows, args.repeats)]
+    if "steps" in args.parts:
+        setting["steps"] = [_told(one, samples) for model in args.models
+                            for one in steps(native, model, args.rows, args.repeats)]
+    if "quality" in args.parts:
+        setting["quality"] = [_told(quality(native, model), samples) for model in args.models]
+    if args.write:
+        save_receipt(study_receipt("kernels", setting, samples), STUDIES / "kernels.json")
+
+
+def _told(found: dict[str, Any], samples: list[Any]) -> dict[str, Any]:
+    """Print it, and keep its samples apart."""
+    if "samples" in found:
+        samples.append({key: value for key, value in found.items() if key not in ("ms", "least_ms", "limit_ms")})
+        found = {key: value for key, value in found.items() if key != "samples"}
+    print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                    for key, value in found.items()), flush=True)
+    return found
+
+
+# ---- one product -----------------------------------------------------------------------------------------------
+
+
+def measure_limits(native: Kernels) -> dict[str, float]:
+    """Bandwidth of one core, the best tenth of reading 8 MiB at a time; and products of bytes, the best of many."""
+    piece, (start, _keep) = 8 << 20, _huge(_MANY_BYTES)
+    reads = sorted(_seconds(partial(native.read, at, piece))
+                   for _ in range(5) for at in range(start, start + _MANY_BYTES - piece + 1, piece))
+    spins = min(_seconds(lambda: native.spin(2000)) for _ in range(100))
+    return {"read_gb_s": piece / reads[len(reads) // 10] / 1e9, "products_g_s": native.spin(2000) / spins / 1e9}
+
+
+def products(native: Kernels, limits: dict[str, float], rows: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each form and shape at each number of rows."""
+    for form in Form:
+        for outputs, inputs in SHAPES:
+            size = sum(native.sizes(form, outputs, inputs))
+            weights, keep = _weights(native, form, outputs, inputs, size)
+            for count in rows:
+                taken = _product(native, weights, count, repeats)
+                limit = size / limits["read_gb_s"] / 1e6
+                if not form.is_float:
+                    limit = max(limit, count * outputs * inputs / limits["products_g_s"] / 1e6)
+                yield {"form": form.name, "outputs": outputs, "inputs": inputs, "bytes": size, "rows": count,
+                       "ms": statistics.median(taken), "least_ms": min(taken), "limit_ms": round(limit, 4),
+                       "samples": taken}
+            del weights, keep
+
+
+def _product(native: Kernels, weights: list[Weight], rows: int, repeats: int) -> list[float]:
+    x = np.random.default_rng(rows).normal(size=(rows, weights[0].inputs)).astype(np.float32)
+    out, threads = np.empty((rows, weights[0].outputs), np.float32), torch.get_num_threads()
+    return [_milliseconds(partial(native.product, one, x.ctypes.data, rows, out.ctypes.data, threads))
+            for _ in range(repeats) for one in weights]
+
+
+def _weights(native: Kernels, form: Form, outputs: int, inputs: int, size: int) -> tuple[list[Weight], mmap.mmap]:
+    """Weights of ordinary numbers, none of them denormal: those take longer."""
+    count = max(2, _MANY_BYTES // size)
+    start, keep = _huge(count * size)
+    numbers, _ = native.sizes(form, outputs, inputs)
+    return [Weight(form, outputs, inputs, start + i * size, start + i * size + numbers, None)
+            for i in range(count)], keep
+
+
+def _huge(size: int) -> tuple[int, mmap.mmap]:
+    """An address of so many bytes in huge pages, each 0x33, and what keeps them."""
+    page = 2 << 20
+    memory = mmap.mmap(-1, size + page)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    np.frombuffer(memory, np.uint8)[:] = 0x33
+    return -(-ctypes.addressof(ctypes.c_char.from_buffer(memory)) // page) * page, memory
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _milliseconds(work: Callable[[], object]) -> float:
+    return round(_seconds(work) * 1e3, 4)
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------
+
+
+def steps(native: Kernels, model: str, rows: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step through all layers and the head, its rows guesses for one token each."""
+    files = open_model(resolve(model))
+    whole = NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True)
+    arena = whole.allocate(CONTEXT + max(rows))
+    arena.pretend(CONTEXT)
+    for count in rows:
+        tokens = torch.randint(files.config.vocab_size, (count,), generator=torch.Generator().manual_seed(count))
+        mask = torch.cat((torch.ones(count, CONTEXT), torch.eye(count)), 1).bool()
+        segment = Segment(0, count, arena, torch.arange(CONTEXT, CONTEXT + count), mask)
+        positions = torch.full((count,), CONTEXT)
+
+        def step(segment: Segment = segment, tokens: Tensor = tokens, positions: Tensor = positions) -> None:
+            whole.logits(whole.forward(tokens, positions, [segment]))
+
+        step()
+        taken = [_milliseconds(step) for _ in range(repeats)]
+        yield {"model": model, "rows": count, "ms": statistics.median(taken), "least_ms": min(taken), "samples": taken}
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------
+
+
+def quality(native: Kernels, model: str) -> dict[str, Any]:
+    """How far the logits are from float32 arithmetic on the file's weights."""
+    path = resolve(model)
+    files, texts = open_model(path), [text[:_LENGTH] for text in _texts(path)]
+    kl, same = [], []
+    whole = NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True)
+    for wanted, text in zip(_exact(files, texts), texts):
+        found = whole.logits(_hidden([whole], text))
+        truth = wanted.log_softmax(-1)
+        kl += F.kl_div(found.log_softmax(-1), truth, reduction="none", log_target=True).sum(-1).tolist()
+        same += (found.argmax(-1) == wanted.argmax(-1)).tolist()
+    return {"model": model, "tokens": len(kl), "kl_per_token": statistics.fmean(kl),
+            "same_top": statistics.fmean(map(float, same))}
+
+
+def _exact(files: ModelFiles, texts: list[list[int]]) -> list[Tensor]:
+    """Logits of each text in float32, one layer in memory at a time."""
+    def load(first: int, last: int, *, has_embedding: bool = False, has_head: bool = False) -> DecoderSlice:
+        return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=torch.float32)
+
+    hidden = [_hidden([load(0, 0, has_embedding=True)], text) for text in texts]
+    for layer in range(files.config.num_layers):
+        one = load(layer, layer + 1)
+        hidden = [_hidden([one], text, x) for text, x in zip(texts, hidden)]
+    head = load(0, 0, has_head=True)
+    return [head.logits(x) for x in hidden]
+
+
+def _hidden(slices: list[Slice], text: list[int], x: Tensor | None = None) -> Tensor:
+    """A text's hidden states behind slices that come one after the other. x: what goes into the first, if no tokens."""
+    size = len(text)
+    x, positions = torch.tensor(text) if x is None else x, torch.arange(size)
+    for part in slices:
+        segments = [Segment(0, size, part.allocate(size), positions, torch.ones(size, size, dtype=torch.bool).tril())]
+        x = part.forward(x, positions, segments if part.num_layers else [])
+    return x
+
+
+def _texts(path: Path) -> Iterator[list[int]]:
+    """Prompts, code and prose of this checkout, as tokens."""
+    package, tokenizer = Path(fullpipe.__file__).parent, load_tokenizer(path)
+    docs = package.parents[1] / "docs"
+    yield list(tokenizer.encode("\n\n".join(prompt.text for prompt in read_prompts(package / "prompts.jsonl"))))
+    for file in (package / "engine" / "loop.py", package / "sequences" / "tree.py", docs / "exactness.md",
+                 docs / "architecture.md"):
+        yield list(tokenizer.encode(file.read_text(encoding="utf-8")[:6000]))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=(*PARTS, []), default=list(PARTS))
+    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--write", action="store_true", help="keep the receipt in lab/receipts")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+/* The kernels for processors with AVX2. */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define WITH_VNNI 0
+#include "avx2.h"
+
+const fp_ops fp_avx2 = {product, quantise, norm, rotate, store_half, attend, gate, read_all, spin};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,15 @@
+/* The kernels for processors with AVX2 and AVX-VNNI. */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+#define WITH_VNNI 1
+#include "avx2.h"
+
+const fp_ops fp_avxvnni = {product, quantise, norm, rotate, store_half, attend, gate, read_all, spin};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

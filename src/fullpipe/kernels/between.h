@@ -1,0 +1,198 @@
+/* What lies between the products. Included by each level after its vector operations; lanes are summed in one order. */
+
+static void quantise(const float *x, int count, fp_block *out) {
+    for (int start = 0; start < count; start += FP_BLOCK, out++) {
+        vf low = f_load(x + start), high = f_load(x + start + 16);
+        float most = f_greatest(f_max(f_abs(low), f_abs(high)));
+        vf factor = f_all(most > 1e-30f ? 127.0f / most : 0.0f);
+        vi first = i_rounded(f_mul(low, factor)), second = i_rounded(f_mul(high, factor));
+        i_store_bytes(out->q, first), i_store_bytes(out->q + 16, second);
+        int32_t sum = i_sum(first);
+        out->minus_low = -sum;
+        sum += i_sum(second);
+        out->minus_sum = -sum;
+        out->scale = most > 1e-30f ? most / 127.0f : 0.0f;
+        vf small = f_all(0x1p-6f); /* a sum of finite numbers stays finite, one of others does not */
+        if (!(f_sum(f_add(f_mul(f_abs(low), small), f_mul(f_abs(high), small))) < INFINITY)) out->scale = NAN;
+        out->shift = out->scale * (float)sum;
+    }
+}
+
+/* Float vectors of any length: the rest is filled up with zeros. */
+INLINE vf f_part(const float *x, int count) {
+    float whole[16] = {0};
+    memcpy(whole, x, count * sizeof(float));
+    return f_load(whole);
+}
+
+INLINE void f_store_part(float *out, vf x, int count) {
+    float whole[16];
+    f_store(whole, x);
+    memcpy(out, whole, count * sizeof(float));
+}
+
+static void norm(const float *x, const float *weight, int count, float eps, float *out) {
+    vf squares = f_zero();
+    int whole = count & ~15;
+    for (int i = 0; i < whole; i += 16) squares = f_fma(f_load(x + i), f_load(x + i), squares);
+    if (whole < count) {
+        vf rest = f_part(x + whole, count - whole);
+        squares = f_fma(rest, rest, squares);
+    }
+    vf scale = f_all(1.0f / sqrtf(f_sum(squares) / (float)count + eps));
+    for (int i = 0; i < whole; i += 16) f_store(out + i, f_mul(f_mul(f_load(x + i), scale), f_load(weight + i)));
+    if (whole < count) {
+        vf rest = f_mul(f_mul(f_part(x + whole, count - whole), scale), f_part(weight + whole, count - whole));
+        f_store_part(out + whole, rest, count - whole);
+    }
+}
+
+static void rotate(float *head, const float *cosine, const float *sine, int size) {
+    for (int i = 0, half = size / 2; i < half; i++) {
+        float first = head[i], second = head[half + i];
+        head[i] = fmaf(first, cosine[i], -(second * sine[i]));
+        head[half + i] = fmaf(second, cosine[i], first * sine[i]);
+    }
+}
+
+static void store_half(const float *x, int count, uint16_t *out) {
+    vf most = f_all(65504.0f), least = f_all(-65504.0f);
+    for (int i = 0; i < count; i += 16) f_store_halves(out + i, f_max(f_min(f_load(x + i), most), least));
+}
+
+/* e to the x, to about one unit in the last place; below -87 and above 88 as at these. */
+INLINE vf f_exp(vf x) {
+    x = f_max(f_min(x, f_all(88.0f)), f_all(-87.0f));
+    vi n = i_rounded(f_mul(x, f_all(1.44269504088896341f)));
+    vf k = f_ints(n);
+    x = f_fma(k, f_all(-0.693359375f), x);
+    x = f_fma(k, f_all(2.12194440e-4f), x);
+    vf y = f_all(1.9875691500e-4f);
+    y = f_fma(y, x, f_all(1.3981999507e-3f));
+    y = f_fma(y, x, f_all(8.3334519073e-3f));
+    y = f_fma(y, x, f_all(4.1665795894e-2f));
+    y = f_fma(y, x, f_all(1.6666665459e-1f));
+    y = f_fma(y, x, f_all(5.0000001201e-1f));
+    y = f_fma(y, f_mul(x, x), x);
+    return f_mul(f_add(y, f_all(1.0f)), f_power(n));
+}
+
+INLINE vf gated(vf gate, vf up) {
+    return f_mul(f_div(gate, f_add(f_all(1.0f), f_exp(f_sub(f_zero(), gate)))), up);
+}
+
+static void gate(float *gate, const float *up, int count) {
+    int whole = count & ~15;
+    for (int i = 0; i < whole; i += 16) f_store(gate + i, gated(f_load(gate + i), f_load(up + i)));
+    if (whole < count) {
+        vf rest = gated(f_part(gate + whole, count - whole), f_part(up + whole, count - whole));
+        f_store_part(gate + whole, rest, count - whole);
+    }
+}
+
+INLINE vf cached(const uint8_t *row, int part, int half) {
+    return half ? f_halves((const uint16_t *)row + 16 * part) : f_load((const float *)row + 16 * part);
+}
+
+/* Weights of the slots, and their sum, from products with their keys. */
+INLINE float softmax(float *scores, int count) {
+    for (int i = count; i < ((count + 15) & ~15); i++) scores[i] = -INFINITY;
+    vf most = f_load(scores), total = f_zero();
+    for (int i = 16; i < count; i += 16) most = f_max(most, f_load(scores + i));
+    vf greatest = f_all(f_greatest(most));
+    for (int i = 0; i < count; i += 16) {
+        vf weight = f_exp(f_sub(f_load(scores + i), greatest));
+        if (i + 16 > count) weight = f_first(weight, count - i);
+        f_store(scores + i, weight);
+        total = f_add(total, weight);
+    }
+    return f_sum(total);
+}
+
+/* Some heads (a constant) over one request's slots, in the order of these. together: so many times 16 numbers of the
+   values (a constant, which divides all) are mixed at a time. */
+INLINE void attend_heads(int heads, int parts, int together, int half, const float *queries, const fp_context *c,
+                         float factor, float *scores, float *out) {
+    int64_t row = (int64_t)c->size * (half ? 2 : 4);
+    int room = c->count + 16;
+    for (int i = 0; i < c->count; i++) {
+        const uint8_t *key = c->keys + c->slots[i] * row;
+        vf sums[4];
+        UNROLL for (int h = 0; h < heads; h++) sums[h] = f_zero();
+        UNROLL for (int p = 0; p < parts; p++) {
+            vf k = cached(key, p, half);
+            UNROLL for (int h = 0; h < heads; h++)
+                sums[h] = f_fma(f_load(queries + h * c->size + 16 * p), k, sums[h]);
+        }
+        UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] = f_sum(sums[h]) * factor;
+    }
+    float totals[4];
+    UNROLL for (int h = 0; h < heads; h++) totals[h] = softmax(scores + h * room, c->count);
+    for (int begin = 0; begin < parts; begin += together) {
+        vf mixed[4][8];
+        UNROLL for (int h = 0; h < heads; h++) UNROLL for (int p = 0; p < together; p++) mixed[h][p] = f_zero();
+        for (int i = 0; i < c->count; i++) {
+            const uint8_t *value = c->values + c->slots[i] * row;
+            UNROLL for (int p = 0; p < together; p++) {
+                vf v = cached(value, begin + p, half);
+                UNROLL for (int h = 0; h < heads; h++)
+                    mixed[h][p] = f_fma(f_all(scores[h * room + i]), v, mixed[h][p]);
+            }
+        }
+        UNROLL for (int h = 0; h < heads; h++) UNROLL for (int p = 0; p < together; p++)
+            f_store(out + h * c->size + 16 * (begin + p), f_div(mixed[h][p], f_all(totals[h])));
+    }
+}
+
+#define ATTEND(name, heads, parts, together, half)                                                                   \
+    static void name(const float *q, const fp_context *c, float factor, float *scores, float *out) {                 \
+        attend_heads(heads, parts, together, half, q, c, factor, scores, out);                                       \
+    }
+ATTEND(attend_64_4, 4, 4, 4, 1) ATTEND(attend_64_1, 1, 4, 4, 1) ATTEND(attend_128_2, 2, 8, 8, 1)
+ATTEND(attend_128_1, 1, 8, 8, 1) ATTEND(attend_any_half, 1, c->size / 16, 1, 1)
+ATTEND(attend_any_float, 1, c->size / 16, 1, 0)
+
+/* A head's bits do not depend on how many are worked off at once: each has sums of its own, in the same order. */
+static void attend(const float *queries, int heads, const fp_context *c, float factor, float *scores, float *out) {
+    for (int h = 0, done; h < heads; h += done) {
+        const float *q = queries + h * c->size;
+        float *o = out + h * c->size;
+        done = 1;
+        if (!c->half) attend_any_float(q, c, factor, scores, o);
+        else if (c->size == 64 && heads - h >= 4) done = 4, attend_64_4(q, c, factor, scores, o);
+        else if (c->size == 64) attend_64_1(q, c, factor, scores, o);
+        else if (c->size == 128 && heads - h >= 2) done = 2, attend_128_2(q, c, factor, scores, o);
+        else if (c->size == 128) attend_128_1(q, c, factor, scores, o);
+        else attend_any_half(q, c, factor, scores, o);
+    }
+}
+
+static int32_t read_all(const uint8_t *from, int64_t bytes) {
+    vi sums[8];
+    for (int j = 0; j < 8; j++) sums[j] = i_zero();
+    for (int64_t i = 0; i + 512 <= bytes; i += 512) {
+        UNROLL for (int j = 0; j < 8; j++) {
+            __builtin_prefetch(from + i + 4096 + 64 * j);
+            sums[j] = i_add(sums[j], i_load(from + i + 64 * j));
+        }
+    }
+    for (int j = 1; j < 8; j++) sums[0] = i_add(sums[0], sums[j]);
+    return i_sum(sums[0]);
+}
+
+/* Nothing but products of bytes, in as many sums as hide the time that one takes. */
+static double spin(int64_t count) {
+    vb w[8];
+    word x[16] = {0x01010101, 0x02020202, 0x03030303, 0x01020304, 1, 2, 3, 4};
+    vi sums[8];
+    for (int j = 0; j < 8; j++) w[j] = b_load((const uint8_t *)x), sums[j] = i_zero();
+    for (int64_t i = 0; i < count; i++) {
+        __asm__ volatile("" : "+m"(x)); /* as if they were others each time: nothing is computed once for all */
+        UNROLL for (int r = 0; r < 8; r++) sums[r] = i_dots(sums[r], w, x, 8, 4);
+    }
+    int32_t kept = 0;
+    for (int j = 0; j < 8; j++) kept += i_sum(sums[j]);
+    volatile int32_t seen = kept;
+    (void)seen;
+    return 64.0 * 64.0 * (double)count;
+}

@@ -1,0 +1,352 @@
+/* What Python calls: which level of instructions serves, and all layers of a step in one call. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "native.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+static const fp_ops *ops = NULL;
+
+#if defined(__x86_64__)
+static int has_avx_vnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+
+/* The operations of a level; NULL: this processor has no such instructions. */
+static const fp_ops *ops_of(const char *level) {
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx");
+    if (!strcmp(level, "portable")) return &fp_portable;
+    if (!strcmp(level, "avx2")) return avx2 ? &fp_avx2 : NULL;
+    if (!strcmp(level, "avxvnni")) return avx2 && has_avx_vnni() ? &fp_avxvnni : NULL;
+    int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (!strcmp(level, "avx512")) return avx2 && wide && __builtin_cpu_supports("avx512vnni") ? &fp_avx512 : NULL;
+    return NULL;
+}
+#else
+static const fp_ops *ops_of(const char *level) { return strcmp(level, "portable") ? NULL : &fp_portable; }
+#endif
+
+/* Choose a level for all that follows. Returns whether this processor has it. */
+FP_EXPORT int fp_choose(const char *level) {
+    const fp_ops *found = ops_of(level);
+    if (found) ops = found;
+    return found != NULL;
+}
+
+static int min(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
+
+/* ---- products ------------------------------------------------------------------------------------------------- */
+
+/* Weights that share their rows, and where their channels go: one behind the other in a row of the result. */
+typedef struct {
+    const fp_weight *weights[3];
+    int count, add, tiles, step;
+    fp_rows rows;
+    float *out;
+    int64_t stride;
+} products;
+
+static void some_tiles(void *of, int64_t part, int thread) {
+    const products *p = of;
+    (void)thread;
+    int first = (int)part * p->step, last = min(first + p->step, p->tiles);
+    float *out = p->out;
+    for (int i = 0, before = 0; i < p->count; before += fp_tiles(p->weights[i]), out += p->weights[i]->outputs, i++) {
+        int from = first - before > 0 ? first - before : 0, to = min(last - before, fp_tiles(p->weights[i]));
+        if (from < to)
+            ops->product(p->weights[i], &p->rows, from, to, out + (int64_t)from * FP_CHANNELS, p->stride, p->add);
+    }
+}
+
+static void multiply(int threads, products *p) {
+    p->tiles = 0;
+    for (int i = 0; i < p->count; i++) p->tiles += fp_tiles(p->weights[i]);
+    p->step = threads == 1 ? p->tiles : (p->tiles + 6 * threads - 1) / (6 * threads);
+    double tiles = (double)p->tiles * p->rows.inputs / FP_BLOCK;
+    fp_share(threads, some_tiles, p, (p->tiles + p->step - 1) / p->step, tiles * (8 + 1.6 * p->rows.count));
+}
+
+static void quantise_rows(const float *x, int rows, int inputs, fp_block *out) {
+    ops->quantise(x, rows * inputs, out);
+}
+
+/* x W^T + bias of some rows: x [rows][inputs], out [rows][outputs]. Returns 0 without memory. */
+FP_EXPORT int fp_product(const fp_weight *w, const float *x, int rows, float *out, int threads) {
+    fp_block *blocks = NULL;
+    if (!fp_is_float(w->form)) {
+        blocks = malloc((size_t)rows * (w->inputs / FP_BLOCK) * sizeof(fp_block));
+        if (!blocks) return 0;
+        quantise_rows(x, rows, w->inputs, blocks);
+    }
+    int granted = fp_enter(threads);
+    products p = {{w}, 1, 0, 0, 0, {rows, w->inputs, x, blocks}, out, w->outputs};
+    multiply(granted, &p);
+    fp_leave(granted);
+    free(blocks);
+    return 1;
+}
+
+/* Rows as the products see them: x [count], q [count], scales [count / 32]. */
+FP_EXPORT void fp_quantised(const float *x, int count, int8_t *q, float *scales) {
+    for (int i = 0; i < count; i += FP_BLOCK) {
+        fp_block block;
+        ops->quantise(x + i, FP_BLOCK, &block);
+        memcpy(q + i, block.q, FP_BLOCK);
+        scales[i / FP_BLOCK] = block.scale;
+    }
+}
+
+/* ---- a step --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const fp_model *model;
+    const fp_layer *layer;
+    int index, threads;
+    int64_t rows;
+    const int64_t *positions;
+    const fp_segment **segment_of; /* [rows] */
+    int64_t *row_in;               /* [rows]: which of its segment's */
+    int32_t *slots;                /* [rows][longest]: what each reads, in order of position */
+    int32_t *reads;                /* [rows]: how many these are */
+    int64_t longest;
+    float *hidden, *normed, *qkv, *mixed, *wide; /* wide: [rows][intermediate], where down takes floats */
+    fp_block *blocks, *wide_blocks;
+    float *own;                    /* of each thread */
+    int64_t own_floats;
+} step;
+
+/* Slots in order of the positions of what stands in them, which differ. Returns 0 where they do not, or where a row
+   reads what comes behind it. */
+static int order_slots(step *s, int64_t row) {
+    const fp_segment *segment = s->segment_of[row];
+    const uint8_t *mask = segment->mask + s->row_in[row] * segment->width;
+    int32_t *places = s->slots + row * s->longest, count = 0;
+    int64_t position = s->positions[row];
+    for (int64_t p = 0; p <= position; p++) places[p] = -1;
+    for (int64_t slot = 0; slot < segment->width; slot++) {
+        if (!mask[slot]) continue;
+        int32_t at = segment->standing[slot];
+        if (at < 0 || at > position || places[at] >= 0) return 0;
+        places[at] = (int32_t)slot;
+    }
+    for (int64_t p = 0; p <= position; p++) if (places[p] >= 0) places[count++] = places[p];
+    s->reads[row] = count;
+    return count > 0;
+}
+
+static int wants_blocks(const fp_weight *w) { return !fp_is_float(w->form); }
+
+static void norm_row(step *s, int64_t row, const float *weight, int quantised) {
+    int64_t hidden = s->model->hidden;
+    ops->norm(s->hidden + row * hidden, weight, (int)hidden, s->model->eps, s->normed + row * hidden);
+    if (quantised) ops->quantise(s->normed + row * hidden, (int)hidden, s->blocks + row * (hidden / FP_BLOCK));
+}
+
+static void begin_attention(void *of, int64_t row, int thread) {
+    step *s = of;
+    (void)thread;
+    const fp_layer *l = s->layer;
+    norm_row(s, row, l->attention_norm, wants_blocks(&l->query) || wants_blocks(&l->key) || wants_blocks(&l->value));
+}
+
+static void begin_mlp(void *of, int64_t row, int thread) {
+    step *s = of;
+    (void)thread;
+    norm_row(s, row, s->layer->mlp_norm, wants_blocks(&s->layer->gate) || wants_blocks(&s->layer->up));
+}
+
+/* Where a head of keys (0..kv_heads - 1) or values (behind them) of a layer begins in a request's cache. */
+static uint8_t *cache_of(const step *s, const fp_segment *segment, int head) {
+    const fp_model *m = s->model;
+    int64_t heads = (int64_t)s->index * 2 * m->kv_heads + head;
+    return segment->cache + heads * segment->room * m->size * (m->half ? 2 : 4);
+}
+
+static void write_cache(const step *s, int64_t row, int head, const float *x, float *padded) {
+    const fp_model *m = s->model;
+    const fp_segment *segment = s->segment_of[row];
+    int64_t slot = segment->slots[s->row_in[row]], bytes = m->size * (m->half ? 2 : 4);
+    uint8_t *to = cache_of(s, segment, head) + slot * bytes;
+    memcpy(padded, x, m->head_dim * sizeof(float));
+    for (int i = m->head_dim; i < m->size; i++) padded[i] = 0.0f;
+    if (m->half) ops->store_half(padded, m->size, (uint16_t *)to);
+    else memcpy(to, padded, bytes);
+}
+
+/* Norms of heads, rotation, and what goes into the cache. */
+static void rotate_and_write(void *of, int64_t row, int thread) {
+    step *s = of;
+    const fp_model *m = s->model;
+    int64_t half = m->head_dim / 2;
+    const float *cosine = m->cosine + s->positions[row] * half, *sine = m->sine + s->positions[row] * half;
+    float *head = s->qkv + row * (m->heads + 2 * m->kv_heads) * m->head_dim, *padded = s->own + thread * s->own_floats;
+    for (int h = 0; h < m->heads + 2 * m->kv_heads; h++, head += m->head_dim) {
+        const float *weight = h < m->heads ? s->layer->query_norm : s->layer->key_norm;
+        if (h < m->heads + m->kv_heads) {
+            if (weight) ops->norm(head, weight, m->head_dim, m->eps, head);
+            ops->rotate(head, cosine, sine, m->head_dim);
+        }
+        if (h >= m->heads) write_cache(s, row, h - m->heads, head, padded);
+    }
+}
+
+static void attend_one(void *of, int64_t part, int thread) {
+    step *s = of;
+    const fp_model *m = s->model;
+    int64_t row = part / m->kv_heads, kv_head = part % m->kv_heads, groups = m->heads / m->kv_heads;
+    const fp_segment *segment = s->segment_of[row];
+    float *queries = s->own + thread * s->own_floats, *mixed = queries + groups * m->size;
+    const float *from = s->qkv + row * (m->heads + 2 * m->kv_heads) * m->head_dim + kv_head * groups * m->head_dim;
+    float *to = s->mixed + (row * m->heads + kv_head * groups) * m->head_dim;
+    memset(queries, 0, groups * m->size * sizeof(float));
+    for (int64_t h = 0; h < groups; h++) memcpy(queries + h * m->size, from + h * m->head_dim, m->head_dim * sizeof(float));
+    fp_context context = {cache_of(s, segment, (int)kv_head), cache_of(s, segment, (int)(m->kv_heads + kv_head)),
+                          s->slots + row * s->longest, s->reads[row], m->size, m->half};
+    ops->attend(queries, (int)groups, &context, 1.0f / sqrtf((float)m->head_dim), mixed + groups * m->size, mixed);
+    for (int64_t h = 0; h < groups; h++) memcpy(to + h * m->head_dim, mixed + h * m->size, m->head_dim * sizeof(float));
+}
+
+static void quantise_mixed(void *of, int64_t row, int thread) {
+    step *s = of;
+    (void)thread;
+    int width = s->model->heads * s->model->head_dim;
+    ops->quantise(s->mixed + row * width, width, s->blocks + row * (width / FP_BLOCK));
+}
+
+/* 32 channels of gate and up for all rows, and what becomes of them. */
+static void gate_and_up(void *of, int64_t part, int thread) {
+    step *s = of;
+    const fp_layer *l = s->layer;
+    int first = (int)part * 2, last = min(first + 2, fp_tiles(&l->gate)), start = first * FP_CHANNELS;
+    int count = min(FP_BLOCK, l->gate.outputs - start), width = l->gate.outputs;
+    float *gates = s->own + thread * s->own_floats, *ups = gates + s->rows * FP_BLOCK;
+    fp_rows rows = {(int)s->rows, s->model->hidden, s->normed, s->blocks};
+    ops->product(&l->gate, &rows, first, last, gates, FP_BLOCK, 0);
+    ops->product(&l->up, &rows, first, last, ups, FP_BLOCK, 0);
+    for (int64_t row = 0; row < s->rows; row++) {
+        float *own = gates + row * FP_BLOCK;
+        ops->gate(own, ups + row * FP_BLOCK, count);
+        if (wants_blocks(&l->down)) ops->quantise(own, FP_BLOCK, s->wide_blocks + (row * width + start) / FP_BLOCK);
+        else memcpy(s->wide + row * width + start, own, count * sizeof(float));
+    }
+}
+
+static void run_layer(step *s) {
+    const fp_model *m = s->model;
+    const fp_layer *l = s->layer;
+    int64_t rows = s->rows, qkv = (int64_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
+    int mixed = m->heads * m->head_dim;
+    double numbers = (double)rows * m->hidden, read = 0;
+    for (int64_t row = 0; row < rows; row++) read += s->reads[row];
+    fp_share(s->threads, begin_attention, s, rows, numbers / 4);
+    products in = {{&l->query, &l->key, &l->value}, 3, 0, 0, 0, {(int)rows, m->hidden, s->normed, s->blocks}, s->qkv, qkv};
+    multiply(s->threads, &in);
+    fp_share(s->threads, rotate_and_write, s, rows, numbers / 2);
+    fp_share(s->threads, attend_one, s, rows * m->kv_heads, read * mixed / 25);
+    if (wants_blocks(&l->out)) fp_share(s->threads, quantise_mixed, s, rows, numbers / 8);
+    products out = {{&l->out}, 1, 1, 0, 0, {(int)rows, mixed, s->mixed, s->blocks}, s->hidden, m->hidden};
+    multiply(s->threads, &out);
+    fp_share(s->threads, begin_mlp, s, rows, numbers / 4);
+    int64_t parts = (l->gate.outputs + FP_BLOCK - 1) / FP_BLOCK;
+    fp_share(s->threads, gate_and_up, s, parts, (double)parts * m->hidden / 8 * (8 + 1.6 * rows));
+    products down = {{&l->down}, 1, 1, 0, 0, {(int)rows, m->intermediate, s->wide, s->wide_blocks}, s->hidden, m->hidden};
+    multiply(s->threads, &down);
+}
+
+static void *cut(uint8_t **free_from, int64_t bytes) {
+    void *here = *free_from;
+    *free_from += (bytes + 63) & ~63LL;
+    return here;
+}
+
+/* Divide memory for a step; with NULL only measure it. */
+static int64_t lay_out(step *s, uint8_t *from) {
+    const fp_model *m = s->model;
+    int64_t rows = s->rows, mixed = (int64_t)m->heads * m->head_dim, most = mixed > m->hidden ? mixed : m->hidden;
+    int64_t groups = m->heads / m->kv_heads, attention = groups * (2 * m->size + s->longest + 16) + 16;
+    int64_t gates = 2 * rows * FP_BLOCK;
+    uint8_t *at = from;
+    s->own_floats = ((attention > gates ? attention : gates) + 31) & ~15LL;
+    s->segment_of = cut(&at, rows * sizeof(void *));
+    s->row_in = cut(&at, rows * 8);
+    s->slots = cut(&at, rows * s->longest * 4);
+    s->reads = cut(&at, rows * 4);
+    s->normed = cut(&at, rows * m->hidden * 4);
+    s->qkv = cut(&at, rows * (mixed + 2LL * m->kv_heads * m->head_dim) * 4);
+    s->mixed = cut(&at, rows * mixed * 4);
+    s->wide = cut(&at, rows * m->intermediate * 4);
+    s->blocks = cut(&at, rows * (most / FP_BLOCK + 1) * (int64_t)sizeof(fp_block));
+    s->wide_blocks = cut(&at, rows * (m->intermediate / FP_BLOCK + 1) * (int64_t)sizeof(fp_block));
+    s->own = cut(&at, s->threads * s->own_floats * 4);
+    return at - from;
+}
+
+static int make_room(fp_model *m, int64_t bytes) {
+    if (bytes <= m->bytes) return 1;
+    free(m->memory);
+    m->memory = aligned_alloc(64, (bytes + 63) & ~63LL);
+    m->bytes = m->memory ? bytes : 0;
+    return m->memory != NULL;
+}
+
+FP_EXPORT void fp_release(fp_model *m) {
+    free(m->memory);
+    m->memory = NULL, m->bytes = 0;
+}
+
+/* All layers for the rows of some segments, which come one behind the other. hidden: [rows][hidden], in place.
+   taps: of how many layers' results a copy goes to tapped, [rows][taps][hidden]; tap: which layers, counted from 1.
+   Returns 1; 0 without memory; -1 when what a row reads has no order. */
+FP_EXPORT int fp_run(fp_model *m, const fp_segment *segments, int count, const int64_t *positions, float *hidden,
+                     const int32_t *tap, int taps, float *tapped, int threads) {
+    step s = {.model = m, .positions = positions, .hidden = hidden, .threads = fp_enter(threads)};
+    int outcome = 0;
+    for (int i = 0; i < count; i++) s.rows += segments[i].rows;
+    for (int64_t row = 0; row < s.rows; row++) if (positions[row] >= s.longest) s.longest = positions[row] + 1;
+    if (!make_room(m, lay_out(&s, NULL))) goto done;
+    lay_out(&s, m->memory);
+    outcome = 1;
+    for (int64_t i = 0, row = 0; i < count; i++)
+        for (int64_t own = 0; own < segments[i].rows; own++, row++) {
+            s.segment_of[row] = &segments[i], s.row_in[row] = own;
+            if (!order_slots(&s, row)) outcome = -1;
+        }
+    for (int i = 0, done = 0; outcome == 1 && i < m->layers; i++) {
+        s.index = i, s.layer = &m->layer[i];
+        run_layer(&s);
+        if (done == taps || tap[done] != i + 1) continue;
+        for (int64_t row = 0; row < s.rows; row++)
+            memcpy(tapped + (row * taps + done) * m->hidden, hidden + row * m->hidden, m->hidden * sizeof(float));
+        done++;
+    }
+done:
+    fp_leave(s.threads);
+    return outcome;
+}
+
+/* Final norm and head: hidden [rows][inputs] -> out [rows][outputs]. Returns 0 without memory. */
+FP_EXPORT int fp_logits(const fp_weight *head, const float *norm, float eps, const float *hidden, int rows, float *out,
+                        int threads) {
+    float *normed = malloc((size_t)rows * head->inputs * sizeof(float) + 1);
+    if (!normed) return 0;
+    for (int64_t row = 0; row < rows; row++)
+        ops->norm(hidden + row * head->inputs, norm, head->inputs, eps, normed + row * head->inputs);
+    int outcome = fp_product(head, normed, rows, out, threads);
+    free(normed);
+    return outcome;
+}
+
+/* ---- what the machine can do ----------------------------------------------------------------------------------- */
+
+/* Read so many bytes, a multiple of 512, and give something made of them. */
+FP_EXPORT int32_t fp_read(const uint8_t *from, int64_t bytes) { return ops->read(from, bytes); }
+
+/* Products of bytes in a loop of nothing else; returns how many. */
+FP_EXPORT double fp_spin(int64_t count) { return ops->spin(count); }

@@ -1,0 +1,156 @@
+"""A slice computed by the native kernels: quantised weights stay quantised, and a step is one call.
+
+Hidden states are float32, so that where the model is cut changes nothing; the cache is float16. A row's bits depend on
+its tokens alone: see `kernels/native.h` and, for attention, `between.h`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fullpipe.kernels import Kernels, Model, Weight
+from fullpipe.kernels import Segment as NativeSegment
+from fullpipe.models.attention import Segment
+from fullpipe.models.config import ModelConfig
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.native.arena import NativeArena, padded_head
+from fullpipe.models.native.weights import NativeWeights
+
+_ANGLES = 512  # positions whose angles are computed at a time
+
+
+class NativeSlice:
+    """Layers first_layer..last_layer (exclusive; none is fine) of a model, with its weights loaded.
+
+    files: where the weights come from; only this slice's are read.
+    cache: float16 or float32, of keys and values.
+
+    One step at a time; with as many threads as torch is told to use. Raises what reading raises: `DamagedModel`,
+    `UnsupportedModel`.
+    """
+
+    def __init__(self, native: Kernels, files: ModelFiles, first_layer: int, last_layer: int, *, has_embedding: bool,
+                 has_head: bool, cache: torch.dtype = torch.float16) -> None:
+        assert 0 <= first_layer <= last_layer <= files.config.num_layers
+        self.config, self.first_layer = files.config, first_layer
+        self._native, self._cache = native, cache
+        self._weights = NativeWeights.read(native, files, first_layer, last_layer, has_embedding=has_embedding,
+                                           has_head=has_head)
+        self._angles = _Angles(self.config)
+        self._model = self._described()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_model"):
+            self._native.release(self._model)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._weights.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the matrices, as they lie in memory."""
+        return self._weights.nbytes
+
+    def allocate(self, capacity: int) -> NativeArena:
+        """An empty arena for one request on this slice."""
+        return NativeArena.allocate(self.config, self.num_layers, capacity, self._cache)
+
+    @overload
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
+                taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
+                taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
+        """See `DecoderSlice.forward`; hidden states are float32. What a row reads has positions that differ."""
+        table = self._weights.embedding
+        hidden = x.to(torch.float32, copy=True).contiguous() if table is None else self._looked_up(table, x)
+        tapped = torch.empty(len(x), len(taps), self.config.hidden)
+        if self.num_layers and len(x):
+            self._run(hidden, positions, segments, taps, tapped)
+        return (hidden, tapped) if taps else hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: [r, hidden] -> float32 [r, vocab]. The slice must have the head."""
+        head, norm = self._weights.head, self._weights.norm
+        assert head is not None and norm is not None
+        hidden, out = hidden.float().contiguous(), torch.empty(len(hidden), self.config.vocab_size)
+        self._native.logits(head, norm.data_ptr(), self.config.rms_eps, hidden.data_ptr(), len(hidden), out.data_ptr(),
+                            torch.get_num_threads())
+        return out
+
+    def _run(self, hidden: Tensor, positions: Tensor, segments: Sequence[Segment], taps: Sequence[int],
+             tapped: Tensor) -> None:
+        positions = positions.contiguous()
+        assert hidden.shape == (len(positions), self.config.hidden) and positions.min() >= 0
+        assert [row for one in segments for row in range(one.start, one.end)] == list(range(len(positions)))
+        self._angles.reach(int(positions.max()))
+        self._model.cosine, self._model.sine = self._angles.addresses
+        rows = [_Rows(segment, positions) for segment in segments]
+        described = (NativeSegment * len(rows))(*(one.described() for one in rows))
+        self._native.run(self._model, described, positions.data_ptr(), hidden.data_ptr(),
+                         tuple(tap - self.first_layer for tap in taps), tapped.data_ptr(), torch.get_num_threads())
+
+    def _looked_up(self, table: Weight, tokens: Tensor) -> Tensor:
+        assert not len(tokens) or (tokens.min() >= 0 and tokens.max() < self.config.vocab_size)
+        tokens, out = tokens.contiguous(), torch.empty(len(tokens), self.config.hidden)
+        self._native.look_up(table, tokens.data_ptr(), len(tokens), out.data_ptr())
+        return out
+
+    def _described(self) -> Model:
+        config = self.config
+        return Model(layers=self.num_layers, hidden=config.hidden, heads=config.heads, kv_heads=config.kv_heads,
+                     head_dim=config.head_dim, size=padded_head(config), intermediate=config.intermediate,
+                     half=self._cache == torch.float16, eps=config.rms_eps, layer=self._weights.layers)
+
+
+class _Rows:
+    """Keeps what the native call reads of a segment."""
+
+    def __init__(self, segment: Segment, positions: Tensor) -> None:
+        self._arena: NativeArena = segment.cache
+        self._slots, self._mask = segment.slots.contiguous(), segment.mask.contiguous()
+        assert len(self._slots) == len(self._mask) == segment.end - segment.start
+        assert self._slots.min() >= 0 and max(self._slots.max(), self._mask.shape[1] - 1) < self._arena.capacity
+        self._arena.standing[self._slots.numpy()] = positions[segment.start : segment.end].numpy()
+
+    def described(self) -> NativeSegment:
+        kv = self._arena.kv.kv
+        return NativeSegment(kv.data_ptr(), self._arena.standing.ctypes.data, self._slots.data_ptr(),
+                             self._mask.data_ptr(), kv.shape[2], self._mask.shape[1], len(self._slots))
+
+
+class _Angles:
+    """Cosine and sine of the rotary embedding, of positions 0, 1, ... as far as they were asked for."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._rope = config.rope
+        self._frequencies = np.array(self._rope.inv_freq, np.float32)
+        self._tables = [np.empty((0, len(self._frequencies)), np.float32) for _ in range(2)]
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        cosine, sine = self._tables
+        return cosine.ctypes.data, sine.ctypes.data
+
+    def reach(self, position: int) -> None:
+        """Have the angles of this position and all before it. What is there is not computed anew, and what is not in
+        runs of one length: a position has the same bits whenever it is asked for."""
+        while len(self._tables[0]) <= position:
+            self._tables = [np.concatenate(pair) for pair in zip(self._tables, self._more(len(self._tables[0])))]
+
+    def _more(self, first: int) -> list[NDArray[np.float32]]:
+        angles = np.arange(first, first + _ANGLES, dtype=np.float32)[:, None] * self._frequencies
+        factor = self._rope.attention_factor
+        return [(turn(angles.astype(np.float64)) * factor).astype(np.float32) for turn in (np.cos, np.sin)]

@@ -1,0 +1,171 @@
+"""Whole slices on the native kernels: rows have the same bits whatever their company, slots, threads and level."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fullpipe.errors import DamagedModel, UsageError
+from fullpipe.kernels import Form, Kernels, load
+from fullpipe.models.attention import Segment
+from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.dtypes import pick_dtype, sizes_in
+from fullpipe.models.files import ModelFiles
+from fullpipe.models.native.arena import NativeArena
+from fullpipe.models.native.slice import NativeSlice
+from fullpipe.models.native.weights import form_of
+from fullpipe.models.weights import open_model
+from tiny import VOCAB, save, tiny_model, write_gguf
+
+pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels were not built")
+
+Kind = gguf.GGMLQuantizationType
+WIDE = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 160}
+
+
+@pytest.fixture(scope="module")
+def native() -> Kernels:
+    found = load()
+    assert found is not None
+    return found
+
+
+# Heads of 16 numbers, of an odd size, and of the sizes that attention has loops of its own for, in odd groups.
+MODELS = [("llama", Kind.Q4_0, WIDE), ("qwen2", Kind.Q8_0, WIDE), ("llama", Kind.BF16, WIDE),
+          ("qwen3", Kind.F16, WIDE | {"head_dim": 40}),
+          ("qwen3", Kind.Q5_1, WIDE | {"head_dim": 64, "num_attention_heads": 5, "num_key_value_heads": 1}),
+          ("qwen3", Kind.Q8_0, WIDE | {"head_dim": 128, "num_attention_heads": 3, "num_key_value_heads": 1})]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda of: f"{of[0]} {of[1].name} {of[2].get('head_dim', 16)}")
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    family, kind, changes = request.param
+    path = tmp_path_factory.mktemp("quantised") / "m.gguf"
+    return open_model(write_gguf(tiny_model(family, **changes), path, kind=kind))
+
+
+@pytest.fixture(scope="module")
+def whole(native: Kernels, files: ModelFiles) -> NativeSlice:
+    return NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True)
+
+
+def filled(part: NativeSlice, text: list[int], slots: list[int], capacity: int = 64) -> NativeArena:
+    """An arena in which a text stands in these slots."""
+    arena = part.allocate(capacity)
+    step(part, arena, text, list(range(len(text))), slots, [slots[: i + 1] for i in range(len(text))])
+    return arena
+
+
+def step(part: NativeSlice, arena: NativeArena, tokens: list[int], positions: list[int], slots: list[int],
+         reads: list[list[int]]) -> torch.Tensor:
+    mask = torch.zeros(len(tokens), arena.capacity, dtype=torch.bool)
+    for row, own in enumerate(reads):
+        mask[row, own] = True
+    segment = Segment(0, len(tokens), arena, torch.tensor(slots), mask)
+    return part.logits(part.forward(torch.tensor(tokens), torch.tensor(positions), [segment]))
+
+
+def test_it_says_nearly_what_float32_says(files: ModelFiles, whole: NativeSlice) -> None:
+    """Rows in int8 and caches in float16 are the difference; an error of order would be as large as the logits."""
+    exact = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=torch.float32)
+    size = len(TEXT)
+    x, positions, mask = torch.tensor(TEXT), torch.arange(size), torch.ones(size, size, dtype=torch.bool).tril()
+    wanted, found = (part.logits(part.forward(x, positions, [Segment(0, size, part.allocate(size), positions, mask)]))
+                     for part in (exact, whole))
+    assert (found - wanted).std() < (0.08 if files.is_quantised else 0.001) * wanted.std()
+
+
+TEXT = [5, 17, 3, 80, 41, 41, 9, 63, 22, 70, 1, 12]
+
+
+@settings(max_examples=25)
+@given(data=st.data(), width=st.integers(1, 40), threads=st.integers(1, 2))
+def test_a_row_has_the_same_bits_whatever_its_company_slots_threads_and_level(
+        native: Kernels, whole: NativeSlice, data: st.DataObject, width: int, threads: int) -> None:
+    """Rows are guesses for the next token after a text, and some of the token after the first of them."""
+    alone = step(whole, filled(whole, TEXT, list(range(12))), [7], [12], [12], [[*range(13)]])
+    behind = step(whole, filled(whole, [*TEXT, 7], list(range(13))), [8], [13], [13], [[*range(14)]])
+    slots = data.draw(st.permutations(range(64)))
+    level = data.draw(st.sampled_from(native.levels))
+    known, new = slots[:12], slots[12 : 12 + width]
+    deep = data.draw(st.lists(st.booleans(), min_size=width, max_size=width))
+    deep[0] = False
+    at = data.draw(st.integers(0, width - 1))
+    tokens = [7] + [8 if i == at else data.draw(st.integers(0, VOCAB - 1)) for i in range(1, width)]
+    reads = [[*known, new[0], new[i]] if deep[i] else [*known, new[i]] for i in range(width)]
+    torch.set_num_threads(threads)
+    try:
+        with native.at(level):
+            found = step(whole, filled(whole, TEXT, known), tokens, [12 + d for d in deep], new, reads)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found[0], alone[0])
+    if deep[at]:
+        assert torch.equal(found[at], behind[0])
+
+
+def test_a_cut_changes_no_bit(native: Kernels, files: ModelFiles, whole: NativeSlice) -> None:
+    layers, size = files.config.num_layers, len(TEXT)
+    halves = [NativeSlice(native, files, 0, 2, has_embedding=True, has_head=False),
+              NativeSlice(native, files, 2, layers, has_embedding=False, has_head=True)]
+    x, positions, mask = torch.tensor(TEXT), torch.arange(size), torch.ones(size, size, dtype=torch.bool).tril()
+    for part in halves:
+        x = part.forward(x, positions, [Segment(0, size, part.allocate(size), positions, mask)])
+    wanted = whole.forward(torch.tensor(TEXT), positions, [Segment(0, size, whole.allocate(size), positions, mask)])
+    assert torch.equal(x, wanted) and torch.equal(halves[1].logits(x), whole.logits(wanted))
+
+
+def test_arenas_grow_and_begin_with_each_other(whole: NativeSlice) -> None:
+    wanted = step(whole, filled(whole, TEXT, list(range(12))), [7], [12], [12], [[*range(13)]])
+    scattered = [40, 3, 17, 5, 60, 22, 9, 33, 1, 50, 28, 14]
+    grown = filled(whole, TEXT, scattered).enlarged(200, 61)
+    assert torch.equal(step(whole, grown, [7], [12], [150], [[*scattered, 150]]), wanted)
+    copied = whole.allocate(70)
+    copied.begin_with(grown, torch.tensor(scattered))
+    assert torch.equal(step(whole, copied, [7], [12], [12], [[*range(13)]]), wanted)
+
+
+def test_slots_of_one_position_have_no_order(whole: NativeSlice) -> None:
+    arena = filled(whole, TEXT, list(range(12)))
+    step(whole, arena, [7], [11], [12], [[*range(11), 12]])
+    with pytest.raises(AssertionError, match="two slots of one position"):
+        step(whole, arena, [8], [12], [13], [[*range(14)]])
+
+
+def test_scales_that_are_not_finite_are_damage(native: Kernels, files: ModelFiles) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    entry = files._entry("blk.1.ffn_down.weight", name)  # type: ignore[attr-defined]
+    damaged = files.path.with_name("damaged.gguf")
+    raw = bytearray(files.path.read_bytes())
+    raw[entry.offset : entry.offset + 2] = b"\x80\x7f" if entry.kind == Kind.BF16 else b"\x00\x7c"
+    damaged.write_bytes(raw)
+    with pytest.raises(DamagedModel, match="down_proj"):
+        NativeSlice(native, open_model(damaged), 0, 5, has_embedding=False, has_head=False)
+
+
+def test_other_forms_are_widened(native: Kernels) -> None:
+    assert form_of(Kind.Q3_K) is Form.Q6_K and form_of(Kind.MXFP4) is form_of(Kind.IQ4_NL) is Form.Q8_0
+    assert form_of(Kind.IQ4_XS) is Form.F16 and form_of(Kind.F64) is Form.F32 and form_of(Kind.Q6_K) is Form.Q6_K
+
+
+def test_what_is_quantised_stays_as_it_is_stored(native: Kernels, files: ModelFiles) -> None:
+    fast = native.level != "portable"
+    assert (pick_dtype("auto", files=files) == "stored") == (files.is_quantised and fast)
+    assert pick_dtype("float32", files=files) == "float32" and pick_dtype("stored", files=files) == "stored"
+    with pytest.raises(UsageError, match="for the processor"):
+        pick_dtype("stored", "cuda:0", files)
+    sizes, wide = sizes_in(files, "stored"), sizes_in(files, "bfloat16")
+    assert sizes.row_bytes == 2 * wide.row_bytes
+    assert sizes.layer_bytes < wide.layer_bytes if files.is_quantised else sizes.layer_bytes > 0
+
+
+def test_a_folder_of_safetensors_too(native: Kernels, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = save(tiny_model("qwen2"), tmp_path_factory.mktemp("folder"))
+    files = open_model(folder)
+    assert not files.is_quantised
+    part = NativeSlice(native, files, 0, 1, has_embedding=True, has_head=False)
+    assert part.forward(torch.tensor([3]), torch.tensor([0]), [
+        Segment(0, 1, part.allocate(4), torch.tensor([0]), torch.ones(1, 1, dtype=torch.bool))]).isfinite().all()

@@ -181,7 +181,8 @@ def test_processes_begin_with_their_links_and_follow_the_legs() -> None:
     links = Links([Link(0.002)], landing=Link(0.002), draft=Link(0.001))
     quick = CostCurve({1: 1e-3, 2: 1e-3, 4: 1e-3, 8: 1e-3, 16: 1e-3})
     with WorkersPipeline(stages, draft, links=links, pace={"stage 1": {1: 0.01}, "draft": {1: 0.005}}) as pipeline:
-        assert pipeline.machine() == Machine(2, link_s=0.004, draft_link_s=0.002)
+        devices = ["core of stage 0", "core of stage 1"]
+        assert pipeline.machine() == Machine(2, link_s=0.004, draft_link_s=0.002, devices=devices)
         unknown, wrong = fullpipe(), fullpipe(LiveMachine(Machine(2, quick, quick)))
         engine = answered(pipeline, unknown, 30)
         engine.use(wrong)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fullpipe.messages import Expansion, Flight, Part
 from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
-from fullpipe.models.dtypes import DTYPES
+from fullpipe.models.dtypes import torch_dtype
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
 from fullpipe.stations.drafts.chains import go_on
@@ -278,5 +278,5 @@ class Memos:
             torch.set_num_threads(1)
             files = open_model(Path(self._draft))
             self._slice = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True,
-                                       dtype=DTYPES[self._head.dtype])
+                                       dtype=torch_dtype(self._head.dtype))
         return self._slice

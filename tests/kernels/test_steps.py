@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fullpipe.errors import DamagedModel, UsageError
 from fullpipe.kernels import Form, Kernels, load
+from fullpipe.models import dtypes
 from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import pick_dtype, sizes_in
@@ -160,6 +161,19 @@ def test_what_is_quantised_stays_as_it_is_stored(native: Kernels, files: ModelFi
     sizes, wide = sizes_in(files, "stored"), sizes_in(files, "bfloat16")
     assert sizes.row_bytes == 2 * wide.row_bytes
     assert sizes.layer_bytes < wide.layer_bytes if files.is_quantised else sizes.layer_bytes > 0
+
+
+def test_without_the_library_weights_are_widened(files: ModelFiles, monkeypatch: pytest.MonkeyPatch,
+                                                 caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(dtypes, "load", lambda: None)
+    dtypes._has_fast_kernels.cache_clear()
+    try:
+        assert pick_dtype("auto", files=files) in ("bfloat16", "float32")
+        assert ("not built" in caplog.text) == files.is_quantised
+        with pytest.raises(UsageError, match="not built"):
+            pick_dtype("stored", files=files)
+    finally:
+        dtypes._has_fast_kernels.cache_clear()
 
 
 def test_a_folder_of_safetensors_too(native: Kernels, tmp_path_factory: pytest.TempPathFactory) -> None:

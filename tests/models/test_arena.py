@@ -42,7 +42,7 @@ def test_rows_of_several_requests_go_each_to_its_own_arena() -> None:
 
 def test_shape_and_size() -> None:
     arena = KVArena.allocate(CONFIG, 3, SLOT_MULTIPLE + 1, torch.bfloat16)
-    assert (arena.num_layers, arena.capacity) == (3, SLOT_MULTIPLE + 1)
+    assert (len(arena.kv), arena.capacity) == (3, SLOT_MULTIPLE + 1)
     assert arena.keys(0).shape == arena.values(2).shape == (2, 2 * SLOT_MULTIPLE, 8)
     assert arena.nbytes == 3 * 2 * SLOT_MULTIPLE * CONFIG.sizes(2).kv_bytes
 

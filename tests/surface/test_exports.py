@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,9 @@ import fullpipe
 from fullpipe import errors
 from fullpipe.errors import FullpipeError
 
-# Programs for other environments, which import one another by file name, in places without our own packages.
-FOREIGN = "fullpipe.bench.peers.runners."
+NEEDS = {"fullpipe.models.gpu.kernels": "triton"}  # which comes with a torch for CUDA
 MODULES = sorted(module.name for module in pkgutil.walk_packages(fullpipe.__path__, "fullpipe.")
-                 if not module.name.startswith(FOREIGN))
+                 if module.name not in NEEDS or find_spec(NEEDS[module.name]))
 ERRORS = sorted((value for value in vars(errors).values()
                  if isinstance(value, type) and issubclass(value, BaseException)), key=lambda kind: kind.__name__)
 

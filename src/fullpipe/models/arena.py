@@ -56,10 +56,6 @@ class KVArena:
         self.kv[:, :, :count].normal_(generator=torch.Generator().manual_seed(count))
 
     @property
-    def num_layers(self) -> int:
-        return self.kv.shape[0]
-
-    @property
     def nbytes(self) -> int:
         """Bytes when every slot is in use."""
         return self.kv.nbytes

@@ -1,7 +1,5 @@
 """Attention of a step's rows over the caches of their requests, requests of about one size in one product.
-
-Attention sums over slots in float64, so that which slots hold the context, and in which order, vanishes when the sum is
-rounded.
+Sums over slots are float64 (`decoder` says why).
 """
 
 from __future__ import annotations

@@ -63,13 +63,6 @@ class Linear:
             return _apply_packed(x, self._weight, self._bias)
         return F.linear(x, self._weight, self._bias)
 
-    def onto(self, x: Tensor, total: Tensor) -> None:
-        """Add the product to total, [rows, out], in place; the sum is rounded once. A weight that is not packed."""
-        assert not self._packed
-        total.addmm_(x, self._weight.t())
-        if self._bias is not None:
-            total.add_(self._bias)
-
     def to(self, device: torch.device) -> Linear:
         """The same on another device; of a weight that is not packed."""
         assert not self._packed
@@ -77,13 +70,11 @@ class Linear:
         return Linear(self._weight.to(device), bias, packed=False)
 
     @property
-    def num_inputs(self) -> int:
-        """Of a weight that is not packed."""
+    def weight(self) -> Tensor:
+        """[out, in], where it is not packed."""
         assert not self._packed
-        return self._weight.shape[1]
+        return self._weight
 
     @property
-    def num_outputs(self) -> int:
-        """Of a weight that is not packed."""
-        assert not self._packed
-        return self._weight.shape[0]
+    def bias(self) -> Tensor | None:
+        return self._bias

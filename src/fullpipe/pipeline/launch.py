@@ -59,6 +59,12 @@ class Layout:
         return [*(f"stage {rank}" for rank in range(len(self.stages))), *(["draft"] if self.draft else [])]
 
     @property
+    def devices(self) -> list[str]:
+        """Where each station computes: on a GPU, which others may share, or on a core of its own."""
+        specs = [*self.stages, *([self.draft] if self.draft else [])]
+        return [spec.args.get("device", f"core of {name}") for name, spec in zip(self.names, specs)]
+
+    @property
     def tapping(self) -> list[int]:
         """Ranks of the stages that send hidden states to the draft."""
         return [rank for rank, spec in enumerate(self.stages) if self.draft and spec.args.get("taps")]

@@ -77,8 +77,7 @@ class WorkersPipeline(Pipeline):
                         pace={name: CostCurve(curve).points for name, curve in (pace or {}).items()}, threads=threads,
                         beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS), start_timeout=start_timeout)
         self._reads_taps = bool(layout.tapping)
-        self._devices = [spec.args.get("device", f"cpu of stage {rank}") for rank, spec in enumerate(stages)]
-        self._draft_device = draft.args.get("device") if draft else None
+        self._devices = layout.devices
         if unknown := [name for name in layout.pace if name not in layout.names]:
             raise UsageError(f"there is no station {unknown[0]!r} to pace",
                              hint=f"There are: {', '.join(layout.names)}.")
@@ -129,8 +128,8 @@ class WorkersPipeline(Pipeline):
 
     def machine(self) -> Machine:
         return Machine(self.num_stages, link_s=self._links.traversal_s, draft_link_s=self._links.draft_s,
-                       reads_taps=self._reads_taps, shared=self._draft_device == self._devices[0],
-                       devices=self._devices)
+                       reads_taps=self._reads_taps, devices=self._devices[: self.num_stages],
+                       shared=self.has_draft and self._devices[-1] == self._devices[0])
 
     def close(self) -> None:
         self._finalizer()

@@ -1,9 +1,9 @@
 """A slice of a model on a device: static memory, steps of few fixed sizes, and on CUDA a captured graph for each.
 
-Speculation is exact where a row has the same bits in any company. Between the products a kernel's program sees one row
-(`kernels`). The products are the library's, which picks another kernel, and so another order of summing, for another
-number of rows: here a step is filled up to a *bucket* of rows, and at the start it is tried which buckets agree bit by
-bit with the largest; only those are used. Filling up costs little, for a step's time is that of reading the weights.
+Speculation is exact where a row has the same bits in any company. Between the products a kernel's program sees one
+row (`kernels`). In a product all rows meet, and another number of them may be summed in another order: so a step is
+filled up to a *bucket* of rows, and at the start it is tried which buckets agree bit by bit with the largest; only
+those are used. Filling up costs little, for a step's time is that of reading the weights.
 
 Hidden states come from the host and go back to it, whatever the device of the next stage is.
 """
@@ -39,16 +39,20 @@ Made = TypeVar("Made")
 
 
 class Ops(Protocol):
-    """What lies between the products; see `plain`, which keeps this promise as `kernels` does."""
+    """What steps are made of; see `plain`, which keeps this promise as `kernels` does."""
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
-    def rotate_and_store(self, qkv: Tensor, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None, eps: float,
-                         places: Tensor, cache: Tensor) -> Tensor: ...
+    def add_norm(self, hidden: Tensor, parts: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor: ...
+
+    def rotate_and_store(self, parts: Tensor, bias: Tensor | None, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None,
+                         eps: float, places: Tensor, cache: Tensor) -> Tensor: ...
 
     def attend(self, queries: Tensor, cache: Tensor, context: Tensor, lengths: Tensor) -> Tensor: ...
 
-    def gate(self, gate_up: Tensor) -> Tensor: ...
+    def gate(self, parts: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,27 +91,40 @@ class DeviceSlice:
     dtype: of weights, hidden states and cache. pool_bytes: of the cache; None: by what is free (see `MOST_SLOTS`).
     rows: buckets to try, rising. graphs: capture them on CUDA; else kernels are launched one by one.
 
+    library: products are the library's; else `kernels` has one of its own for 16 bits.
+
     rows, of the slice: the buckets that agree, rising; longer steps run in parts. exact: also the order of the rows
     in a step of the largest bucket changes no bit.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, *,
-                 pool_bytes: int | None = None, rows: Sequence[int] = ROWS, graphs: bool = True) -> None:
+                 pool_bytes: int | None = None, rows: Sequence[int] = ROWS, graphs: bool = True,
+                 library: bool = False) -> None:
         self.config, self.first_layer, self.dtype, self.device = weights.config, weights.first_layer, dtype, device
         self._weights, self._layers = weights, weights.layers
         self._graphs = graphs and device.type == "cuda"
         self._ops = _ops(device)
+        self._product = plain.product if library else self._ops.product
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32, however split
         self._frequencies = torch.tensor(self.config.rope.inv_freq, dtype=torch.float32, device=device)
         with self._here(), torch.inference_mode():
-            self.rows, self.exact = _agreeing(weights, rows, dtype, device)
+            self.rows, self.exact = _agreeing(self._product, _shapes(weights), rows, dtype)
             self.pool = Pool(self.config, self.num_layers, self._slots(pool_bytes), dtype, device)
         self._steps: dict[tuple[int, int, tuple[int, ...]], Step] = {}
         self._heads: dict[int, Head] = {}
-        self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._capture = _Capture(device) if self._graphs else None
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    @property
+    def has_embedding(self) -> bool:
+        return self._weights.embedding is not None
+
+    @property
+    def has_head(self) -> bool:
+        return self._weights.head is not None
 
     def allocate(self, capacity: int) -> DeviceArena:
         """An empty arena for one request. Raises UsageError when the pool has too few blocks left."""
@@ -150,7 +167,7 @@ class DeviceSlice:
 
     def _run(self, x: Tensor, rows: Rows, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         hidden = self._host(len(x), self.config.hidden, dtype=self.dtype)
-        tapped = self._host(len(x), len(taps), self.config.hidden, dtype=self.dtype)
+        tapped = self._host(len(x), len(taps), self.config.hidden, dtype=self.dtype) if taps else hidden
         for start in range(0, len(x), self.rows[-1]):
             end = min(start + self.rows[-1], len(x))
             part = rows.part(start, end)
@@ -170,14 +187,16 @@ class DeviceSlice:
         angles = inputs.positions[:, None].float() * self._frequencies
         factor = self.config.rope.attention_factor
         cosine, sine = angles.cos() * factor, angles.sin() * factor
-        tapped = []
-        for index, layer in enumerate(self._layers):
+        normed, tapped = ops.norm(hidden, self._layers[0].attention_norm, eps), []
+        for index, (layer, after) in enumerate(zip(self._layers, [*self._layers[1:], self._layers[0]])):
             cache = self.pool.kv[index]
-            qkv = layer.qkv(ops.norm(hidden, layer.attention_norm, eps))
-            queries = ops.rotate_and_store(qkv, cosine, sine, layer.qk_norm, eps, inputs.places, cache)
-            layer.out.onto(ops.attend(queries, cache, inputs.context, inputs.lengths), hidden)
-            gate_up = layer.gate_up(ops.norm(hidden, layer.mlp_norm, eps))
-            layer.down.onto(ops.gate(gate_up), hidden)
+            queries = ops.rotate_and_store(self._product(normed, layer.qkv.weight), layer.qkv.bias, cosine, sine,
+                                           layer.qk_norm, eps, inputs.places, cache)
+            mixed = ops.attend(queries, cache, inputs.context, inputs.lengths)
+            normed = ops.add_norm(hidden, self._product(mixed, layer.out.weight), layer.out.bias, layer.mlp_norm, eps)
+            gated = ops.gate(self._product(normed, layer.gate_up.weight), self.dtype)
+            # What comes of the last layer is normed for nobody.
+            normed = ops.add_norm(hidden, self._product(gated, layer.down.weight), None, after.attention_norm, eps)
             if self.first_layer + index + 1 in taps:
                 tapped.append(hidden.clone())
         return hidden, torch.stack(tapped, 1) if taps else None
@@ -185,7 +204,8 @@ class DeviceSlice:
     def _score(self, hidden: Tensor) -> Tensor:
         norm, head = self._weights.norm, self._weights.head
         assert norm is not None and head is not None
-        return head(self._ops.norm(hidden, norm, self.config.rms_eps)).float()
+        parts = self._product(self._ops.norm(hidden, norm, self.config.rms_eps), head.weight)
+        return parts[0].float() if len(parts) == 1 else parts.sum(0, dtype=torch.float32)
 
     def step(self, rows: int, width: int, taps: tuple[int, ...] = ()) -> Step:
         """The layers, for a bucket of rows and one of width."""
@@ -203,7 +223,7 @@ class DeviceSlice:
         return self._heads[rows]
 
     def _replay(self, run: Callable[[], Made]) -> Callable[[], Made]:
-        return Replay(run, self._memory) if self._graphs else run
+        return Replay(run, self._capture) if self._capture else run
 
     def _bucket(self, rows: int) -> int:
         return next(bucket for bucket in self.rows if bucket >= rows)
@@ -278,23 +298,33 @@ class Inputs:
         self._packed.copy_(self._host, non_blocking=True)
 
 
+class _Capture:
+    """What all graphs of a slice are captured with: memory that they share, for one runs at a time, and a stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class Replay(Generic[Made]):
     """Runs a function over static tensors as a graph, captured when it is first called.
 
     Bits come from the graph alone: what ran before it only had kernels compiled and libraries set up.
     """
 
-    def __init__(self, run: Callable[[], Made], memory: Any) -> None:
-        self._run, self._memory = run, memory
+    def __init__(self, run: Callable[[], Made], capture: _Capture) -> None:
+        self._run, self._capture = run, capture
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> Made:
         """Where the results are; the next call of any graph of the slice may write over them."""
         if self._graph is None:
-            self._run()
-            torch.cuda.current_stream().synchronize()
+            memory, stream = self._capture.memory, self._capture.stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run()
+            stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 self._made = self._run()
             self._graph = graph
         self._graph.replay()
@@ -304,36 +334,28 @@ class Replay(Generic[Made]):
 # ---- which buckets agree ---------------------------------------------------------------------------------
 
 
-def _agreeing(weights: Weights, rows: Sequence[int], dtype: torch.dtype,
-              device: torch.device) -> tuple[tuple[int, ...], bool]:
-    """The buckets in which every product of the slice gives each row the bits that it has in the largest; and whether
+def _agreeing(product: Callable[[Tensor, Tensor], Tensor], weights: Sequence[Tensor], rows: Sequence[int],
+              dtype: torch.dtype) -> tuple[tuple[int, ...], bool]:
+    """The buckets in which products with these weights give each row the bits that it has in the largest; and whether
     in that one a row's bits do not depend on its place."""
     most, kept, placed = max(rows), set(rows), True
-    generator = torch.Generator(device).manual_seed(0)
-    for size, product in _products(weights):
-        x = torch.randn(most, size, generator=generator, dtype=torch.float32, device=device).to(dtype)
-        whole = product(x)
-        placed &= torch.equal(product(x.flip(0)).flip(0), whole)
+    for weight in weights:
+        generator = torch.Generator(weight.device).manual_seed(0)
+        x = torch.randn(most, weight.shape[1], generator=generator, device=weight.device).to(dtype)
+        whole = product(x, weight)
+        placed &= torch.equal(product(x.flip(0), weight).flip(1), whole)
         kept -= {one for one in kept if any(
-            not torch.equal(product(x[at : at + one].clone()), whole[at : at + one]) for at in range(0, most, one))}
+            not torch.equal(product(x[at : at + one].clone(), weight), whole[:, at : at + one])
+            for at in range(0, most, one))}
     return tuple(sorted(kept)), placed
 
 
-def _products(weights: Weights) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
-    """Each kind of product in the slice, as steps make it: how many numbers it takes of a row, and what it does."""
-    found: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+def _shapes(weights: Weights) -> list[Tensor]:
+    """A weight of every shape that steps multiply with."""
+    found = [] if weights.head is None else [weights.head.weight]
     for layer in weights.layers[:1]:
-        found += [(one.num_inputs, one) for one in (layer.qkv, layer.gate_up)]
-        found += [(one.num_inputs, partial(_onto, one)) for one in (layer.out, layer.down)]
-    if weights.head is not None:
-        found.append((weights.head.num_inputs, weights.head))
+        found += [layer.qkv.weight, layer.out.weight, layer.gate_up.weight, layer.down.weight]
     return found
-
-
-def _onto(product: Linear, x: Tensor) -> Tensor:
-    total = torch.zeros(len(x), product.num_outputs, dtype=x.dtype, device=x.device)
-    product.onto(x, total)
-    return total
 
 
 def _ops(device: torch.device) -> Ops:

@@ -1,7 +1,11 @@
-"""What lies between the products, as Triton kernels: each says what its twin in `plain` says, in one launch or two.
+"""A step's operations as Triton kernels: each says what its twin in `plain` says, in one launch or two.
 
-A program computes one row, or one head of one, and sees nothing else. So a row's bits cannot depend on its company, on
-where its context lies, or on how far a bucket is filled up.
+Between the products a program computes one row, or one head of one, and sees nothing else. So a row's bits cannot
+depend on its company, on where its context lies, or on how far a bucket is filled up. In a product a row is a column of
+what the tensor cores compute, and the order in which they sum depends on the weight's shape alone.
+
+Kernels begin early (Hopper's dependent launches): each lets the next one start at once, and waits itself, before it
+reads anything that changes, until the one before is done. What a product does while it waits is to fetch its weights.
 """
 
 from __future__ import annotations
@@ -10,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fullpipe.models.gpu import plain
 
 CHUNK = 64
 """Positions that attention reads at a time."""
@@ -17,29 +24,98 @@ CHUNK = 64
 SPLITS = 32
 """Programs at most that share a row's context. Which chunks each has depends on the length of the context alone."""
 
+EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+"""Whether this card has dependent launches."""
+
+PER_WARP = 512
+"""Numbers of a row that a warp of a norm has."""
+
 _LEAST_DOT = 16  # rows of a matrix product on tensor cores
 
 
+TILE, DEPTH, WARPS, STAGES = 64, 128, 4, 4
+"""Rows of the weight that a program of a product has, and numbers of each that it reads at a time; its warps, and how
+many reads are under way."""
+
+AHEAD = 512
+"""Numbers of each row of its weight that a program fetches into the card's cache while it waits: 64 KiB, for all
+programs together less than half of that cache."""
+
+ENOUGH, MOST_PARTS, LEAST_TILES = 128, 8, 3
+"""A product is cut along its depth until there are enough programs, into so many parts at most, each not too short.
+Nothing here follows the card, for bits follow it."""
+
+
 @triton.jit
-def _norm(x, weight, out, size, eps, BLOCK: tl.constexpr):
+def _product(x, weight, parts, columns, depth, share, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+             AHEAD: tl.constexpr, EARLY: tl.constexpr):
+    block, part = tl.program_id(0), tl.program_id(1)
+    m, n, k = tl.arange(0, ROWS), block * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
+    total = tl.zeros([TILE, ROWS], tl.float32)
+    first = part * share
+    if EARLY:
+        gdc_launch_dependents()
+        own = weight + tl.minimum(n, columns - 1).to(tl.int64) * depth + first
+        size = tl.minimum(tl.minimum(share, depth - first), AHEAD) * 2
+        tl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+                                  [own.to(tl.int64), tl.zeros([TILE], tl.int32) + size], dtype=tl.int32, is_pure=False,
+                                  pack=1)
+        gdc_wait()
+    rows = x + m[:, None] * depth + k[None, :]
+    tile = weight + n[:, None].to(tl.int64) * depth + k[None, :]
+    real = n < columns
+    for at in range(first, tl.minimum(first + share, depth), DEPTH):
+        there = at + k < depth
+        given = tl.load(rows + at, mask=there[None, :], other=0.0)
+        read = tl.load(tile + at, mask=real[:, None] & there[None, :], other=0.0)
+        total = tl.dot(read, tl.trans(given), total)
+    tl.store(parts + (part * ROWS + m[:, None]) * columns + n[None, :], tl.trans(total), mask=real[None, :])
+
+
+@triton.jit
+def _norm(hidden, parts, bias, weight, out, size, away, eps, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+          BIASED: tl.constexpr, EARLY: tl.constexpr):
+    """With parts: they are added to hidden first. away: numbers from one part to the next."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
-    values = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(hidden + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        added = tl.zeros([BLOCK], tl.float32)
+        for part in tl.static_range(PARTS):
+            added += tl.load(parts + part * away + row * size + column, mask=inside, other=0.0).to(tl.float32)
+        if BIASED:
+            added += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        kept = (values + added).to(hidden.dtype.element_ty)
+        tl.store(hidden + row * size + column, kept, mask=inside)
+        values = kept.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
     scaled = values * scale * tl.load(weight + column, mask=inside, other=0.0)
     tl.store(out + row * size + column, scaled.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _rotate(qkv, cosine, sine, qk_norm, places, queries, cache, room, eps, HEADS: tl.constexpr,
-            KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr):
+def _rotate(parts, bias, cosine, sine, qk_norm, places, queries, cache, room, away, eps, HEADS: tl.constexpr,
+            KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr,
+            NORMED: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < HALF
-    source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + i
-    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    source = parts + (row * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + i
+    low = tl.zeros([BLOCK], tl.float32)
+    high = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        low += tl.load(source + part * away, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(source + part * away + HALF, mask=inside, other=0.0).to(tl.float32)
+    if BIASED:
+        low += tl.load(bias + head * 2 * HALF + i, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(bias + head * 2 * HALF + HALF + i, mask=inside, other=0.0).to(tl.float32)
     if head < HEADS + KV_HEADS:
         if NORMED:
             scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / (2 * HALF) + eps)
@@ -66,8 +142,11 @@ def _rotate(qkv, cosine, sine, qk_norm, places, queries, cache, room, eps, HEADS
 @triton.jit
 def _attend(queries, cache, context, lengths, highest, total, mixed, width, room, scale, HEADS: tl.constexpr,
             KV_HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK: tl.constexpr):
+            BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """All query heads of one key-value head over one share of a row's context: highest score, sum, mixed values."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     GROUPS: tl.constexpr = HEADS // KV_HEADS
     length = tl.load(lengths + row)
@@ -108,8 +187,11 @@ def _attend(queries, cache, context, lengths, highest, total, mixed, width, room
 
 @triton.jit
 def _combine(highest, total, mixed, lengths, out, HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
-             SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+             SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """One head of a row: its shares, weighted anew by the highest score of all."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     chunks = (tl.load(lengths + row) + CHUNK - 1) // CHUNK
     share = (chunks + SPLITS - 1) // SPLITS
@@ -125,34 +207,69 @@ def _combine(highest, total, mixed, lengths, out, HEADS: tl.constexpr, SIZE: tl.
 
 
 @triton.jit
-def _gate(gate_up, out, size, BLOCK: tl.constexpr):
+def _gate(parts, out, size, away, BLOCK: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
-    left = tl.load(gate_up + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(gate_up + (row * 2 + 1) * size + column, mask=inside, other=0.0).to(tl.float32)
+    left = tl.zeros([BLOCK], tl.float32)
+    right = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        source = parts + part * away + row * 2 * size + column
+        left += tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        right += tl.load(source + size, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * size + column, (left / (1.0 + tl.exp(-left)) * right).to(out.dtype.element_ty), mask=inside)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """See `plain.product`; the parts are float32, as many as the weight's shape asks for. Weights in float32 are the
+    library's matter. x: [rows, in], rows a power of two and 16 or more."""
+    if weight.dtype == torch.float32:
+        return plain.product(x, weight)
+    (rows, depth), columns = x.shape, weight.shape[0]
+    tiles, count = triton.cdiv(depth, DEPTH), 1
+    while count < MOST_PARTS and triton.cdiv(columns, TILE) * count < ENOUGH and tiles >= 2 * count * LEAST_TILES:
+        count *= 2
+    parts = torch.empty(count, rows, columns, dtype=torch.float32, device=x.device)
+    _product[(triton.cdiv(columns, TILE), count)](
+        x, weight, parts, columns, depth, triton.cdiv(tiles, count) * DEPTH, ROWS=rows, TILE=TILE, DEPTH=DEPTH,
+        AHEAD=AHEAD, EARLY=EARLY, launch_pdl=EARLY, num_warps=WARPS, num_stages=STAGES)
+    return parts
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `plain.norm`; weight: [n]."""
-    rows, size = x.shape
-    out = torch.empty_like(x)
+    return _normed(x, None, None, weight, eps)
+
+
+def add_norm(hidden: Tensor, parts: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """See `plain.add_norm`."""
+    return _normed(hidden, parts, bias, weight, eps)
+
+
+def _normed(hidden: Tensor, parts: Tensor | None, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    rows, size = hidden.shape
+    out = torch.empty_like(hidden)
     block = triton.next_power_of_2(size)
-    _norm[(rows,)](x, weight, out, size, eps, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    _norm[(rows,)](hidden, hidden if parts is None else parts, hidden if bias is None else bias, weight, out, size,
+                   rows * size, eps, BLOCK=block, PARTS=0 if parts is None else len(parts), BIASED=bias is not None,
+                   EARLY=EARLY, launch_pdl=EARLY, num_warps=min(16, max(1, block // PER_WARP)))
     return out
 
 
-def rotate_and_store(qkv: Tensor, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None, eps: float, places: Tensor,
-                     cache: Tensor) -> Tensor:
+def rotate_and_store(parts: Tensor, bias: Tensor | None, cosine: Tensor, sine: Tensor, qk_norm: Tensor | None,
+                     eps: float, places: Tensor, cache: Tensor) -> Tensor:
     """See `plain.rotate_and_store`."""
-    twice_kv, room, size = cache.shape
-    rows, heads = len(qkv), qkv.shape[1] // size - twice_kv
-    queries = torch.empty(rows, heads, size, dtype=qkv.dtype, device=qkv.device)
+    (count, rows, width), (twice_kv, room, size) = parts.shape, cache.shape
+    heads = width // size - twice_kv
+    queries = torch.empty(rows, heads, size, dtype=cache.dtype, device=cache.device)
     _rotate[(rows, heads + twice_kv)](
-        qkv, cosine, sine, cosine if qk_norm is None else qk_norm, places, queries, cache, room, eps, HEADS=heads,
-        KV_HEADS=twice_kv // 2, HALF=size // 2, BLOCK=triton.next_power_of_2(size // 2), NORMED=qk_norm is not None,
-        num_warps=1)
+        parts, parts if bias is None else bias, cosine, sine, cosine if qk_norm is None else qk_norm, places, queries,
+        cache, room, rows * width, eps, HEADS=heads, KV_HEADS=twice_kv // 2, HALF=size // 2,
+        BLOCK=triton.next_power_of_2(size // 2), PARTS=count, BIASED=bias is not None, NORMED=qk_norm is not None,
+        EARLY=EARLY, launch_pdl=EARLY, num_warps=1)
     return queries
 
 
@@ -166,15 +283,17 @@ def attend(queries: Tensor, cache: Tensor, context: Tensor, lengths: Tensor) -> 
     _attend[(rows, kv_heads, min(SPLITS, triton.cdiv(width, CHUNK)))](
         queries, cache, context, lengths, highest, total, mixed, width, room, size**-0.5, HEADS=heads,
         KV_HEADS=kv_heads, SIZE=size, CHUNK=CHUNK, SPLITS=SPLITS,
-        ROWS=max(_LEAST_DOT, triton.next_power_of_2(heads // kv_heads)), BLOCK=block, num_warps=4)
+        ROWS=max(_LEAST_DOT, triton.next_power_of_2(heads // kv_heads)), BLOCK=block, EARLY=EARLY, launch_pdl=EARLY,
+        num_warps=4)
     _combine[(rows, heads)](highest, total, mixed, lengths, out, HEADS=heads, SIZE=size, CHUNK=CHUNK, SPLITS=SPLITS,
-                            BLOCK=block, num_warps=4)
+                            BLOCK=block, EARLY=EARLY, launch_pdl=EARLY, num_warps=4)
     return out
 
 
-def gate(gate_up: Tensor) -> Tensor:
+def gate(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """See `plain.gate`."""
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    _gate[(rows, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024, num_warps=4)
+    count, rows, size = parts.shape[0], parts.shape[1], parts.shape[2] // 2
+    out = torch.empty(rows, size, dtype=dtype, device=parts.device)
+    _gate[(rows, triton.cdiv(size, 1024))](parts, out, size, parts[0].numel(), BLOCK=1024, PARTS=count, EARLY=EARLY,
+                                           launch_pdl=EARLY, num_warps=4)
     return out

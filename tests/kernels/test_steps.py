@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import gguf
 import pytest
 import torch
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fullpipe.errors import DamagedModel, UsageError
-from fullpipe.kernels import Form, Kernels, load
+from fullpipe.kernels import ASKED, Form, Kernels, load
+from fullpipe.models import dtypes
 from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import pick_dtype, sizes_in
@@ -152,7 +155,7 @@ def test_other_forms_are_widened(native: Kernels) -> None:
 
 
 def test_what_is_quantised_stays_as_it_is_stored(native: Kernels, files: ModelFiles) -> None:
-    fast = native.level != "portable"
+    fast = native.level != "portable" or bool(os.environ.get(ASKED))
     assert (pick_dtype("auto", files=files) == "stored") == (files.is_quantised and fast)
     assert pick_dtype("float32", files=files) == "float32" and pick_dtype("stored", files=files) == "stored"
     with pytest.raises(UsageError, match="for the processor"):
@@ -160,6 +163,19 @@ def test_what_is_quantised_stays_as_it_is_stored(native: Kernels, files: ModelFi
     sizes, wide = sizes_in(files, "stored"), sizes_in(files, "bfloat16")
     assert sizes.row_bytes == 2 * wide.row_bytes
     assert sizes.layer_bytes < wide.layer_bytes if files.is_quantised else sizes.layer_bytes > 0
+
+
+def test_without_the_library_weights_are_widened(files: ModelFiles, monkeypatch: pytest.MonkeyPatch,
+                                                 caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(dtypes, "load", lambda: None)
+    dtypes._has_fast_kernels.cache_clear()
+    try:
+        assert pick_dtype("auto", files=files) in ("bfloat16", "float32")
+        assert ("not built" in caplog.text) == files.is_quantised
+        with pytest.raises(UsageError, match="not built"):
+            pick_dtype("stored", files=files)
+    finally:
+        dtypes._has_fast_kernels.cache_clear()
 
 
 def test_a_folder_of_safetensors_too(native: Kernels, tmp_path_factory: pytest.TempPathFactory) -> None:

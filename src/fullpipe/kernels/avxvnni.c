@@ -1,5 +1,6 @@
 /* The kernels for processors with AVX2 and AVX-VNNI. */
-#if defined(__x86_64__)
+#include "native.h"
+#if FP_AVXVNNI
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
 #else

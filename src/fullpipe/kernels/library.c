@@ -12,21 +12,32 @@
 static const fp_ops *ops = NULL;
 
 #if defined(__x86_64__)
-static int has_avx_vnni(void) {
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+/* What processor and system have, asked of them and not of the compiler's library, which differs. */
+typedef struct { int avx2, avx_vnni, avx512; } instructions;
+
+static instructions found_instructions(void) {
+    unsigned a, b, c, d, first = 0, state = 0;
+    instructions found = {0, 0, 0};
+    if (!__get_cpuid(1, &a, &b, &first, &d) || !(first >> 27 & 1)) return found; /* the system keeps no wide registers */
+    __asm__("xgetbv" : "=a"(state), "=d"(d) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+    int fma = first >> 12 & 1, halves = first >> 29 & 1;
+    found.avx2 = (state & 0x06) == 0x06 && fma && halves && (b >> 5 & 1);
+    found.avx512 = found.avx2 && (state & 0xe6) == 0xe6 && /* F, DQ, BW, VL, VNNI */
+                   (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 11 & 1);
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found.avx_vnni = found.avx2 && (a >> 4 & 1);
+    return found;
 }
 
 /* The operations of a level; NULL: this processor has no such instructions. */
 static const fp_ops *ops_of(const char *level) {
-    __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx");
+    instructions found = found_instructions();
     if (!strcmp(level, "portable")) return &fp_portable;
-    if (!strcmp(level, "avx2")) return avx2 ? &fp_avx2 : NULL;
-    if (!strcmp(level, "avxvnni")) return avx2 && has_avx_vnni() ? &fp_avxvnni : NULL;
-    int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (!strcmp(level, "avx512")) return avx2 && wide && __builtin_cpu_supports("avx512vnni") ? &fp_avx512 : NULL;
+    if (!strcmp(level, "avx2")) return found.avx2 ? &fp_avx2 : NULL;
+#if FP_AVXVNNI
+    if (!strcmp(level, "avxvnni")) return found.avx_vnni ? &fp_avxvnni : NULL;
+#endif
+    if (!strcmp(level, "avx512")) return found.avx512 ? &fp_avx512 : NULL;
     return NULL;
 }
 #else

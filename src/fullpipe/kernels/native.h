@@ -18,6 +18,13 @@
 
 #define FP_CHANNELS 16 /* of a tile */
 #define FP_BLOCK 32    /* inputs of a tile */
+#if !defined(__x86_64__)
+#define FP_AVXVNNI 0
+#elif defined(__clang__)
+#define FP_AVXVNNI (__clang_major__ >= 12)
+#else
+#define FP_AVXVNNI (__GNUC__ >= 11) /* older compilers do not know it */
+#endif
 #define FP_EXPORT __attribute__((visibility("default")))
 
 typedef enum {
@@ -109,7 +116,10 @@ void fp_share(int threads, fp_part *part, void *of, int64_t count, double ns);
 
 extern const fp_ops fp_portable;
 #if defined(__x86_64__)
-extern const fp_ops fp_avx2, fp_avxvnni, fp_avx512;
+extern const fp_ops fp_avx2, fp_avx512;
+#endif
+#if FP_AVXVNNI
+extern const fp_ops fp_avxvnni;
 #endif
 
 static inline int fp_tiles(const fp_weight *w) { return (w->outputs + FP_CHANNELS - 1) / FP_CHANNELS; }

@@ -188,14 +188,15 @@ class Alone:
     # ---- what the draft is asked -------------------------------------------------------------------------
 
     def expand(self, sequence: Sequence, load: Load, most: int | None = None, wide: int | None = None) -> list[Node]:
-        """The nodes that the draft should look at now, `most` at most; empty for none. wide: rows of a flight at most.
+        """The nodes that the draft should look at now, `most` at most; empty for none. wide: rows of a flight at most,
+        and of a draft job where `most` does not say (with no bound 1% fewer steps, at half as much again of our time).
 
         Beside the first none whose children come after a flight's worth of better nodes: where rows cost nothing,
         nothing else would bound the tree.
         """
         tree, value, candidates = sequence.tree, self._value(), sequence.tree.unasked(self._floor)
         nodes, passed, asked = list[Node](), list[Node](), 0.0
-        row, limit = self._stage.marginal(1), min(_MOST_ASKED, most or _MOST_ASKED)
+        row, limit = self._stage.marginal(1), min(_MOST_ASKED, most or wide or _MOST_ASKED)
         least = tree.launch_cutoff(min(self._most_rows(), wide or sys.maxsize))
         while len(nodes) < limit and (best := candidates.best()) is not None:
             node, probability = candidates.take(), math.exp(best)

@@ -40,8 +40,8 @@ class FullPipe(RefreshingMethod):
     """width: nodes of a sequence in one flight at most; None: what pays, or 8 where nobody knows what rows cost.
 
     draft_width: nodes of a sequence in one draft call at most; None: what pays, up to the width where one is given; or,
-    where nobody knows what rows cost, twice the width, but 16 to 32: with 64 instead of 32 the draft computed 1.8 times as many nodes for 0.7% fewer steps
-    (GSM8K question 1, width 64, docs/log).
+    where nobody knows what rows cost, twice the width, but 16 to 32: with 64 instead of 32 the draft computed 1.8 times
+    as many nodes for 0.7% fewer steps (GSM8K question 1, width 64, docs/log).
     refresh: siblings that a refreshed answer brings up enter late like all others.
     prefill_share: see `Prices`.
     """

@@ -13,6 +13,7 @@ from typing import Any
 
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
+from fullpipe.models.dtypes import STORED, pick_dtype
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.tokens.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.prompts import FilePrompt
@@ -173,11 +174,12 @@ def _models(peer: Peer, job: Job) -> list[Path]:
 
 
 def _setup(peer: Peer, job: Job) -> dict[str, Any]:
-    model, draft = job.model, job.draft
-    if peer.weights == "folder":
-        model = as_folder(model, job.dtype)
-        draft = as_folder(draft, job.dtype) if draft and peer.needs_draft else None
-    return {"model": str(model), "draft": str(draft) if draft else None, "dtype": job.dtype, "max_len": job.max_len,
+    model, draft, dtype = job.model, job.draft, job.dtype
+    if peer.weights == "folder":  # nobody but us computes in a GGUF file's weights as it stores them
+        dtype = pick_dtype("auto") if dtype == STORED else dtype
+        model = as_folder(model, dtype)
+        draft = as_folder(draft, dtype) if draft and peer.needs_draft else None
+    return {"model": str(model), "draft": str(draft) if draft else None, "dtype": dtype, "max_len": job.max_len,
             "threads": max(1, job.threads // peer.processes), "eos": sorted(job.tokenizer.eos_ids), **peer.setup}
 
 

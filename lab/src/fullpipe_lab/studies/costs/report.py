@@ -31,7 +31,8 @@ def write_receipt(journals: Sequence[Journal], about: Mapping[str, Any], many: S
             if row["key"].startswith(HIT_RATES)]
     samples = best_of(row for row in rows if "cell" in row)
     versions = {one["version"] for one in samples}
-    runs = [row for row in rows if row["key"].startswith("run/") and row["version"] in versions]
+    runs = sorted((row for row in rows if row["key"].startswith("run/") and row["version"] in versions),
+                  key=lambda run: str(run["date"]))
     found = {**about, "prompts": _prompts(rows), "runs": runs, "hit_rates": hits,
              "many": [line for one in many for line in many_rows(one)]}
     measured = {name: value for name, value in runs[-1].items() if name not in ("key", "version")}

@@ -189,7 +189,7 @@ class Alone:
 
     def expand(self, sequence: Sequence, load: Load, most: int | None = None, wide: int | None = None) -> list[Node]:
         """The nodes that the draft should look at now, `most` at most; empty for none. wide: rows of a flight at most,
-        and of a draft job where `most` does not say (with no bound 1% fewer steps, at half as much again of our time).
+        and of a draft job where `most` does not say (with no bound 1% fewer steps, for a third more of our time).
 
         Beside the first none whose children come after a flight's worth of better nodes: where rows cost nothing,
         nothing else would bound the tree.

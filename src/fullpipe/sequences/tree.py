@@ -149,13 +149,9 @@ class TokenTree:
                 continue
             if index in chained:
                 cum = under.cum + min(logprob, 0.0)
-                made[index] = under.children.get(token) or self._chained(under, token, cum)
+                made[index] = under.children.get(token) or self._named(under, token, cum)
             else:
                 self._offer(under, [token], [logprob], floor)
-
-    def _chained(self, under: Node, token: int, cum: float) -> Node:
-        self._offer_next(under, [guess for guess in under.guesses if guess[1] != token])
-        return self._new(token, under, under.position + 1, cum)
 
     def _offer(self, node: Node, tokens: list[int], logprobs: list[float], floor: float) -> None:
         cum = node.cum
@@ -220,6 +216,11 @@ class TokenTree:
         if parent.guesses:
             self._push(self._frontier, parent, parent.guesses[-1][0])
         return node
+
+    def _named(self, parent: Node, token: int, cum: float) -> Node:
+        """Make a node of any token, which may be among the guesses of its parent."""
+        self._offer_next(parent, [guess for guess in parent.guesses if guess[1] != token])
+        return self._new(token, parent, parent.position + 1, cum)
 
     def _new(self, token: int, parent: Node | None, position: int, cum: float) -> Node:
         """A new node, which is no guess of its parent any more."""
@@ -311,8 +312,7 @@ class TokenTree:
         if token in node.children:
             return node.children[token]
         cum = next(cum for cum, known in node.guesses if known == token)
-        self._offer_next(node, [guess for guess in node.guesses if guess[1] != token])
-        return self._new(token, node, node.position + 1, cum)
+        return self._named(node, token, cum)
 
     def unlaunched(self, floor: float) -> Candidates:
         """Nodes that have not been launched, highest path probability first, each one's ancestors launched or before

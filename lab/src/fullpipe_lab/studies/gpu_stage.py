@@ -7,8 +7,8 @@ c: whether a row has the same bits in any company. d: what a step takes, against
 shape of Qwen2.5 1.5B and 7B with random weights. e: pipelines of stage processes on the one GPU. f: a profile file. g:
 products alone. h: whole steps with other constants of our kernels.
 
-A part that fails is told and does not stop the others. DIR/gpu_stage.json is written anew after each. `--small` tries
-the parts on small sizes, so that `--device cpu` can see them run.
+A part that fails is told and does not stop the others; the command ends with 1 then. DIR/gpu_stage.json is written anew
+after each. `--small` tries the parts on small sizes, so that `--device cpu` can see them run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import gc
 import os
 import random
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -660,11 +661,10 @@ def main() -> None:
         with trying(study, part):
             PARTS[part](study)
         freed()
-        try:
+        with trying(study, f"the receipt after {part}"):
             study.save()
-        except Exception:
-            traceback.print_exc()
     _summary(study)
+    sys.exit(1 if "failed" in study.found else 0)
 
 
 def _summary(study: Study) -> None:

@@ -76,8 +76,9 @@ class Target:
 
     @property
     def placed(self) -> dict[str, Any]:
-        """What a builder of a station is told of the device; nothing of the processor."""
-        return {} if self.device == "cpu" else {"device": self.device, "kv_pool_mib": self.kv_pool_mib}
+        """What a builder of a station is told of its device and its cache."""
+        where = {} if self.device == "cpu" else {"device": self.device}
+        return where if self.kv_pool_mib is None else {**where, "kv_pool_mib": self.kv_pool_mib}
 
 
 @dataclass(frozen=True, slots=True)

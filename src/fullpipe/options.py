@@ -19,6 +19,9 @@ from fullpipe.errors import UsageError
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 DTYPES = ("auto", "float32", "bfloat16", "stored")
+BLOCK = 256
+"""Slots of a block of cache memory."""
+
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -90,8 +93,9 @@ class PipelineOptions:
     stages: int | None = option(None, "Processes on this machine to cut the model over, and one more for the draft. "
                                 "Without any, it runs in this process.")
     device: str = option("cpu", "What stages and draft model compute on: cpu, cuda, or cuda:N for one of several GPUs.")
-    kv_pool_mib: int | None = option(None, "Cache memory of each stage, and of a draft model, on a GPU, in MiB, taken "
-                                     "at the start. Default: a quarter of what is free, for 131,072 tokens at most.")
+    kv_pool_mib: int | None = option(None, "Cache memory of each stage, and of a draft model, in MiB; on a GPU it is "
+                                     "taken at the start. Default: a quarter of what is free, for 131,072 tokens at "
+                                     "most.")
     threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
                                  "cores).")
     link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")
@@ -107,7 +111,6 @@ class PipelineOptions:
         _refuse_unless(
             (self.kv_pool_mib is None or self.kv_pool_mib >= 1,
              f"kv_pool_mib must be 1 or more (got {self.kv_pool_mib})"),
-            (self.kv_pool_mib is None or self.device != "cpu", "kv_pool_mib is for stages on a GPU (`device=cuda`)"),
             (self.threads is None or self.threads >= 1, f"threads must be 1 or more (got {self.threads})"),
             (0 <= self.link_ms < math.inf, f"the link latency must be 0 or more (got {self.link_ms} ms)"),
             (self.link_mbit is None or self.link_mbit > 0,
@@ -129,26 +132,30 @@ class PipelineOptions:
 class EngineOptions:
     """How requests share the stations.
 
-    With a bound of cache memory a request's cache begins small and grows; one that does not fit waits; and where there
-    is nothing left to grow into, the youngest goes back to waiting, to be computed again from what it has emitted.
+    Cache memory has the bound of the station with the least room, or a lower one. A request begins with few blocks and
+    takes more; one that does not fit waits; and where there is none left, the youngest goes back to waiting, to be
+    computed again from what it has emitted.
     Prefixes can be shared only within such a bound, and not with drafts that read hidden states: of rows that are not
     computed they never come.
 
     prefill_chunk: prompt tokens of a request in one flight at most. fanout: guesses that the draft is asked for per
     node. spare_slots: slots of a request beyond prompt and answer, for speculation; None: enough for the method.
+    block_size: slots that are handed to a request at once.
     """
 
     max_num_seqs: int | None = option(None, "Requests that run at a time; the others wait.")
-    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage.")
+    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage. Default: what "
+                                         "the stages have room for.")
     enable_prefix_caching: bool = option(False, "Let requests that begin alike share what is computed; off with draft "
                                          "modules.")
     prefill_chunk: int = 256
     fanout: int = 16
     spare_slots: int | None = None
+    block_size: int = BLOCK
 
     def __post_init__(self) -> None:
         for name, least in (("max_num_seqs", 1), ("kv_cache_tokens", 1), ("prefill_chunk", 1), ("fanout", 1),
-                            ("spare_slots", 0)):
+                            ("spare_slots", 0), ("block_size", 1)):
             value = getattr(self, name)
             _refuse_unless((value is None or value >= least, f"{name} must be {least} or more (got {value})"))
 

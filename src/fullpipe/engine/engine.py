@@ -88,7 +88,7 @@ class Engine(Loop):
         text is a function of what stands before, so nothing is lost. The caller closes the pipeline before."""
         newest = self.pipeline.newest_flight, self.pipeline.newest_job
         self.pipeline = pipeline
-        self._scheduler.forget_stations()
+        self._scheduler.forget_stations(pipeline.cache_slots)
         self._begin(*newest)
         self._tell(Attached(self._now))
 

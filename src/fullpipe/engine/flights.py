@@ -34,7 +34,7 @@ class Flights:
         """Make the next flight, and what is to be told of it; None where there is nothing to send."""
         flight = Flight(-1, closes=self.closes)
         flight.opens = [one.opening(one.stages, method.needs_draft) for one in sequences
-                        if one.stages.capacity < one.slots.capacity]
+                        if not one.stages.opened]
         parts = self._prompt_parts(method, sequences)
         told = Launched(0.0, -1, [], [], [], [], [], {id: len(part) for id, (part, _) in parts.items()})
         deciding = [one for one in sequences if one.stages.rows >= one.tree.root.position]

@@ -34,7 +34,7 @@ class Jobs:
         job = Flight(-1, closes=self.closes, fanout=self._fanout)
         parts: _Parts = {}
         if method.needs_draft:
-            job.opens = [one.opening(one.draft, True) for one in sequences if one.draft.capacity < one.slots.capacity]
+            job.opens = [one.opening(one.draft, True) for one in sequences if not one.draft.opened]
             parts = self._behind([one for one in sequences if one.draft.rows < one.tree.root.position
                                   and method.follows(one, load)])
             known = [one for one in sequences if one.draft.rows >= one.tree.root.position]

@@ -56,15 +56,15 @@ class Model(Structure):
 
     _fields_ = (*((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "size",
                                                "intermediate", "half")),
-                ("eps", c_float), ("layer", POINTER(Layer)), ("cosine", c_void_p), ("sine", c_void_p),
-                ("memory", c_void_p), ("bytes", c_int64))
+                ("eps", c_float), ("layer", POINTER(Layer)), ("cache", c_void_p), ("slots", c_int64),
+                ("cosine", c_void_p), ("sine", c_void_p), ("angles", c_int64), ("memory", c_void_p), ("bytes", c_int64))
 
 
-class Segment(Structure):
-    """The rows of one request in a step; see `fp_segment`."""
+class Step(Structure):
+    """The rows of a step; see `fp_step`."""
 
-    _fields_ = (*((name, c_void_p) for name in ("cache", "standing", "slots", "mask")),
-                *((name, c_int64) for name in ("room", "width", "rows")))
+    _fields_ = (("rows", c_int64), ("count", c_int64),
+                *((name, c_void_p) for name in ("positions", "slots", "reads", "spans")))
 
 
 class Kernels:
@@ -128,15 +128,13 @@ class Kernels:
         """Quantise as products do. x: float32 [count]; q: int8 [count]; scales: float32 [count / 32]."""
         self._library.fp_quantised(x, count, q, scales)
 
-    def run(self, model: Model, segments: ctypes.Array[Segment], positions: int, hidden: int, taps: tuple[int, ...],
-            tapped: int, threads: int) -> None:
-        """Run all layers. positions: int64 [rows]. hidden: float32 [rows, hidden], in place.
+    def run(self, model: Model, step: Step, hidden: int, taps: tuple[int, ...], tapped: int, threads: int) -> None:
+        """Run all layers. hidden: float32 [rows, hidden], in place.
 
         taps: after how many layers of these a copy goes to tapped, float32 [rows, taps, hidden]; rising.
         """
         wanted = (c_int32 * len(taps))(*taps)
-        _check(self._library.fp_run(byref(model), segments, len(segments), positions, hidden, wanted, len(taps),
-                                    tapped, threads))
+        _check(self._library.fp_run(byref(model), byref(step), hidden, wanted, len(taps), tapped, threads))
 
     def logits(self, head: Weight, norm: int, eps: float, hidden: int, rows: int, out: int, threads: int) -> None:
         """Final norm and head. hidden: float32 [rows, inputs]; out: float32 [rows, outputs]."""
@@ -165,8 +163,7 @@ _FUNCTIONS = (
     ("fp_look_up", None, (_WEIGHT, c_void_p, c_int, c_void_p)),
     ("fp_product", c_int, (_WEIGHT, c_void_p, c_int, c_void_p, c_int)),
     ("fp_quantised", None, (c_void_p, c_int, c_void_p, c_void_p)),
-    ("fp_run", c_int, (POINTER(Model), POINTER(Segment), c_int, c_void_p, c_void_p, POINTER(c_int32), c_int, c_void_p,
-                       c_int)),
+    ("fp_run", c_int, (POINTER(Model), POINTER(Step), c_void_p, POINTER(c_int32), c_int, c_void_p, c_int)),
     ("fp_logits", c_int, (_WEIGHT, c_void_p, c_float, c_void_p, c_int, c_void_p, c_int)),
     ("fp_release", None, (POINTER(Model),)),
     ("fp_read", c_int32, (c_void_p, c_int64)),
@@ -177,7 +174,7 @@ _FUNCTIONS = (
 def _check(outcome: int) -> None:
     if outcome == 0:
         raise MemoryError("the system gives no more memory for a step")
-    assert outcome > 0, "a row reads two slots of one position, or one of a later position"
+    assert outcome > 0, "a row reads no whole path"
 
 
 @cache

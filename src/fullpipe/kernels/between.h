@@ -109,14 +109,14 @@ INLINE float softmax(float *scores, int count) {
     return f_sum(total);
 }
 
-/* Some heads (a constant) over one request's slots, in the order of these. together: so many times 16 numbers of the
+/* Some heads (a constant) over what a row reads, in the order of that. together: so many times 16 numbers of the
    values (a constant, which divides all) are mixed at a time. */
 INLINE void attend_heads(int heads, int parts, int together, int half, const float *queries, const fp_context *c,
                          float factor, float *scores, float *out) {
     int64_t row = (int64_t)c->size * (half ? 2 : 4);
     int room = c->count + 16;
     for (int i = 0; i < c->count; i++) {
-        const uint8_t *key = c->keys + c->slots[i] * row;
+        const uint8_t *key = c->keys + c->places[i] * row;
         vf sums[4];
         UNROLL for (int h = 0; h < heads; h++) sums[h] = f_zero();
         UNROLL for (int p = 0; p < parts; p++) {
@@ -132,7 +132,7 @@ INLINE void attend_heads(int heads, int parts, int together, int half, const flo
         vf mixed[4][8];
         UNROLL for (int h = 0; h < heads; h++) UNROLL for (int p = 0; p < together; p++) mixed[h][p] = f_zero();
         for (int i = 0; i < c->count; i++) {
-            const uint8_t *value = c->values + c->slots[i] * row;
+            const uint8_t *value = c->values + c->places[i] * row;
             UNROLL for (int p = 0; p < together; p++) {
                 vf v = cached(value, begin + p, half);
                 UNROLL for (int h = 0; h < heads; h++)

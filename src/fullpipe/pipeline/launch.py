@@ -166,6 +166,7 @@ def _await_ready(fleet: Fleet, timeout: float) -> None:
         for worker, news in fleet.receive(remaining):
             _check_starting(worker, news)
             if isinstance(news, Up):
+                worker.cache_slots = news.cache_slots
                 missing.discard(worker.name)
 
 

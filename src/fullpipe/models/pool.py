@@ -5,6 +5,7 @@ Rows are written once and never moved. Who has which slot the engine decides, fo
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     Zeros, not garbage: a slot that is read with weight 0 must not be NaN.
     """
-    return torch.from_numpy(np.zeros(int(np.prod(shape)) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    if not (count := math.prod(shape)):
+        return torch.zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class KVPool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from os.path import commonprefix
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +51,7 @@ class Step:
             longest, start = max(request, key=len), len(reads)
             reads += longest
             for path in request:
-                shared = len(commonprefix([longest, path]))
+                shared = next((at for at, (a, b) in enumerate(zip(longest, path)) if a != b), len(path))
                 spans.append((start, start + shared, len(reads), len(reads) + len(path) - shared))
                 reads += path[shared:]
         positions, slots = [len(path) - 1 for path in paths], [path[-1] for path in paths]

@@ -85,8 +85,9 @@ class SlotTable:
 
     def tail(self, part: Part, row: int, count: int) -> list[int]:
         """The last `count` tokens of that path; fewer where it is shorter. Costs as much as it returns."""
-        branch, end = part.paths[row][-count:], self.shared(part, row)
-        shared = self._order[max(0, end - (count - len(branch))) : end]
+        branch, end = part.paths[row][-count:], part.positions[row] + 1 - len(part.paths[row])
+        end = min(end, self.num_committed)
+        shared = self._order[max(0, end - (count - len(branch))) : max(0, end)]
         tokens: list[int] = self._slots.token[shared].tolist()
         return tokens + [int(self._slots.token[slot]) for slot in branch]
 

@@ -10,6 +10,7 @@ from fullpipe.request import Request
 from fullpipe.sequences.blocks import BlockPool, Kept, KeptPaths, Room, SlotAllocator, shared
 from fullpipe.sequences.sequence import Sequence
 
+_AHEAD = 128  # free slots that a sequence has, as long as there are blocks
 _WORTH_WAITING = 64  # tokens of a prompt that another one is about to have computed
 
 
@@ -69,7 +70,7 @@ class Memory:
         if not self._pool_fits(len(held) + self._blocks(whole - length)):
             source, length, held = None, 0, []  # alone it must fit, whatever it shares
         self._pool.hold(held)
-        blocks = self._blocks(min(whole, whole - sequence.left + self._size) - length)
+        blocks = self._blocks(min(whole, whole - sequence.left + _AHEAD) - length)
         if not self._paths.make_room(blocks):
             self._pool.let_go(held)
             return None
@@ -80,12 +81,12 @@ class Memory:
         return Room(SlotAllocator(self._size, own, source.slots[:length], held), length, drafted)
 
     def grow(self, sequence: Sequence, least: int) -> bool:
-        """Give a sequence one more block before its own are full. False: somebody must give memory back first.
+        """Give a sequence more blocks before its own are full. False: somebody must give memory back first.
 
         least: slots with which a sequence can do without growing.
         """
         slots, whole = sequence.slots, self.whole(sequence.request)
-        while slots.capacity < whole and slots.num_free < self._size // 2:
+        while slots.capacity < whole and slots.num_free < _AHEAD:
             if not self._paths.make_room(1):
                 return slots.num_free + len(sequence.lent) >= least
             slots.grow(self._pool.take(1))

@@ -76,9 +76,9 @@ class Memory:
             return None
         own = self._pool.take(blocks)
         if source is None:
-            return Room(SlotAllocator(self._size, own))
+            return Room(SlotAllocator(self._size, own, most=whole))
         drafted = min(length, shared(source.tokens, sequence.tokens, source.draft))
-        return Room(SlotAllocator(self._size, own, source.slots[:length], held), length, drafted)
+        return Room(SlotAllocator(self._size, own, source.slots[:length], held, whole), length, drafted)
 
     def grow(self, sequence: Sequence, least: int) -> bool:
         """Give a sequence more blocks before its own are full. False: somebody must give memory back first.

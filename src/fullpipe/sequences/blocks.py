@@ -7,6 +7,7 @@ with others it reads. No torch here.
 from __future__ import annotations
 
 import heapq
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -74,10 +75,15 @@ class SlotAllocator:
     blocks: all to which the sequence refers. shared: slots of others' that it reads, its text's beginning.
     """
 
-    def __init__(self, size: int, own: Sequence[int], shared: Sequence[int] = (), held: Iterable[int] = ()) -> None:
-        """own: blocks of `size` slots that nobody else writes. held: others' blocks, in which `shared` lie."""
+    def __init__(self, size: int, own: Sequence[int], shared: Sequence[int] = (), held: Iterable[int] = (),
+                 most: int = sys.maxsize) -> None:
+        """own: blocks of `size` slots that nobody else writes. held: others' blocks, in which `shared` lie.
+
+        most: slots that are handed out, those that are shared among them; the last block may have more.
+        """
         self._size, self._own, self.shared = size, list[int](), list(shared)
-        self._held = list(held)
+        self._held, self._most = list(held), most - len(self.shared)
+        self._room = 0  # slots that may be handed out
         self._fresh = 0  # slots of own blocks, counted in order, from here on have never been used
         self._returned: list[int] = []
         self.grow(own)
@@ -89,23 +95,24 @@ class SlotAllocator:
     @property
     def capacity(self) -> int:
         """Slots, those that are shared among them."""
-        return len(self.shared) + len(self._own) * self._size
+        return len(self.shared) + self._room
 
     @property
     def num_free(self) -> int:
-        return len(self._own) * self._size - self._fresh + len(self._returned)
+        return self._room - self._fresh + len(self._returned)
 
     def grow(self, blocks: Iterable[int]) -> None:
         """More slots, behind those that there are."""
         self._own += blocks
+        self._room = min(len(self._own) * self._size, self._most)
 
     def take(self) -> int | None:
         """A free slot, or None where there is none."""
         if self._returned:
             return self._returned.pop()
-        block, slot = divmod(self._fresh, self._size)
-        if block == len(self._own):
+        if self._fresh == self._room:
             return None
+        block, slot = divmod(self._fresh, self._size)
         self._fresh += 1
         return self._own[block] * self._size + slot
 
@@ -117,7 +124,7 @@ class SlotAllocator:
         taken = list(owned)
         assert len(taken) == len(set(taken)), "a slot has two live owners"
         assert len(self._returned) == len(set(self._returned)), "a slot was returned twice"
-        fresh = range(self._fresh, len(self._own) * self._size)
+        fresh = range(self._fresh, self._room)
         free = set(self._returned) | {self._own[i // self._size] * self._size + i % self._size for i in fresh}
         assert not free & set(taken), "a free slot has an owner"
         assert len(free) + len(taken) == self.capacity, "a slot was lost"

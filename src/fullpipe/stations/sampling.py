@@ -1,8 +1,9 @@
 """Logits become tokens here: processors, shared noise, the pick of a stage and the guesses of a draft.
 
 The pick is `argmax(processed_logits + gumbel(seed, position))`: an exact sample from the softmax of the
-processed logits (the Gumbel-max trick), and a pure function of the row. Nothing here looks at two rows at
-once, and ties go by token id or are kept whole, so a row's answer does not depend on its batch.
+processed logits (the Gumbel-max trick), and a pure function of the row. Rows are looked at together, but no
+number of one goes into another, and ties go by token id or are kept whole, so a row's answer does not
+depend on its batch.
 
 Processors act in the order that `SamplingParams` documents and with transformers' formulas, on three
 points more strictly:
@@ -14,13 +15,23 @@ points more strictly:
   changes, no temperature overflows, and scores that can win stay small enough for float32 to add noise
   to them with an error below 2**-20.
 - Filters do nothing at temperature 0: the best token passes all of them.
+
+`process` does this over the whole vocabulary, and is what the others mean. They look at few tokens, and the
+bounds that allow it lose no bit:
+
+- Noise is never below `noise.FAINT`, and above `noise.QUIET` for few tokens, which are known. So what wins has
+  a score within `_DEEP` of the best (0), or noise above `QUIET`: any other token has less than the best has
+  with the faintest noise. Rounded subtraction, division and addition keep the order of their operands, so
+  this holds of float32 too.
+- The k best of a row are not below its k-th best maximum of a block, and maxima are quickly found.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,17 +40,22 @@ from torch import Tensor
 
 from fullpipe.errors import ModelError
 from fullpipe.request import SamplingParams
-from fullpipe.stations.noise import gumbel
+from fullpipe.stations.noise import FAINT, QUIET, gumbel, gumbel_of, loud
 
-History = Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+History = Callable[[], tuple[Ids, Ids]]
 
-_FIRST_LOOK = 512  # candidates that top-p sorts first; it takes 16 times as many while they do not suffice
 MOST_TYPICAL = 8  # tokens besides the pick that a lossy request may let pass at one place
+_DEEP = 9.75  # how far below the best a score may lie to be looked at whatever its noise
+assert _DEEP > QUIET - FAINT
+_BLOCK = 64  # tokens of which the maximum is taken
+_LOOKS = (1 << 13, 1 << 17)  # how many tokens top-p sorts where those within `_DEEP` do not suffice
 _IMPOSSIBLE = -9999.0  # what OpenAI says in place of minus infinity, for which JSON has no word
 _COLDEST = 1e-30  # below it, dividing by the temperature would overflow; no two logits are so close
 
 
-def _no_history() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _no_history() -> tuple[Ids, Ids]:
     raise AssertionError("penalties need the row's history")
 
 
@@ -60,18 +76,17 @@ class RowContext:
 def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None) -> Tensor:
     """Processed logits with temperature and noise, -inf where filtered: float32 [rows, vocab].
 
-    logits: float [rows, vocab], left as it is.
+    logits: float [rows, vocab] in the host's memory, left as it is.
     limit: the real vocabulary. Ids from there on are padding of the head; they are cut off, so the
     result is [rows, min(vocab, limit)].
     Ids of `logit_bias` outside the vocabulary are ignored: the target refuses them at the front door, and
     a draft's head may be padded less than the target's.
     """
-    out = torch.empty_like(logits[:, :limit], dtype=torch.float32, memory_format=torch.contiguous_format)
-    for scores, given, row in zip(out, logits[:, :limit], rows, strict=True):
-        scores.copy_(given)
-        _filter(scores, row)
-        if row.params.temperature > 0:
-            scores += _noise(scores, row)
+    edited, sampled = _prepared(logits[:, :limit], rows)
+    out = edited.clone()
+    for index, at, floor in zip(range(len(sampled.rows)), sampled.at, sampled.floors(), strict=True):
+        scores, row = sampled.all_scores(index), sampled.rows[index]
+        out[at] = scores.masked_fill_(scores < floor, -math.inf) + gumbel(row.params.seed, row.position, len(scores))
     return out
 
 
@@ -85,18 +100,23 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
 
     Raises `ModelError` where no token can be picked, as with logits that are NaN.
     """
-    if all(row.params.plain_greedy for row in rows):
-        scores = logits[:, :limit]
-        _check(scores.amax(-1), rows)
-    else:
-        scores = process(logits, rows, limit=limit)
-    tokens = scores.argmax(-1, keepdim=True)
-    picked: list[int] = tokens.squeeze(1).tolist()
-    if not margins:
-        return picked, []
-    second = scores.scatter(1, tokens, -math.inf).amax(-1)
-    gaps = (scores.gather(1, tokens).squeeze(1) - second).tolist()
-    return picked, [gap if math.isfinite(gap) else None for gap in gaps]
+    edited, sampled = _prepared(logits[:, :limit], rows)
+    greedy = [at for at, row in enumerate(rows) if row.params.temperature == 0]
+    picked = np.zeros(len(rows), np.int64)
+    picked[greedy] = _some(edited, greedy).numpy().argmax(1)
+    gaps = np.zeros(len(rows), np.float32)
+    if margins:
+        gaps[greedy] = _gaps(_some(edited, greedy), picked[greedy])
+    for index, band in enumerate(sampled.bands()):
+        at = sampled.at[index]
+        best = sampled.best_two(index, band)
+        picked[at] = best.token
+        if margins and best.second < best.unseen:  # what came second has not been looked at
+            whole = process(logits[at : at + 1], rows[at : at + 1], limit=limit)
+            gaps[at : at + 1] = _gaps(whole, picked[at : at + 1])
+        else:
+            gaps[at] = best.first - best.second
+    return picked.tolist(), [gap if math.isfinite(gap) else None for gap in gaps.tolist()] if margins else []
 
 
 def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
@@ -111,20 +131,24 @@ def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *
     sqrt(e) as there). The distribution has all processors applied and no noise. Greedy decoding has none of its own:
     there it is that of temperature 1.
     """
-    if not any(row.params.accept_typical for row in rows):
+    lossy = [at for at, row in enumerate(rows) if row.params.accept_typical]
+    if not lossy:
         return []
-    return [_typical(given, row, token, most) if row.params.accept_typical else []
-            for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
-
-
-def _typical(given: Tensor, row: RowContext, picked: int, most: int) -> list[int]:
-    scores = given.to(torch.float32, copy=True)
-    _filter(scores, row)
-    probabilities = scores.softmax(0)
-    epsilon, entropy = row.params.accept_typical, float(torch.special.entr(probabilities).sum())
-    passing = (probabilities > min(epsilon, math.sqrt(epsilon) * math.exp(-entropy))).nonzero().squeeze(1)
-    order = probabilities[passing].sort(descending=True, stable=True).indices[: most + 1]
-    return [token for token in passing[order].tolist() if token != picked][:most]
+    chosen = [rows[at] for at in lossy]
+    edited, sampled = _prepared(_some(logits[:, :limit], lossy), chosen)
+    scores = edited.clone()
+    for index, at, floor in zip(range(len(sampled.rows)), sampled.at, sampled.floors(), strict=True):
+        weighed = sampled.all_scores(index)
+        scores[at] = weighed.masked_fill_(weighed < floor, -math.inf)
+    probabilities = scores.softmax(-1)
+    entropies = [float(row.sum()) for row in torch.special.entr(probabilities)]  # apart: for the same bits in any batch
+    least = [min(epsilon, math.sqrt(epsilon) * math.exp(-entropy))
+             for epsilon, entropy in zip((row.params.accept_typical for row in chosen), entropies)]
+    above = np.nextafter(np.array(least, np.float32), np.float32(math.inf))
+    passing: list[list[int]] = [[] for _ in rows]
+    for at, (tokens, _) in zip(lossy, _from(probabilities.numpy(), above, most + 1)):
+        passing[at] = [token for token in tokens if token != picked[at]][:most]
+    return passing
 
 
 def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
@@ -135,26 +159,22 @@ def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[i
 
     logits, limit: as in `process`; probabilities are the softmax of `logits` as they are. picked: what `pick` chose.
     """
-    if all(row.params.logprobs is None for row in rows):
+    counts = {at: row.params.logprobs for at, row in enumerate(rows) if row.params.logprobs is not None}
+    if not counts:
         return []
-    return [[] if row.params.logprobs is None else _told(given, token, row.params.logprobs)
-            for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
-
-
-def _told(given: Tensor, picked: int, count: int) -> list[tuple[int, float]]:
-    logprobs = given.float().log_softmax(0).clamp(min=_IMPOSSIBLE)
-    told = [(picked, float(logprobs[picked]))]
-    if count := min(count, len(logprobs)):
-        least = logprobs.topk(count).values[-1]
-        best = (logprobs >= least).nonzero().squeeze(1)  # in order of id, which a stable sort keeps among equals
-        values, order = logprobs[best].sort(descending=True, stable=True)
-        told += zip(best[order[:count]].tolist(), values[:count].tolist())
+    asked = list(counts)
+    logprobs = _some(logits[:, :limit], asked).float().log_softmax(-1).clamp_(min=_IMPOSSIBLE).numpy()
+    told: list[list[tuple[int, float]]] = [[] for _ in rows]
+    for at, own, (tokens, values) in zip(asked, logprobs, _best(logprobs, max(counts.values()))):
+        token = picked[at]
+        told[at] = [(token, float(own[token])), *list(zip(tokens, values))[: counts[at]]]
     return told
 
 
 def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
          limit: int | None = None) -> tuple[list[list[int]], list[list[float]]]:
-    """A draft's k likeliest candidates for what the target picks, best first, and their log-probabilities.
+    """A draft's k likeliest candidates for what the target picks, best first, of equals the lowest id, and their
+    log-probabilities.
 
     logits, limit: as in `process`, but of the draft. Rows have fewer than k candidates where fewer tokens
     are possible at all.
@@ -175,28 +195,49 @@ def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
     this way and in 92.7% when the removed tokens are dropped.
     """
     scores = _expected(logits[:, :limit], rows)
-    values, tokens = scores.topk(min(k, scores.shape[1]))
-    logprobs = values - scores.logsumexp(-1, keepdim=True)
-    possible = (values > -math.inf).sum(-1).tolist()
-    return ([ids[:n] for ids, n in zip(tokens.tolist(), possible)],
-            [row[:n] for row, n in zip(logprobs.tolist(), possible)])
+    totals = scores.logsumexp(-1)
+    tokens: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    for total, (ids, values) in zip(totals, _best(scores.numpy(), k)):
+        possible = [value for value in values if value > -math.inf]
+        tokens.append(ids[: len(possible)])
+        logprobs.append((torch.tensor(possible) - total).tolist())
+    return tokens, logprobs
 
 
 def _expected(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
     """Unnormalised log-probabilities of the target's pick, by the draft's logits: float32 [rows, vocab]."""
-    out = torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
-    out.copy_(logits)
-    for scores, row in zip(out, rows, strict=True):
-        _prepare(scores, row)
-        if row.params.temperature > 0:
-            floor = _floor(scores, row.params)
-            noisy = scores + _noise(scores, row)
-            if floor is not None:
-                removed = scores < floor
-                best = noisy.masked_fill(removed, -math.inf).amax()
-                noisy = noisy.where(~removed, noisy.minimum(best) - (floor - scores))
-            torch.mul(noisy, _heat(row), out=scores)
+    edited, sampled = _prepared(logits, rows)
+    if not sampled.rows:
+        return edited
+    out = edited.clone()
+    for index, at, floor in zip(range(len(sampled.rows)), sampled.at, sampled.floors(), strict=True):
+        scores, row = sampled.all_scores(index), sampled.rows[index]
+        noisy = scores + gumbel(row.params.seed, row.position, len(scores))
+        if floor > -math.inf:
+            removed = scores < floor
+            best = noisy.masked_fill(removed, -math.inf).amax()
+            noisy = noisy.where(~removed, noisy.minimum(best) - (floor - scores))
+        torch.mul(noisy, _heat(row), out=out[at])
     return out
+
+
+# ---- what comes before the noise -------------------------------------------------------------------------
+
+
+def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Tensor, _Sampled]:
+    """Logits with bias and penalties, float32 [rows, vocab], and how those with a temperature go on."""
+    edited = logits.float()
+    touched = [at for at, row in enumerate(rows) if row.params.needs_history or row.params.logit_bias]
+    if touched:
+        edited = edited.clone()
+    for at in touched:
+        _penalise(edited[at], rows[at])
+    best = edited.amax(-1)
+    _check(best, rows)
+    sampled = [at for at, row in enumerate(rows) if row.params.temperature > 0]
+    return edited, _Sampled(sampled, [rows[at] for at in sampled], _some(edited, sampled).numpy(),
+                            _some(best, sampled).numpy())
 
 
 def _check(best: Tensor, rows: Sequence[RowContext]) -> None:
@@ -208,23 +249,6 @@ def _check(best: Tensor, rows: Sequence[RowContext]) -> None:
             f"no token can be picked for position {rows[row].position}: the best logit is {float(best[row])}",
             hint="NaN or inf comes from damaged weights or a dtype that overflows: try `dtype=float32`. "
                  "-inf means that logit_bias forbids every token.")
-
-
-def _prepare(scores: Tensor, row: RowContext) -> None:
-    """All that comes before the filters, in place: bias, penalties, temperature."""
-    _penalise(scores, row)
-    best = scores.amax()
-    _check(best[None], [row])
-    if row.params.temperature > 0:
-        scores -= best
-        scores /= _heat(row)
-
-
-def _filter(scores: Tensor, row: RowContext) -> None:
-    """All but the noise, in place; -inf where filtered."""
-    _prepare(scores, row)
-    if row.params.temperature > 0 and (floor := _floor(scores, row.params)) is not None:
-        scores.masked_fill_(scores < floor, -math.inf)
 
 
 def _heat(row: RowContext) -> float:
@@ -250,34 +274,182 @@ def _penalise(scores: Tensor, row: RowContext) -> None:
     scores[torch.from_numpy(said).to(scores.device)] -= torch.from_numpy(penalty).to(scores)
 
 
-def _floor(scores: Tensor, params: SamplingParams) -> Tensor | None:
-    """The lowest score that passes top-k, top-p and min-p (a 0-dim tensor), or None when all are off.
+# ---- rows with a temperature -----------------------------------------------------------------------------
 
-    scores: float32 [vocab], with temperature, the best 0.
+
+class _Band(NamedTuple):
+    """The tokens of a row whose scores are at least `low`, in order of id. floor: the lowest score that passes filters;
+    -inf when all are off."""
+
+    tokens: Ids
+    scores: Floats
+    low: np.float32
+    floor: np.float32
+
+
+class _BestTwo(NamedTuple):
+    """The two best of a row, noise included. No token that was not looked at has more than `unseen`."""
+
+    token: np.int64
+    first: np.float32
+    second: np.float32
+    unseen: np.float32
+
+
+class _Sampled:
+    """Some rows with a temperature. A score is a logit less the row's best, divided by the temperature.
+
+    at: their places in the batch. logits: [rows, vocab], with bias and penalties. best: of each row.
     """
-    floors: list[Tensor] = []
-    if 0 < params.top_k < len(scores):
-        floors.append(scores.topk(params.top_k).values[-1])
-    if params.top_p < 1:
-        floors.append(_nucleus(scores if not floors else scores[scores >= floors[0]], params.top_p))
-    if params.min_p > 0:
-        # p >= min_p * p_best, as logarithms. It compares two tokens, so what was filtered has no say.
-        floors.append(scores.new_tensor(math.log(params.min_p)))
-    return torch.stack(floors).amax() if floors else None
+
+    def __init__(self, at: Sequence[int], rows: Sequence[RowContext], logits: Floats, best: Floats) -> None:
+        self.at, self.rows = at, rows
+        self._logits, self._best = logits, best
+        self._heats = np.array([_heat(row) for row in rows], np.float32)
+
+    def all_scores(self, index: int) -> Tensor:
+        """Scores of the whole vocabulary, made anew."""
+        return torch.from_numpy(self._logits[index]).sub(float(self._best[index])).div_(float(self._heats[index]))
+
+    def floors(self) -> list[float]:
+        """The lowest score of each row that passes top-k, top-p and min-p; -inf when all are off."""
+        if all(_keeps_all(row.params, self._logits.shape[1]) for row in self.rows):
+            return [-math.inf] * len(self.rows)
+        return [float(band.floor) for band in self.bands()]
+
+    @np.errstate(over="ignore")  # far logits may become -inf
+    def bands(self) -> list[_Band]:
+        """The likeliest tokens of each row: those within `_DEEP`, or, where there is a top-k, its own and what ties."""
+        if not self.rows:
+            return []
+        lows = self._lows()
+        owners, tokens = _at_least(self._logits, self._cuts(lows))
+        scores = (self._logits[owners, tokens] - self._best[owners]) / self._heats[owners]
+        inside = scores >= lows[owners]
+        owners, tokens, scores = owners[inside], tokens[inside], scores[inside]
+        ends = np.searchsorted(owners, np.arange(1, len(self.rows)))
+        return [_Band(ids, own, low, self._floor(index, own))
+                for index, (ids, own, low) in enumerate(zip(np.split(tokens, ends), np.split(scores, ends), lows))]
+
+    @np.errstate(over="ignore")
+    def best_two(self, index: int, band: _Band) -> _BestTwo:
+        row, logits = self.rows[index], self._logits[index]
+        seed, position, vocab = row.params.seed, row.position, len(logits)
+        passing = band.scores >= band.floor
+        tokens, unseen = band.tokens[passing], np.float32(-math.inf)
+        noisy = band.scores[passing] + gumbel_of(seed, position, tokens, vocab)
+        if band.floor < band.low:
+            others, noise = loud(seed, position, vocab)
+            scores = (logits[others] - self._best[index]) / self._heats[index]
+            more = (scores >= band.floor) & (scores < band.low)
+            tokens, noisy = np.append(tokens, others[more]), np.append(noisy, scores[more] + noise[more])
+            unseen = band.low + np.float32(QUIET)
+        first = noisy.max()
+        token = tokens[noisy == first].min()
+        second = noisy[tokens != token].max(initial=np.float32(-math.inf))
+        return _BestTwo(token, first, second, unseen)
+
+    def _lows(self) -> Floats:
+        lows = np.full(len(self.rows), -_DEEP, np.float32)
+        vocab = self._logits.shape[1]
+        counts = {index: row.params.top_k for index, row in enumerate(self.rows) if 0 < row.params.top_k < vocab}
+        if counts:
+            some = list(counts)
+            bounds = _bounds(self._logits if len(some) == len(lows) else self._logits[some], list(counts.values()))
+            lows[some] = (bounds - self._best[some]) / self._heats[some]
+        return lows
+
+    def _cuts(self, lows: Floats) -> Floats:
+        """Logits below which no score is as high as `lows`: a bit below the inverse, for it is rounded."""
+        best, depth = self._best.astype(np.float64), lows.astype(np.float64) * self._heats
+        cuts = (best + depth - 1e-6 * (abs(best) + abs(depth)) - _COLDEST).astype(np.float32)
+        too_high = (cuts - self._best) / self._heats >= lows
+        cuts[too_high] = -math.inf
+        return cuts
+
+    def _floor(self, index: int, likeliest: Floats) -> np.float32:
+        params = self.rows[index].params
+        floor, narrowed = np.float32(-math.inf), 0 < params.top_k < self._logits.shape[1]
+        if narrowed:
+            floor = np.partition(likeliest, -params.top_k)[-params.top_k]
+            likeliest = likeliest[likeliest >= floor]
+        if params.top_p < 1:
+            floor = max(floor, self._nucleus(index, likeliest, narrowed))
+        if params.min_p > 0:
+            # p >= min_p * p_best, as logarithms. It compares two tokens, so what was filtered has no say.
+            floor = max(floor, np.float32(math.log(params.min_p)))
+        return floor
+
+    def _nucleus(self, index: int, likeliest: Floats, is_all: bool) -> np.float32:
+        """The score of the last token that top-p keeps: the first at which the probabilities reach `top_p`."""
+        top_p = self.rows[index].params.top_p
+        scores = torch.from_numpy(likeliest) if is_all else self.all_scores(index)
+        total = scores.logsumexp(0).double()
+        for best in self._looks(torch.from_numpy(likeliest), scores):
+            reached = (best.double() - total).exp().cumsum(0)
+            if reached[-1] >= top_p:
+                return np.float32(best[int((reached < top_p).sum())])
+        return np.float32(best[-1])
+
+    def _looks(self, likeliest: Tensor, scores: Tensor) -> Iterator[Tensor]:
+        """The best scores in order, more and more of them."""
+        yield likeliest.sort(descending=True).values
+        for count in _LOOKS:
+            if len(likeliest) < count < len(scores):
+                yield scores.topk(count).values
+        if len(likeliest) < len(scores):
+            yield scores.sort(descending=True).values
 
 
-def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """The score of the last token that top-p keeps: the first at which the probabilities reach `top_p`."""
-    total = scores.logsumexp(0).double()
-    count = min(_FIRST_LOOK, len(scores))
-    while True:
-        best = scores.topk(count).values
-        reached = (best.double() - total).exp().cumsum(0)
-        if count == len(scores) or reached[-1] >= top_p:
-            kept = int((reached < top_p).sum())
-            return best[min(kept, count - 1)]
-        count = min(16 * count, len(scores))
+def _keeps_all(params: SamplingParams, vocab: int) -> bool:
+    return not 0 < params.top_k < vocab and params.top_p == 1 and params.min_p == 0
 
 
-def _noise(scores: Tensor, row: RowContext) -> Tensor:
-    return gumbel(row.params.seed, row.position, len(scores), scores.device)
+# ---- the best of rows ------------------------------------------------------------------------------------
+
+
+def _some(values: Tensor, at: Sequence[int]) -> Tensor:
+    """Some rows; no copy where all are meant."""
+    return values if len(at) == len(values) else values[list(at)]
+
+
+def _gaps(scores: Tensor, tokens: Ids) -> Floats:
+    """How far these tokens stand above the best of the others."""
+    own = torch.from_numpy(tokens)[:, None]
+    second = scores.scatter(1, own, -math.inf).amax(-1)
+    return (scores.gather(1, own).squeeze(1) - second).numpy()
+
+
+def _best(values: Floats, count: int) -> list[tuple[list[int], list[float]]]:
+    """Each row's `count` highest places and what stands there, best first, of equals the lowest place."""
+    count = min(count, values.shape[1])
+    if not count:
+        return [([], [])] * len(values)
+    return _from(values, _bounds(values, [count] * len(values)), count)
+
+
+def _from(values: Floats, least: Floats, count: int) -> list[tuple[list[int], list[float]]]:
+    """Of the places where a row has `least` or more, the `count` highest and what stands there, ordered likewise."""
+    owners, places = _at_least(values, least)
+    found = values[owners, places]
+    order = np.lexsort((places, -found, owners))
+    places, found = places[order], found[order]
+    ends = np.searchsorted(owners, np.arange(1, len(values)))
+    return [(ids[:count].tolist(), own[:count].tolist())
+            for ids, own in zip(np.split(places, ends), np.split(found, ends))]
+
+
+def _at_least(values: Floats, least: Floats) -> tuple[Ids, Ids]:
+    """Where a row has its `least` or more: rows, and places in them."""
+    rows, places = np.divmod(np.flatnonzero(values >= least[:, None]), values.shape[1])
+    return rows, places
+
+
+def _bounds(values: Floats, counts: Sequence[int]) -> Floats:
+    """For each row a number that at least so many places reach: as a rule not much below the last of them."""
+    rows, vocab = values.shape
+    width = vocab // _BLOCK
+    maxima = values[:, : width * _BLOCK].reshape(rows, _BLOCK, width).max(1)
+    found = [np.partition(some if count <= width else every, -count)[-count]
+             for count, some, every in zip(counts, maxima, values)]
+    return np.array(found, np.float32)

@@ -82,11 +82,10 @@ def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = N
     Ids of `logit_bias` outside the vocabulary are ignored: the target refuses them at the front door, and
     a draft's head may be padded less than the target's.
     """
-    edited, sampled = _prepared(logits[:, :limit], rows)
-    out = edited.clone()
-    for index, at, floor in zip(range(len(sampled.rows)), sampled.at, sampled.floors(), strict=True):
-        scores, row = sampled.all_scores(index), sampled.rows[index]
-        out[at] = scores.masked_fill_(scores < floor, -math.inf) + gumbel(row.params.seed, row.position, len(scores))
+    scores, _, sampled = _prepared(logits[:, :limit], rows)
+    out = torch.from_numpy(scores).clone()
+    for at, floor in sampled.floors().items():
+        out[at] = sampled.scores(at, floor) + sampled.noise(at)
     return out
 
 
@@ -100,23 +99,16 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
 
     Raises `ModelError` where no token can be picked, as with logits that are NaN.
     """
-    edited, sampled = _prepared(logits[:, :limit], rows)
-    greedy = [at for at, row in enumerate(rows) if row.params.temperature == 0]
-    picked = np.zeros(len(rows), np.int64)
-    picked[greedy] = _some(edited, greedy).numpy().argmax(1)
-    gaps = np.zeros(len(rows), np.float32)
-    if margins:
-        gaps[greedy] = _gaps(_some(edited, greedy), picked[greedy])
-    for index, band in enumerate(sampled.bands()):
-        at = sampled.at[index]
-        best = sampled.best_two(index, band)
-        picked[at] = best.token
-        if margins and best.second < best.unseen:  # what came second has not been looked at
-            whole = process(logits[at : at + 1], rows[at : at + 1], limit=limit)
-            gaps[at : at + 1] = _gaps(whole, picked[at : at + 1])
-        else:
-            gaps[at] = best.first - best.second
-    return picked.tolist(), [gap if math.isfinite(gap) else None for gap in gaps.tolist()] if margins else []
+    scores, tokens, sampled = _prepared(logits[:, :limit], rows)
+    gaps = [_gap(own, token) for own, token in zip(scores, tokens.tolist())] if margins else []
+    for at, band in sampled.bands().items():
+        best = sampled.best_two(at, band)
+        tokens[at] = best.token
+        if margins and best.second < best.unseen:  # what comes second was not looked at
+            gaps[at] = _gap(process(logits[at : at + 1], rows[at : at + 1], limit=limit)[0].numpy(), best.token)
+        elif margins:
+            gaps[at] = float(best.first - best.second)
+    return tokens.tolist(), [gap if math.isfinite(gap) else None for gap in gaps]
 
 
 def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
@@ -131,24 +123,24 @@ def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *
     sqrt(e) as there). The distribution has all processors applied and no noise. Greedy decoding has none of its own:
     there it is that of temperature 1.
     """
+    passing: list[list[int]] = [[] for _ in rows]
     lossy = [at for at, row in enumerate(rows) if row.params.accept_typical]
     if not lossy:
         return []
-    chosen = [rows[at] for at in lossy]
-    edited, sampled = _prepared(_some(logits[:, :limit], lossy), chosen)
-    scores = edited.clone()
-    for index, at, floor in zip(range(len(sampled.rows)), sampled.at, sampled.floors(), strict=True):
-        weighed = sampled.all_scores(index)
-        scores[at] = weighed.masked_fill_(weighed < floor, -math.inf)
-    probabilities = scores.softmax(-1)
-    entropies = [float(row.sum()) for row in torch.special.entr(probabilities)]  # apart: for the same bits in any batch
-    least = [min(epsilon, math.sqrt(epsilon) * math.exp(-entropy))
-             for epsilon, entropy in zip((row.params.accept_typical for row in chosen), entropies)]
-    above = np.nextafter(np.array(least, np.float32), np.float32(math.inf))
-    passing: list[list[int]] = [[] for _ in rows]
-    for at, (tokens, _) in zip(lossy, _from(probabilities.numpy(), above, most + 1)):
-        passing[at] = [token for token in tokens if token != picked[at]][:most]
+    scores, _, sampled = _prepared(logits[lossy, :limit], [rows[at] for at in lossy])
+    floors = sampled.floors()
+    for index, at in enumerate(lossy):
+        own = sampled.scores(index, floors[index]) if index in floors else torch.from_numpy(scores[index])
+        likely = _typical(own, rows[at].params.accept_typical, most + 1)
+        passing[at] = [token for token in likely if token != picked[at]][:most]
     return passing
+
+
+def _typical(scores: Tensor, epsilon: float, most: int) -> list[int]:
+    probabilities = scores.softmax(0)
+    entropy = float(torch.special.entr(probabilities).sum())
+    least = np.float32(min(epsilon, math.sqrt(epsilon) * math.exp(-entropy)))
+    return _from(probabilities.numpy(), np.nextafter(least, np.float32(2)), most)[0]
 
 
 def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
@@ -159,16 +151,15 @@ def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[i
 
     logits, limit: as in `process`; probabilities are the softmax of `logits` as they are. picked: what `pick` chose.
     """
-    counts = {at: row.params.logprobs for at, row in enumerate(rows) if row.params.logprobs is not None}
-    if not counts:
+    if all(row.params.logprobs is None for row in rows):
         return []
-    asked = list(counts)
-    logprobs = _some(logits[:, :limit], asked).float().log_softmax(-1).clamp_(min=_IMPOSSIBLE).numpy()
-    told: list[list[tuple[int, float]]] = [[] for _ in rows]
-    for at, own, (tokens, values) in zip(asked, logprobs, _best(logprobs, max(counts.values()))):
-        token = picked[at]
-        told[at] = [(token, float(own[token])), *list(zip(tokens, values))[: counts[at]]]
-    return told
+    return [[] if row.params.logprobs is None else _told(given, token, row.params.logprobs)
+            for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
+
+
+def _told(given: Tensor, picked: int, count: int) -> list[tuple[int, float]]:
+    logprobs = given.float().log_softmax(0).clamp_(min=_IMPOSSIBLE).numpy()
+    return [(picked, float(logprobs[picked])), *zip(*_best(logprobs, count))]
 
 
 def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
@@ -194,57 +185,42 @@ def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
     same positions, with T = 0.7, top-p 0.8 and top-k 20, the target's pick is among the first 8 in 97.7%
     this way and in 92.7% when the removed tokens are dropped.
     """
-    scores = _expected(logits[:, :limit], rows)
-    totals = scores.logsumexp(-1)
+    scores, _, sampled = _prepared(logits[:, :limit], rows)
+    floors = sampled.floors()
     tokens: list[list[int]] = []
     logprobs: list[list[float]] = []
-    for total, (ids, values) in zip(totals, _best(scores.numpy(), k)):
+    for at, own in enumerate(scores):
+        weights = sampled.expected(at, floors[at]) if at in floors else torch.from_numpy(own)
+        ids, values = _best(weights.numpy(), k)
         possible = [value for value in values if value > -math.inf]
         tokens.append(ids[: len(possible)])
-        logprobs.append((torch.tensor(possible) - total).tolist())
+        logprobs.append((torch.tensor(possible) - weights.logsumexp(0)).tolist())
     return tokens, logprobs
-
-
-def _expected(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
-    """Unnormalised log-probabilities of the target's pick, by the draft's logits: float32 [rows, vocab]."""
-    edited, sampled = _prepared(logits, rows)
-    if not sampled.rows:
-        return edited
-    out = edited.clone()
-    for index, at, floor in zip(range(len(sampled.rows)), sampled.at, sampled.floors(), strict=True):
-        scores, row = sampled.all_scores(index), sampled.rows[index]
-        noisy = scores + gumbel(row.params.seed, row.position, len(scores))
-        if floor > -math.inf:
-            removed = scores < floor
-            best = noisy.masked_fill(removed, -math.inf).amax()
-            noisy = noisy.where(~removed, noisy.minimum(best) - (floor - scores))
-        torch.mul(noisy, _heat(row), out=out[at])
-    return out
 
 
 # ---- what comes before the noise -------------------------------------------------------------------------
 
 
-def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Tensor, _Sampled]:
-    """Logits with bias and penalties, float32 [rows, vocab], and how those with a temperature go on."""
+def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Floats, Ids, _Sampled]:
+    """Logits with bias and penalties, [rows, vocab]; their best tokens; and how rows with a temperature go on."""
     edited = logits.float()
     touched = [at for at, row in enumerate(rows) if row.params.needs_history or row.params.logit_bias]
     if touched:
         edited = edited.clone()
     for at in touched:
         _penalise(edited[at], rows[at])
-    best = edited.amax(-1)
+    scores = edited.numpy()
+    tokens = scores.argmax(1)
+    best = scores[np.arange(len(rows)), tokens]
     _check(best, rows)
-    sampled = [at for at, row in enumerate(rows) if row.params.temperature > 0]
-    return edited, _Sampled(sampled, [rows[at] for at in sampled], _some(edited, sampled).numpy(),
-                            _some(best, sampled).numpy())
+    return scores, tokens, _Sampled(rows, scores, best)
 
 
-def _check(best: Tensor, rows: Sequence[RowContext]) -> None:
-    """A NaN anywhere in a row makes its maximum NaN; a row of which nothing is left has -inf."""
-    finite = best.isfinite()
+def _check(best: Floats, rows: Sequence[RowContext]) -> None:
+    """A NaN anywhere in a row is its maximum; a row of which nothing is left has -inf."""
+    finite = np.isfinite(best)
     if not finite.all():
-        row = int(finite.logical_not().nonzero()[0])
+        row = int(finite.argmin())
         raise ModelError(
             f"no token can be picked for position {rows[row].position}: the best logit is {float(best[row])}",
             hint="NaN or inf comes from damaged weights or a dtype that overflows: try `dtype=float32`. "
@@ -290,166 +266,167 @@ class _Band(NamedTuple):
 class _BestTwo(NamedTuple):
     """The two best of a row, noise included. No token that was not looked at has more than `unseen`."""
 
-    token: np.int64
+    token: int
     first: np.float32
     second: np.float32
     unseen: np.float32
 
 
 class _Sampled:
-    """Some rows with a temperature. A score is a logit less the row's best, divided by the temperature.
+    """The rows of a batch that have a temperature, each by its place in the batch; the others are passed over.
 
-    at: their places in the batch. logits: [rows, vocab], with bias and penalties. best: of each row.
+    A score is a logit less the row's best, divided by the temperature.
+    logits: [rows, vocab], with bias and penalties. best: of each row.
     """
 
-    def __init__(self, at: Sequence[int], rows: Sequence[RowContext], logits: Floats, best: Floats) -> None:
-        self.at, self.rows = at, rows
-        self._logits, self._best = logits, best
+    def __init__(self, rows: Sequence[RowContext], logits: Floats, best: Floats) -> None:
+        self._rows, self._logits, self._best = rows, logits, best
+        self._at = [at for at, row in enumerate(rows) if row.params.temperature > 0]
         self._heats = np.array([_heat(row) for row in rows], np.float32)
+        self._vocab = logits.shape[1]
 
-    def all_scores(self, index: int) -> Tensor:
-        """Scores of the whole vocabulary, made anew."""
-        return torch.from_numpy(self._logits[index]).sub(float(self._best[index])).div_(float(self._heats[index]))
+    def scores(self, at: int, floor: float = -math.inf) -> Tensor:
+        """A row's scores of the whole vocabulary; -inf what is below the floor."""
+        scores = torch.from_numpy(self._logits[at]).sub(float(self._best[at])).div_(float(self._heats[at]))
+        return scores.masked_fill_(scores < floor, -math.inf) if floor > -math.inf else scores
 
-    def floors(self) -> list[float]:
+    def noise(self, at: int) -> Tensor:
+        """A row's noise for the whole vocabulary."""
+        return gumbel(self._rows[at].params.seed, self._rows[at].position, self._vocab)
+
+    def expected(self, at: int, floor: float) -> Tensor:
+        """Unnormalised log-probabilities of the target's pick, by the draft's logits (see `rank`)."""
+        scores = self.scores(at)
+        noisy = scores + self.noise(at)
+        if floor > -math.inf:
+            removed = scores < floor
+            best = noisy.masked_fill(removed, -math.inf).amax()
+            noisy = noisy.where(~removed, noisy.minimum(best) - (floor - scores))
+        return noisy.mul_(float(self._heats[at]))
+
+    def floors(self) -> dict[int, float]:
         """The lowest score of each row that passes top-k, top-p and min-p; -inf when all are off."""
-        if all(_keeps_all(row.params, self._logits.shape[1]) for row in self.rows):
-            return [-math.inf] * len(self.rows)
-        return [float(band.floor) for band in self.bands()]
+        params = [self._rows[at].params for at in self._at]
+        if not any(self._top_k(each) or each.top_p < 1 or each.min_p for each in params):
+            return dict.fromkeys(self._at, -math.inf)
+        return {at: float(band.floor) for at, band in self.bands().items()}
 
     @np.errstate(over="ignore")  # far logits may become -inf
-    def bands(self) -> list[_Band]:
+    def bands(self) -> dict[int, _Band]:
         """The likeliest tokens of each row: those within `_DEEP`, or, where there is a top-k, its own and what ties."""
-        if not self.rows:
-            return []
-        lows = self._lows()
-        owners, tokens = _at_least(self._logits, self._cuts(lows))
-        scores = (self._logits[owners, tokens] - self._best[owners]) / self._heats[owners]
+        if not self._at:
+            return {}
+        all_rows = len(self._at) == len(self._rows)
+        logits = self._logits if all_rows else self._logits[self._at]
+        best, heats = self._best[self._at], self._heats[self._at]
+        lows = self._lows(logits, best, heats)
+        owners, tokens = np.divmod(np.flatnonzero(logits >= _cuts(lows, best, heats)[:, None]), self._vocab)
+        scores = (logits[owners, tokens] - best[owners]) / heats[owners]
         inside = scores >= lows[owners]
         owners, tokens, scores = owners[inside], tokens[inside], scores[inside]
-        ends = np.searchsorted(owners, np.arange(1, len(self.rows)))
-        return [_Band(ids, own, low, self._floor(index, own))
-                for index, (ids, own, low) in enumerate(zip(np.split(tokens, ends), np.split(scores, ends), lows))]
+        ends = np.searchsorted(owners, np.arange(1, len(lows)))
+        return {at: _Band(ids, own, low, self._floor(at, own))
+                for at, ids, own, low in zip(self._at, np.split(tokens, ends), np.split(scores, ends), lows)}
 
     @np.errstate(over="ignore")
-    def best_two(self, index: int, band: _Band) -> _BestTwo:
-        row, logits = self.rows[index], self._logits[index]
-        seed, position, vocab = row.params.seed, row.position, len(logits)
+    def best_two(self, at: int, band: _Band) -> _BestTwo:
+        seed, position = self._rows[at].params.seed, self._rows[at].position
         passing = band.scores >= band.floor
         tokens, unseen = band.tokens[passing], np.float32(-math.inf)
-        noisy = band.scores[passing] + gumbel_of(seed, position, tokens, vocab)
+        noisy = band.scores[passing] + gumbel_of(seed, position, tokens, self._vocab)
         if band.floor < band.low:
-            others, noise = loud(seed, position, vocab)
-            scores = (logits[others] - self._best[index]) / self._heats[index]
+            others, noise = loud(seed, position, self._vocab)
+            scores = (self._logits[at, others] - self._best[at]) / self._heats[at]
             more = (scores >= band.floor) & (scores < band.low)
             tokens, noisy = np.append(tokens, others[more]), np.append(noisy, scores[more] + noise[more])
             unseen = band.low + np.float32(QUIET)
         first = noisy.max()
-        token = tokens[noisy == first].min()
-        second = noisy[tokens != token].max(initial=np.float32(-math.inf))
-        return _BestTwo(token, first, second, unseen)
+        token = int(tokens[noisy == first].min())
+        return _BestTwo(token, first, noisy[tokens != token].max(initial=np.float32(-math.inf)), unseen)
 
-    def _lows(self) -> Floats:
-        lows = np.full(len(self.rows), -_DEEP, np.float32)
-        vocab = self._logits.shape[1]
-        counts = {index: row.params.top_k for index, row in enumerate(self.rows) if 0 < row.params.top_k < vocab}
-        if counts:
-            some = list(counts)
-            bounds = _bounds(self._logits if len(some) == len(lows) else self._logits[some], list(counts.values()))
-            lows[some] = (bounds - self._best[some]) / self._heats[some]
+    def _top_k(self, params: SamplingParams) -> int:
+        """How many tokens top-k keeps; 0 where it keeps all."""
+        return params.top_k if 0 < params.top_k < self._vocab else 0
+
+    def _lows(self, logits: Floats, best: Floats, heats: Floats) -> Floats:
+        lows = np.full(len(logits), -_DEEP, np.float32)
+        counts = np.array([self._top_k(self._rows[at].params) for at in self._at])
+        some = counts.nonzero()[0]
+        if len(some):
+            bounds = _bounds(logits if len(some) == len(lows) else logits[some], counts[some].tolist())
+            lows[some] = (bounds - best[some]) / heats[some]
         return lows
 
-    def _cuts(self, lows: Floats) -> Floats:
-        """Logits below which no score is as high as `lows`: a bit below the inverse, for it is rounded."""
-        best, depth = self._best.astype(np.float64), lows.astype(np.float64) * self._heats
-        cuts = (best + depth - 1e-6 * (abs(best) + abs(depth)) - _COLDEST).astype(np.float32)
-        too_high = (cuts - self._best) / self._heats >= lows
-        cuts[too_high] = -math.inf
-        return cuts
-
-    def _floor(self, index: int, likeliest: Floats) -> np.float32:
-        params = self.rows[index].params
-        floor, narrowed = np.float32(-math.inf), 0 < params.top_k < self._logits.shape[1]
-        if narrowed:
-            floor = np.partition(likeliest, -params.top_k)[-params.top_k]
+    def _floor(self, at: int, likeliest: Floats) -> np.float32:
+        params, floor = self._rows[at].params, np.float32(-math.inf)
+        if count := self._top_k(params):
+            floor = np.partition(likeliest, -count)[-count]
             likeliest = likeliest[likeliest >= floor]
         if params.top_p < 1:
-            floor = max(floor, self._nucleus(index, likeliest, narrowed))
+            floor = max(floor, self._nucleus(at, likeliest, is_all=count > 0))
         if params.min_p > 0:
             # p >= min_p * p_best, as logarithms. It compares two tokens, so what was filtered has no say.
             floor = max(floor, np.float32(math.log(params.min_p)))
         return floor
 
-    def _nucleus(self, index: int, likeliest: Floats, is_all: bool) -> np.float32:
+    def _nucleus(self, at: int, likeliest: Floats, *, is_all: bool) -> np.float32:
         """The score of the last token that top-p keeps: the first at which the probabilities reach `top_p`."""
-        top_p = self.rows[index].params.top_p
-        scores = torch.from_numpy(likeliest) if is_all else self.all_scores(index)
+        top_p = self._rows[at].params.top_p
+        scores = torch.from_numpy(likeliest) if is_all else self.scores(at)
         total = scores.logsumexp(0).double()
-        for best in self._looks(torch.from_numpy(likeliest), scores):
+        for best in _looks(torch.from_numpy(likeliest), scores):
             reached = (best.double() - total).exp().cumsum(0)
             if reached[-1] >= top_p:
                 return np.float32(best[int((reached < top_p).sum())])
         return np.float32(best[-1])
 
-    def _looks(self, likeliest: Tensor, scores: Tensor) -> Iterator[Tensor]:
-        """The best scores in order, more and more of them."""
-        yield likeliest.sort(descending=True).values
-        for count in _LOOKS:
-            if len(likeliest) < count < len(scores):
-                yield scores.topk(count).values
-        if len(likeliest) < len(scores):
-            yield scores.sort(descending=True).values
+
+def _looks(likeliest: Tensor, scores: Tensor) -> Iterator[Tensor]:
+    """The best scores in order, more and more of them, all in the end."""
+    yield likeliest.sort(descending=True).values
+    for count in _LOOKS:
+        if len(likeliest) < count < len(scores):
+            yield scores.topk(count).values
+    if len(likeliest) < len(scores):
+        yield scores.sort(descending=True).values
 
 
-def _keeps_all(params: SamplingParams, vocab: int) -> bool:
-    return not 0 < params.top_k < vocab and params.top_p == 1 and params.min_p == 0
+def _cuts(lows: Floats, best: Floats, heats: Floats) -> Floats:
+    """Logits below which no score is as high as `lows`: a bit below the inverse, for that is rounded."""
+    exact = best.astype(np.float64)
+    depth = lows.astype(np.float64) * heats
+    cuts = (exact + depth - 1e-6 * (abs(exact) + abs(depth)) - _COLDEST).astype(np.float32)
+    cuts[(cuts - best) / heats >= lows] = -math.inf
+    return cuts
 
 
-# ---- the best of rows ------------------------------------------------------------------------------------
+# ---- the best of a row -----------------------------------------------------------------------------------
 
 
-def _some(values: Tensor, at: Sequence[int]) -> Tensor:
-    """Some rows; no copy where all are meant."""
-    return values if len(at) == len(values) else values[list(at)]
+def _gap(scores: Floats, token: int) -> float:
+    """How far a token stands above the best of the others."""
+    others = (scores[:token], scores[token + 1 :])
+    return float(scores[token] - max(some.max(initial=np.float32(-math.inf)) for some in others))
 
 
-def _gaps(scores: Tensor, tokens: Ids) -> Floats:
-    """How far these tokens stand above the best of the others."""
-    own = torch.from_numpy(tokens)[:, None]
-    second = scores.scatter(1, own, -math.inf).amax(-1)
-    return (scores.gather(1, own).squeeze(1) - second).numpy()
+def _best(scores: Floats, count: int) -> tuple[list[int], list[float]]:
+    """The `count` highest places and what stands there, best first, of equals the lowest place."""
+    count = min(count, len(scores))
+    return _from(scores, _bounds(scores[None], [count])[0], count) if count else ([], [])
 
 
-def _best(values: Floats, count: int) -> list[tuple[list[int], list[float]]]:
-    """Each row's `count` highest places and what stands there, best first, of equals the lowest place."""
-    count = min(count, values.shape[1])
-    if not count:
-        return [([], [])] * len(values)
-    return _from(values, _bounds(values, [count] * len(values)), count)
+def _from(scores: Floats, least: np.float32, count: int) -> tuple[list[int], list[float]]:
+    """Of the places with `least` or more the `count` highest, ordered likewise."""
+    places = np.flatnonzero(scores >= least)
+    places = places[np.argsort(-scores[places], stable=True)[:count]]
+    return places.tolist(), scores[places].tolist()
 
 
-def _from(values: Floats, least: Floats, count: int) -> list[tuple[list[int], list[float]]]:
-    """Of the places where a row has `least` or more, the `count` highest and what stands there, ordered likewise."""
-    owners, places = _at_least(values, least)
-    found = values[owners, places]
-    order = np.lexsort((places, -found, owners))
-    places, found = places[order], found[order]
-    ends = np.searchsorted(owners, np.arange(1, len(values)))
-    return [(ids[:count].tolist(), own[:count].tolist())
-            for ids, own in zip(np.split(places, ends), np.split(found, ends))]
-
-
-def _at_least(values: Floats, least: Floats) -> tuple[Ids, Ids]:
-    """Where a row has its `least` or more: rows, and places in them."""
-    rows, places = np.divmod(np.flatnonzero(values >= least[:, None]), values.shape[1])
-    return rows, places
-
-
-def _bounds(values: Floats, counts: Sequence[int]) -> Floats:
+def _bounds(scores: Floats, counts: Sequence[int]) -> Floats:
     """For each row a number that at least so many places reach: as a rule not much below the last of them."""
-    rows, vocab = values.shape
-    width = vocab // _BLOCK
-    maxima = values[:, : width * _BLOCK].reshape(rows, _BLOCK, width).max(1)
-    found = [np.partition(some if count <= width else every, -count)[-count]
-             for count, some, every in zip(counts, maxima, values)]
+    rows, vocab = scores.shape
+    blocks = vocab // _BLOCK
+    maxima = scores[:, : blocks * _BLOCK].reshape(rows, _BLOCK, blocks).max(1)
+    found = [np.partition(some if count <= blocks else every, -count)[-count]
+             for count, some, every in zip(counts, maxima, scores)]
     return np.array(found, np.float32)

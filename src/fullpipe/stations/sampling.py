@@ -299,9 +299,8 @@ class _Sampled:
         scores = self.scores(at)
         noisy = scores + self.noise(at)
         if floor > -math.inf:
-            removed = scores < floor
-            best = noisy.masked_fill(removed, -math.inf).amax()
-            noisy = noisy.where(~removed, noisy.minimum(best) - (floor - scores))
+            best = noisy.masked_fill(scores < floor, -math.inf).amax()
+            noisy.clamp_(max=best).sub_(scores.neg_().add_(floor).clamp_(min=0))  # by how far the floor is missed
         return noisy.mul_(float(self._heats[at]))
 
     def floors(self) -> dict[int, float]:

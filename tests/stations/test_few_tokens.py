@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fullpipe.kernels import load
 from fullpipe.request import SamplingParams
-from fullpipe.stations import noise, sampling
+from fullpipe.stations import candidates, noise
 from fullpipe.stations.noise import FAINT, QUIET, gumbel, gumbel_of, loud, uniforms
-from fullpipe.stations.sampling import RowContext, pick, process, rank, tell_logprobs, typical
+from fullpipe.stations.sampling import MOST_TYPICAL, RowContext, pick, process, rank, tell_logprobs, typical
 
 VOCAB = 3000
 needs_kernels = pytest.mark.skipif(load() is None, reason="the kernels were not built")
@@ -89,7 +89,7 @@ def test_bit_by_bit(shape: str, options: str) -> None:
     assert (picked, margins) == slow.pick(logits, rows)
     assert pick(logits, rows) == (picked, [])
     assert torch.equal(process(logits, rows), slow.process(logits, rows))
-    assert typical(logits, rows, picked) == slow.typical(logits, rows, picked, sampling.MOST_TYPICAL)
+    assert typical(logits, rows, picked) == slow.typical(logits, rows, picked, MOST_TYPICAL)
     assert tell_logprobs(logits, rows, picked) == slow.tell_logprobs(logits, rows, picked)
     for ours, expected in zip(rank(logits, rows, 8), slow.rank(logits, rows, 8)):
         np.testing.assert_array_equal(ours, expected)
@@ -101,7 +101,7 @@ def test_rows_of_every_kind_in_one_batch() -> None:
             for at, options in enumerate(PARAMS.values())]
     picked, margins = pick(logits, rows, margins=True)
     assert (picked, margins) == slow.pick(logits, rows)
-    assert typical(logits, rows, picked) == slow.typical(logits, rows, picked, sampling.MOST_TYPICAL)
+    assert typical(logits, rows, picked) == slow.typical(logits, rows, picked, MOST_TYPICAL)
     assert tell_logprobs(logits, rows, picked) == slow.tell_logprobs(logits, rows, picked)
     assert rank(logits, rows, 8) == slow.rank(logits, rows, 8)
 
@@ -113,7 +113,7 @@ def test_a_token_far_below_wins_by_its_noise() -> None:
     other = (loudest + 1) % len(whole)
     logits = torch.full((1, len(whole)), -30.0)
     logits[0, loudest], logits[0, other] = float(whole[other] - whole[loudest]) + 0.5, 0.0
-    assert logits[0, loudest] < -sampling._DEEP
+    assert logits[0, loudest] < -candidates._DEEP
     assert pick(logits, [RowContext(SamplingParams(temperature=1.0, seed=3), 5)])[0] == [loudest]
 
 

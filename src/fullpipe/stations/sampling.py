@@ -74,6 +74,7 @@ def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = N
     return out
 
 
+@np.errstate(over="ignore")  # margins may be infinite
 def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None,
          margins: bool = False) -> tuple[list[int], list[float | None]]:
     """The token that follows each row; of equals the lowest id.

@@ -13,7 +13,7 @@ import enum
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -140,6 +140,17 @@ class Kernels:
         """Final norm and head. hidden: float32 [rows, inputs]; out: float32 [rows, outputs]."""
         _check(self._library.fp_logits(byref(head), norm, eps, hidden, rows, out, threads))
 
+    def words_of(self, seed: int, position: int, tokens: int, count: int, words: int) -> None:
+        """Draw the random words of some tokens (see `noise.c`). tokens: int64 [count]; words: uint64 [count]."""
+        self._library.fp_words_of(seed, position, tokens, count, words)
+
+    def words_from(self, seed: int, position: int, vocab: int, least: int, room: int, tokens: int, words: int) -> int:
+        """Draw all words below `vocab`, and give those that are `least` or more; how many there are.
+
+        tokens: int64 [room], rising; words: uint64 [room]. What is beyond room is counted only.
+        """
+        return int(self._library.fp_words_from(seed, position, vocab, least, room, tokens, words))
+
     def release(self, model: Model) -> None:
         """Give back what `run` took."""
         self._library.fp_release(byref(model))
@@ -165,6 +176,8 @@ _FUNCTIONS = (
     ("fp_quantised", None, (c_void_p, c_int, c_void_p, c_void_p)),
     ("fp_run", c_int, (POINTER(Model), POINTER(Step), c_void_p, POINTER(c_int32), c_int, c_void_p, c_int)),
     ("fp_logits", c_int, (_WEIGHT, c_void_p, c_float, c_void_p, c_int, c_void_p, c_int)),
+    ("fp_words_of", None, (c_uint64, c_uint64, c_void_p, c_int64, c_void_p)),
+    ("fp_words_from", c_int64, (c_uint64, c_uint64, c_int64, c_uint64, c_int64, c_void_p, c_void_p)),
     ("fp_release", None, (POINTER(Model),)),
     ("fp_read", c_int32, (c_void_p, c_int64)),
     ("fp_spin", c_double, (c_int64,)),

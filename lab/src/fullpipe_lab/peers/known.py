@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 _RUNNERS = Path(__file__).parent / "runners"
 CONVERTER = _RUNNERS / "convert_gguf.py"
+STEPS_RUNNER = _RUNNERS / "llamacpp_steps.py"
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,12 +112,7 @@ def _bind(journal: Journal, asked: argparse.Namespace, prompts: list[FilePrompt]
     plan = {"model": asked.model, "draft": asked.draft, "dtype": asked.dtype, "max_tokens": asked.max_tokens,
             "max_model_len": asked.max_model_len, "max_num_seqs": max(asked.levels), "prompts": digest,
             "serve_options": asked.serve_options}
-    if "plan" not in journal:
-        journal.add("plan", plan | machine_notes())
-    for name, value in plan.items():
-        if journal.rows["plan"][name] != value:
-            raise UsageError(f"{journal.path} was measured with {name} {journal.rows['plan'][name]!r}, not {value!r}",
-                             hint="Name another --out, or the same settings.")
+    journal.bind(plan, **machine_notes())
 
 
 def _round(journal: Journal, name: str, round_: int, levels: list[int], prompts: list[FilePrompt], setup: Setup,

@@ -30,6 +30,7 @@ from fullpipe_lab.peers.weights import as_folder
 
 MODEL_NAME = "measured"  # what every server calls the model
 _START_S, _LEAVE_S = 600.0, 30.0
+_LOOK_S = 0.05  # so often it is asked whether it is ready
 _FOLLOW_S = 3.0  # what its children get once it has gone
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # vLLM's own /metrics has hundreds of lines; what shows where time and rows went is among these.
@@ -222,7 +223,7 @@ def _await_ready(server: Running, log: Path) -> None:
                 return
         if time.monotonic() > until:
             raise _failed(server, f"is not ready after {_START_S:g} s", log)
-        time.sleep(0.2)
+        time.sleep(_LOOK_S)
 
 
 def _failed(server: Running, reason: str, log: Path) -> FullpipeError:

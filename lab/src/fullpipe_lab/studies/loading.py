@@ -5,8 +5,8 @@
 
 Memory: a process for each stage. It touches everything that is no weight, notes what it holds, loads its layers as a
 worker does, and notes the growth of what it holds (RssAnon and RssShmem) and of the most that it ever held (VmHWM,
-reset before). Both are over the bytes that its tensors have in the file; the aims of issue 14 are 1.1 and 1.3. Files are read with
-`pread`, so their pages are nobody's.
+reset before). Both are over the bytes that its tensors have in the file; the aims of issue 14 are 1.1 and 1.3. Files
+are read with `pread`, so their pages are nobody's.
 
 Time: `fullpipe serve` with the first model in two stages and the draft beside them, from the start of the process until
 /ready says so, all files in the page cache. The first start measures what rows cost and keeps it; later ones find it.
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _stored(files: ModelFiles, name: str) -> int:
 def cuts(layers: int, stages: int) -> list[tuple[int, int]]:
     """Equal shares of the layers."""
     bounds = [round(index * layers / stages) for index in range(stages + 1)]
-    return list(zip(bounds, bounds[1:]))
+    return list(pairwise(bounds))
 
 
 def memory(status: str) -> dict[str, int]:
@@ -185,7 +186,8 @@ def main() -> None:
     cells = list(_memory_cells(journal, models, stages, asked.repeats))
     pair = _pair_cell(journal, models[0], asked.draft, asked.repeats, asked.out)
     rows, ready = [memory_row(cell) for cell in cells], pair_row(pair)
-    print_table(["model", "stages", "layers", "MB in the file", "resident (aim 1.1)", "peak (aim 1.3)", "s", "reached"],
+    print_table(["model", "stages", "layers", "MB in the file", f"resident (aim {RESIDENT_AIM})",
+                 f"peak (aim {PEAK_AIM})", "s", "reached"],
                 [[row["model"], str(row["stages"]), row["layers"], f"{row['file_mb']:.0f}", f"{row['resident']:.3f}",
                   f"{row['peak']:.3f}", f"{row['load_s']:.2f}", "yes" if row["reached"] else "NO"] for row in rows])
     print(f"{models[0]} with {asked.draft}: ready after {ready['ready_s']:.2f} s (aim {READY_AIM_S:g}), the first time "

@@ -113,7 +113,8 @@ class Theirs:
 
 
 @contextmanager
-def contenders(model: str, builds: Sequence[str], threads: int) -> Iterator[tuple[dict[str, Contender], dict[str, Any]]]:
+def contenders(model: str, builds: Sequence[str],
+               threads: int) -> Iterator[tuple[dict[str, Contender], dict[str, Any]]]:
     """All of them with the model loaded, and what each build of llama.cpp says of itself."""
     path, room = resolve(model), CONTEXT + PROMPT
     threads_of_openmp = {"OMP_NUM_THREADS": str(threads)}

@@ -424,9 +424,10 @@ def test_an_earlier_table_stays_until_the_new_one_is_whole(answers: list[Any], t
 
 def test_auto_is_what_the_product_computes_in(answers: list[Any], tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    answers[:] = [result_of("x", {"a": [1, 2]})]
     monkeypatch.setattr("fullpipe.hub.resolve", Path)
     monkeypatch.setattr("fullpipe.models.weights.open_model", lambda path: path)
-    monkeypatch.setattr("fullpipe.models.dtypes.pick_dtype", lambda name, files: "stored" if files == Path("m") else name)
+    monkeypatch.setattr("fullpipe.models.dtypes.pick_dtype", lambda name, files: {Path("m"): "stored"}[files])
     beside.peers(ModelOptions(model="m", draft="none"), SamplingParams(max_tokens=8), None, 1, None, 3, tmp_path)
     assert load_receipt(tmp_path / "peers.json").model.dtype == "stored"
 

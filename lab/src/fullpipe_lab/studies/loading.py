@@ -44,6 +44,7 @@ from fullpipe.models.dtypes import pick_dtype
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.slice import load_slice
 from fullpipe.models.weights import open_model
+from fullpipe.pipeline.launch import ALLOCATION
 from fullpipe_lab.files import Journal
 from fullpipe_lab.receipts import HERE, STUDIES, save_receipt, study_receipt
 from fullpipe_lab.studies.serving.processes import workers
@@ -97,7 +98,7 @@ def load_here(path: Path, first: int, last: int) -> dict[str, Any]:
     files = open_model(path)
     dtype, ends = pick_dtype("auto", files=files), {"has_embedding": first == 0,
                                                     "has_head": last == files.config.num_layers}
-    _stage(files, first, first, {"has_embedding": False, "has_head": False}, dtype)  # code of libraries is no weight
+    _stage(files, first, first + 1, {"has_embedding": False, "has_head": False}, dtype)  # code is no weight
     Path("/proc/self/clear_refs").write_text("5")
     before, begun = _memory_of("self"), time.perf_counter()
     stage = _stage(files, first, last, ends, dtype)
@@ -121,9 +122,9 @@ def held(values: Mapping[str, int]) -> int:
 
 
 def load_there(path: Path, first: int, last: int) -> dict[str, Any]:
-    """The same in a fresh process."""
+    """The same in a fresh process, with memory managed as in a worker."""
     command = [sys.executable, "-m", "fullpipe_lab.studies.loading", "--one", str(path), str(first), str(last)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | ALLOCATION)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -125,7 +125,7 @@ def _weights(native: Kernels, form: Form, outputs: int, inputs: int, size: int) 
 def _huge(size: int) -> tuple[int, mmap.mmap]:
     """An address of so many bytes in huge pages, each 0x33, and what keeps them."""
     page = 2 << 20
-    memory = mmap.mmap(-1, size + page)
+    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared one gets none
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     np.frombuffer(memory, np.uint8)[:] = 0x33

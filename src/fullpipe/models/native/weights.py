@@ -28,6 +28,9 @@ from fullpipe.models.native.widening import WIDENED
 _LOG = logging.getLogger(__name__)
 
 _HUGE_PAGE = 2 << 20
+# Memory that could be shared with other processes, as Python's mmap makes it where nothing is said, gets huge pages by
+# another setting (shmem_enabled), which says never nearly everywhere.
+_OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LINE = 64  # words of tiles begin at multiples of it
 _READ_BYTES = 1 << 22  # of a file at a time, for each thread
@@ -176,7 +179,7 @@ def _lines(size: int) -> int:
 
 def _region(size: int) -> tuple[mmap.mmap, int]:
     """Memory for so many bytes, zeros, in huge pages where the system gives them; and the address where it begins."""
-    memory = mmap.mmap(-1, size + _HUGE_PAGE)
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, **_OWN)
     refused = _refusal()
     if not refused:
         try:

@@ -3,8 +3,8 @@
 `Traffic` is a small engine without a method: it opens requests, sends their prompts in chunks, grows
 random trees, commits random children, kills random subtrees, reuses the slots of the dead at once, and
 asks a draft station about random nodes. Requests take one small block of slots after the other, blocks of those that
-have ended go to others at once, and a request may begin with another one's committed path. It knows what every row must answer, for the stages answer from
-a hash of the path, and it checks the promises on every event that comes back.
+have ended go to others at once, and a request may begin with another one's committed path. It knows what every row must
+answer, for the stages answer from a hash of the path, and it checks the promises on every event that comes back.
 
 On some pipelines the stages tap. Their draft checks every tap, starts no job before the taps that it needs, and
 answers with the layers that have come, so that in the end all taps can be accounted for, row by row.

@@ -73,7 +73,8 @@ def text_step(text: list[int]) -> Step:
 
 def test_it_says_nearly_what_float32_says(files: ModelFiles, whole: NativeSlice) -> None:
     """Rows in int8 and caches in float16 are the difference; an error of order would be as large as the logits."""
-    exact = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=torch.float32, slots=SLOTS)
+    exact = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=torch.float32,
+                         slots=SLOTS)
     wanted, found = (part.logits(part.forward(text_step(TEXT))) for part in (exact, whole))
     assert (found - wanted).std() < (0.08 if files.is_quantised else 0.001) * wanted.std()
 

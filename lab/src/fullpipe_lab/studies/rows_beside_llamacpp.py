@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from fullpipe.cli.console import print_table
@@ -37,9 +38,9 @@ from fullpipe.cli.lists import integers
 from fullpipe.cluster.provenance import commit_of, provenance
 from fullpipe.errors import FullpipeError, UsageError
 from fullpipe.hub import resolve
-from fullpipe.models.attention import Segment
 from fullpipe.models.dtypes import native_kernels
 from fullpipe.models.native.slice import NativeSlice
+from fullpipe.models.step import Step
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
 from fullpipe.options import EngineOptions
@@ -85,7 +86,7 @@ class Ours:
         files = open_model(path)
         self._whole = NativeSlice(native_kernels(), files, 0, files.config.num_layers, has_embedding=True,
                                   has_head=True)
-        self._arena = self._whole.allocate(room)
+        self._line = np.arange(room, dtype=np.int32)
 
     def step(self, tokens: Sequence[int], start: int, outputs: int) -> tuple[float, int]:
         ids, begun = torch.tensor(tokens), time.perf_counter()
@@ -96,9 +97,7 @@ class Ours:
         return taken * 1e3, int(logits[-1].argmax())
 
     def _forward(self, ids: torch.Tensor, start: int) -> torch.Tensor:
-        end = start + len(ids)
-        places, mask = torch.arange(start, end), torch.ones(end, end, dtype=torch.bool).tril()[start:]
-        return self._whole.forward(ids, places, [Segment(0, len(ids), self._arena, places, mask)])
+        return self._whole.forward(Step.of_text(ids, self._line[: start + len(ids)], start))
 
 
 class Theirs:

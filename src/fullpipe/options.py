@@ -19,6 +19,7 @@ from fullpipe.errors import UsageError
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 DTYPES = ("auto", "float32", "bfloat16", "stored")
+QUANTIZATIONS = ("int8", "int4")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -50,6 +51,9 @@ class ModelOptions:
                         "--draft", "-d")
     dtype: str = option("auto", "float32, bfloat16, stored (weights as the file has them, on the native kernels), or "
                         "auto: stored if they are quantised, else bfloat16 where the processor computes in it.")
+    quantization: str | None = option(None, "Quantise weights of 16 or 32 bits while they are read: int8, or int4 "
+                                      "(embedding and head int8). On the processor, of target and draft model.",
+                                      "--quantization", "-q")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
     chat_template: str | None = option(None, "File with the chat template to use in place of the model's, or the "
                                        "template itself.", metavar="FILE")
@@ -63,6 +67,9 @@ class ModelOptions:
         length = self.max_model_len
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}", hint=f"Known are: {', '.join(DTYPES)}.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise UsageError(f"unknown quantization {self.quantization!r}", param="quantization",
+                             hint=f"Known are: {', '.join(QUANTIZATIONS)}. Files that are quantised need none.")
         _refuse_unless((length is None or length >= 1, f"max_model_len must be 1 or more (got {length})"))
 
 
@@ -249,6 +256,7 @@ def _having(part: T, values: dict[str, Any]) -> T:
 # What vLLM and llama.cpp call what we have under another name, or in another shape.
 _ELSEWHERE = {"pipeline_parallel_size": "stages", "speculative_config": "draft", "num_speculative_tokens": "depth",
               "gpu_memory_utilization": "kv_cache_tokens", "n_ctx": "max_model_len", "n_threads": "threads",
+              "load_in_8bit": "quantization", "load_in_4bit": "quantization", "quantize": "quantization",
               "model_path": "model", "n_parallel": "max_num_seqs"}
 
 

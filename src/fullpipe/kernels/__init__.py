@@ -116,6 +116,12 @@ class Kernels:
         their numbers are finite. Calls for the same tile must not run at the same time."""
         return bool(self._library.fp_repack(byref(weight), first, rows, raw))
 
+    def anew(self, form: Form, x: int, rows: int, inputs: int, out: int) -> None:
+        """Put weights that came as floats into blocks as a file has them, of Q8_0 or Q4_1. x: float32 [rows, inputs];
+        out: [rows, row_bytes]."""
+        assert form in (Form.Q8_0, Form.Q4_1)
+        self._library.fp_anew(form, x, rows, inputs, out)
+
     def look_up(self, weight: Weight, which: int, count: int, out: int) -> None:
         """Give output channels as floats. which: int64 [count]; out: float32 [count, inputs]."""
         self._library.fp_look_up(byref(weight), which, count, out)
@@ -162,6 +168,7 @@ _FUNCTIONS = (
     ("fp_quant_bytes", c_int64, (c_int, c_int, c_int)),
     ("fp_scales_bytes", c_int64, (c_int, c_int, c_int)),
     ("fp_repack", c_int, (_WEIGHT, c_int, c_int, c_void_p)),
+    ("fp_anew", None, (c_int, c_void_p, c_int, c_int, c_void_p)),
     ("fp_look_up", None, (_WEIGHT, c_void_p, c_int, c_void_p)),
     ("fp_product", c_int, (_WEIGHT, c_void_p, c_int, c_void_p, c_int)),
     ("fp_quantised", None, (c_void_p, c_int, c_void_p, c_void_p)),

@@ -29,6 +29,10 @@ INLINE vf f_abs(vf x) {
     __m256 sign = _mm256_set1_ps(-0.0f);
     return TWICE(vf, _mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b));
 }
+INLINE vf f_less(vf x, vf y, vf then, vf otherwise) {
+    return TWICE(vf, _mm256_blendv_ps(otherwise.a, then.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+                 _mm256_blendv_ps(otherwise.b, then.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)));
+}
 INLINE vf f_first(vf x, int count) {
     float whole[16];
     f_store(whole, x);
@@ -142,3 +146,4 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 
 #include "products.h"
 #include "between.h"
+#include "anew.h"

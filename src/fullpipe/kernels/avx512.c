@@ -31,6 +31,7 @@ INLINE vf f_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf f_abs(vf a) { return _mm512_abs_ps(a); }
+INLINE vf f_less(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 INLINE vf f_first(vf a, int count) { return _mm512_maskz_mov_ps((__mmask16)((1 << count) - 1), a); }
 INLINE float f_sum(vf a) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -78,8 +79,9 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 
 #include "products.h"
 #include "between.h"
+#include "anew.h"
 
-const fp_ops fp_avx512 = {product, quantise, norm, rotate, store_half, attend, gate, read_all, spin};
+const fp_ops fp_avx512 = {product, quantise, norm, rotate, store_half, attend, gate, blocks_anew, read_all, spin};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -104,6 +104,11 @@ FP_EXPORT int fp_product(const fp_weight *w, const float *x, int rows, float *ou
     return 1;
 }
 
+/* Weights that came as floats, x [rows][inputs], in the blocks of a file: Q8_0 or Q4_1. No number of x is infinite. */
+FP_EXPORT void fp_anew(int form, const float *x, int rows, int inputs, uint8_t *out) {
+    ops->anew(form, x, rows, inputs, out);
+}
+
 /* Rows as the products see them: x [count], q [count], scales [count / 32]. */
 FP_EXPORT void fp_quantised(const float *x, int count, int8_t *q, float *scales) {
     for (int i = 0; i < count; i += FP_BLOCK) {

@@ -75,6 +75,8 @@ typedef struct {
     /* Heads that share keys and values: queries and out [heads][size]; scores: room for heads * (count + 16). */
     void (*attend)(const float *queries, int heads, const fp_context *context, float factor, float *scores, float *out);
     void (*gate)(float *gate, const float *up, int count); /* silu(gate) * up, in place */
+    /* Rows of weights, x [rows][inputs], as a file's rows in blocks: of Q8_0 or Q4_1. */
+    void (*anew)(int form, const float *x, int rows, int inputs, uint8_t *out);
     /* For measuring the limits: read memory and give something made of it; do nothing but multiply bytes, and give how
        many products that were. */
     int32_t (*read)(const uint8_t *from, int64_t bytes);

@@ -26,6 +26,7 @@ INLINE vf f_fma(vf a, vf b, vf c) { LANES c.l[l] = fmaf(a.l[l], b.l[l], c.l[l]);
 INLINE vf f_max(vf a, vf b) { LANES a.l[l] = a.l[l] > b.l[l] ? a.l[l] : b.l[l]; return a; }
 INLINE vf f_min(vf a, vf b) { LANES a.l[l] = a.l[l] < b.l[l] ? a.l[l] : b.l[l]; return a; }
 INLINE vf f_abs(vf a) { LANES a.l[l] = fabsf(a.l[l]); return a; }
+INLINE vf f_less(vf a, vf b, vf x, vf y) { LANES x.l[l] = a.l[l] < b.l[l] ? x.l[l] : y.l[l]; return x; }
 INLINE vf f_first(vf a, int count) { for (int l = count; l < 16; l++) a.l[l] = 0.0f; return a; }
 INLINE float f_sum(vf a) {
     for (int step = 8; step; step /= 2) for (int l = 0; l < step; l++) a.l[l] += a.l[l + step];
@@ -92,5 +93,6 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 
 #include "products.h"
 #include "between.h"
+#include "anew.h"
 
-const fp_ops fp_portable = {product, quantise, norm, rotate, store_half, attend, gate, read_all, spin};
+const fp_ops fp_portable = {product, quantise, norm, rotate, store_half, attend, gate, blocks_anew, read_all, spin};

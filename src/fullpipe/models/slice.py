@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
-from fullpipe.models.dtypes import DTYPES, STORED, native_kernels
+from fullpipe.models.dtypes import DTYPES, native_kernels
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.forms import kernels_of
 
 
 class Arena(Protocol):
@@ -66,18 +67,20 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
                device: str = "cpu", kv_pool_mib: int | None = None) -> Slice:
     """Read layers first..last (exclusive) onto a device, "cpu" or "cuda:N".
 
-    dtype: see `models.dtypes`; "stored" is for the processor.
+    dtype: see `models.dtypes`; "stored", "int8" and "int4" are for the processor.
     kv_pool_mib: size of the cache pool on a GPU; None: by what is free (see `DeviceSlice`).
 
     Raises what reading raises, and UsageError, before anything is read, for a device that is not there, has no kernels,
     or has too little memory.
     """
-    if dtype == STORED:
+    by = kernels_of(dtype, device)
+    if by == "native":
         from fullpipe.models.native.slice import NativeSlice
 
-        return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head)
+        return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head,
+                           dtype=dtype)
     kind = DTYPES[dtype]
-    if device == "cpu":
+    if by == "torch":
         from fullpipe.models.decoder import DecoderSlice
 
         return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=kind)

@@ -18,6 +18,7 @@ from fullpipe.kernels import Kernels, Model, Weight
 from fullpipe.kernels import Segment as NativeSegment
 from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
+from fullpipe.models.dtypes import STORED
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.native.arena import NativeArena, padded_head
 from fullpipe.models.native.weights import NativeWeights
@@ -29,19 +30,20 @@ class NativeSlice:
     """Layers first_layer..last_layer (exclusive; none is fine) of a model, with its weights loaded.
 
     files: where the weights come from; only this slice's are read.
-    cache: float16 or float32, of keys and values.
+    cache: float16 or float32, of keys and values. dtype: "stored", or "int8" or "int4" for weights that are not yet
+    quantised.
 
     One step at a time; with as many threads as torch is told to use. Raises what reading raises: `DamagedModel`,
     `UnsupportedModel`.
     """
 
     def __init__(self, native: Kernels, files: ModelFiles, first_layer: int, last_layer: int, *, has_embedding: bool,
-                 has_head: bool, cache: torch.dtype = torch.float16) -> None:
+                 has_head: bool, cache: torch.dtype = torch.float16, dtype: str = STORED) -> None:
         assert 0 <= first_layer <= last_layer <= files.config.num_layers
         self.config, self.first_layer = files.config, first_layer
         self._native, self._cache = native, cache
         self._weights = NativeWeights.read(native, files, first_layer, last_layer, has_embedding=has_embedding,
-                                           has_head=has_head)
+                                           has_head=has_head, dtype=dtype)
         self._angles = _Angles(self.config)
         self._model = self._described()
 

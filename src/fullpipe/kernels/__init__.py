@@ -117,8 +117,8 @@ class Kernels:
         return bool(self._library.fp_repack(byref(weight), first, rows, raw))
 
     def anew(self, form: Form, x: int, rows: int, inputs: int, out: int) -> None:
-        """Put weights that came as floats into blocks as a file has them, of Q8_0 or Q4_1. x: float32 [rows, inputs];
-        out: [rows, row_bytes]."""
+        """Put weights that came as floats into blocks as a file has them, of Q8_0 or Q4_1. x: float32 [rows, inputs],
+        numbers that fit into halves; out: [rows, row_bytes]."""
         assert form in (Form.Q8_0, Form.Q4_1)
         self._library.fp_anew(form, x, rows, inputs, out)
 

@@ -104,7 +104,7 @@ FP_EXPORT int fp_product(const fp_weight *w, const float *x, int rows, float *ou
     return 1;
 }
 
-/* Weights that came as floats, x [rows][inputs], in the blocks of a file: Q8_0 or Q4_1. No number of x is infinite. */
+/* Weights that came as floats, x [rows][inputs], in the blocks of a file: Q8_0 or Q4_1. The numbers fit into halves. */
 FP_EXPORT void fp_anew(int form, const float *x, int rows, int inputs, uint8_t *out) {
     ops->anew(form, x, rows, inputs, out);
 }

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fullpipe.errors import UnsupportedModel
 from fullpipe.kernels import Form, Kernels, Layer, Weight
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.dequant import block_shape
@@ -34,6 +35,7 @@ _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LINE = 64  # words of tiles begin at multiples of it
 _READ_BYTES = 1 << 22  # of a file at a time, for each thread
 _CHANNELS = 16
+_GREATEST = torch.finfo(torch.float16).max  # scales and minima of blocks are of that type
 
 # Names of a layer's products in the order of `Layer`'s fields.
 _MATRICES = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
@@ -163,6 +165,9 @@ class _Reading:
         self._files.read_into(matrix.name, wide, first)
         if matrix.how != "quantised":
             return wide.view(torch.uint8)
+        if wide.abs().max() > _GREATEST:
+            raise UnsupportedModel(f"tensor {matrix.name} has numbers that are too great to be quantised",
+                                   hint="Leave out `quantization`.")
         out = torch.empty(rows, self._native.row_bytes(matrix.form, matrix.inputs), dtype=torch.uint8)
         self._native.anew(matrix.form, wide.data_ptr(), rows, matrix.inputs, out.data_ptr())
         return out

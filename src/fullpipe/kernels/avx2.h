@@ -7,6 +7,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS_AT_ONCE 4
+#define MOST_SUMS 4
+#define MOST_TILES 4
+#define BLOCK_TILES 1
 #define SIGNED_BYTES !WITH_VNNI
 #define TWICE(type, a_value, b_value) ((type){(a_value), (b_value)})
 

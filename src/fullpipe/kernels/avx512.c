@@ -13,6 +13,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS_AT_ONCE 8
+#define MOST_SUMS 16
+#define MOST_TILES 4
+#define BLOCK_TILES 1
 #define SIGNED_BYTES 0
 
 typedef __m512 vf;

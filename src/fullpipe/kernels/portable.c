@@ -6,6 +6,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS_AT_ONCE 1
+#define MOST_SUMS 1
+#define MOST_TILES 1
+#define BLOCK_TILES 1
 #define UNROLL
 #define SIGNED_BYTES 0
 #define LANES for (int l = 0; l < 16; l++)

@@ -10,6 +10,7 @@
 #define MOST_SUMS 4
 #define MOST_TILES 4
 #define BLOCK_TILES 1
+#define ONE_WORD_AT_A_TIME 0
 #define SIGNED_BYTES !WITH_VNNI
 #define TWICE(type, a_value, b_value) ((type){(a_value), (b_value)})
 
@@ -78,7 +79,6 @@ INLINE vi i_load(const uint8_t *x) {
 }
 INLINE vi i_zero(void) { return TWICE(vi, _mm256_setzero_si256(), _mm256_setzero_si256()); }
 INLINE vi i_add(vi x, vi y) { return TWICE(vi, _mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)); }
-INLINE vi i_mul(vi x, vi y) { return TWICE(vi, _mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)); }
 INLINE vi i_bytes(const uint8_t *x) {
     __m128i all = sixteen(x);
     return TWICE(vi, _mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8)));

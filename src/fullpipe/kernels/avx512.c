@@ -15,7 +15,8 @@
 #define ROWS_AT_ONCE 8
 #define MOST_SUMS 16
 #define MOST_TILES 4
-#define BLOCK_TILES 1
+#define BLOCK_TILES 2
+#define ONE_WORD_AT_A_TIME 1
 #define SIGNED_BYTES 0
 
 typedef __m512 vf;
@@ -58,7 +59,6 @@ INLINE vi i_shifted(int32_t x, int by) { return (vi)((lanes)_mm512_set1_epi32(x)
 INLINE vi i_load(const uint8_t *x) { return _mm512_loadu_si512(x); }
 INLINE vi i_zero(void) { return _mm512_setzero_si512(); }
 INLINE vi i_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
-INLINE vi i_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 INLINE vi i_bytes(const uint8_t *x) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 INLINE vi i_signed_bytes(const int8_t *x) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 INLINE vi i_rounded(vf x) { return _mm512_cvtps_epi32(x); }

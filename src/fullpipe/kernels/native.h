@@ -1,8 +1,9 @@
 /* The native kernels: what the files of this folder share, and what Python calls (`__init__.py` mirrors the structs).
 
    Numbers. A weight stays in the blocks that its file stores; a row is quantised to int8 per block of 32. A block's
-   part of a result is an exact integer; the parts are summed in float32, one block after the other, with fused
-   multiply-add, each output channel for itself. So a row has the same bits in any company, with any number of
+   part of a result is an exact integer (of six-bit weights two, with a scale each); the parts are summed in float32, one
+   block after the other, with fused multiply-add, each output channel for itself. Weights that are floats are multiplied
+   with rows as they are, one input after the other. So a row has the same bits in any company, with any number of
    threads and on every level of instructions. Nothing here may be compiled with -ffast-math or contraction.
 
    Tiles. Weights lie in tiles of 16 output channels x 32 inputs. A word of 64 bytes has four inputs of each of 16

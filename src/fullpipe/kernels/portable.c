@@ -9,6 +9,7 @@
 #define MOST_SUMS 1
 #define MOST_TILES 1
 #define BLOCK_TILES 1
+#define ONE_WORD_AT_A_TIME 0
 #define UNROLL
 #define SIGNED_BYTES 0
 #define LANES for (int l = 0; l < 16; l++)
@@ -69,7 +70,6 @@ INLINE vi i_shifted(int32_t x, int by) { vi r; LANES r.l[l] = x * (1 << by); ret
 INLINE vi i_load(const uint8_t *x) { vi r; memcpy(&r, x, 64); return r; }
 INLINE vi i_zero(void) { return i_shifted(0, 0); }
 INLINE vi i_add(vi a, vi b) { LANES a.l[l] += b.l[l]; return a; }
-INLINE vi i_mul(vi a, vi b) { LANES a.l[l] *= b.l[l]; return a; }
 INLINE vi i_bytes(const uint8_t *x) { vi r; LANES r.l[l] = x[l]; return r; }
 INLINE vi i_signed_bytes(const int8_t *x) { vi r; LANES r.l[l] = x[l]; return r; }
 INLINE vi i_rounded(vf x) { vi r; LANES r.l[l] = (int32_t)lrintf(x.l[l]); return r; }

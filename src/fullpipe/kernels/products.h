@@ -1,15 +1,16 @@
 /* Products of weights in tiles with few rows. Included by each level after its vector operations:
 
-   vf, vi: 16 floats, 16 int32. vb: 64 bytes. ROWS_AT_ONCE: how many rows are worked off at once; MOST_SUMS: how many
-   sums of rows and tiles are kept in registers, of MOST_TILES tiles or, of weights in blocks, BLOCK_TILES.
+   vf, vi: 16 floats, 16 int32. vb: 64 bytes. ROWS_AT_ONCE: how many rows are worked off at once, with MOST_TILES tiles of
+   floats or BLOCK_TILES tiles of blocks at most; MOST_SUMS: how many sums of floats are kept in registers.
+   ONE_WORD_AT_A_TIME: a word is multiplied with all rows before the next, so that no product waits for the one before.
    SIGNED_BYTES: eight-bit weights are multiplied as signed numbers, so that nothing has to be taken off. */
 
 typedef int32_t __attribute__((may_alias)) word; /* four inputs of a row */
 
 #ifndef UNROLL
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
-#define AHEAD 16 /* tiles that are asked for ahead */
+#define AHEAD 32 /* tiles that are asked for ahead */
 
 INLINE int bits_of(int form) {
     return form == FP_Q8_0 ? 8 : form == FP_Q6_K ? 6 : form == FP_Q5_0 || form == FP_Q5_1 || form == FP_Q5_K ? 5 : 4;
@@ -35,9 +36,9 @@ INLINE void unpack(int form, const uint8_t *tile, vb *w) {
     }
 }
 
-/* What a tile's integers are multiplied with: sum = scale * integer + shift * sum of inputs; of six-bit weights the
-   halves have integer factors of their own. */
-typedef struct { vf scale, shift; vi low, high; } factors;
+/* What a tile's integers are multiplied with: sum = scale * integer + shift * sum of inputs; of six-bit weights each half
+   has a scale of its own, and the second is in shift. */
+typedef struct { vf scale, shift; } factors;
 
 INLINE factors factors_of(int form, const uint8_t *scales, int block) {
     factors f;
@@ -51,23 +52,50 @@ INLINE factors factors_of(int form, const uint8_t *scales, int block) {
     }
     if (form == FP_Q6_K) {
         const int8_t *own = (const int8_t *)scales + 32 + 32 * (block % 8);
-        f.low = i_signed_bytes(own), f.high = i_signed_bytes(own + 16);
+        f.shift = f_mul(f.scale, f_ints(i_signed_bytes(own + 16)));
+        f.scale = f_mul(f.scale, f_ints(i_signed_bytes(own)));
     }
     return f;
 }
 
-/* One row's exact integers for a tile. */
-INLINE vi integers(int form, const vb *w, const fp_block *x, const factors *f) {
-    const word *q = (const word *)x->q;
-    int bits = bits_of(form);
+/* What a row's sum of products begins with, so that weights without their offset need none: some words of a block, of
+   inputs that sum up to minus `minus`. */
+INLINE vi begun(int form, int32_t minus) {
+    return form == FP_Q4_0 ? i_shifted(minus, 3) : form == FP_Q5_0 ? i_shifted(minus, 4)
+         : form == FP_Q6_K ? i_shifted(minus, 5) : form == FP_Q8_0 && !SIGNED_BYTES ? i_shifted(minus, 7) : i_zero();
+}
+
+/* Products of words first..first + count - 1 of a tile with some rows, onto sums. */
+INLINE void add_dots(int form, int rows, const vb *w, const fp_block *const *x, int first, int count, vi *sums) {
+#if ONE_WORD_AT_A_TIME
+    UNROLL for (int j = first; j < first + count; j++)
+        UNROLL for (int r = 0; r < rows; r++) sums[r] = i_dots(sums[r], w + j, (const word *)x[r]->q + j, 1, bits_of(form));
+#else
+    UNROLL for (int r = 0; r < rows; r++)
+        sums[r] = i_dots(sums[r], w + first, (const word *)x[r]->q + first, count, bits_of(form));
+#endif
+}
+
+/* A tile's part of the sums of some rows: exact integers, times scales. */
+INLINE void add_tile(int form, int rows, const vb *w, const fp_block *const *x, const factors *f, vf *sums) {
+    vi found[ROWS_AT_ONCE], high[ROWS_AT_ONCE];
     if (form == FP_Q6_K) {
-        vi low = i_dots(i_shifted(x->minus_low, 5), w, q, 4, bits);
-        vi high = i_dots(i_shifted(x->minus_sum - x->minus_low, 5), w + 4, q + 4, 4, bits);
-        return i_add(i_mul(low, f->low), i_mul(high, f->high));
+        UNROLL for (int r = 0; r < rows; r++) found[r] = begun(form, x[r]->minus_low);
+        add_dots(form, rows, w, x, 0, 4, found);
+        UNROLL for (int r = 0; r < rows; r++) high[r] = begun(form, x[r]->minus_sum - x[r]->minus_low);
+        add_dots(form, rows, w, x, 4, 4, high);
+        UNROLL for (int r = 0; r < rows; r++) {
+            vf both = f_fma(f_ints(high[r]), f->shift, f_mul(f_ints(found[r]), f->scale));
+            sums[r] = f_fma(both, f_all(x[r]->scale), sums[r]);
+        }
+        return;
     }
-    vi start = form == FP_Q4_0 ? i_shifted(x->minus_sum, 3) : form == FP_Q5_0 ? i_shifted(x->minus_sum, 4)
-             : form == FP_Q8_0 && !SIGNED_BYTES ? i_shifted(x->minus_sum, 7) : i_zero();
-    return i_dots(start, w, q, 8, bits);
+    UNROLL for (int r = 0; r < rows; r++) found[r] = begun(form, x[r]->minus_sum);
+    add_dots(form, rows, w, x, 0, 8, found);
+    UNROLL for (int r = 0; r < rows; r++) {
+        sums[r] = f_fma(f_ints(found[r]), f_mul(f->scale, f_all(x[r]->scale)), sums[r]);
+        if (has_shift(form)) sums[r] = f_fma(f->shift, f_all(x[r]->shift), sums[r]);
+    }
 }
 
 INLINE void ask_for(const uint8_t *next, int bytes) {
@@ -87,20 +115,17 @@ INLINE void tiles_of_blocks(int form, int rows, int tiles, const fp_weight *w, i
     for (int block = 0; block < blocks; block++) {
         vb words[MOST_TILES][8];
         factors f[MOST_TILES];
+        int64_t skipped = block + AHEAD < blocks ? 0 : tiles - 1; /* behind its end stands what others of these are at */
         UNROLL for (int t = 0; t < tiles; t++) {
-            ask_for(quants + t * apart + AHEAD * bytes, bytes);
-            if (block % shared == 0) ask_for(scales + t * scales_apart + AHEAD / shared * scale_bytes, scale_bytes);
+            ask_for(quants + (t + skipped) * apart + AHEAD * bytes, bytes);
+            if (block % shared == 0)
+                ask_for(scales + (t + skipped) * scales_apart + AHEAD / shared * scale_bytes, scale_bytes);
             unpack(form, quants + t * apart, words[t]);
             f[t] = factors_of(form, scales + t * scales_apart, block);
         }
-        UNROLL for (int r = 0; r < rows; r++) {
-            const fp_block *b = own + (int64_t)r * blocks + block;
-            UNROLL for (int t = 0; t < tiles; t++) {
-                vf found = f_ints(integers(form, words[t], b, &f[t])), *sum = &sums[t * rows + r];
-                *sum = f_fma(found, f_mul(f[t].scale, f_all(b->scale)), *sum);
-                if (has_shift(form)) *sum = f_fma(f[t].shift, f_all(b->shift), *sum);
-            }
-        }
+        const fp_block *here[ROWS_AT_ONCE];
+        UNROLL for (int r = 0; r < rows; r++) here[r] = own + (int64_t)r * blocks + block;
+        UNROLL for (int t = 0; t < tiles; t++) add_tile(form, rows, words[t], here, &f[t], sums + t * rows);
         quants += bytes;
         if (block % shared == shared - 1) scales += scale_bytes;
     }
@@ -168,11 +193,13 @@ TILES(F32, FLOAT_CASES) TILES(F16, FLOAT_CASES) TILES(BF16, FLOAT_CASES)
 static some_tiles *const some_of[FP_FORMS] = {some_Q4_0, some_Q4_1, some_Q5_0, some_Q5_1, some_Q8_0, some_Q4_K,
                                               some_Q5_K, some_Q6_K, some_F32, some_F16, some_BF16};
 
-/* How many tiles are worked off together with so many rows. */
+/* How many tiles are worked off together with so many rows. A single row of blocks waits for memory alone, which comes
+   best from one place; eight-bit blocks need no unpacking that could be shared. */
 INLINE int tiles_at_once(int form, int rows) {
-    int most = fp_is_float(form) ? MOST_TILES : BLOCK_TILES;
-    while (most * rows > MOST_SUMS) most /= 2;
-    return most;
+    int is_float = fp_is_float(form), most = is_float ? MOST_SUMS : ROWS_AT_ONCE;
+    int tiles = is_float ? MOST_TILES : rows == 1 || form == FP_Q8_0 ? 1 : BLOCK_TILES;
+    while (tiles > 1 && tiles * rows > most) tiles /= 2;
+    return tiles;
 }
 
 /* What is summed becomes what is put out: bias, and what stands there already, come on top. */

@@ -13,7 +13,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS_AT_ONCE 8
-#define MOST_SUMS 16
+#define MOST_SUMS 24
 #define MOST_TILES 4
 #define BLOCK_TILES 2
 #define ONE_WORD_AT_A_TIME 1

@@ -8,7 +8,7 @@
 typedef int32_t __attribute__((may_alias)) word; /* four inputs of a row */
 
 #ifndef UNROLL
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 24")
 #endif
 #define AHEAD 32 /* tiles that are asked for ahead */
 
@@ -175,11 +175,13 @@ typedef void some_tiles(int rows, int tiles, const fp_weight *w, int tile, const
 #elif ROWS_AT_ONCE == 4
 #define BLOCK_CASES(form) UP_TO_FOUR(tiles_of_blocks, form, 1)
 #define FLOAT_CASES(form) UP_TO_FOUR(tiles_of_floats, form, 1)                                                       \
-    CASE(tiles_of_floats, form, 1, 2) CASE(tiles_of_floats, form, 2, 2) CASE(tiles_of_floats, form, 1, 4)
+    CASE(tiles_of_floats, form, 1, 2) CASE(tiles_of_floats, form, 1, 3) CASE(tiles_of_floats, form, 1, 4)            \
+    CASE(tiles_of_floats, form, 2, 2)
 #else
 #define BLOCK_CASES(form) UP_TO_EIGHT(tiles_of_blocks, form, 1) UP_TO_EIGHT(tiles_of_blocks, form, 2)
 #define FLOAT_CASES(form)                                                                                            \
-    UP_TO_EIGHT(tiles_of_floats, form, 1) UP_TO_EIGHT(tiles_of_floats, form, 2) UP_TO_FOUR(tiles_of_floats, form, 4)
+    UP_TO_EIGHT(tiles_of_floats, form, 1) UP_TO_EIGHT(tiles_of_floats, form, 2) UP_TO_EIGHT(tiles_of_floats, form, 3)  \
+    UP_TO_FOUR(tiles_of_floats, form, 4) CASE(tiles_of_floats, form, 5, 4) CASE(tiles_of_floats, form, 6, 4)
 #endif
 
 #define TILES(form, cases)                                                                                           \
@@ -198,8 +200,7 @@ static some_tiles *const some_of[FP_FORMS] = {some_Q4_0, some_Q4_1, some_Q5_0, s
 INLINE int tiles_at_once(int form, int rows) {
     int is_float = fp_is_float(form), most = is_float ? MOST_SUMS : ROWS_AT_ONCE;
     int tiles = is_float ? MOST_TILES : rows == 1 || form == FP_Q8_0 ? 1 : BLOCK_TILES;
-    while (tiles > 1 && tiles * rows > most) tiles /= 2;
-    return tiles;
+    return tiles * rows > most ? most / rows : tiles;
 }
 
 /* What is summed becomes what is put out: bias, and what stands there already, come on top. */
@@ -227,7 +228,8 @@ static void product_of_rows(const fp_weight *w, const fp_rows *x, int begin, int
     float sums[16 * MOST_SUMS] __attribute__((aligned(64)));
     int passes = (end - begin + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, most = (end - begin + passes - 1) / passes;
     for (int tile = first, tiles; tile < last; tile += tiles) {
-        for (tiles = tiles_at_once(w->form, most); tiles > last - tile;) tiles /= 2;
+        tiles = tiles_at_once(w->form, most);
+        tiles = tiles < last - tile ? tiles : last - tile;
         for (int row = begin, rows; row < end; row += rows) {
             passes = (end - row + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, rows = (end - row + passes - 1) / passes;
             some_of[w->form](rows, tiles, w, tile, x, row, sums);

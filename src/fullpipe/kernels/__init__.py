@@ -156,9 +156,9 @@ class Kernels:
         """Read so many bytes, a multiple of 512, for measuring how long it takes."""
         self._library.fp_read(where, count)
 
-    def spin(self, count: int) -> float:
-        """Do nothing but multiply bytes; how many products."""
-        return float(self._library.fp_spin(count))
+    def spin(self, count: int, *, floats: bool = False) -> float:
+        """Do nothing but multiply bytes, or floats; how many products."""
+        return float(self._library.fp_spin(count, floats))
 
 
 _WEIGHT = POINTER(Weight)
@@ -177,7 +177,7 @@ _FUNCTIONS = (
     ("fp_logits", c_int, (_WEIGHT, c_void_p, c_float, c_void_p, c_int, c_void_p, c_int)),
     ("fp_release", None, (POINTER(Model),)),
     ("fp_read", c_int32, (c_void_p, c_int64)),
-    ("fp_spin", c_double, (c_int64,)),
+    ("fp_spin", c_double, (c_int64, c_int)),
 )
 
 

@@ -364,5 +364,5 @@ FP_EXPORT int fp_logits(const fp_weight *head, const float *norm, float eps, con
 /* Read so many bytes, a multiple of 512, and give something made of them. */
 FP_EXPORT int32_t fp_read(const uint8_t *from, int64_t bytes) { return ops->read(from, bytes); }
 
-/* Products of bytes in a loop of nothing else; returns how many. */
-FP_EXPORT double fp_spin(int64_t count) { return ops->spin(count); }
+/* Products of bytes, or of floats, in a loop of nothing else; returns how many. */
+FP_EXPORT double fp_spin(int64_t count, int floats) { return floats ? ops->spin_floats(count) : ops->spin_bytes(count); }

@@ -78,10 +78,10 @@ typedef struct {
     void (*gate)(float *gate, const float *up, int count); /* silu(gate) * up, in place */
     /* Rows of weights, x [rows][inputs], as a file's rows in blocks: of Q8_0 or Q4_1. */
     void (*anew)(int form, const float *x, int rows, int inputs, uint8_t *out);
-    /* For measuring the limits: read memory and give something made of it; do nothing but multiply bytes, and give how
-       many products that were. */
+    /* For measuring the limits: read memory and give something made of it; do nothing but multiply bytes, or floats, and
+       give how many products that were. */
     int32_t (*read)(const uint8_t *from, int64_t bytes);
-    double (*spin)(int64_t count);
+    double (*spin_bytes)(int64_t count), (*spin_floats)(int64_t count);
 } fp_ops;
 
 /* One layer. The last two norms are of single heads, [head_dim], or NULL. */

@@ -60,7 +60,8 @@ def main() -> None:
     setting: dict[str, Any] = {"level": native.level, "threads": args.threads, "context": CONTEXT}
     if "products" in args.parts:
         setting["machine"] = limits = measure_limits(native)
-        print(f"{native.level}: reads {limits['read_gb_s']:.1f} GB/s, {limits['products_g_s']:.0f} G products/s")
+        print(f"{native.level}: reads {limits['read_gb_s']:.1f} GB/s, {limits['products_g_s']:.0f} G products/s "
+              f"of bytes, {limits['float_products_g_s']:.0f} of floats")
         setting["products"] = [_told(one, samples) for one in products(native, limits, args.rows, args.repeats)]
     if "steps" in args.parts:
         setting["steps"] = [_told(one, samples) for model in args.models
@@ -87,12 +88,15 @@ def _told(found: dict[str, Any], samples: list[Any]) -> dict[str, Any]:
 
 
 def measure_limits(native: Kernels) -> dict[str, float]:
-    """Bandwidth of one core, the best tenth of reading 8 MiB at a time; and products of bytes, the best of many."""
+    """Bandwidth of one core, the best tenth of reading 8 MiB at a time; products of bytes and of floats, the best of
+    many."""
     piece, (start, _keep) = 8 << 20, _huge(_MANY_BYTES)
     reads = sorted(_seconds(partial(native.read, at, piece))
                    for _ in range(5) for at in range(start, start + _MANY_BYTES - piece + 1, piece))
-    spins = min(_seconds(lambda: native.spin(2000)) for _ in range(100))
-    return {"read_gb_s": piece / reads[len(reads) // 10] / 1e9, "products_g_s": native.spin(2000) / spins / 1e9}
+    bytes_s, floats_s = (min(_seconds(partial(native.spin, 2000, floats=floats)) for _ in range(100))
+                         for floats in (False, True))
+    return {"read_gb_s": piece / reads[len(reads) // 10] / 1e9, "products_g_s": native.spin(2000) / bytes_s / 1e9,
+            "float_products_g_s": native.spin(2000, floats=True) / floats_s / 1e9}
 
 
 def products(native: Kernels, limits: dict[str, float], rows: list[int], repeats: int) -> Iterator[dict[str, Any]]:
@@ -103,9 +107,8 @@ def products(native: Kernels, limits: dict[str, float], rows: list[int], repeats
             weights, keep = _weights(native, form, outputs, inputs, size)
             for count in rows:
                 taken = _product(native, weights, count, repeats)
-                limit = size / limits["read_gb_s"] / 1e6
-                if not form.is_float:
-                    limit = max(limit, count * outputs * inputs / limits["products_g_s"] / 1e6)
+                rate = limits["float_products_g_s" if form.is_float else "products_g_s"]
+                limit = max(size / limits["read_gb_s"], count * outputs * inputs / rate) / 1e6
                 yield {"form": form.name, "outputs": outputs, "inputs": inputs, "bytes": size, "rows": count,
                        "ms": statistics.median(taken), "least_ms": min(taken), "limit_ms": round(limit, 4),
                        "samples": taken}

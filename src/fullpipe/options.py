@@ -50,7 +50,7 @@ class ModelOptions:
                         "none, ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas between.",
                         "--draft", "-d")
     dtype: str = option("auto", "float32, bfloat16, stored (weights as the file has them, on the native kernels), or "
-                        "auto: stored if they are quantised, else bfloat16 where the processor computes in it.")
+                        "auto: stored if they are quantised or have 16 bits, else bfloat16 where the processor has it.")
     quantization: str | None = option(None, "Quantise weights of 16 or 32 bits while they are read: int8, or int4 "
                                       "(embedding and head int8). On the processor, of target and draft model.",
                                       "--quantization", "-q")

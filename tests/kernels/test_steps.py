@@ -150,15 +150,23 @@ def test_scales_that_are_not_finite_are_damage(native: Kernels, files: ModelFile
         NativeSlice(native, open_model(damaged), 0, 5, has_embedding=False, has_head=False)
 
 
-def test_what_is_quantised_stays_as_it_is_stored(native: Kernels, files: ModelFiles) -> None:
+def test_weights_stay_as_they_are_stored(native: Kernels, files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     fast = native.level != "portable" or bool(os.environ.get(ASKED))
-    assert (pick_dtype("auto", files=files) == "stored") == (files.is_quantised and fast)
+    assert (pick_dtype("auto", files=files) == "stored") == fast
     assert pick_dtype("float32", files=files) == "float32" and pick_dtype("stored", files=files) == "stored"
     with pytest.raises(UsageError, match="for the processor"):
         pick_dtype("stored", "cuda:0", files)
     sizes, wide = sizes_in(files, "stored"), sizes_in(files, "bfloat16")
     assert sizes.row_bytes == 2 * wide.row_bytes
     assert sizes.layer_bytes < wide.layer_bytes if files.is_quantised else sizes.layer_bytes > 0
+
+
+def test_where_torch_has_units_for_bfloat16_it_computes_in_that(files: ModelFiles,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    if not files.is_quantised:
+        assert files.is_half and pick_dtype("auto", files=files) != "stored"
 
 
 def test_without_the_library_weights_are_widened(files: ModelFiles, monkeypatch: pytest.MonkeyPatch,

@@ -28,8 +28,8 @@ def pick_dtype(name: str, device: str = "cpu", files: ModelFiles | None = None,
                quantization: str | None = None) -> str:
     """Turn "auto" into a name that says what is done; other names stay.
 
-    files: the model; where it is quantised and there are kernels for this processor, its weights stay as they are
-    stored. Else it is bfloat16 on a GPU and where the processor has instructions for it, or float32.
+    files: the model; where it is quantised, or has 16 bits, and there are kernels for this processor, its weights stay
+    as they are stored. Else it is bfloat16 on a GPU and where the processor has instructions for it, or float32.
     quantization: "int8" or "int4", which is then the name.
 
     Raises UsageError for "stored" and a quantization on a GPU, and where the kernels were not built; for a quantization
@@ -47,7 +47,7 @@ def pick_dtype(name: str, device: str = "cpu", files: ModelFiles | None = None,
         return name
     if device != "cpu":
         return "bfloat16"
-    if files is not None and files.is_quantised and _has_fast_kernels():
+    if files is not None and _stays_as_stored(files):
         return STORED
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
@@ -87,6 +87,14 @@ def native_kernels() -> Kernels:
         raise UsageError("the native kernels were not built when Fullpipe was installed", param="dtype",
                          hint="Install a C compiler and then Fullpipe again, or use `dtype=bfloat16`.")
     return native
+
+
+def _stays_as_stored(files: ModelFiles) -> bool:
+    """Quantised weights stay wherever there are fast kernels. So do those of 16 bits, unless the processor has units
+    for matrices in bfloat16 (AMX), which torch uses and our kernels do not."""
+    if files.is_quantised:
+        return _has_fast_kernels()
+    return files.is_half and load() is not None and not torch.cpu._is_amx_tile_supported() and _has_fast_kernels()
 
 
 @cache

@@ -26,6 +26,8 @@ from fullpipe.models.recognise import fetch_again
 # Numbers converted at a time: they and their float32 copy stay in the processor's cache.
 BLOCK_NUMBERS = 1 << 17
 
+_ONE_OF_ALL = "model.layers.0.mlp.gate_proj.weight"
+
 
 class ModelFiles(ABC):
     """A model on disk. Reading is thread-safe; nothing of the weights is kept."""
@@ -75,7 +77,12 @@ class ModelFiles(ABC):
     @property
     def is_quantised(self) -> bool:
         """Whether the matrices are stored in blocks of small integers."""
-        return block_shape(self.kind("model.layers.0.mlp.gate_proj.weight"))[0] > 1
+        return block_shape(self.kind(_ONE_OF_ALL))[0] > 1
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the matrices are stored in 16 bits."""
+        return self.kind(_ONE_OF_ALL) in (Kind.F16, Kind.BF16)
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """A whole tensor in a new buffer. See `read_into`."""

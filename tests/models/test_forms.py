@@ -53,12 +53,13 @@ def test_torch_and_the_gpu_have_all_in_one_dtype() -> None:
 def test_loading_takes_what_the_table_says(tmp_path: Path, dtype: str) -> None:
     native = load()
     assert native is not None
-    for path in (save(tiny_model("qwen2"), tmp_path / "folder"),
-                 write_gguf(tiny_model("llama"), tmp_path / "m.gguf", kind=Kind.Q8_0)):
+    for stored, path in ((Kind.F32, save(tiny_model("qwen2"), tmp_path / "folder")),
+                         (Kind.BF16, write_gguf(tiny_model("llama"), tmp_path / "half.gguf", kind=Kind.BF16)),
+                         (Kind.Q8_0, write_gguf(tiny_model("llama"), tmp_path / "eight.gguf", kind=Kind.Q8_0))):
         files = open_model(path)
         whole = NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype)
         assert whole.nbytes == sum(-(-bytes_kept(native, files, name, dtype) // 64) * 64 for name in files.matrices)
         assert bytes_stored(files, files.matrices[0]) > 0
         kinds = {kept_tensor(files, name, dtype).form for name in files.matrices}
-        assert kinds == {Kind.Q8_0} if files.is_quantised or dtype == "int8" else (
-            kinds == ({Kind.F32} if dtype == "stored" else {Kind.Q4_1, Kind.Q8_0}))
+        wanted = {"stored": {stored}, "int8": {Kind.Q8_0}, "int4": {Kind.Q4_1, Kind.Q8_0}}[dtype]
+        assert kinds == (wanted if stored != Kind.Q8_0 else {Kind.Q8_0})

@@ -72,7 +72,8 @@ class Target:
     @property
     def numbers(self) -> str:
         """In what it computes, as it is told."""
-        return "with weights as they are stored" if self.dtype == "stored" else f"in {self.dtype}"
+        kept = {"stored": "as they are stored", "int8": "quantised to int8", "int4": "quantised to int4"}
+        return f"with weights {kept[self.dtype]}" if self.dtype in kept else f"in {self.dtype}"
 
     @property
     def placed(self) -> dict[str, Any]:
@@ -221,8 +222,8 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
                               options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
-    target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype, device, files), vocab, ends, device,
-                    options.pipeline.kv_pool_mib)
+    dtype = pick_dtype(options.model.dtype, device, files, options.model.quantization)
+    target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib)
     draft = draft_spec(names, target, say)
     length = _length(options.model.max_model_len, files.config.max_positions)
     stages = stage_specs(target, margins=options.model.margins, taps=taps_of(names))

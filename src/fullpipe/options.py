@@ -19,6 +19,7 @@ from fullpipe.errors import UsageError
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 DTYPES = ("auto", "float32", "bfloat16", "stored")
+QUANTIZATIONS = ("int8", "int4")
 BLOCK = 256
 """Slots of a block of cache memory."""
 
@@ -52,7 +53,10 @@ class ModelOptions:
                         "none, ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas between.",
                         "--draft", "-d")
     dtype: str = option("auto", "float32, bfloat16, stored (weights as the file has them, on the native kernels), or "
-                        "auto: stored if they are quantised, else bfloat16 where the processor computes in it.")
+                        "auto: stored if they are quantised or have 16 bits, else bfloat16 where the processor has it.")
+    quantization: str | None = option(None, "Quantise weights of 16 or 32 bits while they are read: int8, or int4 "
+                                      "(embedding and head int8). On the processor, of target and draft model.",
+                                      "--quantization", "-q")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
     chat_template: str | None = option(None, "File with the chat template to use in place of the model's, or the "
                                        "template itself.", metavar="FILE")
@@ -66,6 +70,9 @@ class ModelOptions:
         length = self.max_model_len
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}", hint=f"Known are: {', '.join(DTYPES)}.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise UsageError(f"unknown quantization {self.quantization!r}", param="quantization",
+                             hint=f"Known are: {', '.join(QUANTIZATIONS)}. Files that are quantised need none.")
         _refuse_unless((length is None or length >= 1, f"max_model_len must be 1 or more (got {length})"))
 
 
@@ -256,6 +263,7 @@ def _having(part: T, values: dict[str, Any]) -> T:
 # What vLLM and llama.cpp call what we have under another name, or in another shape.
 _ELSEWHERE = {"pipeline_parallel_size": "stages", "speculative_config": "draft", "num_speculative_tokens": "depth",
               "gpu_memory_utilization": "kv_cache_tokens", "n_ctx": "max_model_len", "n_threads": "threads",
+              "load_in_8bit": "quantization", "load_in_4bit": "quantization", "quantize": "quantization",
               "model_path": "model", "n_parallel": "max_num_seqs"}
 
 

@@ -19,8 +19,8 @@ from fullpipe.models import dtypes
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import pick_dtype, sizes_in
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.forms import kept_tensor
 from fullpipe.models.native.slice import NativeSlice
-from fullpipe.models.native.weights import form_of
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from tiny import VOCAB, save, tiny_model, write_gguf
@@ -160,20 +160,23 @@ def test_scales_that_are_not_finite_are_damage(native: Kernels, files: ModelFile
         NativeSlice(native, open_model(damaged), 0, 5, has_embedding=False, has_head=False)
 
 
-def test_other_forms_are_widened(native: Kernels) -> None:
-    assert form_of(Kind.Q3_K) is Form.Q6_K and form_of(Kind.MXFP4) is form_of(Kind.IQ4_NL) is Form.Q8_0
-    assert form_of(Kind.IQ4_XS) is Form.F16 and form_of(Kind.F64) is Form.F32 and form_of(Kind.Q6_K) is Form.Q6_K
-
-
-def test_what_is_quantised_stays_as_it_is_stored(native: Kernels, files: ModelFiles) -> None:
+def test_weights_stay_as_they_are_stored(native: Kernels, files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     fast = native.level != "portable" or bool(os.environ.get(ASKED))
-    assert (pick_dtype("auto", files=files) == "stored") == (files.is_quantised and fast)
+    assert (pick_dtype("auto", files=files) == "stored") == fast
     assert pick_dtype("float32", files=files) == "float32" and pick_dtype("stored", files=files) == "stored"
     with pytest.raises(UsageError, match="for the processor"):
         pick_dtype("stored", "cuda:0", files)
     sizes, wide = sizes_in(files, "stored"), sizes_in(files, "bfloat16")
     assert sizes.row_bytes == 2 * wide.row_bytes
     assert sizes.layer_bytes < wide.layer_bytes if files.is_quantised else sizes.layer_bytes > 0
+
+
+def test_where_torch_has_units_for_bfloat16_it_computes_in_that(files: ModelFiles,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    if not files.is_quantised:
+        assert files.is_half and pick_dtype("auto", files=files) != "stored"
 
 
 def test_without_the_library_weights_are_widened(files: ModelFiles, monkeypatch: pytest.MonkeyPatch,
@@ -195,3 +198,28 @@ def test_a_folder_of_safetensors_too(native: Kernels, tmp_path_factory: pytest.T
     assert not files.is_quantised
     part = NativeSlice(native, files, 0, 1, has_embedding=True, has_head=False)
     assert part.forward(text_step([3])).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_weights_may_be_quantised_while_they_are_read(native: Kernels, tmp_path_factory: pytest.TempPathFactory,
+                                                      dtype: str) -> None:
+    """It says what float32 says with the weights that are left."""
+    model, folder = tiny_model("qwen2", **WIDE), tmp_path_factory.mktemp("floats")
+    files = open_model(save(model, folder / "before"))
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if values.ndim == 2:
+                values.copy_(torch.from_numpy(left(native, kept_tensor(files, name, dtype).form, values.numpy())))
+    after, layers = open_model(save(model, folder / "after")), files.config.num_layers
+    found = NativeSlice(native, files, 0, layers, has_embedding=True, has_head=True, slots=SLOTS, dtype=dtype)
+    exact = DecoderSlice(after, 0, layers, has_embedding=True, has_head=True, dtype=torch.float32, slots=SLOTS)
+    wanted, got = (part.logits(part.forward(text_step(TEXT))) for part in (exact, found))
+    assert (got - wanted).std() < 0.08 * wanted.std()
+
+
+def left(native: Kernels, kind: Kind, x: np.ndarray) -> np.ndarray:
+    """What quantising leaves of a matrix."""
+    assert kind in (Kind.Q8_0, Kind.Q4_1)
+    out = np.empty((len(x), native.row_bytes(Form[kind.name], x.shape[1])), np.uint8)
+    native.anew(Form[kind.name], x.ctypes.data, *x.shape, out.ctypes.data)
+    return gguf.quants.dequantize(out, kind)

@@ -58,8 +58,8 @@ _Cell = TypeVar("_Cell")
 
 
 def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS, contexts: Sequence[int] = CONTEXTS,
-            repeats: int = 5, threads: int = 1, dtype: str = "auto", device: str = "cpu",
-            progress: Progress = lambda what, done, total: None) -> Profile:
+            repeats: int = 5, threads: int = 1, dtype: str = "auto", quantization: str | None = None,
+            device: str = "cpu", progress: Progress = lambda what, done, total: None) -> Profile:
     """This machine's profile for a target, and for a draft model if one is named.
 
     model, draft: names as `fullpipe.hub.resolve` takes them. rows: of a flight. contexts: tokens that stand before
@@ -71,7 +71,7 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
     device = find_device(device)
     _check(rows, contexts, repeats, threads)
     target = open_model(resolve(model))
-    dtype = pick_dtype(dtype, device, target)
+    dtype = pick_dtype(dtype, device, target, quantization)
     guesser = open_model(resolve(draft)) if draft is not None else None
     for name, files in ((model, target), (draft, guesser)):
         if files is not None and files.config.max_positions < contexts[-1] + max(rows):

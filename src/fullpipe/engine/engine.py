@@ -41,6 +41,11 @@ class Engine(Loop):
         return self._memory.used
 
     @property
+    def kv_total(self) -> int | None:
+        """Cache slots of all requests together; None: no bound."""
+        return self._memory.total
+
+    @property
     def longest(self) -> int | None:
         """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
         return self._memory.longest

@@ -116,6 +116,12 @@ class Kernels:
         their numbers are finite. Calls for the same tile must not run at the same time."""
         return bool(self._library.fp_repack(byref(weight), first, rows, raw))
 
+    def anew(self, form: Form, x: int, rows: int, inputs: int, out: int) -> None:
+        """Put weights that came as floats into blocks as a file has them, of Q8_0 or Q4_1. x: float32 [rows, inputs],
+        numbers that fit into halves; out: [rows, row_bytes]."""
+        assert form in (Form.Q8_0, Form.Q4_1)
+        self._library.fp_anew(form, x, rows, inputs, out)
+
     def look_up(self, weight: Weight, which: int, count: int, out: int) -> None:
         """Give output channels as floats. which: int64 [count]; out: float32 [count, inputs]."""
         self._library.fp_look_up(byref(weight), which, count, out)
@@ -159,9 +165,9 @@ class Kernels:
         """Read so many bytes, a multiple of 512, for measuring how long it takes."""
         self._library.fp_read(where, count)
 
-    def spin(self, count: int) -> float:
-        """Do nothing but multiply bytes; how many products."""
-        return float(self._library.fp_spin(count))
+    def spin(self, count: int, *, floats: bool = False) -> float:
+        """Do nothing but multiply bytes, or floats; how many products."""
+        return float(self._library.fp_spin(count, floats))
 
 
 _WEIGHT = POINTER(Weight)
@@ -171,6 +177,7 @@ _FUNCTIONS = (
     ("fp_quant_bytes", c_int64, (c_int, c_int, c_int)),
     ("fp_scales_bytes", c_int64, (c_int, c_int, c_int)),
     ("fp_repack", c_int, (_WEIGHT, c_int, c_int, c_void_p)),
+    ("fp_anew", None, (c_int, c_void_p, c_int, c_int, c_void_p)),
     ("fp_look_up", None, (_WEIGHT, c_void_p, c_int, c_void_p)),
     ("fp_product", c_int, (_WEIGHT, c_void_p, c_int, c_void_p, c_int)),
     ("fp_quantised", None, (c_void_p, c_int, c_void_p, c_void_p)),
@@ -180,7 +187,7 @@ _FUNCTIONS = (
     ("fp_words_from", c_int64, (c_uint64, c_uint64, c_int64, c_uint64, c_int64, c_void_p, c_void_p)),
     ("fp_release", None, (POINTER(Model),)),
     ("fp_read", c_int32, (c_void_p, c_int64)),
-    ("fp_spin", c_double, (c_int64,)),
+    ("fp_spin", c_double, (c_int64, c_int)),
 )
 
 

@@ -104,6 +104,11 @@ FP_EXPORT int fp_product(const fp_weight *w, const float *x, int rows, float *ou
     return 1;
 }
 
+/* Weights that came as floats, x [rows][inputs], in the blocks of a file: Q8_0 or Q4_1. The numbers fit into halves. */
+FP_EXPORT void fp_anew(int form, const float *x, int rows, int inputs, uint8_t *out) {
+    ops->anew(form, x, rows, inputs, out);
+}
+
 /* Rows as the products see them: x [count], q [count], scales [count / 32]. */
 FP_EXPORT void fp_quantised(const float *x, int count, int8_t *q, float *scales) {
     for (int i = 0; i < count; i += FP_BLOCK) {
@@ -227,20 +232,24 @@ static void quantise_mixed(void *of, int64_t row, int thread) {
     ops->quantise(s->mixed + row * width, width, s->blocks + row * (width / FP_BLOCK));
 }
 
-/* 32 channels of gate and up for all rows, and what becomes of them. */
+/* Channels of gate and up that are worked off at once: of floats as many as products take at once (see `products.h`). */
+#define MOST_GATED 96
+static int gated(const fp_layer *l) { return fp_is_float(l->gate.form) ? MOST_GATED : FP_BLOCK; }
+
+/* Some channels of gate and up for all rows, and what becomes of them. */
 static void gate_and_up(void *of, int64_t part, int thread) {
     step *s = of;
     const fp_layer *l = s->layer;
-    int first = (int)part * 2, last = min(first + 2, fp_tiles(&l->gate)), start = first * FP_CHANNELS;
-    int count = min(FP_BLOCK, l->gate.outputs - start), width = l->gate.outputs;
-    float *gates = s->own + thread * s->own_floats, *ups = gates + s->rows * FP_BLOCK;
+    int most = gated(l), start = (int)part * most, width = l->gate.outputs, count = min(most, width - start);
+    int first = start / FP_CHANNELS, last = (start + count + FP_CHANNELS - 1) / FP_CHANNELS;
+    float *gates = s->own + thread * s->own_floats, *ups = gates + s->rows * most;
     fp_rows rows = {(int)s->rows, s->model->hidden, s->normed, s->blocks};
-    ops->product(&l->gate, &rows, first, last, gates, FP_BLOCK, 0);
-    ops->product(&l->up, &rows, first, last, ups, FP_BLOCK, 0);
+    ops->product(&l->gate, &rows, first, last, gates, most, 0);
+    ops->product(&l->up, &rows, first, last, ups, most, 0);
     for (int64_t row = 0; row < s->rows; row++) {
-        float *own = gates + row * FP_BLOCK;
-        ops->gate(own, ups + row * FP_BLOCK, count);
-        if (wants_blocks(&l->down)) ops->quantise(own, FP_BLOCK, s->wide_blocks + (row * width + start) / FP_BLOCK);
+        float *own = gates + row * most;
+        ops->gate(own, ups + row * most, count);
+        if (wants_blocks(&l->down)) ops->quantise(own, count, s->wide_blocks + (row * width + start) / FP_BLOCK);
         else memcpy(s->wide + row * width + start, own, count * sizeof(float));
     }
 }
@@ -261,8 +270,8 @@ static void run_layer(step *s) {
     products out = {{&l->out}, 1, 1, 0, 0, {(int)rows, mixed, s->mixed, s->blocks}, s->hidden, m->hidden};
     multiply(s->threads, &out);
     fp_share(s->threads, begin_mlp, s, rows, numbers / 4);
-    int64_t parts = (l->gate.outputs + FP_BLOCK - 1) / FP_BLOCK;
-    fp_share(s->threads, gate_and_up, s, parts, (double)parts * m->hidden / 8 * (8 + 1.6 * rows));
+    int64_t parts = (l->gate.outputs + gated(l) - 1) / gated(l);
+    fp_share(s->threads, gate_and_up, s, parts, (double)l->gate.outputs * m->hidden / 256 * (8 + 1.6 * rows));
     products down = {{&l->down}, 1, 1, 0, 0, {(int)rows, m->intermediate, s->wide, s->wide_blocks}, s->hidden, m->hidden};
     multiply(s->threads, &down);
 }
@@ -278,7 +287,7 @@ static int64_t lay_out(step *s, uint8_t *from) {
     const fp_model *m = s->model;
     int64_t rows = s->rows, mixed = (int64_t)m->heads * m->head_dim, most = mixed > m->hidden ? mixed : m->hidden;
     int64_t groups = m->heads / m->kv_heads, attention = groups * (2 * m->size + s->longest + 16) + 2 * s->longest + 16;
-    int64_t gates = 2 * rows * FP_BLOCK;
+    int64_t gates = 2 * rows * MOST_GATED;
     uint8_t *at = from;
     s->own_floats = ((attention > gates ? attention : gates) + 31) & ~15LL;
     s->places = cut(&at, s->of->count * 8);
@@ -363,5 +372,5 @@ FP_EXPORT int fp_logits(const fp_weight *head, const float *norm, float eps, con
 /* Read so many bytes, a multiple of 512, and give something made of them. */
 FP_EXPORT int32_t fp_read(const uint8_t *from, int64_t bytes) { return ops->read(from, bytes); }
 
-/* Products of bytes in a loop of nothing else; returns how many. */
-FP_EXPORT double fp_spin(int64_t count) { return ops->spin(count); }
+/* Products of bytes, or of floats, in a loop of nothing else; returns how many. */
+FP_EXPORT double fp_spin(int64_t count, int floats) { return floats ? ops->spin_floats(count) : ops->spin_bytes(count); }

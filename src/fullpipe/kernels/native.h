@@ -1,8 +1,9 @@
 /* The native kernels: what the files of this folder share, and what Python calls (`__init__.py` mirrors the structs).
 
    Numbers. A weight stays in the blocks that its file stores; a row is quantised to int8 per block of 32. A block's
-   part of a result is an exact integer; the parts are summed in float32, one block after the other, with fused
-   multiply-add, each output channel for itself. So a row has the same bits in any company, with any number of
+   part of a result is an exact integer (of six-bit weights two, with a scale each); the parts are summed in float32, one
+   block after the other, with fused multiply-add, each output channel for itself. Weights that are floats are multiplied
+   with rows as they are, one input after the other. So a row has the same bits in any company, with any number of
    threads and on every level of instructions. Nothing here may be compiled with -ffast-math or contraction.
 
    Tiles. Weights lie in tiles of 16 output channels x 32 inputs. A word of 64 bytes has four inputs of each of 16
@@ -77,10 +78,12 @@ typedef struct {
     /* Heads that share keys and values: queries and out [heads][size]; scores: room for heads * (count + 16). */
     void (*attend)(const float *queries, int heads, const fp_context *context, float factor, float *scores, float *out);
     void (*gate)(float *gate, const float *up, int count); /* silu(gate) * up, in place */
-    /* For measuring the limits: read memory and give something made of it; do nothing but multiply bytes, and give how
-       many products that were. */
+    /* Rows of weights, x [rows][inputs], as a file's rows in blocks: of Q8_0 or Q4_1. */
+    void (*anew)(int form, const float *x, int rows, int inputs, uint8_t *out);
+    /* For measuring the limits: read memory and give something made of it; do nothing but multiply bytes, or floats, and
+       give how many products that were. */
     int32_t (*read)(const uint8_t *from, int64_t bytes);
-    double (*spin)(int64_t count);
+    double (*spin_bytes)(int64_t count), (*spin_floats)(int64_t count);
 } fp_ops;
 
 /* One layer. The last two norms are of single heads, [head_dim], or NULL. */

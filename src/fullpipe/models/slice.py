@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fullpipe.models.config import ModelConfig
-from fullpipe.models.dtypes import DTYPES, STORED, native_kernels, sizes_in
+from fullpipe.models.dtypes import DTYPES, native_kernels, sizes_in
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.forms import kernels_of
 from fullpipe.models.pool import free_memory, slots_for
 from fullpipe.models.step import Step
 
@@ -52,7 +53,7 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
                device: str = "cpu", kv_pool_mib: int | None = None) -> Slice:
     """Read layers first..last (exclusive) onto a device, "cpu" or "cuda:N".
 
-    dtype: see `models.dtypes`; "stored" is for the processor.
+    dtype: see `models.dtypes`; "stored", "int8" and "int4" are for the processor.
     kv_pool_mib: size of the cache pool; None: by what is free (see `pool.slots_for`).
 
     Raises what reading raises, and UsageError, before anything is read, for a device that is not there, has no kernels,
@@ -81,11 +82,11 @@ def _on_processor(files: ModelFiles, first: int, last: int, *, has_embedding: bo
     sizes = sizes_in(files, dtype)
     weights = (last - first) * sizes.layer_bytes + has_head * sizes.head_bytes
     slots = slots_for((last - first) * sizes.kv_bytes, pool_bytes, free_memory() - weights)
-    if dtype == STORED:
+    if kernels_of(dtype, "cpu") == "native":
         from fullpipe.models.native.slice import NativeSlice
 
         return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head,
-                           slots=slots)
+                           slots=slots, dtype=dtype)
     from fullpipe.models.decoder import DecoderSlice
 
     return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=DTYPES[dtype],

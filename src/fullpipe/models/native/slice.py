@@ -17,6 +17,7 @@ from torch import Tensor
 from fullpipe.kernels import Kernels, Model, Weight
 from fullpipe.kernels import Step as NativeStep
 from fullpipe.models.config import ModelConfig
+from fullpipe.models.dtypes import STORED
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.native.weights import NativeWeights
 from fullpipe.models.pool import MOST_SLOTS, empty
@@ -35,19 +36,21 @@ class NativeSlice:
     """Layers first_layer..last_layer (exclusive; none is fine) of a model, with its weights loaded.
 
     files: where the weights come from; only this slice's are read.
-    slots: of the cache pool. cache: float16 or float32, of keys and values.
+    slots: of the cache pool. cache: float16 or float32, of keys and values. dtype: "stored", or "int8" or "int4" for
+    weights that are not yet quantised.
 
     One step at a time; with as many threads as torch is told to use. Raises what reading raises: `DamagedModel`,
     `UnsupportedModel`.
     """
 
     def __init__(self, native: Kernels, files: ModelFiles, first_layer: int, last_layer: int, *, has_embedding: bool,
-                 has_head: bool, slots: int = MOST_SLOTS, cache: torch.dtype = torch.float16) -> None:
+                 has_head: bool, slots: int = MOST_SLOTS, cache: torch.dtype = torch.float16,
+                 dtype: str = STORED) -> None:
         assert 0 <= first_layer <= last_layer <= files.config.num_layers
         self.config, self.first_layer = files.config, first_layer
         self._native, self.slots = native, slots
         self._weights = NativeWeights.read(native, files, first_layer, last_layer, has_embedding=has_embedding,
-                                           has_head=has_head)
+                                           has_head=has_head, dtype=dtype)
         self._angles = _Angles(self.config)
         self._kv = empty((-(-slots // BLOCK), self.num_layers, 2 * self.config.kv_heads, BLOCK,
                           padded_head(self.config)), cache)

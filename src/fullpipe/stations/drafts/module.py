@@ -61,11 +61,13 @@ class _Store:
     """
 
     def __init__(self, taps: int, hidden: int, dtype: torch.dtype) -> None:
-        self.features = torch.zeros(0, taps, hidden, dtype=dtype)
+        with torch.inference_mode():
+            self.features = torch.zeros(0, taps, hidden, dtype=dtype)
         self.known = np.zeros((0, taps), np.bool_)
         self.arena, self.owner, self.flight = (np.zeros(0, np.int64) for _ in range(3))
         self.token, self.position = (np.zeros(0, np.int64) for _ in range(2))
 
+    @torch.inference_mode()
     def reach(self, slot: int) -> None:
         """Have room for this slot and all before it."""
         if (more := slot + 1 - len(self.known)) <= 0:
@@ -77,6 +79,7 @@ class _Store:
         self.arena, self.flight = (np.pad(one, (0, more), constant_values=-1) for one in (self.arena, self.flight))
         self.owner = np.pad(self.owner, (0, more), constant_values=_NOBODY)
 
+    @torch.inference_mode()
     def take(self, flight: int, part: Part, layers: list[int], features: Tensor) -> None:
         """Keep what a tap brings of one part. layers: which taps, as indices; features: [rows, len(layers), hidden].
 

@@ -74,7 +74,7 @@ class Calibration:
         """What the draft says of `node` as it is to be believed. Its own words are remembered for `learn`."""
         again = bool(node.said)
         if expansion.tokens and not expansion.learned:
-            node.said.append(expansion)
+            node.said = (*node.said, expansion)
         return self.believed(expansion, again)
 
     def believed(self, expansion: Expansion, again: bool = False) -> Expansion:
@@ -94,7 +94,7 @@ class Calibration:
         for again, said in enumerate(root.said):
             true = self._learn(said, -1, _AGAIN if again else _FIRST, token)
             if true in said.parents:
-                following.foretold.append((said, true))
+                following.foretold = (*following.foretold, (said, true))
         # Of a chain only the next guess: the others of one repeat come true together, and would count as many.
         for said, under in root.foretold:
             self._learn(said, under, _BEHIND, token)

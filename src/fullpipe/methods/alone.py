@@ -90,18 +90,21 @@ class Alone:
         tree, value = sequence.tree, self._value()
         candidates, flight = tree.unlaunched(self._floor), _Flight(self.machine.num_devices)
         marginal, draft_row, right = self._stage.marginal, self._draft_row(), self._right
-        passed, room = dict[int, Node](), sequence.room  # new slots that there are
+        passed, room, now, proposed = dict[int, Node](), sequence.room, load.now, State.PROPOSED
         first_price = self._price_of_flight(tree, load)
-        while len(flight.nodes) < limit and (best := candidates.best()) is not None:
-            if room <= 0 and not candidates.has_slot() and not (flight.is_empty and tree.root.slot is None):
+        nodes = flight.nodes
+        while len(nodes) < limit and (best := candidates.best()) is not None:
+            if room <= 0 and not candidates.has_slot() and not (not nodes and tree.root.slot is None):
                 break
             node, probability = candidates.take(), math.exp(best)
-            if flight.is_empty:
+            if not nodes:
                 price = 0.0 if node is tree.root else first_price(node, probability)
             else:
-                price = flight.price(marginal(len(flight.nodes) + load.prompt_rows), draft_row, right)
-            if (node.parent is not None and node.parent.id in passed) \
-                    or probability * min(value, self._left(node, load)) < price:
+                price = flight.price(marginal(len(nodes) + load.prompt_rows), draft_row, right)
+            parent = node.parent
+            # Seconds until the parent lands, after which nobody has to guess the node.
+            left = math.inf if parent is None or parent.state is proposed else parent.due - now
+            if probability * min(value, left) < price or (parent is not None and parent.id in passed):
                 passed[node.id] = node
                 if probability * value < price:
                     break
@@ -111,14 +114,6 @@ class Alone:
         for node in reversed(passed.values()):
             tree.return_unlaunched(node)
         return flight
-
-    @staticmethod
-    def _left(node: Node, load: Load) -> float:
-        """Seconds until the node's parent lands, after which nobody has to guess it; at most a traversal."""
-        parent = node.parent
-        if parent is None or parent.state is State.PROPOSED:  # it comes along, or has been passed
-            return math.inf
-        return parent.due - load.now
 
     def _price_of_flight(self, tree: TokenTree, load: Load) -> Callable[[Node, float], float]:
         """What launching at all costs, by the first node and its probability: stage 0 may be busy when a root needs
@@ -331,16 +326,13 @@ class _Flight:
         self._leaves: dict[int, float] = {}  # their probabilities by id
         self._out: float | None = 0.0  # the sum of these; None: not known
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.nodes
-
     def take(self, node: Node, probability: float) -> None:
+        parent = node.parent
         self.first = self.first or probability
-        if self.end is None or node.parent is self.end:
+        if self.end is None or parent is self.end:
             self.end, self.levels = node, self.levels + 1
-        if node.parent is not None and node.parent.id in self._ids:
-            if self._leaves.pop(node.parent.id, None) is not None:
+        if parent is not None and parent.id in self._ids:
+            if self._leaves.pop(parent.id, None) is not None:
                 self._out = None
         else:
             self.alive = min(self.alive + probability, 1.0)

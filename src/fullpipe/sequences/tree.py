@@ -217,23 +217,16 @@ class TokenTree:
         changed = guesses[-1:] != node.guesses[-1:]
         node.guesses = guesses
         if guesses and changed:
-            self._extend_frontier(node)
+            insort(self._frontier, (guesses[-1][0], next(self._orders), node))
 
-    def _extend_frontier(self, node: Node) -> None:
-        insort(self._frontier, (node.guesses[-1][0], next(self._orders), node))
-
-    def take_guess(self, better: float) -> bool:
-        """Make a node of the best guess of all, if that is likelier than `better`."""
-        frontier = self._frontier
-        while frontier and frontier[-1][0] > better:
-            cum, _, parent = frontier.pop()
-            guesses = parent.guesses
-            if parent.state in LIVE and guesses and guesses[-1][0] == cum:
-                self._new(guesses.pop()[1], parent, parent.position + 1, cum)
-                if guesses:
-                    self._extend_frontier(parent)
-                return True
-        return False
+    def take_guess(self) -> None:
+        """Make a node of what is named at the end of the frontier, if it is a guess still."""
+        cum, _, parent = self._frontier.pop()
+        guesses = parent.guesses
+        if guesses and guesses[-1][0] == cum and parent.state in LIVE:
+            self._new(guesses.pop()[1], parent, parent.position + 1, cum)
+            if guesses:
+                insort(self._frontier, (guesses[-1][0], next(self._orders), parent))
 
     def _named(self, parent: Node, token: int, cum: float) -> Node:
         """Make a node of any token, which may be among the guesses of its parent."""
@@ -472,10 +465,10 @@ class Candidates:
     floor: log of the least path probability given the root.
     """
 
-    __slots__ = ("_least", "_line", "_tree")
+    __slots__ = ("_frontier", "_least", "_line", "_tree")
 
     def __init__(self, tree: TokenTree, line: list[_Entry], floor: float) -> None:
-        self._tree, self._line = tree, line
+        self._tree, self._line, self._frontier = tree, line, tree._frontier
         self._least = tree.root.cum + floor
 
     def _pass_over(self) -> None:
@@ -484,12 +477,13 @@ class Candidates:
 
     def best(self) -> float | None:
         """Log path probability, given the root, of what `take` would return; None when nothing is left."""
-        line, tree, least = self._line, self._tree, self._least
+        line, frontier, least = self._line, self._frontier, self._least
         self._pass_over()
         best = line[-1][0] if line else -math.inf
-        while tree.take_guess(max(best, least)):  # behind the horizon nobody is asked, and it does not stand in that line
-            best = line[-1][0] if line else -math.inf
-        return best - tree.root.cum if line and best >= least else None
+        while frontier and frontier[-1][0] > best and frontier[-1][0] > least:
+            self._tree.take_guess()
+            best = line[-1][0] if line else -math.inf  # nobody is asked behind the horizon: then it is not there
+        return best - self._tree.root.cum if line and best >= least else None
 
     def has_slot(self) -> bool:
         """Whether what `take` would return has its cache slot already; `best` has just been asked and was not None."""
@@ -509,7 +503,7 @@ class Unlaunched(Candidates):
 
     def _pass_over(self) -> None:
         line = self._line
-        while line and not (line[-1][2].state is _PROPOSED and line[-1][2].cum == line[-1][0]):
+        while line and ((node := line[-1][2]).state is not _PROPOSED or node.cum != line[-1][0]):
             line.pop()
 
 

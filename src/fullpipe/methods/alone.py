@@ -152,8 +152,9 @@ class Alone:
         self._unasked += 1
         hop, before = machine.link_s / machine.num_stages, list(self._sent)[-1 - load.under_way : -1]
         for index, curve in enumerate(machine.stages):
-            # Nothing queues for longer than all that is under way takes: so what was foreseen wrongly passes.
-            queue = min(self._busy[index] - moment, sum(map(curve, before))) if index else 0.0
+            queue = self._busy[index] - moment if index else 0.0
+            if queue > 0:  # for no longer than all that is under way takes: so what was foreseen wrongly passes
+                queue = min(queue, sum(map(curve, before)))
             self._busy[index] = moment + max(queue, 0.0) + curve(rows)
             moment = self._busy[index] + hop
         for node in nodes:

@@ -401,6 +401,8 @@ class TokenTree:
         child = root.children.pop(token, None)
         dead = [node for other in root.children.values() for node in self._kill(other)]
         if child is None:
+            for line in (self._frontier, self._unlaunched, self._unasked):
+                line.clear()  # nobody is left
             cum = next((cum for cum, known in root.guesses if known == token), root.cum)
             child = self._new(token, None, root.position + 1, cum)
         child.parent = None

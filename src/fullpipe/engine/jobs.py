@@ -70,7 +70,7 @@ class Jobs:
             if node.id in sent:
                 continue
             missing = _not_in_draft(node, tree.root)
-            lacking = sum([other.slot is None for other in missing])
+            lacking = sum([other.slot is None for other in missing]) if len(missing) > 1 else node.slot is None
             if lacking > room:
                 tree.return_unasked(node)
                 continue

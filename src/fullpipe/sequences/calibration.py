@@ -80,20 +80,13 @@ class Calibration:
     def believed(self, expansion: Expansion, again: bool = False) -> Expansion:
         """The same guesses, with mapped probabilities; those of one parent are together at most 1."""
         place, mapped = _AGAIN if again else _FIRST, expansion.logprobs
-        if expansion.chained:
-            if not expansion.learned:
-                mapped = [self.map(kind, logprob) for kind, logprob in zip(kinds(expansion, place), mapped)]
-            mapped = _capped(mapped, expansion.parents)
-        else:
-            mapped = _capped_together(mapped if expansion.learned else self._map_all(expansion, place))
+        chained = expansion.chained
+        if (chained or expansion.sources) and not expansion.learned:
+            mapped = [self.map(kind, logprob) for kind, logprob in zip(kinds(expansion, place), mapped)]
+        elif (table := self._tables.get(place)) and not expansion.learned:  # one draft and no chains: one kind
+            mapped = table.map_all(mapped)
+        mapped = _capped(mapped, expansion.parents) if chained else _capped_together(mapped)
         return expansion if mapped is expansion.logprobs else replace(expansion, logprobs=mapped)
-
-    def _map_all(self, expansion: Expansion, place: int) -> list[float]:
-        """What `map` says of each guess that follows the node itself."""
-        if expansion.sources:
-            return [self.map(kind, logprob) for kind, logprob in zip(kinds(expansion, place), expansion.logprobs)]
-        table = self._tables.get(place)
-        return table.map_all(expansion.logprobs) if table else expansion.logprobs
 
     def learn(self, root: Node, following: Node) -> None:
         """The root moves on to `following`: of all that was said to follow it, only that was right."""

@@ -150,19 +150,16 @@ class Sequence:
             assert slot is not None, "the method took more nodes than there was room for"
             if node is self.tree.root:
                 self.path_slots.append(slot)
-        if node is self.tree.root:
-            node.slot, node.path = slot, []
-        else:
-            self.place(node, slot)
+        elif len(node.path) == node.position - self.tree.root.position:  # no text has come since it got its path
+            return
+        self.place(node, slot)
 
     def place(self, node: Node, slot: int) -> None:
-        """Let a node below the root stand in a slot."""
-        assert node.parent is not None
+        """Let a node stand in a slot."""
+        # The parent's path may begin above today's root: what has been committed since is cut off.
         depth = node.position - self.tree.root.position
-        if node.slot != slot or len(node.path) != depth:
-            # The parent's path may begin above today's root: what has been committed since is cut off.
-            node.slot = slot
-            node.path = [*(node.parent.path[1 - depth :] if depth > 1 else ()), slot]
+        above = node.parent.path[1 - depth :] if node.parent and depth > 1 else ()
+        node.slot, node.path = slot, [*above, slot] if depth else []
 
     def sealed(self, part: Part, channel: Channel) -> Part:
         """Let a part that will be sent carry what was committed since the last one."""

@@ -39,9 +39,6 @@ LIVE = (State.PROPOSED, State.IN_FLIGHT, State.LANDED)
 _PROPOSED, _IN_FLIGHT, _LANDED, _DEAD = State.PROPOSED, State.IN_FLIGHT, State.LANDED, State.DEAD  # read very often
 
 
-_NOWHERE: list[int] = []  # the path of whoever has no slot yet; nobody changes it
-
-
 class Node:
     """One token at one place in the tree.
 
@@ -69,8 +66,8 @@ class Node:
         self.slot: int | None = None
         self.path = _NOWHERE
         self.state = _PROPOSED
-        self.children: dict[int, Node] = {}
-        self.guesses: list[tuple[float, int]] = []  # (cum, token), worst first: the next one is at the end
+        self.children = _NO_CHILDREN
+        self.guesses = _NO_GUESSES  # (cum, token), worst first: the next one is at the end
         self.asked = self.answered = self.waiting = self.in_draft = False
         self.asked_at = self.launched_at = -1
         self.due = math.inf
@@ -81,6 +78,12 @@ class Node:
 
     def __repr__(self) -> str:
         return f"Node({self.id}, token={self.token}, position={self.position}, {self.state.name.lower()})"
+
+
+# What most nodes have when they are made, and many when they die, is made once: nobody changes these.
+_NOWHERE: list[int] = []
+_NO_GUESSES: list[tuple[float, int]] = []
+_NO_CHILDREN: dict[int, Node] = {}
 
 
 @dataclass(slots=True)
@@ -237,7 +240,10 @@ class TokenTree:
         """A new node, which is no guess of its parent any more."""
         node = Node(next(self._ids), token, parent, position, cum)
         if parent is not None:
-            parent.children[token] = node
+            if parent.children:
+                parent.children[token] = node
+            else:
+                parent.children = {token: node}
         self.num_live += 1
         entry = (cum, -node.id, node)  # so no node comes before its parent, however often both move
         insort(self._unlaunched, entry)
@@ -348,11 +354,11 @@ class TokenTree:
         """Nodes that have not been launched, highest path probability first, each one's ancestors launched or before
         it. floor: log of the least path probability given the root. The caller launches what it takes, before anything
         else happens to the tree."""
-        return Unlaunched(self, self._unlaunched, floor)
+        return Candidates(self, self._unlaunched, floor)
 
     def unasked(self, floor: float) -> Candidates:
         """The same of nodes whose children the draft has not been asked for. The caller asks."""
-        return Unasked(self, self._unasked, floor)
+        return Candidates(self, self._unasked, floor)
 
     def _tidy(self) -> None:
         """Drop what is dead or has moved from a line that mostly holds such: so a long run costs no more than a
@@ -398,7 +404,7 @@ class TokenTree:
         if root.state is not State.LANDED:
             return None
         token = _chosen(root)
-        child = root.children.pop(token, None)
+        child = root.children.pop(token) if token in root.children else None
         dead = [node for other in root.children.values() for node in self._kill(other)]
         if child is None:
             for line in (self._frontier, self._unlaunched, self._unasked):
@@ -407,7 +413,7 @@ class TokenTree:
             child = self._new(token, None, root.position + 1, cum)
         child.parent = None
         root.state = State.COMMITTED
-        root.children, root.guesses = {}, []
+        root.children, root.guesses = _NO_CHILDREN, _NO_GUESSES
         self.num_live -= 1
         self.num_advances += 1
         self.root = child
@@ -427,7 +433,7 @@ class TokenTree:
             node.state = _DEAD
             dead.append(node)
             stack.extend(node.children.values())
-            node.children = {}  # or each would wait for the garbage collector, which has much to look through
+            node.children = _NO_CHILDREN  # or each would wait for the garbage collector, which has much to look through
         self.num_live -= len(dead)
         return dead
 
@@ -467,21 +473,24 @@ class Candidates:
     floor: log of the least path probability given the root.
     """
 
-    __slots__ = ("_frontier", "_least", "_line", "_tree")
+    __slots__ = ("_frontier", "_launches", "_least", "_line", "_tree")
 
     def __init__(self, tree: TokenTree, line: list[_Entry], floor: float) -> None:
         self._tree, self._line, self._frontier = tree, line, tree._frontier
+        self._launches = line is tree._unlaunched
         self._least = tree.root.cum + floor
-
-    def _pass_over(self) -> None:
-        """Take from the end of the line what waits there no longer."""
-        raise NotImplementedError
 
     def best(self) -> float | None:
         """Log path probability, given the root, of what `take` would return; None when nothing is left."""
-        line, frontier, least = self._line, self._frontier, self._least
-        self._pass_over()
-        best = line[-1][0] if line else -math.inf
+        line, frontier, least, launches = self._line, self._frontier, self._least, self._launches
+        best = -math.inf
+        while line:
+            cum, _, node = line[-1]
+            waits = node.state is _PROPOSED if launches else node.state in LIVE and not node.asked
+            if waits and node.cum == cum:
+                best = cum
+                break
+            line.pop()
         while frontier and frontier[-1][0] > best and frontier[-1][0] > least:
             self._tree.take_guess()
             best = line[-1][0] if line else -math.inf  # nobody is asked behind the horizon: then it is not there
@@ -498,24 +507,6 @@ class Candidates:
         while line and line[-1][2] is node:  # it has been moved to and fro
             line.pop()
         return node
-
-
-class Unlaunched(Candidates):
-    __slots__ = ()
-
-    def _pass_over(self) -> None:
-        line = self._line
-        while line and ((node := line[-1][2]).state is not _PROPOSED or node.cum != line[-1][0]):
-            line.pop()
-
-
-class Unasked(Candidates):
-    __slots__ = ()
-
-    def _pass_over(self) -> None:
-        line = self._line
-        while line and ((node := line[-1][2]).asked or node.state not in LIVE or node.cum != line[-1][0]):
-            line.pop()
 
 
 def _once(entries: Iterable[_Entry]) -> list[_Entry]:

@@ -152,11 +152,6 @@ class Expansion(Struct):
     sources: list[int] = field(default_factory=list)
     learned: bool = False
 
-    @property
-    def chained(self) -> bool:
-        """Whether guesses follow guesses."""
-        return self.parents.count(-1) < len(self.parents)
-
 
 def steps(answer: Any) -> int:
     """How many steps a draft went on by itself, each of one row; of a stage's answer none."""

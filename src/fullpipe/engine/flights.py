@@ -64,10 +64,9 @@ class Flights:
         return parts
 
     def _launch(self, sequence: Sequence, nodes: list[Node], part: Part, told: Launched) -> None:
-        tree = sequence.tree
-        tree.new_flight()
+        sequence.tree.new_flight()
         for node in nodes:
-            tree.launch(node)
+            sequence.tree.launch(node)
             sequence.stand(node)
             self.launched[node.id] = (sequence, node)
         sequence.add_nodes(part, sequence.stages, nodes, [True] * len(nodes))

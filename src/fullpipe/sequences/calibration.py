@@ -80,7 +80,7 @@ class Calibration:
     def believed(self, expansion: Expansion, again: bool = False) -> Expansion:
         """The same guesses, with mapped probabilities; those of one parent are together at most 1."""
         place, mapped = _AGAIN if again else _FIRST, expansion.logprobs
-        chained = expansion.chained
+        chained = max(expansion.parents, default=-1) >= 0
         if (chained or expansion.sources) and not expansion.learned:
             mapped = [self.map(kind, logprob) for kind, logprob in zip(kinds(expansion, place), mapped)]
         elif (table := self._tables.get(place)) and not expansion.learned:  # one draft and no chains: one kind

@@ -155,8 +155,7 @@ class Sequence:
         self.place(node, slot)
 
     def place(self, node: Node, slot: int) -> None:
-        """Let a node stand in a slot."""
-        # The parent's path may begin above today's root: what has been committed since is cut off.
+        """Let a node stand in a slot. What of its parent's path has been committed since is cut off from its own."""
         depth = node.position - self.tree.root.position
         above = node.parent.path[1 - depth :] if node.parent and depth > 1 else ()
         node.slot, node.path = slot, [*above, slot] if depth else []

@@ -145,10 +145,10 @@ class TokenTree:
             self._revise(node, expansion)
         elif node.children:
             self._weigh(node, expansion)
-        if expansion.chained:
-            self._propose_chains(node, expansion, floor)
-        else:
+        if max(expansion.parents, default=-1) < 0:
             self._offer(node, expansion.tokens, expansion.logprobs, floor)
+        else:
+            self._propose_chains(node, expansion, floor)
 
     def _propose_chains(self, node: Node, expansion: Expansion, floor: float) -> None:
         """Guesses that follow guesses: those that something follows become nodes at once."""

@@ -250,17 +250,6 @@ def test_of_what_passes_the_targets_own_token_comes_first_and_only_what_flies_co
     assert step(9, []) == (9, False, False)
 
 
-def test_a_guess_that_was_best_twice_counts_once() -> None:
-    """It stood there before a better one came, and again when that one had gone."""
-    t = tree()
-    t.launch(t.root)
-    t.propose(t.root, Expansion(t.root.id, [1, 4, 5, 6], [math.log(p) for p in (0.8, 0.2, 0.5, 0.5)], [-1, 0, 0, 2]))
-    assert [(node.token, node.state) for node in t.nodes()] == [
-        (7, State.IN_FLIGHT), (1, State.PROPOSED), (5, State.PROPOSED)]
-    assert [round(math.exp(t.launch_cutoff(count)), 3) for count in (1, 2, 3, 4)] == [0.8, 0.4, 0.2, 0.16]
-    assert t.launch_cutoff(5) == -math.inf
-
-
 def test_moving_to_and_fro_leaves_lines_small_and_orders_right() -> None:
     t = tree()
     t.propose(t.root, guesses(t.root, (1, 1.0), (2, 0.5)))
@@ -312,13 +301,6 @@ def offered(t: TokenTree) -> list[float]:
     return sorted(values, reverse=True)
 
 
-def cutoff(t: TokenTree, count: int) -> float:
-    """`launch_cutoff` the slow way."""
-    values = [node.cum for node in t.nodes() if node.state is State.PROPOSED]
-    values += [node.guesses[-1][0] for node in t.nodes() if node.guesses]
-    return sorted(values)[-count] - t.root.cum if len(values) >= count else -math.inf
-
-
 KINDS = ("propose", "chain", "launch", "layer", "late", "ask", "again", "land", "miss")
 ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2**16)), max_size=60)
 
@@ -368,5 +350,4 @@ def test_any_allowed_order_keeps_every_invariant(actions: list[tuple[str, int]])
             assert step is not None and step.hit == (truth in launched)
             emitted.append(step.token)
         t.check()
-        assert t.launch_cutoff(1 + number % 9) == cutoff(t, 1 + number % 9)
         assert t.root.token == emitted[-1] and t.root.position == 3 + len(emitted) - 1

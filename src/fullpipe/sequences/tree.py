@@ -207,13 +207,14 @@ class TokenTree:
         while stack:
             node = stack.pop()
             assert node.parent is not None
-            before, node.cum = node.cum, min(node.cum + shift, node.parent.cum)
-            self._offer_next(node, [(min(cum + shift, node.cum), token) for cum, token in node.guesses])
-            if node.cum != before:  # or it stands where it stood
-                if node.state is _PROPOSED:
-                    self.return_unlaunched(node)
-                if self._is_askable(node):
-                    self.return_unasked(node)
+            node.cum = min(node.cum + shift, node.parent.cum)
+            node.guesses = [(min(cum + shift, node.cum), token) for cum, token in node.guesses]
+            if node.guesses:
+                insort(self._frontier, (node.guesses[-1][0], next(self._orders), node))
+            if node.state is _PROPOSED:
+                self.return_unlaunched(node)
+            if self._is_askable(node):
+                self.return_unasked(node)
             stack.extend(node.children.values())
 
     def _offer_next(self, node: Node, guesses: list[tuple[float, int]]) -> None:
@@ -224,12 +225,14 @@ class TokenTree:
 
     def take_guess(self) -> None:
         """Make a node of what is named at the end of the frontier, if it is a guess still."""
-        cum, _, parent = self._frontier.pop()
+        cum, order, parent = self._frontier.pop()
         guesses = parent.guesses
         if guesses and guesses[-1][0] == cum and parent.state in LIVE:
             self._new(guesses.pop()[1], parent, parent.position + 1, cum)
             if guesses:
                 insort(self._frontier, (guesses[-1][0], next(self._orders), parent))
+                if guesses[-1][0] == cum:  # it keeps its place among its equals, and `launch_cutoff` counts it twice
+                    insort(self._frontier, (cum, order, parent))
 
     def _named(self, parent: Node, token: int, cum: float) -> Node:
         """Make a node of any token, which may be among the guesses of its parent."""
@@ -271,7 +274,7 @@ class TokenTree:
 
     def launch_cutoff(self, count: int) -> float:
         """Log path probability, given the root, of the `count`-th best that could still be launched; -inf where there
-        are not as many. Of each node's guesses only the best is counted."""
+        are not as many. Of each node's guesses only the best is counted, but as often as it has become that."""
         if len(self._unlaunched) + len(self._frontier) < count:
             return -math.inf
         nodes, guesses = self._waiting_nodes(), self._waiting_guesses()
@@ -285,19 +288,12 @@ class TokenTree:
 
     def _waiting_nodes(self) -> Iterator[float]:
         """The `cum` of those that have not been launched, best first."""
-        last = None
-        for cum, _, node in reversed(self._unlaunched):
-            if node.state is _PROPOSED and node.cum == cum and node is not last:
-                yield cum
-                last = node
+        return (cum for cum, _, node in reversed(self._unlaunched) if node.state is _PROPOSED and node.cum == cum)
 
     def _waiting_guesses(self) -> Iterator[float]:
         """The `cum` of each node's best guess, best first."""
-        seen = set()  # one that was best before a better one came and went stands there twice
-        for cum, _, node in reversed(self._frontier):
-            if node.guesses and node.guesses[-1][0] == cum and node.state in LIVE and node.id not in seen:
-                seen.add(node.id)
-                yield cum
+        return (cum for cum, _, node in reversed(self._frontier)
+                if node.guesses and node.guesses[-1][0] == cum and node.state in LIVE)
 
     def return_unasked(self, node: Node) -> None:
         """Give back a node of `unasked` that could not be asked for."""

@@ -67,12 +67,13 @@ class Flights:
         sequence.tree.new_flight()
         for node in nodes:
             sequence.tree.launch(node)
-            sequence.add_node(part, sequence.stages, node, wants=True)
+            sequence.stand(node)
             self.launched[node.id] = (sequence, node)
-            told.nodes.append(node.id)
-            told.parents.append(node.parent.id if node.parent else -1)
-            told.tokens.append(node.token)
-            told.positions.append(node.position)
+        sequence.add_nodes(part, sequence.stages, nodes, [True] * len(nodes))
+        told.nodes += [node.id for node in nodes]
+        told.parents += [node.parent.id if node.parent else -1 for node in nodes]
+        told.tokens += [node.token for node in nodes]
+        told.positions += [node.position for node in nodes]
         told.requests += [sequence.request.id] * len(nodes)
 
     def landed(self, event: Landed) -> list[Sequence]:

@@ -120,32 +120,33 @@ class Sequence:
             channel.rows = end
         return part
 
-    def add_node(self, part: Part, channel: Channel, node: Node, wants: bool) -> None:
-        """Append a node's row. Its ancestors were sent before, or stand in the part already."""
-        if node.slot is None:
-            node.slot = self.lent.pop() if self.lent and not self.slots.num_free else self.slots.take()
-            assert node.slot is not None, "the method took more nodes than there was room for"
+    def add_nodes(self, part: Part, channel: Channel, nodes: list[Node], wants: list[bool]) -> None:
+        """Append the rows of nodes that stand in a slot (`stand`)."""
+        if self.tree.root in nodes:
+            channel.rows = self.tree.root.position + 1
+        part.nodes += [node.id for node in nodes]
+        part.tokens += [node.token for node in nodes]
+        part.positions += [node.position for node in nodes]
+        part.slots += [node.slot for node in nodes if node.slot is not None]
+        part.paths += [node.path for node in nodes]
+        part.wants += wants
+
+    def stand(self, node: Node) -> None:
+        """Give a node a slot, unless it has one, and the path to it as it is now. Its ancestors stand already."""
+        if (slot := node.slot) is None:
+            slot = self.lent.pop() if self.lent and not self.slots.num_free else self.slots.take()
+            assert slot is not None, "the method took more nodes than there was room for"
             if node is self.tree.root:
-                self.path_slots.append(node.slot)
-        if node is self.tree.root:
-            channel.rows = node.position + 1
-            node.path = []
-        else:
-            self.place(node, node.slot)
-        part.nodes.append(node.id)
-        part.tokens.append(node.token)
-        part.positions.append(node.position)
-        part.slots.append(node.slot)
-        part.paths.append(node.path)
-        part.wants.append(wants)
+                self.path_slots.append(slot)
+        elif len(node.path) == node.position - self.tree.root.position:  # no text has come since it got its path
+            return
+        self.place(node, slot)
 
     def place(self, node: Node, slot: int) -> None:
-        """Let a node below the root stand in a slot."""
-        assert node.parent is not None
-        # The parent's path may begin above today's root: what has been committed since is cut off.
+        """Let a node stand in a slot. What of its parent's path has been committed since is cut off from its own."""
         depth = node.position - self.tree.root.position
-        node.slot = slot
-        node.path = [*(node.parent.path[1 - depth :] if depth > 1 else ()), slot]
+        above = node.parent.path[1 - depth :] if node.parent and depth > 1 else ()
+        node.slot, node.path = slot, [*above, slot] if depth else []
 
     def sealed(self, part: Part, channel: Channel) -> Part:
         """Let a part that will be sent carry what was committed since the last one."""

@@ -128,6 +128,13 @@ class Prepared:
         another request has computed, so with one prefixes are not shared. `unshared` says so."""
         return replace(asked, enable_prefix_caching=asked.enable_prefix_caching and not self.reads_taps)
 
+    def cache_told(self, total: int) -> str:
+        """What a user should know of a cache of so many slots."""
+        config = self.target.config
+        slot_bytes = config.num_layers * config.sizes(4 if self.target.dtype == "float32" else 2).kv_bytes
+        return (f"the cache holds {total:,} tokens of all requests together: {total * slot_bytes >> 20:,} MiB over all "
+                "stages when it is full")
+
     def unshared(self, asked: EngineOptions) -> str | None:
         """Why prefixes are not shared although that is asked for; None where they are, or it is not."""
         if not (asked.enable_prefix_caching and self.reads_taps):

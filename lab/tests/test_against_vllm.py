@@ -18,10 +18,19 @@ from fullpipe_lab.files import Journal
 from fullpipe_lab.studies.serving import against_vllm
 from fullpipe_lab.studies.serving.against_vllm import make_receipt, report_of
 from fullpipe_lab.studies.serving.figures import Level, levels_of, same_texts
-from fullpipe_lab.studies.serving.servers import CONTENDERS, Contender, Running, Setup, grown, read_counters, running
+from fullpipe_lab.studies.serving.servers import (
+    CONTENDERS,
+    Contender,
+    Running,
+    Setup,
+    gguf_of,
+    grown,
+    read_counters,
+    running,
+)
 
 FAKE = next((Path(__file__).parents[2] / "tests").rglob("fake_openai.py"))
-SETUP = Setup(Path("weights"), "ngram", "bfloat16", 512, 16)
+SETUP = Setup(Path("weights"), "ngram", "bfloat16", 512, 16, file=Path("m.gguf"))
 
 
 @dataclass(frozen=True)
@@ -53,13 +62,26 @@ def result(tokens: int = 10, span: float = 1.0, texts: tuple[str, ...] = ("a", "
 
 def test_the_same_for_both_but_what_is_theirs() -> None:
     commands = {name: one.command(SETUP, 99) for name, one in CONTENDERS.items()}
-    for command in commands.values():
-        text = " ".join(command)
-        assert "--model weights --served-model-name measured --dtype bfloat16 --host 127.0.0.1 --port 99" in text
+    for name, command in commands.items():
+        text, read = " ".join(command), "m.gguf --served-model-name measured --dtype stored"
+        if not name.endswith("-stored"):
+            read = "weights --served-model-name measured --dtype bfloat16"
+        assert f"--model {read} --host 127.0.0.1 --port 99" in text
         assert "--max-model-len 512 --max-num-seqs 16" in text
     assert commands["vllm"] == commands["vllm-auto"]  # told apart by the environment
     assert commands["fullpipe"][-4:] == ["--draft", "ngram", "--stages", "2"]
     assert commands["pp"][-6:-2] == ["--method", "pp", "--draft", "none"]
+
+
+def test_only_who_serves_a_gguf_file_needs_one(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    assert gguf_of(str(tmp_path), ["fullpipe", "vllm"]) is None
+    assert gguf_of(str(file), ["pp-stored"]) == file
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="fullpipe-stored serves a GGUF file"):
+        gguf_of(str(tmp_path / "folder"), ["vllm", "fullpipe-stored"])
 
 
 def test_thread_counts_of_the_user_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,8 +168,10 @@ def test_what_became_of_guesses_is_told_by_what_was_claimed(bench: Path, monkeyp
     half_right = ScriptedDraft({"kind": "hash", "vocab": 50, "seed": 1}, accuracy=0.5, vocab=50)
     monkeypatch.setattr("fullpipe_lab.sweep.Worker._draft", lambda *_: half_right)
     journal = Journal(bench / "journal-t0.jsonl")
-    measuring_of(bench, journal).watch("cpu-3", "model")
+    study = measuring_of(bench, journal)
+    study.watch("cpu-3", "model")
     rows = list(journal.rows.values())
+    assert {row["version"] for row in rows} == {study.version}
     assert rows and {(row["T"], row["draft"], row["cluster"]) for row in rows} == {("0", "model", "cpu-3")}
     for row in rows:
         low, high = map(float, row["claimed"].split(" to "))

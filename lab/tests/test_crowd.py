@@ -255,7 +255,7 @@ def test_a_source_begins_anew_with_a_request_that_was_closed_and_goes_on_with_on
 
     def job(opens: list[int], closes: list[int]) -> Flight:
         return Flight(0, [Part(ArenaId(0), [], [7], [ANSWERS[0].prompt[-1]], [2], [2], [[]], [True])],
-                      [Opening(ArenaId(one), 10, 3, PARAMS, request=one) for one in opens],
+                      [Opening(ArenaId(one), 3, PARAMS, request=one) for one in opens],
                       list(map(ArenaId, closes)), fanout=4)
 
     (said,) = source.run(job([0, 1], []))

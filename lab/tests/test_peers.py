@@ -21,7 +21,18 @@ from fullpipe.options import ModelOptions
 from fullpipe.prompts import bundled
 from fullpipe.request import SamplingParams
 from fullpipe_lab.cli import beside
-from fullpipe_lab.peers import PEERS, Peer, PeerModels, PeerResult, PeerSample, envs, peer_table, run_peers
+from fullpipe_lab.files import Journal
+from fullpipe_lab.peers import (
+    PEERS,
+    Peer,
+    PeerModels,
+    PeerResult,
+    PeerSample,
+    better_mode,
+    envs,
+    peer_table,
+    run_peers,
+)
 from fullpipe_lab.peers.process import RunnerFailed, peak_memory
 from fullpipe_lab.peers.run import Job, Question, compare, measure, measure_all
 from fullpipe_lab.peers.weights import as_folder
@@ -269,7 +280,7 @@ def test_the_table_says_what_was_measured() -> None:
     assert (other["remark"], broken["remark"]) == ("reads less", "failed: out of memory")
     assert broken["tbt_ms"] is broken["tokens_per_s"] is broken["same_text"] is None
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    lines = render("peers.md.j2", rows=rows).splitlines()
+    lines = render("peers.md.j2", rows=rows, better=[]).splitlines()
     assert len(lines) == 2 + 3 and "Z\\|Z" in lines[-1]
 
 
@@ -279,9 +290,43 @@ def test_answers_of_one_token_have_no_time_between_tokens() -> None:
 
 
 def test_raw_samples_are_plain_json() -> None:
-    value = result_of("x", {"a": [1, 2]}).to_dict()
-    assert json.loads(json.dumps(value, allow_nan=False)) == value
+    result = result_of("x", {"a": [1, 2]})
+    value = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert value["samples"][0]["ttft_s"] == 0.5 and value["samples"][0]["tokens"] == [1, 2]
+    assert PeerResult.from_dict(value) == result
+    (row,) = result.answers()
+    assert (row["peer"], row["prompt"], row["times"]) == ("x", "a", [0.5, 0.6])
+
+
+def test_the_better_mode_is_chosen_prompt_by_prompt() -> None:
+    prompts = {"code/1": [1, 2, 3], "code/2": [1, 2, 3], "math/1": [1, 2, 3]}
+    ours = result_of("fullpipe-1", prompts, 0.1)
+    plain, draft = result_of("llamacpp", prompts, 0.2), result_of("llamacpp-draft", prompts, 0.4)
+    for sample in draft.samples[:1]:
+        sample.times[:] = [0.5, 0.525, 0.55]
+    one_token = result_of("fullpipe", {"code/1": [1]})
+    code, math, together = better_mode([one_token, ours, plain, draft])
+    assert (code["peer"], code["set"], code["prompts"]) == ("Fullpipe-1", "code", 2)
+    assert code["tbt_ahead"] == round((0.25 * 2) ** 0.5, 3) and code["best"] == "llamacpp-draft 1, llamacpp 1"
+    assert (math["tbt_ms"], math["theirs_tbt_ms"], math["tbt_ahead"]) == (100.0, 200.0, 2.0)
+    assert (math["tokens_per_s"], math["theirs_tokens_per_s"]) == (round(3 / 0.7, 2), round(3 / 0.9, 2))
+    assert together["set"] == "all" and together["prompts"] == 3 and together["tbt_ahead"] == 1.0
+    assert "| Fullpipe-1 | math | 1 | 100 | 200 | 2 |" in render("peers.md.j2", rows=[], better=[math])
+
+
+def test_without_one_of_theirs_there_is_nothing_to_be_ahead_of() -> None:
+    assert better_mode([result_of("fullpipe", {"a": [1, 2]}), result_of("vllm", {"a": [1, 2]})]) == []
+    (by_task, _) = better_mode([result_of("fullpipe", {"f/a": [1, 2]}), result_of("llamacpp", {"f/a": [1, 2]})])
+    assert by_task["set"] == "t"
+
+
+def test_peers_that_answered_in_a_run_that_was_cut_off_are_not_asked_again(job: Job, tmp_path: Path) -> None:
+    path, said = tmp_path / "journal.jsonl", list[str]()
+    peers = [fake("counts", name="fullpipe-pp"), fake("dies", name="second")]
+    first = measure_all(peers, job, silent, lambda _: None, Journal(path))
+    again = measure_all(peers, job, said.append, lambda _: None, Journal(path))
+    assert said[0] == "fullpipe-pp: asked already" and said[1] == "second: loading"
+    assert again[0] == first[0] and again[1].status == "failed"
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -359,7 +404,8 @@ def test_ctrl_c_leaves_the_table_of_the_peers_that_answered(answers: list[Any], 
     with pytest.raises(KeyboardInterrupt):
         ask_all(tmp_path)
     assert names(tmp_path / "peers.json") == ["X"]
-    assert load_receipt(tmp_path / "peers.json").settings["repeats"] == 3
+    receipt = load_receipt(tmp_path / "peers.json")
+    assert receipt.settings["repeats"] == 3 and [row["tokens"] for row in receipt.answers] == [[1, 2]]
 
 
 def test_an_earlier_table_stays_until_the_new_one_is_whole(answers: list[Any], tmp_path: Path) -> None:
@@ -374,6 +420,16 @@ def test_an_earlier_table_stays_until_the_new_one_is_whole(answers: list[Any], t
     answers.pop()
     ask_all(tmp_path)
     assert names(tmp_path / "peers.json") == ["Z"] and not (tmp_path / "peers-unfinished.json").exists()
+
+
+def test_auto_is_what_the_product_computes_in(answers: list[Any], tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    answers[:] = [result_of("x", {"a": [1, 2]})]
+    monkeypatch.setattr("fullpipe.hub.resolve", Path)
+    monkeypatch.setattr("fullpipe.models.weights.open_model", lambda path: path)
+    monkeypatch.setattr("fullpipe.models.dtypes.pick_dtype", lambda name, files: {Path("m"): "stored"}[files])
+    beside.peers(ModelOptions(model="m", draft="none"), SamplingParams(max_tokens=8), None, 1, None, 3, tmp_path)
+    assert load_receipt(tmp_path / "peers.json").model.dtype == "stored"
 
 
 def test_rows_of_earlier_runs_say_when_and_by_what(answers: list[Any], tmp_path: Path) -> None:

@@ -88,10 +88,12 @@ def cluster(name: str) -> Cluster:
 
 @dataclass(frozen=True)
 class Models:
-    """target: of each stage. draft: the whole of it. At one dtype."""
+    """stages: of the target. draft, memo: the whole of the draft, with a cache for the run and one for the memo. All at
+    one dtype."""
 
     stages: list[ModelStage]
     draft: DecoderSlice
+    memo: DecoderSlice
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +118,8 @@ def load(target: Path, draft: Path, *, dtype: str, cuts: tuple[int, ...], vocab:
     stages = [build_stage(model=str(target), first=first, last=last, is_first=first == 0, is_last=last == cuts[-1],
                           dtype=dtype, vocab=vocab) for first, last in pairwise(cuts)]
     files = open_model(draft)
-    return Models(stages, DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True,
-                                       dtype=DTYPES[dtype]))
+    return Models(stages, *(DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True,
+                                         dtype=DTYPES[dtype]) for _ in range(2)))
 
 
 def really(models: Models, method: str, on: Cluster, params: SamplingParams, *, prompt: tuple[int, ...] = PROMPT,
@@ -184,7 +186,7 @@ def test_a_replay_is_the_run_event_by_event(models: Models, on: str, temperature
     plain, _ = really(models, "pp", cluster(on), params)
     answer = answer_of(plain)
     assert len(answer.tokens) == TOKENS and len(set(answer.tokens)) > 4
-    memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    memo = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     hits = 0
     for method in METHODS:
         events, stats = really(models, method, cluster(on), params)
@@ -207,7 +209,7 @@ def test_a_text_that_ended_by_itself(models: Models, method: str) -> None:
     answer = answer_of(events)
     assert answer.finish == "stop" and len(answer.tokens) < TOKENS
     heard: list[Event] = []
-    memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    memo = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     run = replay(answer, params, MemoDraft(memo), policy(method), cluster("links"), listeners=(heard.append,))
     assert_same(events, heard)
     assert run.stats == stats
@@ -221,7 +223,7 @@ def test_a_draft_of_model_and_ngram(models: Models) -> None:
     events, stats = really(models, "fullpipe", cluster("links"), params, prompt=prompt, source=mixed)
     answer = answer_of(events, prompt)
     heard: list[Event] = []
-    memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    memo = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     run = replay(answer, params, Mix([MemoDraft(memo), NgramDraft(min_n=1)]), policy("fullpipe"), cluster("links"),
                  listeners=(heard.append,))
     assert_same(events, heard)
@@ -247,7 +249,7 @@ def asked(memo: Memo, answer: Answer, params: SamplingParams) -> list[Any]:
 
 def test_what_was_kept_needs_no_model(case: tuple[Models, Answer, SamplingParams], tmp_path: Path) -> None:
     models, answer, params = case
-    memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    memo = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     first = asked(memo, answer, params)
     memo.save(tmp_path / "deep" / "kept.npz")
     again = Memo(None, answer.prompt, answer.tokens, params, tiny.VOCAB)
@@ -260,10 +262,10 @@ def test_what_was_kept_needs_no_model(case: tuple[Models, Answer, SamplingParams
 def test_what_was_kept_is_added_to(case: tuple[Models, Answer, SamplingParams], tmp_path: Path) -> None:
     """In another order, too: ids are of one memo alone."""
     models, answer, params = case
-    one = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    one = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     asked(one, answer, params)
     one.save(tmp_path / "kept.npz")
-    other = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    other = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     path = other.child(other.child(0, 90), 91)
     said = other.answers([path])
     other.load(tmp_path / "kept.npz")
@@ -279,7 +281,7 @@ def test_a_damaged_file_is_computed_again(case: tuple[Models, Answer, SamplingPa
                                           content: bytes) -> None:
     models, answer, params = case
     (tmp_path / "kept.npz").write_bytes(content)
-    memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    memo = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     memo.load(tmp_path / "kept.npz")
     memo.answers([0])
     assert memo.computed_rows == len(answer.prompt) + TOKENS
@@ -287,7 +289,7 @@ def test_a_damaged_file_is_computed_again(case: tuple[Models, Answer, SamplingPa
 
 def test_a_pool_that_overflows_changes_no_answer(case: tuple[Models, Answer, SamplingParams]) -> None:
     models, answer, params = case
-    roomy, tight = (Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB, **pool)
+    roomy, tight = (Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB, **pool)
                     for pool in ({}, {"pool": TOKENS + 1}))
     assert asked(roomy, answer, params) == asked(tight, answer, params)
     assert tight.computed_rows > roomy.computed_rows
@@ -297,18 +299,18 @@ def test_a_path_is_computed_once_as_an_ancestor_and_once_for_its_answer(
         case: tuple[Models, Answer, SamplingParams]) -> None:
     """Then it stands in a higher slot than what is computed next below it."""
     models, answer, params = case
-    memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    memo = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     above = memo.child(memo.true[3], 90)
     memo.answers([memo.child(above, 91)])
     memo.answers([above])
     late = memo.answers([memo.child(above, 92)])
-    fresh = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    fresh = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     assert fresh.answers([fresh.child(fresh.child(fresh.true[3], 90), 92)]) == late
 
 
 def test_answers_have_the_candidates_of_a_draft_job(case: tuple[Models, Answer, SamplingParams]) -> None:
     models, answer, params = case
-    ((tokens, logprobs),) = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB).answers([0])
+    ((tokens, logprobs),) = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB).answers([0])
     assert len(tokens) == len(set(tokens)) == TOP_K
     assert logprobs == sorted(logprobs, reverse=True) and logprobs[0] < 0
 
@@ -340,7 +342,7 @@ def test_flights_that_have_not_landed_at_the_end_were_work_too(case: tuple[Model
     """A text that ended by itself leaves the pipeline full."""
     models, answer, params = case
     answer = replace(answer, tokens=answer.tokens[:12], finish="stop")
-    memo = Memo(models.draft, answer.prompt, answer.tokens, params, tiny.VOCAB)
+    memo = Memo(models.memo, answer.prompt, answer.tokens, params, tiny.VOCAB)
     heard: list[Event] = []
     run = replay(answer, params, MemoDraft(memo), policy("fullpipe"), cluster("unit"), listeners=(heard.append,))
     end = next(index for index, event in enumerate(heard) if isinstance(event, Finished))
@@ -384,7 +386,7 @@ def test_so_with_a_real_model() -> None:
     events, stats = really(models, "fullpipe", on, params, prompt=prompt, vocab=vocab)
     answer = answer_of(events, prompt)
     heard: list[Event] = []
-    memo = Memo(models.draft, answer.prompt, answer.tokens, params, vocab)
+    memo = Memo(models.memo, answer.prompt, answer.tokens, params, vocab)
     run = replay(answer, params, MemoDraft(memo), policy("fullpipe"), on, listeners=(heard.append,))
     assert_same(events, heard)
     assert run.stats == stats and stats.hits > 20

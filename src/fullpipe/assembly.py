@@ -72,12 +72,14 @@ class Target:
     @property
     def numbers(self) -> str:
         """In what it computes, as it is told."""
-        return "with weights as they are stored" if self.dtype == "stored" else f"in {self.dtype}"
+        kept = {"stored": "as they are stored", "int8": "quantised to int8", "int4": "quantised to int4"}
+        return f"with weights {kept[self.dtype]}" if self.dtype in kept else f"in {self.dtype}"
 
     @property
     def placed(self) -> dict[str, Any]:
-        """What a builder of a station is told of the device; nothing of the processor."""
-        return {} if self.device == "cpu" else {"device": self.device, "kv_pool_mib": self.kv_pool_mib}
+        """What a builder of a station is told of its device and its cache."""
+        where = {} if self.device == "cpu" else {"device": self.device}
+        return where if self.kv_pool_mib is None else {**where, "kv_pool_mib": self.kv_pool_mib}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,13 @@ class Prepared:
         """What an engine may do with these stations: a draft that reads hidden states would never hear of rows that
         another request has computed, so with one prefixes are not shared. `unshared` says so."""
         return replace(asked, enable_prefix_caching=asked.enable_prefix_caching and not self.reads_taps)
+
+    def cache_told(self, total: int) -> str:
+        """What a user should know of a cache of so many slots."""
+        config = self.target.config
+        slot_bytes = config.num_layers * config.sizes(4 if self.target.dtype == "float32" else 2).kv_bytes
+        return (f"the cache holds {total:,} tokens of all requests together: {total * slot_bytes >> 20:,} MiB over all "
+                "stages when it is full")
 
     def unshared(self, asked: EngineOptions) -> str | None:
         """Why prefixes are not shared although that is asked for; None where they are, or it is not."""
@@ -220,8 +229,8 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
                               options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
-    target = Target(path, files.config, tokenizer, pick_dtype(options.model.dtype, device, files), vocab, ends, device,
-                    options.pipeline.kv_pool_mib)
+    dtype = pick_dtype(options.model.dtype, device, files, options.model.quantization)
+    target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib)
     draft = draft_spec(names, target, say)
     length = _length(options.model.max_model_len, files.config.max_positions)
     stages = stage_specs(target, margins=options.model.margins, taps=taps_of(names))

@@ -22,8 +22,8 @@ from msgspec import Meta, Struct, field
 from fullpipe.request import SamplingParams
 
 ArenaId = NewType("ArenaId", int)
-"""By this number the stations know the cache of one admission of a request. Each admission gets a new one; numbers say
-nothing about order, and never come again within an engine."""
+"""By this number the stations know one admission of a request, and its path in their caches. Each admission gets a new
+one; numbers say nothing about order, and never come again within an engine."""
 
 Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
 """The id of a token. No vocabulary is as large."""
@@ -33,22 +33,18 @@ Logprob = Annotated[float, Meta(le=1.0)]
 
 
 class Opening(Struct, array_like=True):
-    """Tells every station to make an arena, or to enlarge the one that is open. Filled by the engine.
+    """Tells every station of a request that is to come. Filled by the engine.
 
     request: whose it is. drafts: the draft station is told of this arena too, and will be told of its end.
-    capacity: number of KV slots in the arena. Of an open one it may only grow, and what stands in it stays.
     prompt_len: positions below it are prompt (presence and frequency penalties do not count them).
-    copy_from, copied: the new arena begins with rows of another that is open on this station: those in its committed
-        slots `copied`, in order of position from 0 on, go to slots 0, 1, ... and are committed there. -1: with none.
-        (An arena that is closed by the same flight is closed after that.)
+    path: slots of tokens that stand at this station already, by position from 0 on: another request computed them, and
+        they are committed here from the start.
     """
 
     arena: ArenaId
-    capacity: int
     prompt_len: int
     params: SamplingParams
-    copy_from: int = -1
-    copied: list[int] = field(default_factory=list)
+    path: list[int] = field(default_factory=list)
     request: int = -1
     drafts: bool = True
 

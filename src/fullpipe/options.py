@@ -19,6 +19,10 @@ from fullpipe.errors import UsageError
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 DTYPES = ("auto", "float32", "bfloat16", "stored")
+QUANTIZATIONS = ("int8", "int4")
+BLOCK = 256
+"""Slots of a block of cache memory."""
+
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -49,7 +53,10 @@ class ModelOptions:
                         "none, ngram, a model, a draft module (spd:DIR, exit:DIR), or several with commas between.",
                         "--draft", "-d")
     dtype: str = option("auto", "float32, bfloat16, stored (weights as the file has them, on the native kernels), or "
-                        "auto: stored if they are quantised, else bfloat16 where the processor computes in it.")
+                        "auto: stored if they are quantised or have 16 bits, else bfloat16 where the processor has it.")
+    quantization: str | None = option(None, "Quantise weights of 16 or 32 bits while they are read: int8, or int4 "
+                                      "(embedding and head int8). On the processor, of target and draft model.",
+                                      "--quantization", "-q")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
     chat_template: str | None = option(None, "File with the chat template to use in place of the model's, or the "
                                        "template itself.", metavar="FILE")
@@ -63,6 +70,9 @@ class ModelOptions:
         length = self.max_model_len
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}", hint=f"Known are: {', '.join(DTYPES)}.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise UsageError(f"unknown quantization {self.quantization!r}", param="quantization",
+                             hint=f"Known are: {', '.join(QUANTIZATIONS)}. Files that are quantised need none.")
         _refuse_unless((length is None or length >= 1, f"max_model_len must be 1 or more (got {length})"))
 
 
@@ -90,8 +100,9 @@ class PipelineOptions:
     stages: int | None = option(None, "Processes on this machine to cut the model over, and one more for the draft. "
                                 "Without any, it runs in this process.")
     device: str = option("cpu", "What stages and draft model compute on: cpu, cuda, or cuda:N for one of several GPUs.")
-    kv_pool_mib: int | None = option(None, "Cache memory of each stage, and of a draft model, on a GPU, in MiB, taken "
-                                     "at the start. Default: a quarter of what is free, for 131,072 tokens at most.")
+    kv_pool_mib: int | None = option(None, "Cache memory of each stage, and of a draft model, in MiB; on a GPU it is "
+                                     "taken at the start. Default: a quarter of what is free, for 131,072 tokens at "
+                                     "most.")
     threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
                                  "cores).")
     link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")
@@ -107,7 +118,6 @@ class PipelineOptions:
         _refuse_unless(
             (self.kv_pool_mib is None or self.kv_pool_mib >= 1,
              f"kv_pool_mib must be 1 or more (got {self.kv_pool_mib})"),
-            (self.kv_pool_mib is None or self.device != "cpu", "kv_pool_mib is for stages on a GPU (`device=cuda`)"),
             (self.threads is None or self.threads >= 1, f"threads must be 1 or more (got {self.threads})"),
             (0 <= self.link_ms < math.inf, f"the link latency must be 0 or more (got {self.link_ms} ms)"),
             (self.link_mbit is None or self.link_mbit > 0,
@@ -129,26 +139,30 @@ class PipelineOptions:
 class EngineOptions:
     """How requests share the stations.
 
-    With a bound of cache memory a request's cache begins small and grows; one that does not fit waits; and where there
-    is nothing left to grow into, the youngest goes back to waiting, to be computed again from what it has emitted.
+    Cache memory has the bound of the station with the least room, or a lower one. A request begins with few blocks and
+    takes more; one that does not fit waits; and where there is none left, the youngest goes back to waiting, to be
+    computed again from what it has emitted.
     Prefixes can be shared only within such a bound, and not with drafts that read hidden states: of rows that are not
     computed they never come.
 
     prefill_chunk: prompt tokens of a request in one flight at most. fanout: guesses that the draft is asked for per
     node. spare_slots: slots of a request beyond prompt and answer, for speculation; None: enough for the method.
+    block_size: slots that are handed to a request at once.
     """
 
     max_num_seqs: int | None = option(None, "Requests that run at a time; the others wait.")
-    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage.")
+    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage. Default: what "
+                                         "the stages have room for.")
     enable_prefix_caching: bool = option(False, "Let requests that begin alike share what is computed; off with draft "
                                          "modules.")
     prefill_chunk: int = 256
     fanout: int = 16
     spare_slots: int | None = None
+    block_size: int = BLOCK
 
     def __post_init__(self) -> None:
         for name, least in (("max_num_seqs", 1), ("kv_cache_tokens", 1), ("prefill_chunk", 1), ("fanout", 1),
-                            ("spare_slots", 0)):
+                            ("spare_slots", 0), ("block_size", 1)):
             value = getattr(self, name)
             _refuse_unless((value is None or value >= least, f"{name} must be {least} or more (got {value})"))
 
@@ -249,6 +263,7 @@ def _having(part: T, values: dict[str, Any]) -> T:
 # What vLLM and llama.cpp call what we have under another name, or in another shape.
 _ELSEWHERE = {"pipeline_parallel_size": "stages", "speculative_config": "draft", "num_speculative_tokens": "depth",
               "gpu_memory_utilization": "kv_cache_tokens", "n_ctx": "max_model_len", "n_threads": "threads",
+              "load_in_8bit": "quantization", "load_in_4bit": "quantization", "quantize": "quantization",
               "model_path": "model", "n_parallel": "max_num_seqs"}
 
 

@@ -196,7 +196,7 @@ class Service(Generic[W]):
         self.max_model_len = model.max_model_len if longest is None else min(model.max_model_len, longest)
         self.capacity = (sys.maxsize if max_waiting is None or options.max_num_seqs is None
                          else options.max_num_seqs + max_waiting)
-        self._kv_total = options.kv_cache_tokens or 0
+        self._kv_total = self.engine.kv_total or 0
         self._lock = threading.Lock()  # of what callers change: _clients' keys, _calls, the state of recovery
         self._recovery = Recovery(self.engine, rebuild, self._observers, self, self._lock)
         self._counts = (0, 0, 0)  # running, waiting, cache slots

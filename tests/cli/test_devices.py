@@ -46,7 +46,6 @@ def test_a_gpu_that_is_not_there_is_told_first(monkeypatch: pytest.MonkeyPatch) 
     ({"device": "gpu"}, "unknown device 'gpu'"),
     ({"device": "cuda:"}, "unknown device 'cuda:'"),
     ({"device": "cuda", "kv_pool_mib": 0}, "kv_pool_mib must be 1 or more"),
-    ({"kv_pool_mib": 10}, "kv_pool_mib is for stages on a GPU"),
 ], ids=lambda value: str(value))
 def test_options_that_cannot_be(values: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):

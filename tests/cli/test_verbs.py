@@ -194,7 +194,8 @@ def test_show_describes_a_model_and_its_cut() -> None:
 def test_show_prints_a_line_per_stage() -> None:
     result = run("show", "smollm2-135m", "--stages", "3")
     assert result.exit_code == 0, result.output
-    table = result.stdout.split("\n\n")[1].splitlines()
+    forms, table = (part.splitlines() for part in result.stdout.split("\n\n")[1:3])
+    assert len(forms) == 4 and forms[1].split()[:2] == ["Q4_1", "210"]
     assert len(table) == 4 and "embedding" in table[1] and "head" in table[3] and "100%" in result.stdout
 
 

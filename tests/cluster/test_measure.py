@@ -12,6 +12,7 @@ from fullpipe.errors import PipelineError
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.weights import open_model
+from fullpipe.stations.step import step_of
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def test_a_measured_row_attends_to_the_whole_context_and_itself(files: ModelFiles) -> None:
-    runner = _Standing(DecoderSlice(files, 0, 2, has_embedding=False, has_head=False, dtype=torch.float32), most=9)
+    runner = _Standing(DecoderSlice(files, 0, 2, has_embedding=False, has_head=False, dtype=torch.float32), (9, 20))
     for rows in (9, 3):  # the larger one leaves nothing behind
         flight = runner.flight(rows, context=20)
         out = runner.forward(flight, torch.randn(rows, files.config.hidden))
         assert out.isfinite().all() and len(list(runner.wanted(flight))) == rows
-        mask = torch.from_numpy(runner._tables[20].mask(flight.parts[0]))
-        assert mask.shape == (rows, 20 + rows) and mask[:, :20].all()
-        assert torch.equal(mask[:, 20:], torch.eye(rows, dtype=torch.bool))
+        step = step_of(flight, out, runner._tables)
+        assert step.spans.tolist() == [[0, 20, 20 + row, 21 + row] for row in range(rows)]
+        assert step.reads.tolist() == list(range(20 + rows))
 
 
 def test_cells_are_measured_in_turn_and_the_first_round_does_not_count() -> None:

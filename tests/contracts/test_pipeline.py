@@ -2,9 +2,9 @@
 
 `Traffic` is a small engine without a method: it opens requests, sends their prompts in chunks, grows
 random trees, commits random children, kills random subtrees, reuses the slots of the dead at once, and
-asks a draft station about random nodes. Arenas begin too small and are enlarged on the way, and a request may begin
-as a copy of another one's committed path. It knows what every row must answer, for the stages answer from
-a hash of the path, and it checks the promises on every event that comes back.
+asks a draft station about random nodes. Requests take one small block of slots after the other, blocks of those that
+have ended go to others at once, and a request may begin with another one's committed path. It knows what every row must
+answer, for the stages answer from a hash of the path, and it checks the promises on every event that comes back.
 
 On some pipelines the stages tap. Their draft checks every tap, starts no job before the taps that it needs, and
 answers with the layers that have come, so that in the end all taps can be accounted for, row by row.
@@ -27,13 +27,13 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
-from fullpipe.sequences.blocks import SlotAllocator
+from fullpipe.sequences.blocks import BlockPool, SlotAllocator
 from fullpipe.stations.drafts.scripted import TapChecker
 from fullpipe.stations.scripted import EchoDraft, ScriptedStage, hash_token
 from fullpipe.stations.spec import StationSpec
 
-VOCAB, SEED, STAGES, CAPACITY = 50, 3, 3, 600
-ROOM = 8  # slots that an arena is enlarged by at most, beyond what is needed at once
+VOCAB, SEED, STAGES = 50, 3, 3
+BLOCK = 8  # slots
 DELAYS = (0.001, 0.003, 0.0)  # seconds of a flight at each stage
 DRAFT_DELAY = 0.001  # seconds of each row of a job: small jobs beat the stages, big ones do not
 
@@ -118,7 +118,6 @@ class Line:
     id: int
     prompt: list[int]
     slots: SlotAllocator
-    told: int  # capacity that the stages know of
     fed: int = 0
     root: Node | None = None
     commits: list[int] = field(default_factory=list)
@@ -137,6 +136,7 @@ class Traffic:
         self.seen: Counter[str] = Counter()
         self.time = -float("inf")
         self.lines: list[Line] = []
+        self.pool = BlockPool(BLOCK, None)
         self.flights: list[Flight] = []  # launched, not landed; oldest first
         self.jobs: list[Flight] = []
         self.nodes: dict[int, Node] = {}
@@ -167,7 +167,12 @@ class Traffic:
     def finish(self, line: Line) -> None:
         self.await_ready()
         self.lines.remove(line)
-        self.launch(Flight(self.next_flight(), closes=[line.id]))
+        self.launch(Flight(self.next_flight(), closes=[self.end(line)]))
+
+    def end(self, line: Line) -> int:
+        """Its blocks go to whoever comes next, though rows that write into them may be under way."""
+        self.pool.let_go(line.slots.blocks)
+        return line.id
 
     def await_ready(self) -> None:
         while not self.ready:
@@ -188,52 +193,48 @@ class Traffic:
     def choose(self) -> Flight:
         flight = Flight(self.next_flight())
         if len(self.lines) < 3 and self.rng.random() < 0.3:
-            copies = self.lines and not self.taps and self.rng.random() < 0.8
-            flight.opens.append(self.open_as_copy(self.rng.choice(self.lines)) if copies
-                                else self.open(self.rng.randint(0, ROOM)))
+            shares = self.lines and not self.taps and self.rng.random() < 0.8
+            flight.opens.append(self.open_with(self.rng.choice(self.lines)) if shares else self.open())
         for line in self.rng.sample(self.lines, self.rng.randint(0, len(self.lines))):
             part = self.prefill(line) if line.fed < len(line.prompt) else self.grow(line)
-            flight.opens += self.enlarge(line, part)
+            line.standing += part.commits
             flight.parts.append(part)
         if self.lines and self.rng.random() < 0.1:
-            flight.closes.append(self.lines.pop(self.rng.randrange(len(self.lines))).id)
+            flight.closes.append(self.end(self.lines.pop(self.rng.randrange(len(self.lines)))))
         return flight
 
-    def open(self, spare: int = CAPACITY) -> Opening:
-        return self.begin([self.rng.randrange(VOCAB) for _ in range(self.rng.randint(1, self.prompt))], spare)
+    def open(self) -> Opening:
+        return self.begin([self.rng.randrange(VOCAB) for _ in range(self.rng.randint(1, self.prompt))])
 
-    def begin(self, prompt: list[int], spare: int) -> Opening:
-        """spare: slots of the arena beyond the prompt."""
+    def begin(self, prompt: list[int], shared: list[int] | None = None) -> Opening:
+        """shared: slots of others, in which the prompt's beginning stands."""
         self.line_ids += 1
-        capacity = len(prompt) + spare
-        self.lines.append(Line(self.line_ids, prompt, SlotAllocator(CAPACITY + len(prompt)), capacity))
-        return Opening(self.line_ids, capacity, len(prompt), SamplingParams())
+        shared = shared or []
+        self.pool.hold(held := {slot // BLOCK for slot in shared})
+        slots = SlotAllocator(BLOCK, [], shared, held)
+        self.lines.append(Line(self.line_ids, prompt, slots, fed=len(shared), standing=list(shared)))
+        return Opening(self.line_ids, len(prompt), SamplingParams(), list(shared))
 
-    def open_as_copy(self, source: Line) -> Opening:
+    def open_with(self, source: Line) -> Opening:
         """Some of the source's committed path, and other tokens behind it."""
         path = source.root.path if source.root else source.prompt
         count = self.rng.randint(0, len(source.standing))
-        opening = self.begin(path[:count] + [self.rng.randrange(VOCAB) for _ in range(self.rng.randint(1, 9))],
-                             self.rng.randint(0, ROOM))
-        opening.copy_from, opening.copied = source.id, source.standing[:count]
-        line = self.lines[-1]
-        line.fed, line.standing = count, [_taken(line.slots) for _ in range(count)]
-        return opening
+        self.seen["shared"] += bool(count)
+        return self.begin(path[:count] + [self.rng.randrange(VOCAB) for _ in range(self.rng.randint(1, 9))],
+                          source.standing[:count])
 
-    def enlarge(self, line: Line, part: Part) -> list[Opening]:
-        """What must be said before a part whose slots lie beyond the end of the arena."""
-        line.standing += part.commits
-        if max(part.slots, default=-1) < line.told:
-            return []
-        line.told = max(part.slots) + 1 + self.rng.randint(0, ROOM)
-        self.seen["enlarged"] += 1
-        return [Opening(line.id, line.told, len(line.prompt), SamplingParams())]
+    def slot(self, line: Line) -> int:
+        if not line.slots.num_free:
+            line.slots.grow(self.pool.take(1))
+        slot = line.slots.take()
+        assert slot is not None
+        return slot
 
     def prefill(self, line: Line) -> Part:
         part = Part(line.id)
         for position in range(line.fed, min(len(line.prompt), line.fed + self.rng.randint(1, self.prompt))):
             last = position == len(line.prompt) - 1
-            slot = _taken(line.slots)
+            slot = self.slot(line)
             token = line.prompt[position]
             node = self.new_node(token, position, slot, None, line.prompt) if last else None
             _add(part, node.id if node else -1, token, position, slot, [], last)
@@ -253,7 +254,7 @@ class Traffic:
         line.commits = []
         for _ in range(self.rng.randint(0, 6)):
             parent = self.rng.choice(line.root.subtree()[-8:])
-            node = self.new_node(self.rng.randrange(VOCAB), parent.position + 1, _taken(line.slots), parent,
+            node = self.new_node(self.rng.randrange(VOCAB), parent.position + 1, self.slot(line), parent,
                                  parent.path)
             parent.children.append(node)
             _add(part, node.id, node.token, node.position, node.slot, node.branch(line.root),
@@ -400,12 +401,6 @@ def _add(part: Part, node: int, token: int, position: int, slot: int, path: list
     part.wants.append(want)
 
 
-def _taken(slots: SlotAllocator) -> int:
-    slot = slots.take()
-    assert slot is not None
-    return slot
-
-
 @pytest.fixture(scope="module",
                 params=[pytest.param(name, marks=pytest.mark.processes) if name.startswith("workers")
                         else name
@@ -442,17 +437,17 @@ def test_random_traffic(traffic: Traffic, seed: int) -> None:
     assert traffic.seen["Ready"] == traffic.seen["Landed"] + 1 == traffic.flight_ids + 1
     assert traffic.seen["Drafted"] == traffic.job_ids
     assert traffic.late, "flights overlapped"
-    assert traffic.seen["enlarged"]
+    assert traffic.seen["shared"] or traffic.taps
 
 
 def test_long_prompts(traffic: Traffic) -> None:
     traffic.run(seed=9, flights=6, prompt=3000)
 
 
-def test_a_request_begins_as_a_copy_of_one_that_ends_with_it(traffic: Traffic) -> None:
+def test_a_request_begins_with_the_path_of_one_that_ends_with_it(traffic: Traffic) -> None:
     """Ten times in a row, each a token longer than the one before."""
     if traffic.taps:
-        pytest.skip("copying is not asked of pipelines whose draft reads taps")
+        pytest.skip("sharing is not asked of pipelines whose draft reads taps")
     traffic.rng, traffic.prompt = random.Random(3), 4
     traffic.await_ready()
     flight, before = Flight(traffic.next_flight(), opens=[traffic.open()]), traffic.lines[-1]
@@ -462,14 +457,12 @@ def test_a_request_begins_as_a_copy_of_one_that_ends_with_it(traffic: Traffic) -
     traffic.launch(flight)
     for _ in range(10):
         traffic.await_ready()
-        opening = traffic.begin([*before.prompt, traffic.rng.randrange(VOCAB)], spare=0)
-        opening.copy_from, opening.copied = before.id, before.standing
+        opening = traffic.begin([*before.prompt, traffic.rng.randrange(VOCAB)], before.standing)
         line = traffic.lines[-1]
-        line.fed, line.standing = len(before.prompt), [_taken(line.slots) for _ in before.standing]
         part = traffic.prefill(line)
         assert len(part) == 1 and part.wants == [True]
         line.standing += part.commits
-        traffic.launch(Flight(traffic.next_flight(), [part], [opening], [before.id]))
+        traffic.launch(Flight(traffic.next_flight(), [part], [opening], [traffic.end(before)]))
         traffic.lines.remove(before)
         before = line
     traffic.finish(before)
@@ -501,8 +494,8 @@ def test_flight_whose_rows_all_died_lands_and_commits(traffic: Traffic) -> None:
     for _ in range(20):
         traffic.await_ready()
         assert line.root
-        child = traffic.new_node(1, line.root.position + 1, _taken(line.slots), line.root, line.root.path)
-        stray = traffic.new_node(2, line.root.position + 1, _taken(line.slots), line.root, line.root.path)
+        child = traffic.new_node(1, line.root.position + 1, traffic.slot(line), line.root, line.root.path)
+        stray = traffic.new_node(2, line.root.position + 1, traffic.slot(line), line.root, line.root.path)
         line.root.children += [child, stray]
         part = Part(line.id, commits=line.commits)
         _add(part, child.id, child.token, child.position, child.slot, [child.slot], True)
@@ -546,7 +539,7 @@ def test_a_job_that_waits_for_the_dead_is_let_go(traffic: Traffic) -> None:
     traffic.settle()
     assert line.root
     for cancelled in ([0], [1], [0, 1]):
-        children = [traffic.new_node(token, 1, _taken(line.slots), line.root, line.root.path) for token in range(2)]
+        children = [traffic.new_node(token, 1, traffic.slot(line), line.root, line.root.path) for token in range(2)]
         line.root.children += children
         traffic.ask([line.root, *(children[index] for index in cancelled)])
         for index in cancelled:

@@ -73,14 +73,14 @@ def crowd(count: int, tokens: int = 24) -> list[Request]:
        method=st.sampled_from(["pp", "pipedec", "fullpipe"]), width=st.sampled_from([None, 4]),
        prompts=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=60), min_size=1, max_size=7),
        beginning=st.integers(0, 40), slots=st.sampled_from([None, 700, 1100]), seats=st.sampled_from([None, 1, 3]),
-       share=st.booleans(), chunk=st.integers(1, 40))
+       share=st.booleans(), chunk=st.integers(1, 40), block=st.sampled_from([1, 8, 50, 256]))
 def test_every_request_gets_the_text_that_it_would_get_alone(
         curve: CostCurve | None, stages: int, method: str, width: int | None, prompts: list[list[int]],
-        beginning: int, slots: int | None, seats: int | None, share: bool, chunk: int) -> None:
+        beginning: int, slots: int | None, seats: int | None, share: bool, chunk: int, block: int) -> None:
     requests = [request(k, (*range(beginning), *prompt), 5 + 40 * k) for k, prompt in enumerate(prompts)]
     engine = TellingEngine(pipeline(stages, curve or FLAT), method_of(method, stages, curve, width),
                            prefill_chunk=chunk, max_num_seqs=seats, spare_slots=40, kv_cache_tokens=slots,
-                           enable_prefix_caching=share and slots is not None)
+                           block_size=block, enable_prefix_caching=share and slots is not None)
     _, texts, _ = run(engine, requests)
     for one in requests:
         assert texts[one.id] == plain(one.prompt, one.params.max_tokens)
@@ -90,7 +90,8 @@ def test_every_request_gets_the_text_that_it_would_get_alone(
 
 def test_memory_that_runs_out_sends_the_youngest_back_and_nothing_is_lost() -> None:
     requests = [request(k, tuple(range(k, k + 100)), 600) for k in range(3)]
-    engine = TellingEngine(pipeline(3), make_method("fullpipe"), spare_slots=64, kv_cache_tokens=1300)
+    engine = TellingEngine(pipeline(3), make_method("fullpipe"), spare_slots=64, kv_cache_tokens=1300,
+                           block_size=64)
     _tracks, texts, _ = run(engine, requests)
     assert engine.stats.totals.preemptions > 0
     assert all(texts[one.id] == plain(one.prompt, 600) for one in requests)
@@ -99,7 +100,7 @@ def test_memory_that_runs_out_sends_the_youngest_back_and_nothing_is_lost() -> N
 
 
 def test_who_can_never_fit_is_refused_and_the_others_go_on() -> None:
-    engine = TellingEngine(pipeline(2), make_method("pp"), spare_slots=8, kv_cache_tokens=300)
+    engine = TellingEngine(pipeline(2), make_method("pp"), spare_slots=8, kv_cache_tokens=300, block_size=50)
     engine.submit(request(0, (1, 2), 20))
     with pytest.raises(PromptError, match="need 408 cache slots, and there are 300"):
         engine.submit(request(1, tuple(range(100)), 300))
@@ -192,7 +193,7 @@ def test_an_engine_goes_on_with_another_pipeline_whenever_one_fails(
 
     requests, left = crowd(count, tokens=40), [(fall,) for fall in falls]
     engine = TellingEngine(another(left.pop() if left else ()), make_method(method), kv_cache_tokens=slots,
-                           enable_prefix_caching=share and slots is not None)
+                           block_size=50, enable_prefix_caching=share and slots is not None)
     sequences = [engine.submit(one) for one in requests]
     drained = False
     while not drained:

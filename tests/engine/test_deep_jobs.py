@@ -149,7 +149,7 @@ def test_whatever_happens_meanwhile_text_slots_and_paths_are_right(
     """Requests come, end and are sent back to wait while slots are lent."""
     rng = random.Random(luck)
     engine = engine_over(Careful(accuracy, seed), stages=stages, draft_s=draft_s, mix=mix, prefill_chunk=chunk,
-                         kv_cache_tokens=slots, spare_slots=spare)
+                         kv_cache_tokens=slots, spare_slots=spare, block_size=40)
     waiting = [Request(id, (4, 8, id), SamplingParams(max_tokens=count)) for id, count in enumerate(tokens)]
     sequences = [engine.submit(waiting.pop(0))]
     while engine.busy or waiting:
@@ -169,7 +169,7 @@ def test_whatever_happens_meanwhile_text_slots_and_paths_are_right(
 def test_who_is_sent_back_while_slots_are_lent_loses_nothing() -> None:
     """The second comes while the first has lent slots; memory runs out, and the first is the younger one."""
     sent_back: list[Event] = []
-    engine = engine_over(Careful(0.9), draft_s=30.0, spare_slots=40, kv_cache_tokens=700)
+    engine = engine_over(Careful(0.9), draft_s=30.0, spare_slots=40, kv_cache_tokens=700, block_size=50)
     engine.listen(lambda event: sent_back.append(event) if isinstance(event, Preempted) else None)
     first = engine.submit(Request(0, (4, 8, 15), SamplingParams(max_tokens=400)), arrived=1.0)
     while not (first.lent and len(first.output) > 5):

@@ -144,7 +144,8 @@ def test_alone_and_among_sixteen_others_it_is_what_transformers_says(
                                  draft.build() if guesses else None,  # type: ignore[arg-type]
                                  costs=lambda station, rows, measured, context: CURVE(rows))
     crowd = Crowd(TellingEngine(pipeline, make_method(method, machine=machine(stages)),
-                                prefill_chunk=16, fanout=4, kv_cache_tokens=9000, enable_prefix_caching=True))
+                                prefill_chunk=16, fanout=4, kv_cache_tokens=9000, block_size=32,
+                                enable_prefix_caching=True))
     assert [said for request in REQUESTS for said in crowd.say([request])] == truth
     assert crowd.most == crowd.mixed == 1
     alone, crowd.hits = crowd.hits, 0
@@ -159,7 +160,7 @@ def test_so_it_is_through_processes(target: Path, draft: StationSpec, truth: lis
     pipeline = WorkersPipeline(specs(target, (3, 5)), draft)
     try:
         crowd = Crowd(TellingEngine(pipeline, make_method("fullpipe", machine=machine(2)), prefill_chunk=16, fanout=4,
-                                    kv_cache_tokens=9000, enable_prefix_caching=True))
+                                    kv_cache_tokens=9000, block_size=32, enable_prefix_caching=True))
         assert [crowd.say([REQUESTS[0]]), crowd.say(REQUESTS)] == [truth[:1], truth]
         assert crowd.most == COUNT and crowd.mixed > 1
     finally:

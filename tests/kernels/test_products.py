@@ -82,6 +82,20 @@ def test_a_row_has_the_same_bits_in_any_company(native: Kernels, weights: dict[F
             assert np.array_equal(product(native, weights[form].weight, x, threads)[where], alone[0]), level
 
 
+@forms
+def test_rows_and_tiles_may_be_any_number(native: Kernels, form: Form) -> None:
+    """However many of each are worked off at once; there are seven tiles and a part of one, and all smaller numbers."""
+    raw, x = stored(form, 7 * 16 + 3, 256), rows(17, inputs=256)
+    whole = tiles(native, form, raw, 256)
+    alone = np.stack([product(native, whole.weight, row[None])[0] for row in x])
+    parts = {outputs: tiles(native, form, raw[:outputs], 256) for outputs in (16, 32, 48, 64, 80, 96, len(raw))}
+    for level in native.levels:
+        with native.at(level):
+            for count in range(1, 18):
+                for outputs, part in parts.items():
+                    assert np.array_equal(product(native, part.weight, x[:count]), alone[:count, :outputs]), level
+
+
 @pytest.mark.parametrize("inputs", [1, 2, 31, 96])
 @pytest.mark.parametrize("outputs", [1, 16, 17])
 def test_weights_that_are_floats_may_have_any_shape(native: Kernels, outputs: int, inputs: int) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,19 +16,19 @@ from hypothesis import strategies as st
 from fullpipe.errors import DamagedModel, UsageError
 from fullpipe.kernels import ASKED, Form, Kernels, load
 from fullpipe.models import dtypes
-from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import pick_dtype, sizes_in
 from fullpipe.models.files import ModelFiles
-from fullpipe.models.native.arena import NativeArena
+from fullpipe.models.forms import kept_tensor
 from fullpipe.models.native.slice import NativeSlice
-from fullpipe.models.native.weights import form_of
+from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from tiny import VOCAB, save, tiny_model, write_gguf
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels were not built")
 
 Kind = gguf.GGMLQuantizationType
+SLOTS = 640
 WIDE = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 160}
 
 
@@ -52,32 +55,27 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def whole(native: Kernels, files: ModelFiles) -> NativeSlice:
-    return NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True)
+    return NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True, slots=SLOTS)
 
 
-def filled(part: NativeSlice, text: list[int], slots: list[int], capacity: int = 64) -> NativeArena:
-    """An arena in which a text stands in these slots."""
-    arena = part.allocate(capacity)
-    step(part, arena, text, list(range(len(text))), slots, [slots[: i + 1] for i in range(len(text))])
-    return arena
+def fill(part: NativeSlice, text: list[int], slots: list[int]) -> None:
+    """Let a text stand in these slots."""
+    part.forward(Step.of_text(torch.tensor(text), np.array(slots, np.int32)))
 
 
-def step(part: NativeSlice, arena: NativeArena, tokens: list[int], positions: list[int], slots: list[int],
-         reads: list[list[int]]) -> torch.Tensor:
-    mask = torch.zeros(len(tokens), arena.capacity, dtype=torch.bool)
-    for row, own in enumerate(reads):
-        mask[row, own] = True
-    segment = Segment(0, len(tokens), arena, torch.tensor(slots), mask)
-    return part.logits(part.forward(torch.tensor(tokens), torch.tensor(positions), [segment]))
+def step(part: NativeSlice, tokens: list[int], paths: list[list[int]]) -> torch.Tensor:
+    return part.logits(part.forward(Step.of_paths(torch.tensor(tokens), paths)))
+
+
+def text_step(text: list[int]) -> Step:
+    return Step.of_text(torch.tensor(text), np.arange(len(text), dtype=np.int32))
 
 
 def test_it_says_nearly_what_float32_says(files: ModelFiles, whole: NativeSlice) -> None:
     """Rows in int8 and caches in float16 are the difference; an error of order would be as large as the logits."""
-    exact = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=torch.float32)
-    size = len(TEXT)
-    x, positions, mask = torch.tensor(TEXT), torch.arange(size), torch.ones(size, size, dtype=torch.bool).tril()
-    wanted, found = (part.logits(part.forward(x, positions, [Segment(0, size, part.allocate(size), positions, mask)]))
-                     for part in (exact, whole))
+    exact = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=torch.float32,
+                         slots=SLOTS)
+    wanted, found = (part.logits(part.forward(text_step(TEXT))) for part in (exact, whole))
     assert (found - wanted).std() < (0.08 if files.is_quantised else 0.001) * wanted.std()
 
 
@@ -89,9 +87,10 @@ TEXT = [5, 17, 3, 80, 41, 41, 9, 63, 22, 70, 1, 12]
 def test_a_row_has_the_same_bits_whatever_its_company_slots_threads_and_level(
         native: Kernels, whole: NativeSlice, data: st.DataObject, width: int, threads: int) -> None:
     """Rows are guesses for the next token after a text, and some of the token after the first of them."""
-    alone = step(whole, filled(whole, TEXT, list(range(12))), [7], [12], [12], [[*range(13)]])
-    behind = step(whole, filled(whole, [*TEXT, 7], list(range(13))), [8], [13], [13], [[*range(14)]])
-    slots = data.draw(st.permutations(range(64)))
+    fill(whole, [*TEXT, 7], list(range(13)))
+    behind, alone = step(whole, [8], [[*range(14)]]), step(whole, [7], [[*range(13)]])
+    slots = data.draw(st.permutations(range(SLOTS - 64, SLOTS)) if data.draw(st.booleans()) else
+                      st.permutations(range(224, 288)))  # of two blocks
     level = data.draw(st.sampled_from(native.levels))
     known, new = slots[:12], slots[12 : 12 + width]
     deep = data.draw(st.lists(st.booleans(), min_size=width, max_size=width))
@@ -102,7 +101,8 @@ def test_a_row_has_the_same_bits_whatever_its_company_slots_threads_and_level(
     torch.set_num_threads(threads)
     try:
         with native.at(level):
-            found = step(whole, filled(whole, TEXT, known), tokens, [12 + d for d in deep], new, reads)
+            fill(whole, TEXT, list(known))
+            found = step(whole, tokens, reads)
     finally:
         torch.set_num_threads(1)
     assert torch.equal(found[0], alone[0])
@@ -111,31 +111,42 @@ def test_a_row_has_the_same_bits_whatever_its_company_slots_threads_and_level(
 
 
 def test_a_cut_changes_no_bit(native: Kernels, files: ModelFiles, whole: NativeSlice) -> None:
-    layers, size = files.config.num_layers, len(TEXT)
-    halves = [NativeSlice(native, files, 0, 2, has_embedding=True, has_head=False),
-              NativeSlice(native, files, 2, layers, has_embedding=False, has_head=True)]
-    x, positions, mask = torch.tensor(TEXT), torch.arange(size), torch.ones(size, size, dtype=torch.bool).tril()
+    halves = [NativeSlice(native, files, 0, 2, has_embedding=True, has_head=False, slots=SLOTS),
+              NativeSlice(native, files, 2, files.config.num_layers, has_embedding=False, has_head=True, slots=SLOTS)]
+    x = torch.tensor(TEXT)
     for part in halves:
-        x = part.forward(x, positions, [Segment(0, size, part.allocate(size), positions, mask)])
-    wanted = whole.forward(torch.tensor(TEXT), positions, [Segment(0, size, whole.allocate(size), positions, mask)])
+        x = part.forward(text_step(TEXT).with_x(x))
+    wanted = whole.forward(text_step(TEXT))
     assert torch.equal(x, wanted) and torch.equal(halves[1].logits(x), whole.logits(wanted))
 
 
-def test_arenas_grow_and_begin_with_each_other(whole: NativeSlice) -> None:
-    wanted = step(whole, filled(whole, TEXT, list(range(12))), [7], [12], [12], [[*range(13)]])
-    scattered = [40, 3, 17, 5, 60, 22, 9, 33, 1, 50, 28, 14]
-    grown = filled(whole, TEXT, scattered).enlarged(200, 61)
-    assert torch.equal(step(whole, grown, [7], [12], [150], [[*scattered, 150]]), wanted)
-    copied = whole.allocate(70)
-    copied.begin_with(grown, torch.tensor(scattered))
-    assert torch.equal(step(whole, copied, [7], [12], [12], [[*range(13)]]), wanted)
+@pytest.mark.parametrize("changes", [
+    {"spans": [[0, 11, 0, 0]]}, {"spans": [[0, 14, 0, 0]]}, {"spans": [[0, 13, 0, 1]]}, {"spans": [[-1, 12, 0, 0]]},
+    {"reads": [*range(12), SLOTS]}, {"reads": [-1, *range(1, 13)]}, {"slots": [3]}, {"positions": [13]},
+], ids=["too short", "beyond", "too long", "before", "no such slot", "a slot below 0", "not itself", "position"])
+def test_what_reads_no_whole_path_is_our_mistake_and_changes_nothing(whole: NativeSlice,
+                                                                     changes: dict[str, list[int]]) -> None:
+    fill(whole, TEXT, list(range(12)))
+    right = Step.of_text(torch.tensor([7]), np.arange(13, dtype=np.int32), 12)
+    wanted = whole.forward(right)
+    arrays = {name: np.array(value, getattr(right, name).dtype) for name, value in changes.items()}
+    wrong = replace(right, x=torch.tensor([9]), **arrays)
+    with pytest.raises(AssertionError):
+        whole.forward(wrong)
+    with pytest.raises(AssertionError):
+        wrong.check(SLOTS)
+    assert torch.equal(whole.forward(right), wanted)
 
 
-def test_slots_of_one_position_have_no_order(whole: NativeSlice) -> None:
-    arena = filled(whole, TEXT, list(range(12)))
-    step(whole, arena, [7], [11], [12], [[*range(11), 12]])
-    with pytest.raises(AssertionError, match="two slots of one position"):
-        step(whole, arena, [8], [12], [13], [[*range(14)]])
+def test_slots_that_nobody_uses_take_no_memory(native: Kernels, files: ModelFiles) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    part = NativeSlice(native, files, 0, 5, has_embedding=True, has_head=True, slots=1 << 20)
+    fill(part, TEXT, list(range(12)))
+    assert part.slots * 5 * 2 * 2 * 16 * 2 > 300 << 20
+    assert resident() - before < 64 << 20
 
 
 def test_scales_that_are_not_finite_are_damage(native: Kernels, files: ModelFiles) -> None:
@@ -149,20 +160,23 @@ def test_scales_that_are_not_finite_are_damage(native: Kernels, files: ModelFile
         NativeSlice(native, open_model(damaged), 0, 5, has_embedding=False, has_head=False)
 
 
-def test_other_forms_are_widened(native: Kernels) -> None:
-    assert form_of(Kind.Q3_K) is Form.Q6_K and form_of(Kind.MXFP4) is form_of(Kind.IQ4_NL) is Form.Q8_0
-    assert form_of(Kind.IQ4_XS) is Form.F16 and form_of(Kind.F64) is Form.F32 and form_of(Kind.Q6_K) is Form.Q6_K
-
-
-def test_what_is_quantised_stays_as_it_is_stored(native: Kernels, files: ModelFiles) -> None:
+def test_weights_stay_as_they_are_stored(native: Kernels, files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     fast = native.level != "portable" or bool(os.environ.get(ASKED))
-    assert (pick_dtype("auto", files=files) == "stored") == (files.is_quantised and fast)
+    assert (pick_dtype("auto", files=files) == "stored") == fast
     assert pick_dtype("float32", files=files) == "float32" and pick_dtype("stored", files=files) == "stored"
     with pytest.raises(UsageError, match="for the processor"):
         pick_dtype("stored", "cuda:0", files)
     sizes, wide = sizes_in(files, "stored"), sizes_in(files, "bfloat16")
     assert sizes.row_bytes == 2 * wide.row_bytes
     assert sizes.layer_bytes < wide.layer_bytes if files.is_quantised else sizes.layer_bytes > 0
+
+
+def test_where_torch_has_units_for_bfloat16_it_computes_in_that(files: ModelFiles,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    if not files.is_quantised:
+        assert files.is_half and pick_dtype("auto", files=files) != "stored"
 
 
 def test_without_the_library_weights_are_widened(files: ModelFiles, monkeypatch: pytest.MonkeyPatch,
@@ -183,5 +197,29 @@ def test_a_folder_of_safetensors_too(native: Kernels, tmp_path_factory: pytest.T
     files = open_model(folder)
     assert not files.is_quantised
     part = NativeSlice(native, files, 0, 1, has_embedding=True, has_head=False)
-    assert part.forward(torch.tensor([3]), torch.tensor([0]), [
-        Segment(0, 1, part.allocate(4), torch.tensor([0]), torch.ones(1, 1, dtype=torch.bool))]).isfinite().all()
+    assert part.forward(text_step([3])).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_weights_may_be_quantised_while_they_are_read(native: Kernels, tmp_path_factory: pytest.TempPathFactory,
+                                                      dtype: str) -> None:
+    """It says what float32 says with the weights that are left."""
+    model, folder = tiny_model("qwen2", **WIDE), tmp_path_factory.mktemp("floats")
+    files = open_model(save(model, folder / "before"))
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if values.ndim == 2:
+                values.copy_(torch.from_numpy(left(native, kept_tensor(files, name, dtype).form, values.numpy())))
+    after, layers = open_model(save(model, folder / "after")), files.config.num_layers
+    found = NativeSlice(native, files, 0, layers, has_embedding=True, has_head=True, slots=SLOTS, dtype=dtype)
+    exact = DecoderSlice(after, 0, layers, has_embedding=True, has_head=True, dtype=torch.float32, slots=SLOTS)
+    wanted, got = (part.logits(part.forward(text_step(TEXT))) for part in (exact, found))
+    assert (got - wanted).std() < 0.08 * wanted.std()
+
+
+def left(native: Kernels, kind: Kind, x: np.ndarray) -> np.ndarray:
+    """What quantising leaves of a matrix."""
+    assert kind in (Kind.Q8_0, Kind.Q4_1)
+    out = np.empty((len(x), native.row_bytes(Form[kind.name], x.shape[1])), np.uint8)
+    native.anew(Form[kind.name], x.ctypes.data, *x.shape, out.ctypes.data)
+    return gguf.quants.dequantize(out, kind)

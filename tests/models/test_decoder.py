@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.kernels import load
 from fullpipe.messages import Flight, Landed, Opening, Part
-from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import native_kernels
 from fullpipe.models.files import ModelFiles
@@ -27,6 +27,7 @@ from fullpipe.models.gpu.decoder import DeviceSlice, Weights
 from fullpipe.models.linear import can_pack
 from fullpipe.models.native.slice import NativeSlice
 from fullpipe.models.slice import Slice
+from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
 from fullpipe.stations.base import Tapped
@@ -34,6 +35,7 @@ from fullpipe.stations.target import build_stage
 from tiny import FAMILIES, LAYERS, VOCAB, save, tiny_model, write_gguf
 
 CAPACITY = 80
+SLOTS = 8 * CAPACITY
 CPU = torch.device("cpu")
 
 Pair = tuple[PreTrainedModel, Path]
@@ -71,17 +73,16 @@ def slice_of(kind: str, files: ModelFiles, first: int, last: int, *, has_embeddi
         return DeviceSlice(weights, dtype, CPU, pool_bytes=1 << 22, rows=(4, 8))
     if kind == "native":
         return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head,
-                           cache=torch.float32 if dtype is torch.float32 else torch.float16)
-    return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
+                           slots=SLOTS, cache=torch.float32 if dtype is torch.float32 else torch.float16)
+    return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype, slots=SLOTS,
                         packed=None if kind == "auto" else kind == "packed")
 
 
 class Pipe:
-    """Slices in a row with one request's arenas."""
+    """Slices in a row. base: the first slot that is used; a fresh one uses others."""
 
-    def __init__(self, slices: list[Slice], capacity: int = CAPACITY) -> None:
-        self.slices = slices
-        self.arenas = [part.allocate(capacity) for part in slices]
+    def __init__(self, slices: list[Slice], base: int = 0) -> None:
+        self.slices, self.base = slices, base
 
     @classmethod
     def of(cls, files: ModelFiles, cuts: list[int], dtype: torch.dtype = torch.float32,
@@ -92,19 +93,18 @@ class Pipe:
                     for i, (a, b) in enumerate(pairwise(bounds))])
 
     def fresh(self) -> Pipe:
-        return Pipe(self.slices)
+        return Pipe(self.slices, (self.base + CAPACITY) % SLOTS)
 
-    def step(self, tokens: list[int], positions: list[int], slots: list[int], mask: Tensor) -> Tensor:
-        x = torch.tensor(tokens)
-        for part, arena in zip(self.slices, self.arenas):
-            x = part.forward(x, torch.tensor(positions), [Segment(0, len(tokens), arena, torch.tensor(slots), mask)])
-        return self.slices[-1].logits(x)
+    def step(self, tokens: list[int], paths: list[list[int]]) -> Tensor:
+        """Logits of rows. paths: what each reads, slots from 0 on in order of position."""
+        step = Step.of_paths(torch.tensor(tokens), [[self.base + slot for slot in path] for path in paths])
+        for part in self.slices:
+            step = step.with_x(part.forward(step))
+        return self.slices[-1].logits(step.x)
 
     def chain(self, tokens: list[int], start: int = 0) -> Tensor:
         """Tokens one after the other, in slots equal to positions."""
-        end = start + len(tokens)
-        mask = torch.ones(end, end, dtype=torch.bool).tril()[start:]
-        return self.step(tokens, list(range(start, end)), list(range(start, end)), mask)
+        return self.step(tokens, [list(range(start + i + 1)) for i in range(len(tokens))])
 
 
 @dataclass
@@ -126,24 +126,15 @@ class Tree:
     def position(self, row: int) -> int:
         return len(self.prompt) + len(self.path(row)) - 1
 
-    def mask(self, rows: list[int]) -> Tensor:
-        mask = torch.zeros(len(rows), CAPACITY, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            mask[i, self.prompt_slots] = True
-            mask[i, [self.slots[j] for j in self.path(row)]] = True
-        return mask
+    def read(self, row: int) -> list[int]:
+        return [*self.prompt_slots, *(self.slots[j] for j in self.path(row))]
 
     def run(self, pipe: Pipe, batches: list[list[int]]) -> Tensor:
         """Prompt, then rows in these batches; logits [rows, vocab] in order of rows."""
-        size = len(self.prompt)
-        mask = torch.zeros(size, CAPACITY, dtype=torch.bool)
-        for i in range(size):
-            mask[i, self.prompt_slots[: i + 1]] = True
-        pipe.step(self.prompt, list(range(size)), self.prompt_slots, mask)
+        pipe.step(self.prompt, [self.prompt_slots[: i + 1] for i in range(len(self.prompt))])
         out = torch.empty(len(self.tokens), pipe.slices[-1].config.vocab_size)
         for rows in batches:
-            out[rows] = pipe.step([self.tokens[i] for i in rows], [self.position(i) for i in rows],
-                                  [self.slots[i] for i in rows], self.mask(rows))
+            out[rows] = pipe.step([self.tokens[i] for i in rows], [self.read(i) for i in rows])
         return out
 
 
@@ -225,16 +216,12 @@ def test_options_are_what_transformers_makes_of_them(
 def test_rows_of_several_requests_share_a_step(pair: Callable[..., Pair], kind: str) -> None:
     model, folder = pair("qwen2")
     part = Pipe.of(open_model(folder), [], kind=kind).slices[0]
-    texts = [TEXT, TEXT[3:8], TEXT[5:6]]
-    segments, start = [], 0
-    for text in texts:
-        mask = torch.ones(len(text), len(text), dtype=torch.bool).tril()
-        segments.append(Segment(start, start + len(text), part.allocate(20), torch.arange(len(text)), mask))
-        start += len(text)
-    positions = torch.cat([torch.arange(len(text)) for text in texts])
-    ours = part.logits(part.forward(torch.tensor([token for text in texts for token in text]), positions, segments))
-    for text, segment in zip(texts, segments):
-        close(ours[segment.start : segment.end], reference(model, text))
+    texts, paths = [TEXT, TEXT[3:8], TEXT[5:6]], list[list[int]]()
+    for number, text in enumerate(texts):
+        paths += [list(range(20 * number, 20 * number + i + 1)) for i in range(len(text))]
+    ours = part.logits(part.forward(Step.of_paths(torch.tensor([token for text in texts for token in text]), paths)))
+    for text, own in zip(texts, torch.split(ours, [len(text) for text in texts])):
+        close(own, reference(model, text))
 
 
 @others
@@ -250,8 +237,8 @@ def test_a_slot_may_be_given_to_another_row(pair: Callable[..., Pair], kind: str
 def test_a_step_without_rows(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("llama")
     first, last = Pipe.of(open_model(folder), [2], kind=kind).slices
-    nothing = torch.empty(0, dtype=torch.int64)
-    assert last.forward(first.forward(nothing, nothing, []), nothing, []).shape == (0, 64)
+    nothing = Step.of_paths(torch.empty(0, dtype=torch.int64), [])
+    assert last.forward(nothing.with_x(first.forward(nothing))).shape == (0, 64)
 
 
 @pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this torch cannot pack weights")
@@ -369,11 +356,10 @@ def test_taps_are_what_transformers_has_after_each_layer(
     pipe = Pipe.of(open_model(folder), cuts, kind=kind)
     with torch.inference_mode():
         expected = model(torch.tensor([TEXT]), output_hidden_states=True).hidden_states
-    x, positions = torch.tensor(TEXT), torch.arange(len(TEXT))
-    mask = torch.ones(len(TEXT), len(TEXT), dtype=torch.bool).tril()
-    for part, arena in zip(pipe.slices, pipe.arenas):
+    x = torch.tensor(TEXT)
+    for part in pipe.slices:
         layers = list(range(part.first_layer + 1, part.first_layer + part.num_layers + 1))
-        x, features = part.forward(x, positions, [Segment(0, len(TEXT), arena, positions, mask)], layers)
+        x, features = part.forward(Step.of_text(x, np.arange(len(TEXT), dtype=np.int32)), layers)
         assert features.shape == (len(TEXT), len(layers), 64)
         assert torch.equal(features[:, -1], x)
         for column, layer in enumerate(layers):
@@ -386,10 +372,9 @@ def test_taps_are_what_transformers_has_after_each_layer(
 def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("qwen3")
     part = Pipe.of(open_model(folder), [], kind=kind).slices[0]
-    x, positions = torch.tensor(TEXT), torch.arange(len(TEXT))
-    mask = torch.ones(len(TEXT), len(TEXT), dtype=torch.bool).tril()
-    plain = part.forward(x, positions, [Segment(0, len(TEXT), part.allocate(20), positions, mask)])
-    hidden, features = part.forward(x, positions, [Segment(0, len(TEXT), part.allocate(20), positions, mask)], [2, 5])
+    first, second = (np.arange(at, at + len(TEXT), dtype=np.int32) for at in (0, 20))
+    plain = part.forward(Step.of_text(torch.tensor(TEXT), first))
+    hidden, features = part.forward(Step.of_text(torch.tensor(TEXT), second), [2, 5])
     assert torch.equal(hidden, plain)
     assert features.is_contiguous() and features.untyped_storage().data_ptr() != hidden.untyped_storage().data_ptr()
 
@@ -398,10 +383,10 @@ def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pai
 def test_taps_of_a_step_without_rows(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("llama")
     first, second = Pipe.of(open_model(folder), [2], kind=kind).slices
-    none = torch.empty(0, dtype=torch.int64)
-    hidden, features = first.forward(none, none, [], [1, 2])
+    none = Step.of_paths(torch.empty(0, dtype=torch.int64), [])
+    hidden, features = first.forward(none, [1, 2])
     assert features.shape == (0, 2, 64)
-    assert second.forward(hidden, none, [], [4])[1].shape == (0, 1, 64)
+    assert second.forward(none.with_x(hidden), [4])[1].shape == (0, 1, 64)
 
 
 def test_a_stage_taps_every_row_and_the_last_one_answers_too(pair: Callable[..., Pair]) -> None:
@@ -410,7 +395,7 @@ def test_a_stage_taps_every_row_and_the_last_one_answers_too(pair: Callable[...,
     stages = [build_stage(model=str(folder), first=first, last=last, is_first=first == 0, is_last=last == LAYERS,
                           dtype="float32", taps=taps) for first, last, taps in [(0, 2, [1]), (2, LAYERS, [4, LAYERS])]]
     plain = build_stage(model=str(folder), first=0, last=LAYERS, is_first=True, is_last=True, dtype="float32")
-    flight = Flight(0, [part], [Opening(0, 16, 3, SamplingParams())])
+    flight = Flight(0, [part], [Opening(0, 3, SamplingParams())])
     one = stages[0].run(flight, None)
     assert isinstance(one, Tapped) and isinstance(one.result, Tensor)
     two = stages[1].run(flight, one.result)

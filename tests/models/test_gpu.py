@@ -7,8 +7,10 @@ import random
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,13 +19,14 @@ from torch import Tensor
 
 import tiny
 from fullpipe.errors import UsageError
-from fullpipe.models.attention import Segment
 from fullpipe.models.gpu import plain
 from fullpipe.models.gpu.decoder import DeviceSlice, Weights, operations
 from fullpipe.models.gpu.devices import find_device
-from fullpipe.models.gpu.pool import BLOCK, DeviceArena, Pool
+from fullpipe.models.gpu.pool import SCRATCH, Pool
 from fullpipe.models.gpu.rows import Rows, width_for
+from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
+from fullpipe.options import BLOCK
 
 CPU = torch.device("cpu")
 SLOT_BYTES = tiny.LAYERS * 2 * 2 * 16 * 4  # layers, keys and values, heads, numbers, bytes
@@ -41,14 +44,9 @@ def part(weights: Callable[..., Weights]) -> DeviceSlice:
     return DeviceSlice(weights(CPU), torch.float32, CPU, pool_bytes=8 * BLOCK * SLOT_BYTES, rows=(4, 8, 16))
 
 
-def chain(slice: DeviceSlice, arena: DeviceArena, tokens: list[int], slots: list[int], start: int) -> Tensor:
+def chain(slice: DeviceSlice, tokens: list[int], slots: list[int], start: int = 0) -> Tensor:
     """Logits of tokens that follow each other from position `start` on. slots: of all positions up to the last."""
-    mask = torch.zeros(len(tokens), arena.capacity, dtype=torch.bool)
-    for row in range(len(tokens)):
-        mask[row, slots[: start + row + 1]] = True
-    positions = torch.arange(start, start + len(tokens))
-    own = torch.tensor(slots[start : start + len(tokens)])
-    return slice.logits(slice.forward(torch.tensor(tokens), positions, [Segment(0, len(tokens), arena, own, mask)]))
+    return slice.logits(slice.forward(Step.of_text(torch.tensor(tokens), np.array(slots, np.int32), start)))
 
 
 @settings(max_examples=25)
@@ -56,24 +54,13 @@ def chain(slice: DeviceSlice, arena: DeviceArena, tokens: list[int], slots: list
 def test_a_row_has_the_same_bits_in_any_slots_company_and_parts(part: DeviceSlice, seed: int, sizes: list[int]) -> None:
     rng = random.Random(seed)
     tokens = [rng.randrange(tiny.VOCAB) for _ in range(sum(sizes))]
-    plain = chain(part, part.allocate(300), tokens, list(range(len(tokens))), 0)
-    blocker = part.allocate(rng.randrange(1, 300))  # so that blocks lie elsewhere
-    arena, other = part.allocate(300), part.allocate(300)
-    del blocker
-    slots, start = rng.sample(range(300), len(tokens)), 0
+    plain = chain(part, tokens, list(range(len(tokens))))
+    slots, start = rng.sample(range(300, 900), len(tokens)), 0
     for size in sizes:
-        mask = torch.zeros(size, 300, dtype=torch.bool)
-        for row in range(size):
-            mask[row, slots[: start + row + 1]] = True
-        company = rng.randrange(3)
-        positions = torch.tensor([*range(start, start + size), *range(company)])
-        x = torch.tensor(tokens[start : start + size] + [5] * company)
-        segments = [Segment(0, size, arena, torch.tensor(slots[start : start + size]), mask)]
-        if company:
-            own = torch.arange(company)
-            segments.append(Segment(size, size + company, other, own,
-                                    torch.ones(company, company, dtype=torch.bool).tril()))
-        found = part.logits(part.forward(x, positions, segments))[:size]
+        paths = [slots[: start + row + 1] for row in range(size)]
+        company = [list(range(1000, 1001 + row)) for row in range(rng.randrange(3))]
+        x = torch.tensor(tokens[start : start + size] + [5] * len(company))
+        found = part.logits(part.forward(Step.of_paths(x, paths + company)))[:size]
         assert torch.equal(found, plain[start : start + size])
         start += size
 
@@ -98,44 +85,17 @@ def test_a_product_that_minds_the_order_of_rows_is_told(weights: Callable[..., W
     assert not DeviceSlice(weights(CPU), torch.float32, CPU, rows=(4,), pool_bytes=1 << 20).exact
 
 
-def test_blocks_come_from_the_pool_and_go_back(part: DeviceSlice) -> None:
-    free = part.pool.num_free
-    arena = part.allocate(BLOCK + 1)
-    assert part.pool.num_free == free - 2 * BLOCK
-    assert arena.enlarged(2 * BLOCK, 7) is arena
-    assert part.pool.num_free == free - 2 * BLOCK
-    arena.enlarged(2 * BLOCK + 1, 7)
-    assert (part.pool.num_free, arena.capacity) == (free - 3 * BLOCK, 2 * BLOCK + 1)
-    assert len(set(arena.places.tolist())) == 3 * BLOCK and arena.places.min() >= BLOCK  # none is scratch
-    del arena
-    assert part.pool.num_free == free
-
-
-def test_a_pool_that_is_full_says_so(part: DeviceSlice) -> None:
-    free = part.pool.num_free
-    arena = part.allocate(free)
-    with pytest.raises(UsageError, match=r"pool of 2048 cache slots .* is full: 0 are free, 256 more") as told:
-        part.allocate(1)
-    assert told.value.param == "kv_pool_mib" and "`kv_pool_mib`" in (told.value.hint or "")
-    with pytest.raises(UsageError, match="is full"):
-        arena.enlarged(free + 1, 0)
-    del arena
-    assert part.pool.num_free == free
-
-
-def test_an_arena_begins_with_rows_of_another(part: DeviceSlice) -> None:
-    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
-    one, other = part.allocate(40), part.allocate(40)
-    slots = [7, 3, 30, 11, 0, 22, 9, 39]
-    expected = chain(part, one, tokens, slots, 0)
-    other.begin_with(one, torch.tensor(slots[:5]))
-    assert torch.equal(chain(part, other, tokens[5:], list(range(8)), 5), expected[5:])
-
-
 def test_a_row_that_reads_no_whole_path_is_our_mistake(part: DeviceSlice) -> None:
-    arena, mask = part.allocate(8), torch.ones(1, 3, dtype=torch.bool)
+    step = replace(Step.of_paths(torch.tensor([3]), [[2, 1, 0]]), positions=np.array([5]))
     with pytest.raises(AssertionError, match="no whole path"):
-        Rows.of(torch.tensor([5]), [Segment(0, 1, arena, torch.tensor([2]), mask)])
+        part.forward(step)
+
+
+def test_slots_lie_behind_the_places_of_rows_that_fill_up(part: DeviceSlice) -> None:
+    rows = Rows.of(Step.of_paths(torch.tensor([3, 4]), [[0, 7, 9], [0, 7, 2]]))
+    assert rows.places.tolist() == [SCRATCH + 9, SCRATCH + 2]
+    assert rows.context[:, :3].tolist() == [[SCRATCH, SCRATCH + 7, SCRATCH + 9], [SCRATCH, SCRATCH + 7, SCRATCH + 2]]
+    assert part.slots == 8 * BLOCK and part.pool.kv.shape[2] == SCRATCH + part.slots
 
 
 @pytest.mark.parametrize(("length", "width"), [(1, 256), (256, 256), (257, 512), (1024, 1024), (1025, 2048)])
@@ -144,9 +104,7 @@ def test_contexts_come_in_few_widths(length: int, width: int) -> None:
 
 
 def test_a_slice_without_layers_needs_no_memory(weights: Callable[..., Weights]) -> None:
-    config = weights(CPU).config
-    pool = Pool(config, 0, 1000, torch.float32, CPU)
-    assert pool.kv.nbytes == 0 and DeviceArena(pool, 600).capacity == 600
+    assert Pool(weights(CPU).config, 0, 1000, torch.float32, CPU).kv.nbytes == 0
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +138,7 @@ def test_a_slice_that_nobody_uses_is_gone_before_room_is_looked_for(
     from fullpipe.models.gpu import devices
 
     made = DeviceSlice(weights(CPU), torch.float32, CPU, pool_bytes=1 << 20)
-    chain(made, made.allocate(8), [1, 2, 3], [0, 1, 2], 0)
+    chain(made, [1, 2, 3], [0, 1, 2])
     pool, emptied = weakref.ref(made.pool), list[bool]()
     del made
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(pool() is None))
@@ -200,7 +158,7 @@ def test_a_gpu_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bucket_is_no_larger_than_the_scratch_block(weights: Callable[..., Weights]) -> None:
-    with pytest.raises(AssertionError, match="scratch block"):
+    with pytest.raises(AssertionError, match="no other place"):
         DeviceSlice(weights(CPU), torch.float32, CPU, rows=(16, 2 * BLOCK), pool_bytes=1 << 20)
 
 
@@ -211,11 +169,11 @@ def test_graphs_say_what_kernels_say_and_nearly_what_the_processor_says(
     device = torch.device("cuda")
     rng = random.Random(0)
     tokens, slots = [rng.randrange(tiny.VOCAB) for _ in range(90)], list(range(90))
-    truth = chain(one := DeviceSlice(weights(CPU), torch.float32, CPU), one.allocate(90), tokens, slots, 0)
+    truth = chain(DeviceSlice(weights(CPU), torch.float32, CPU), tokens, slots)
     for graphs, library in ((True, True), (False, True), (True, False)):
         made = DeviceSlice(weights(device, dtype), dtype, device, graphs=graphs, library=library)
-        arena = made.allocate(90)
-        whole = chain(made, made.allocate(90), tokens, slots, 0)
-        parts = [chain(made, arena, tokens[at : at + 3], slots, at) for at in range(0, 90, 3)]
+        whole = chain(made, tokens, slots)
+        others = [300 + slot for slot in slots]
+        parts = [chain(made, tokens[at : at + 3], others[: at + 3], at) for at in range(0, 90, 3)]
         assert torch.equal(whole, torch.cat(parts))
         assert (whole - truth).norm() / truth.norm() < (1e-5 if dtype == torch.float32 else 3e-2)

@@ -43,7 +43,7 @@ def _prompt(length: int) -> Flight:
     """Flight 0 opens request 0; the last of its prompt tokens, node 0, is 7."""
     part = Part(0, list(range(length)), [*[-1] * (length - 1), 0], [7] * length, list(range(length)),
                 list(range(length)), [[] for _ in range(length)], [*[False] * (length - 1), True])
-    return Flight(0, [part], [Opening(0, length + 64, length, SamplingParams())])
+    return Flight(0, [part], [Opening(0, length, SamplingParams())])
 
 
 def _guess(number: int) -> Flight:
@@ -102,7 +102,7 @@ def test_taps_take_the_time_of_their_own_links(needs: int) -> None:
     checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker", {"truth": TRUTH, "needs": needs})
     with WorkersPipeline(stages, checker, links=links) as pipeline:
         pipeline.draft(Flight(0, [Part(0, [0], [0], [7], [99], [99], [[]], [True])],
-                              [Opening(0, 164, 100, SamplingParams())], fanout=2))
+                              [Opening(0, 100, SamplingParams())], fanout=2))
         pipeline.launch(_prompt(100))
         events = _events_until(pipeline, Drafted, 1)
         taps = pipeline.taps
@@ -271,7 +271,7 @@ def test_inbound_raises_in_order_what_went_wrong() -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("frame", "reason"), [
-    (Up(), "NonsenseError: b'\\x81\\xa4kind\\xa2Up', which cannot be read (Invalid value 'Up'"),
+    (Up(), "NonsenseError: b'\\x82\\xa4kind\\xa2Up\\xabcache_slots\\xc0', which cannot be read (Invalid value 'Up'"),
     (Setup("stage 0", 0, 1, 1, [], ECHO, StationLinks.of(Links([]), 0, 1), None, 1, 1.0, 1.0, 0, 0, None),
      "PipelineError: a second setup"),
 ])

@@ -35,7 +35,7 @@ def pipeline(stages: int, **options: object) -> InProcessPipeline:
 
 def flight(id: int) -> Flight:
     """One row each: a chain of tokens, the first of them opens the request."""
-    opens = [Opening(0, 100, 1, SamplingParams())] if id == 0 else []
+    opens = [Opening(0, 1, SamplingParams())] if id == 0 else []
     path = list(range(1, id + 1))
     return Flight(id, [Part(0, [0] if id == 1 else [], [id], [7], [id], [id], [path], [True])], opens=opens)
 

@@ -43,7 +43,7 @@ DRAFTED: Frame = {"kind": "Guessed", "job": 0, "stay": [0.0, 0.0, 0.25, 0.0, [-1
 def _flight(number: int = 0) -> Flight:
     """A prompt of two tokens; the second is node 1, and wanted."""
     part = Part(0, [0, 1], [-1, 1], [7, 8], [0, 1], [0, 1], [[], []], [False, True])
-    return Flight(number, [part], [Opening(0, 64, 2, SamplingParams())])
+    return Flight(number, [part], [Opening(0, 2, SamplingParams())])
 
 
 def _frame(body: bytes) -> bytes:

@@ -24,7 +24,7 @@ from fullpipe.stations.drafts.scripted import TapChecker
 from fullpipe.stations.scripted import EchoDraft, ScriptedStage, tap_features
 
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
-OPENING = Opening(0, 64, 1, SamplingParams())
+OPENING = Opening(0, 1, SamplingParams())
 
 
 def part(*nodes: int, request: int = 0) -> Part:

@@ -27,7 +27,7 @@ from fullpipe.stations.spec import StationSpec
 def _flight() -> Flight:
     part = Part(7, [3, 4], [-1, 12], [5, 151_000], [0, 1], [3, 9], [[], [4, 9]], [False, True])
     params = SamplingParams(temperature=0.7, logit_bias={5: -1.5}, stop=("a", "b"), seed=2**63 + 1)
-    return Flight(11, [part, Part(8, [1])], [Opening(7, 512, 2, params)], [6], fanout=4)
+    return Flight(11, [part, Part(8, [1])], [Opening(7, 2, params)], [6], fanout=4)
 
 
 def test_headers_return_as_they_were() -> None:
@@ -35,8 +35,8 @@ def test_headers_return_as_they_were() -> None:
         assert unpack(pack(header, None), type(header)) == (header, None)
 
 
-def test_an_opening_keeps_what_it_copies() -> None:
-    flight = Flight(0, opens=[Opening(3, 64, 2, SamplingParams(logprobs=2), copy_from=1, copied=[4, 0, 9])])
+def test_an_opening_keeps_the_path_that_it_begins_with() -> None:
+    flight = Flight(0, opens=[Opening(3, 4, SamplingParams(logprobs=2), [4, 0, 9])])
     assert unpack(pack(flight, None), Flight) == (flight, None)
 
 

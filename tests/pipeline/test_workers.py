@@ -58,7 +58,7 @@ def _row(number: int) -> Flight:
     """Flight 0 opens request 0 with one prompt token; flight n > 0 is one guess (node n) behind it."""
     if number == 0:
         part = Part(0, [0], [0], [7], [0], [0], [[]], [True])
-        return Flight(0, [part], [Opening(0, 64, 1, SamplingParams())])
+        return Flight(0, [part], [Opening(0, 1, SamplingParams())])
     return Flight(number, [Part(0, [], [number], [number], [1], [number], [[number]], [True])])
 
 
@@ -224,10 +224,10 @@ def test_draft_that_waits_for_a_slow_prompt_is_not_to_blame() -> None:
     chunks = 4
     with WorkersPipeline(_tapping(1, stage_0={"delay_s": 0.3}), _checker(needs=1), timeout=0.6) as pipeline:
         last = Part(0, [chunks], [7], [7], [chunks], [chunks], [[]], [True])
-        pipeline.draft(Flight(0, [last], [Opening(0, 64, chunks + 1, SamplingParams())], fanout=2))
+        pipeline.draft(Flight(0, [last], [Opening(0, chunks + 1, SamplingParams())], fanout=2))
         for number in range(chunks):
             part = Part(0, [number], [-1], [5], [number], [number], [[]], [False])
-            opens = [] if number else [Opening(0, 64, chunks + 1, SamplingParams())]
+            opens = [] if number else [Opening(0, chunks + 1, SamplingParams())]
             pipeline.launch(Flight(number, [part], opens))
             _until(pipeline, Landed)
         pipeline.launch(Flight(chunks, [last]))

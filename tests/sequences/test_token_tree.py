@@ -250,7 +250,7 @@ def test_of_what_passes_the_targets_own_token_comes_first_and_only_what_flies_co
     assert step(9, []) == (9, False, False)
 
 
-def test_moving_to_and_fro_leaves_heaps_small_and_orders_right() -> None:
+def test_moving_to_and_fro_leaves_lines_small_and_orders_right() -> None:
     t = tree()
     t.propose(t.root, guesses(t.root, (1, 1.0), (2, 0.5)))
     (_, one, *_) = first(3, t.unlaunched, -math.inf)

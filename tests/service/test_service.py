@@ -218,9 +218,9 @@ def test_memory_that_is_kept_to_be_shared_counts_as_free() -> None:
 
     class Watch(Observer):
         def on_engine_time(self, seconds: float) -> None:
-            ledger = service.engine._scheduler.memory._ledger
-            own = sum(one.capacity for one in ledger.kept)
-            seen.append((service.status().kv_used, ledger.used, own))
+            memory = service.engine._scheduler.memory
+            own, size = memory._paths.num_blocks, memory._pool.size
+            seen.append((service.status().kv_used, memory._pool.num_used * size, own * size))
             if own:
                 kept.set()
 

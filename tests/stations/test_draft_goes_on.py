@@ -44,7 +44,7 @@ def asked(rows: list[tuple[int, int]], *, first: bool = False, params: SamplingP
                       [[]] * root, [False] * root)
         part = Part(0, prompt.commits, *(getattr(prompt, name) + getattr(part, name) for name in
                                          ("nodes", "tokens", "positions", "slots", "paths", "wants")), part.ahead)
-    opens = [Opening(0, 40, len(PROMPT), params)] if first else []
+    opens = [Opening(0, len(PROMPT), params)] if first else []
     return Flight(0, [part], opens, fanout=FANOUT, least=least)
 
 

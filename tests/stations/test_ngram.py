@@ -146,7 +146,7 @@ class Talk:
 
     def __init__(self, source: NgramDraft, prompt: list[int], request: int = 0) -> None:
         self.source, self.request, self.slots = source, request, 0
-        self.opening = Opening(request, 200, len(prompt), SamplingParams())
+        self.opening = Opening(request, len(prompt), SamplingParams())
         self.committed = 0
         self.last = self.commit(prompt, opens=[self.opening])
 
@@ -259,23 +259,12 @@ def test_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_copy_guesses_as_if_the_text_were_its_own_prompt() -> None:
-    """The one that it is a copy of ends with the job that opens it."""
+def test_who_begins_with_anothers_text_guesses_as_if_it_were_its_own_prompt() -> None:
+    """The one whose it is ends with the job that opens the new one."""
     source = NgramDraft()
     before = Talk(source, [1, 2, 3, 4, 5, 1, 2])
     whole = Talk(NgramDraft(), [1, 2, 3, 4, 5, 1, 9, 3]).last
-    opening = Opening(1, 9, 8, SamplingParams(), copy_from=before.request, copied=list(range(6)))
-    part = Part(1, [6, 7], [-1, 7], [9, 3], [6, 7], [6, 7], [[], []], [False, True])
+    opening = Opening(1, 8, SamplingParams(), list(range(6)))
+    part = Part(1, [300, 7], [-1, 7], [9, 3], [6, 7], [300, 7], [[], []], [False, True])
     assert source.run(Flight(1, [part], [opening], [before.request], fanout=4)) == [whole]
     assert whole.tokens[:2] == [4, 5]
-
-
-def test_an_arena_that_is_enlarged_keeps_the_text() -> None:
-    small, large = NgramDraft(), NgramDraft()
-    talks = [Talk(small, [1, 2, 3]), Talk(large, [1, 2, 3])]
-    larger = Opening(0, 400, 3, SamplingParams())
-    tokens = [1, 2, 3, 4] * 60
-    assert talks[0].commit(tokens[:100]) == talks[1].commit(tokens[:100])
-    with pytest.raises(IndexError):
-        talks[0].commit(tokens)
-    assert talks[1].commit(tokens, opens=[larger]).tokens[:3] == [1, 2, 3]

@@ -16,7 +16,7 @@ def _said(truth: dict[str, Any], request: int, positions: list[int]) -> list[int
     """What a single stage answers at these positions of a request whose prompt has 2 tokens."""
     slots = list(range(len(positions)))
     part = Part(request + 7, [], slots, slots, positions, slots, [[slot] for slot in slots], [True] * len(slots))
-    opening = Opening(request + 7, 16, 2, SamplingParams(), request=request)
+    opening = Opening(request + 7, 2, SamplingParams(), request=request)
     landed = ScriptedStage(0, 1, truth).run(Flight(0, [part], [opening]), None)
     tokens: list[int] = landed.tokens  # type: ignore[union-attr]
     return tokens

@@ -80,7 +80,6 @@ class Hand:
 
     one: Tiny
     request: int = 0
-    capacity: int = 64
     params: SamplingParams = GREEDY
     prompt_len: int = len(PROMPT)
     source: ModuleDraft = field(init=False)
@@ -100,7 +99,7 @@ class Hand:
         return other
 
     def opening(self, drafts: bool = True) -> Opening:
-        return Opening(self.request, self.capacity, self.prompt_len, self.params, drafts=drafts)
+        return Opening(self.request, self.prompt_len, self.params, drafts=drafts)
 
     def end(self) -> None:
         """The stages close the arena."""
@@ -109,9 +108,10 @@ class Hand:
         self.take(*(Tap(flight, [tap, 99], torch.empty(0, 2, HIDDEN)) for tap in self.taps))
 
     def part(self, tokens: Sequence[Token], commits: Sequence[int] = (), asked: Sequence[Token] = ()) -> Part:
-        return Part(self.request, list(commits), [token.node for token in tokens],
+        base = 512 * (self.request % 7)  # slots are the station's, so that each request has others
+        return Part(self.request, [base + slot for slot in commits], [token.node for token in tokens],
                     [token.text[-1] for token in tokens], [len(token.text) - 1 for token in tokens],
-                    [token.slot for token in tokens], [list(token.path) for token in tokens],
+                    [base + token.slot for token in tokens], [[base + slot for slot in token.path] for token in tokens],
                     [token in asked for token in tokens])
 
     def flight(self, *tokens: Token) -> list[Tap]:
@@ -190,7 +190,7 @@ def test_a_window_says_what_the_layout_for_training_says(one: Tiny) -> None:
         for fill in range(1, len(ends) + 1):
             for shift, lead in [*((shift, 0) for shift in range(len(ends))), (0, 1), (0, 3)]:
                 types = fillings.of(ends, fill, shift, lead).types
-                hand, tokens = Hand(one, capacity=SIZE), laid_out(one, types, text)
+                hand, tokens = Hand(one), laid_out(one, types, text)
                 root = SIZE - max(1, len(types))
                 for token, kind in zip(tokens, [*types, *[one.last] * SIZE][SIZE - 1 :: -1]):
                     hand.through(token, stages=depth_of(one, kind))
@@ -488,7 +488,7 @@ def test_leaves_of_a_tree_are_answered_as_if_each_were_alone(one: Tiny, seed: in
 @pytest.mark.parametrize("length", [1, 2, 257, 300, 600])
 def test_rows_of_a_prompt_are_kept_a_part_at_a_time(one: Tiny, length: int) -> None:
     text = tuple(random.Random(length).choices(range(VOCAB), k=length))
-    hand = Hand(one, capacity=length + 8, prompt_len=length)
+    hand = Hand(one, prompt_len=length)
     root = hand.begin(text)
     hand.through(root, stages=1)
     types = [1] if one is SPD else []
@@ -507,7 +507,7 @@ def test_a_row_sees_no_further_back_than_a_training_text_is_long(length: int, cu
     text = tuple(random.Random(0).choices(range(VOCAB), k=length))
     answers = []
     for span in (40, 1024):
-        hand = Hand(tiny(1, train_span=span), capacity=length + 8, prompt_len=length)
+        hand = Hand(tiny(1, train_span=span), prompt_len=length)
         root = hand.begin(text)
         hand.through(root, stages=1)
         (answer,) = hand.ask(root, commits=range(length))
@@ -625,7 +625,6 @@ def test_a_request_whose_method_asks_for_no_drafts_leaves_nothing() -> None:
     hand = Hand(SPD)
     hand.opens = [hand.opening(drafts=False)]
     hand.through(Token(-1, PROMPT[:1], 0))
-    hand.opens = [hand.opening(drafts=False)]  # enlarged
     hand.through(Token(-1, PROMPT[:2], 1))
     assert not hand.source._arenas
     hand.end()
@@ -710,43 +709,25 @@ def test_tokens_outside_the_draft_vocabulary_are_impossible() -> None:
     assert answer.logprobs == pytest.approx([wanted[token] for token in answer.tokens], abs=1e-5)
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_an_arena_that_is_enlarged_on_the_way_changes_nothing(told: bool) -> None:
-    """The taps of a flight may come before the job that says how large the arena is by now, or after it. told: the
-    flight says so too."""
-    hand = Hand(SPD, capacity=len(PROMPT))
+def test_taps_of_slots_that_nobody_has_named_may_come_before_the_job() -> None:
+    hand = Hand(SPD)
     newest = hand.begin()
     for step in range(8):
-        larger = [Opening(0, newest.slot + 1, len(PROMPT), GREEDY)] if step else []
         taps, early = hand.flight(newest), step % 2 == 1
-        taps[0].flight.opens = larger if told else []
+        taps[0].flight.opens = []
         if early:
             hand.take(*taps)
-        job = hand.job(hand.part([newest], [newest.slot] if step else [0, 1, newest.slot], [newest]))
-        job.opens = larger
-        (answer,) = hand.send(job)
+        (answer,) = hand.send(hand.job(hand.part([newest], [newest.slot] if step else [0, 1, newest.slot], [newest])))
         check(SPD, answer, newest.text, [] if early else [0])
         if not early:
             hand.take(*taps)
-        newest = Token(step + 1, (*newest.text, 5 * step % VOCAB), newest.slot + 1)
+        newest = Token(step + 1, (*newest.text, 5 * step % VOCAB), 200 * (step + 1))
 
 
-def test_taps_of_a_larger_arena_may_come_before_the_job_that_opens_the_smaller_one() -> None:
-    hand = Hand(SPD, capacity=len(PROMPT))
-    tokens = [Token(-1, (*PROMPT, 7)[: end + 1], end) for end in range(4)]
-    hand.through(*tokens)
-    hand.send(hand.job(hand.part(tokens[:3], [0, 1, 2]), opens=True))
-    root = Token(1, (*PROMPT, 7, 8), 4)
-    job = hand.job(hand.part([tokens[3], root], [3, 4], [root]))
-    job.opens = [Opening(0, 5, len(PROMPT), GREEDY)]
-    (answer,) = hand.send(job)
-    check(SPD, answer, root.text, [0])
-
-
-def test_a_request_cannot_begin_as_a_copy() -> None:
+def test_a_request_cannot_begin_with_rows_of_another() -> None:
     hand = Hand(SPD)
     hand.begin()
-    copy = hand.beside(1).job(opens=True)
-    copy.id, copy.opens[0].copy_from, copy.opens[0].copied = 7, 0, [0, 1]
-    with pytest.raises(UsageError, match="cannot begin as a copy of request 0"):
-        hand.source.ready(copy)
+    job = hand.beside(1).job(opens=True)
+    job.id, job.opens[0].path = 7, [0, 1]
+    with pytest.raises(UsageError, match="cannot begin with rows of another"):
+        hand.source.ready(job)

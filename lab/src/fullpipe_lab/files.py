@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Lines:
 
 class Journal:
     """What has been measured so far, by key: a run that is killed goes on where it was. The newest row of a key
-    counts."""
+    counts. The one called "plan" says of what all are."""
 
     def __init__(self, path: Path) -> None:
         make_folder(path.parent)
@@ -80,6 +80,18 @@ class Journal:
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
+
+    def bind(self, plan: Mapping[str, Any], **notes: Any) -> None:
+        """Say what is measured here, if nobody has. notes: kept beside it.
+
+        Raises UsageError when the journal is of another plan: its rows would be mixed with others.
+        """
+        if "plan" not in self:
+            self.add("plan", {**plan, **notes})
+        for name, value in plan.items():
+            if (kept := self.rows["plan"].get(name)) != value:
+                raise UsageError(f"{self.path} was measured with {name} {kept!r}, not {value!r}",
+                                 hint="Name another --out, or the same settings.")
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.rows[key] = {"key": key, **row}

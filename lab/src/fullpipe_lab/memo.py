@@ -18,16 +18,17 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion, Flight, Part
-from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import torch_dtype
+from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
 from fullpipe.stations.drafts.chains import go_on
@@ -38,6 +39,20 @@ from fullpipe_lab.recording import Answer, Head
 TOP_K = 16
 POOL = 768  # slots for branches
 _CHUNK = 256  # rows of a step
+_SLOTS = 1 << 20  # of all texts; those that none uses take no memory
+
+
+_taken: WeakKeyDictionary[DecoderSlice, int] = WeakKeyDictionary()
+
+
+def _slots_of(slice: DecoderSlice, count: int) -> int:
+    """The first of so many slots of a slice that no memo has."""
+    first = _taken.get(slice, 0)
+    if first + count > slice.slots:
+        raise UsageError(f"{slice.slots} cache slots are too few for all texts of this recording",
+                         hint="Record fewer prompts at a time, or shorter answers.")
+    _taken[slice] = first + count
+    return first
 
 
 class Memo:
@@ -58,7 +73,7 @@ class Memo:
         self.true = [0]  # ids along the true path, from the last prompt token on
         for token in self._truth:
             self.true.append(self.child(self.true[-1], token))
-        self._arena: Any = None
+        self._first: int | None = None  # of the slots in which prompt and true path stand, those of branches behind
         self._pool = max(pool, params.max_tokens + 1)
         self._slots: dict[int, int] = {}  # of branch nodes whose keys and values stand in the pool
         self.computed_rows = 0
@@ -96,18 +111,17 @@ class Memo:
             self._step(wanted[start : start + _CHUNK])
 
     def _begin(self) -> None:
-        """Prompt and true path, once: slot = position."""
-        if self._arena is not None:
+        """Prompt and true path, once."""
+        if self._first is not None:
             return
         assert self._slice is not None, "these answers were kept without this path"
         path = self._prompt + self._truth
-        self._arena = self._slice.allocate(len(path) + self._pool)
+        self._first = _slots_of(self._slice, len(path) + self._pool)
+        line = np.arange(self._first, self._first + len(path), dtype=np.int32)
         first = len(self._prompt) - 1
         for start in range(0, len(path), _CHUNK):
             end = min(start + _CHUNK, len(path))
-            mask = torch.arange(end)[None, :] <= torch.arange(start, end)[:, None]
-            hidden = self._slice.forward(torch.tensor(path[start:end]), torch.arange(start, end),
-                                         [Segment(0, end - start, self._arena, torch.arange(start, end), mask)])
+            hidden = self._slice.forward(Step.of_text(torch.tensor(path[start:end]), line[:end], start))
             ids = {position: self.true[position - first] for position in range(max(start, first), end)}
             self._keep(list(ids.values()), hidden[[position - start for position in ids]])
         self.computed_rows += len(path)
@@ -122,18 +136,12 @@ class Memo:
             half = len(wanted) // 2
             self._step(wanted[:half])
             return self._step(wanted[half:])
-        base, free = len(self._prompt) + len(self._truth), sorted(set(range(self._pool)) - set(self._slots.values()))
+        free = sorted(set(range(self._pool)) - set(self._slots.values()))
         self._slots.update(zip(rows, free))
-        slots = torch.tensor([base + self._slots[id] for id in rows])
-        width = base + max(self._slots.values()) + 1  # ancestors may stand in higher slots than the rows
-        mask = np.zeros((len(rows), width), np.bool_)
-        index = {id: row for row, id in enumerate(rows)}
-        for row, id in enumerate(rows):
-            self._mark(mask, row, id, index, base)
-        positions = torch.tensor([self._positions[id] for id in rows])
         assert self._slice is not None
-        hidden = self._slice.forward(torch.tensor([self._tokens[id] for id in rows]), positions,
-                                     [Segment(0, len(rows), self._arena, slots, torch.from_numpy(mask))])
+        hidden = self._slice.forward(Step.of_paths(torch.tensor([self._tokens[id] for id in rows]),
+                                                   [self._read(id) for id in rows]))
+        index = {id: row for row, id in enumerate(rows)}
         self.computed_rows += len(rows)
         self._keep(wanted, hidden[[index[id] for id in wanted]])
         return None
@@ -152,15 +160,14 @@ class Memo:
     def _is_true(self, id: int) -> bool:
         return id < len(self.true)  # the true path was made first
 
-    def _mark(self, mask: NDArray[np.bool_], row: int, id: int, index: dict[int, int], base: int) -> None:
-        parent = self._parents[id]
-        if self._is_true(parent):
-            mask[row, : self._positions[parent] + 1] = True
-        elif parent in index:
-            mask[row] = mask[index[parent]]
-        else:
-            self._mark(mask, row, parent, {}, base)
-        mask[row, base + self._slots[id]] = True
+    def _read(self, id: int) -> list[int]:
+        """Slots of a branch node's path, in order of position."""
+        assert self._first is not None
+        base, branch = self._first + len(self._prompt) + len(self._truth), list[int]()
+        while not self._is_true(id):
+            branch.append(base + self._slots[id])
+            id = self._parents[id]
+        return [*range(self._first, self._first + self._positions[id] + 1), *reversed(branch)]
 
     def _keep(self, ids: list[int], hidden: Any) -> None:
         assert self._slice is not None
@@ -278,5 +285,5 @@ class Memos:
             torch.set_num_threads(1)
             files = open_model(Path(self._draft))
             self._slice = DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True,
-                                       dtype=torch_dtype(self._head.dtype))
+                                       dtype=torch_dtype(self._head.dtype), slots=_SLOTS)
         return self._slice

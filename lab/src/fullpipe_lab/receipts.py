@@ -153,7 +153,8 @@ class Receipt(_Part):
     """All of one benchmark. date: UTC, ISO 8601. dirty: whether the checkout differed from `commit`.
 
     agreement: rows that put the virtual clock's prediction beside the wall clock. peers: rows on other programs. Both
-    are of runs of their own, whose date and commit each row names.
+    are of runs of their own, whose date and commit each row names. answers: what each peer said to each prompt, and
+    when. better_mode: our times beside those of the better of llama.cpp's modes on each prompt.
     checks: what stages that compute said, where the samples are replays: a row per prompt and combination, with
     "cluster", "temperature", "method", "prompt", and what was compared, such as "text equal": true, false, or None
     where it was not compared. "near-ties": how many, if they were counted.
@@ -175,6 +176,8 @@ class Receipt(_Part):
     tuning: list[Tuning] = []
     agreement: list[dict[str, Any]] = []
     peers: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+    better_mode: list[dict[str, Any]] = []
     checks: list[dict[str, Any]] = []
     notes: list[str] = []
 
@@ -213,7 +216,7 @@ def make_receipt(samples: Sequence[Sample], tunings: Sequence[Tuning], clusters:
 
 
 def wall_receipt(model: str, draft: str, dtype: str, settings: dict[str, Any], **rows: Any) -> Receipt:
-    """The receipt of what ran on the wall clock: `peers` or `agreement` rows."""
+    """The receipt of what ran on the wall clock: rows of `peers` with their `answers`, or of `agreement`."""
     return Receipt(**provenance(HERE), clock="wall", model=ModelInfo(target=model, draft=draft, dtype=dtype),
                    settings=settings, clusters=[], samples=[], **rows)
 

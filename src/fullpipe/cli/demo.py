@@ -25,7 +25,7 @@ _PICTURE = Path("fullpipe-demo.png")
 
 
 def demo(
-    model: Annotated[ModelOptions, Only("model", "draft", "dtype")],
+    model: Annotated[ModelOptions, Only("model", "draft", "dtype", "quantization")],
     prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="The prompt.")] = PROMPT,
     pipeline: Annotated[PipelineOptions, Only("stages", "link_ms", "threads")]
     = PipelineOptions(stages=4, link_ms=25.0),

@@ -21,7 +21,7 @@ import typer
 from fullpipe.cli.lists import integers
 from fullpipe.errors import PromptError, UsageError
 from fullpipe.methods import METHODS
-from fullpipe.options import DTYPES, LOG_LEVELS, ChatOptions, ModelOptions
+from fullpipe.options import DTYPES, LOG_LEVELS, QUANTIZATIONS, ChatOptions, ModelOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
 _OBJECT = """Write '{"enable_thinking": false}', in single quotes for the shell."""
@@ -32,7 +32,8 @@ def one_of(*names: str) -> type[StrEnum]:
     return StrEnum("one_of", {name: name for name in names})  # type: ignore[return-value]
 
 
-_CHOICES = {"method": one_of("auto", *METHODS), "dtype": one_of(*DTYPES), "log_level": one_of(*LOG_LEVELS)}
+_CHOICES = {"method": one_of("auto", *METHODS), "dtype": one_of(*DTYPES), "quantization": one_of(*QUANTIZATIONS),
+            "log_level": one_of(*LOG_LEVELS)}
 
 
 class Only:
@@ -133,7 +134,8 @@ def _parameter(one: Field[Any], kind: Any, default: Any, shown: str | None = Non
     more: dict[str, Any] = {"help": one.metadata["help"], "metavar": one.metadata.get("metavar"),
                             "show_default": default not in (None, (), "") if shown is None else shown or False}
     if one.name in _CHOICES:
-        kind, default = _CHOICES[one.name], _CHOICES[one.name](default)
+        choice = _CHOICES[one.name]
+        kind, default = (choice | None, None) if default is None else (choice, choice(default))
     parts = get_args(kind) or (kind,)
     if bool in parts and not one.metadata.get("flags"):
         flags = [f"{flag}/--no-{flag.removeprefix('--')}"]
@@ -176,7 +178,7 @@ def _object(text: str, flag: str) -> dict[str, Any]:
 
 def _read(one: Field[Any], kind: Any, value: Any) -> Any:
     if one.name in _CHOICES:
-        return str(value)
+        return None if value is None else str(value)
     if _is_list(kind, str):
         return tuple(value or ())
     if _is_list(kind, int) and value is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def profile(
-    model: Annotated[ModelOptions, Only("model", "dtype")],
+    model: Annotated[ModelOptions, Only("model", "dtype", "quantization")],
     draft: Annotated[str, typer.Option("--draft", "-d", help="Draft model to measure too: auto (the model's partner, "
                                        "if it has one), none, or a model.")] = "auto",
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("profile.json"),
@@ -45,7 +45,7 @@ def profile(
 
     with console.StepBar("measuring") as bar:
         found = measure(model.model, guesser, rows=row_counts, contexts=context_sizes, repeats=repeats, threads=threads,
-                        dtype=model.dtype, device=pipeline.device,
+                        dtype=model.dtype, quantization=model.quantization, device=pipeline.device,
                         progress=lambda what, done, total: bar(done, total, what))
     found.save(out)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,9 @@ from fullpipe.cli import console
 from fullpipe.cli.options import Only
 from fullpipe.cluster.partition import cut
 from fullpipe.models.gguf_parts import gguf_parts
-from fullpipe.options import ModelOptions
+from fullpipe.options import ModelOptions, PipelineOptions
 
 if TYPE_CHECKING:
-    from fullpipe.models.config import Sizes
     from fullpipe.models.files import ModelFiles
 
 _DEFAULT_STAGES = 8
@@ -24,33 +24,34 @@ _DEFAULT_STAGES = 8
 
 def show(
     name: Annotated[str, typer.Argument(metavar="MODEL", help="Any model name; see `fullpipe pull`.")],
-    model: Annotated[ModelOptions, Only("dtype")],
+    model: Annotated[ModelOptions, Only("dtype", "quantization")],
+    pipeline: Annotated[PipelineOptions, Only("device")],
     stages: Annotated[
         int | None, typer.Option("--stages", help="Cut into so many stages.", show_default="8")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Describe a model: its shape, sizes and vocabulary, and how it would be cut into stages.
+    """Describe a model: its shape and vocabulary, what becomes of its weights, and how it would be cut into stages.
 
-    A model that is not here is fetched first.
+    A model that is not here is fetched first. The device need not be there.
     """
     with console.TransferBar() as bar:
         path = hub.resolve(name, progress=bar)
-    found = _describe(name, path, stages, model.dtype)
+    found = _describe(name, path, stages, model, pipeline.device)
     if as_json:
         console.print_json(found)
     else:
         _print(found)
 
 
-def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str, Any]:
-    from fullpipe.models.dtypes import pick_dtype, sizes_in
+def _describe(name: str, path: Path, stages: int | None, model: ModelOptions, device: str) -> dict[str, Any]:
+    from fullpipe.models.dtypes import pick_dtype
     from fullpipe.models.generation import sampling_of
     from fullpipe.models.tokens.loading import load_tokenizer
     from fullpipe.models.weights import open_model
 
     files = open_model(path)
-    dtype, config = pick_dtype(dtype, files=files), files.config
+    dtype, config = pick_dtype(model.dtype, device, files, model.quantization), files.config
     tokenizer = load_tokenizer(path)
     known = hub.CATALOGUE.get(name.lower())
     return {
@@ -74,45 +75,63 @@ def _describe(name: str, path: Path, stages: int | None, dtype: str) -> dict[str
         "file_bytes": sum(file.stat().st_size for file in _weight_files(path)),
         "draft": known.draft if known else None,
         "dtype": dtype,
-        "widened": _widened(files) if dtype == "stored" else {},
-        **_sizes_and_stages(sizes_in(files, dtype), config.num_layers, stages),
+        "forms": _forms(files, dtype, device),
+        **_sizes_and_stages(files, dtype, device, stages),
     }
 
 
-def _widened(files: ModelFiles) -> dict[str, str]:
-    """Types of matrices that there is no kernel for, and what they are kept as."""
-    from fullpipe.models.native.weights import form_of
+def _forms(files: ModelFiles, dtype: str, device: str) -> list[dict[str, Any]]:
+    """What becomes of the tensors of each type: all of them once, as in a single stage."""
+    from fullpipe.kernels import load
+    from fullpipe.models.forms import Kept, bytes_kept, bytes_stored, kept_tensor
 
-    kinds = {files.kind(name) for name in files.matrices}
-    return {kind.name: form_of(kind).name for kind in kinds if form_of(kind).name != kind.name}
+    native, found = load(), dict[tuple[str, Kept], list[int]]()
+    for name in files.wanted_shapes():
+        kept = kept_tensor(files, name, dtype, device)
+        sums = found.setdefault((files.kind(name).name, kept), [0, 0, 0])
+        for i, more in enumerate((1, bytes_stored(files, name), bytes_kept(native, files, name, dtype, device))):
+            sums[i] += more
+    kernels = {"native": f"native ({native.level})" if native else "native", "torch": "torch", "gpu": f"GPU ({device})"}
+    return [{"type": kind, "tensors": sums[0], "file_bytes": sums[1], "kept_as": kept.form.name, "how": kept.how,
+             "memory_bytes": sums[2], "kernels": kernels[kept.by]}
+            for (kind, kept), sums in sorted(found.items(), key=lambda one: -one[1][1])]
 
 
-def _sizes_and_stages(size: Sizes, num_layers: int, stages: int | None) -> dict[str, Any]:
+def _sizes_and_stages(files: ModelFiles, dtype: str, device: str, stages: int | None) -> dict[str, Any]:
     """Bytes of the parts, and the stages that `cut` makes of them.
 
     The time of a step over few rows is the time it takes to read the weights, so bytes stand for time; of the
     embedding a step reads single rows, which is nothing.
     """
-    number = min(_DEFAULT_STAGES, num_layers) if stages is None else stages
-    layers = cut([size.layer_bytes] * num_layers, size.head_bytes, 0, number)
+    from fullpipe.kernels import load
+    from fullpipe.models.dtypes import sizes_in
+    from fullpipe.models.forms import bytes_kept, kernels_of
+
+    config, size = files.config, sizes_in(files, dtype)
+    bytes_of = partial(bytes_kept, load(), files, dtype=dtype, device=device)
+    layers = [sum(map(bytes_of, config.layer_shapes(number))) for number in range(config.num_layers)]
+    number = min(_DEFAULT_STAGES, config.num_layers) if stages is None else stages
+    # As `assembly.stage_ends` cuts them.
+    parts = cut([size.layer_bytes] * config.num_layers, size.head_bytes, 0, number)
+    shared = config.tied and kernels_of(dtype, device) != "torch"  # a packed head is a copy of its own
     rows = []
-    for index, part in enumerate(layers):
-        first, last = index == 0, index == len(layers) - 1
-        read = len(part) * size.layer_bytes + last * size.head_bytes
+    for index, part in enumerate(parts):
+        first, last = index == 0, index == len(parts) - 1
+        read = sum(layers[part.start : part.stop]) + last * size.head_bytes
         rows.append({
             "stage": index,
             "first_layer": part.start,
             "num_layers": len(part),
             "embedding": first,
             "head": last,
-            "weight_bytes": read + first * size.embedding_bytes,
+            "weight_bytes": read + (first and not (last and shared)) * size.embedding_bytes,
             "bytes_per_step": read,
         })
     return {
         "layer_bytes": size.layer_bytes,
         "embedding_bytes": size.embedding_bytes,
         "head_bytes": size.head_bytes,
-        "kv_bytes_per_token": size.kv_bytes * num_layers,
+        "kv_bytes_per_token": size.kv_bytes * config.num_layers,
         "stages": rows,
     }
 
@@ -158,11 +177,13 @@ def _print(found: dict[str, Any]) -> None:
         (found["dtype"], f"{console.megabytes(found['layer_bytes'])} a layer, "
          f"{console.megabytes(found['embedding_bytes'])} embedding, "
          f"{console.megabytes(found['head_bytes'])} head"),
-        ("widened", ", ".join(f"{kind} to {form}" for kind, form in found["widened"].items()) or None),
         ("draft", found["draft"]),
     ):
         if text is not None:
             typer.echo(f"{label:<11} {text}")
+    typer.echo()
+    console.print_table(("STORED AS", "TENSORS", "IN THE FILE", "KEPT AS", "", "IN MEMORY", "KERNELS"),
+                        [_form_row(form) for form in found["forms"]])
     typer.echo()
     slowest = max(stage["bytes_per_step"] for stage in found["stages"])
     console.print_table(
@@ -173,6 +194,11 @@ def _print(found: dict[str, Any]) -> None:
 
 def _counts(types: dict[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in types.items())
+
+
+def _form_row(form: dict[str, Any]) -> tuple[str, ...]:
+    return (form["type"], str(form["tensors"]), console.megabytes(form["file_bytes"]), form["kept_as"],
+            "" if form["how"] == "as stored" else form["how"], console.megabytes(form["memory_bytes"]), form["kernels"])
 
 
 def _stage_row(stage: dict[str, Any], slowest: int) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # By how much a picked logit may stand above its rival where two runs disagree and it still counts as a tie that
 # rounding decided. A bfloat16 logit between 16 and 32 is itself rounded to the next eighth.
-NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "stored": 1e-3}
+NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "stored": 1e-3, "int8": 1e-3, "int4": 1e-3}
 
 
 if TYPE_CHECKING:

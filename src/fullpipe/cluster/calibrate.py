@@ -84,7 +84,7 @@ def _flight(rows: int, id: int) -> Flight:
     """A flight, or job, of a request that begins and ends with it."""
     nodes = list(range(rows))
     part = Part(_ARENA, nodes, nodes, [0] * rows, nodes, nodes, [[]] * rows, [True] * rows)
-    return Flight(id, [part], [Opening(_ARENA, rows, rows, SamplingParams(), drafts=False)], [_ARENA], _FANOUT)
+    return Flight(id, [part], [Opening(_ARENA, rows, SamplingParams(), drafts=False)], [_ARENA], _FANOUT)
 
 
 def _note(points: dict[int, float], rows: int, leg: Leg) -> None:

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +32,11 @@ from fullpipe.models.dtypes import DTYPES, pick_dtype, sizes_in
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.gpu.devices import device_name, find_device
 from fullpipe.models.slice import Slice, load_slice
+from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.options import EngineOptions
 from fullpipe.request import SamplingParams
 from fullpipe.stations.sampling import pick, rank
-from fullpipe.stations.table import SlotTable
 from fullpipe.stations.target import SliceRunner
 
 Progress = Callable[[str, int, int], None]
@@ -57,8 +58,8 @@ _Cell = TypeVar("_Cell")
 
 
 def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS, contexts: Sequence[int] = CONTEXTS,
-            repeats: int = 5, threads: int = 1, dtype: str = "auto", device: str = "cpu",
-            progress: Progress = lambda what, done, total: None) -> Profile:
+            repeats: int = 5, threads: int = 1, dtype: str = "auto", quantization: str | None = None,
+            device: str = "cpu", progress: Progress = lambda what, done, total: None) -> Profile:
     """This machine's profile for a target, and for a draft model if one is named.
 
     model, draft: names as `fullpipe.hub.resolve` takes them. rows: of a flight. contexts: tokens that stand before
@@ -70,7 +71,7 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
     device = find_device(device)
     _check(rows, contexts, repeats, threads)
     target = open_model(resolve(model))
-    dtype = pick_dtype(dtype, device, target)
+    dtype = pick_dtype(dtype, device, target, quantization)
     guesser = open_model(resolve(draft)) if draft is not None else None
     for name, files in ((model, target), (draft, guesser)):
         if files is not None and files.config.max_positions < contexts[-1] + max(rows):
@@ -164,23 +165,16 @@ class _Cells:
 
 class _Standing(SliceRunner):
     """Runs requests that begin with their context in place. Noise stands in the cache: what a step takes does not
-    depend on the numbers there. most: rows of its largest flight."""
+    depend on the numbers there. most: rows of its largest flight, and its longest context."""
 
-    def __init__(self, slice: Slice, most: int) -> None:
+    def __init__(self, slice: Slice, most: tuple[int, int]) -> None:
         super().__init__(slice)
-        self._most = most
+        slice.pretend(sum(most))
 
     def flight(self, rows: int, context: int) -> Flight:
         """A flight of a request that begins anew: `rows` guesses of the token that follows the context."""
         arena = ArenaId(context)
-        opening = Opening(arena, context + self._most, context, SamplingParams())
-        if arena not in self._arenas:
-            self.open([opening])
-            self._arenas[arena].pretend(context)
-        table = self._tables[arena] = SlotTable(opening)
-        places = list(range(context))
-        table.apply(Part(arena, places, [-1] * context, [0] * context, places, places, [[]] * context,
-                         [False] * context))
+        self.open([Opening(arena, context, SamplingParams(), list(range(context)))])
         slots = list(range(context, context + rows))
         return Flight(0, [Part(arena, [], list(range(rows)), [0] * rows, [context] * rows, slots,
                                [[slot] for slot in slots], [True] * rows)], fanout=_FANOUT)
@@ -197,7 +191,7 @@ def _layers(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -
     kind, config = DTYPES.get(dtype, torch.float32), files.config
     number = min(config.num_layers, max(2, -(-_COLD_BYTES // sizes_in(files, dtype).layer_bytes)))
     many, one = (_Standing(load_slice(files, 0, count, has_embedding=False, has_head=False, dtype=dtype, device=device),
-                           max(cells.rows)) for count in (number, 1))
+                           (max(cells.rows), max(cells.contexts))) for count in (number, 1))
 
     def sample(rows: int, context: int) -> tuple[float, float]:
         hidden = torch.randn(rows, config.hidden, generator=torch.Generator().manual_seed(rows)).to(kind)
@@ -214,7 +208,7 @@ def _layers(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -
 def _ends(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> list[Curve]:
     """Head with the pick, and embedding."""
     ends = load_slice(files, 0, 0, has_embedding=True, has_head=True, dtype=dtype, device=device)
-    runner = _Standing(ends, max(cells.rows))
+    runner = _Standing(ends, (max(cells.rows), max(cells.contexts)))
 
     def head(flight: Flight, hidden: Tensor) -> None:
         wanted = list(runner.wanted(flight))
@@ -222,8 +216,9 @@ def _ends(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> 
 
     def sample(rows: int) -> tuple[float, float]:
         tokens = torch.randint(files.config.vocab_size, (rows,), generator=torch.Generator().manual_seed(rows))
-        hidden = ends.forward(tokens, tokens, [])
-        return _timed(head, runner.flight(rows, cells.contexts[0]), hidden), _timed(ends.forward, tokens, tokens, [])
+        flight = runner.flight(rows, cells.contexts[0])
+        step = Step.of_text(tokens, np.arange(rows, dtype=np.int32))
+        return _timed(head, flight, ends.forward(step)), _timed(ends.forward, step)
 
     return cells.curves("head", sample)
 
@@ -232,7 +227,7 @@ def _drafts(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -
     """A draft call as `stations/drafts/model.py:DraftModel.run` makes it."""
     whole = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype,
                        device=device)
-    runner = _Standing(whole, max(cells.rows))
+    runner = _Standing(whole, (max(cells.rows), max(cells.contexts)))
 
     def call(job: Flight) -> None:
         hidden = runner.forward(job, None)

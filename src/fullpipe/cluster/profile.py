@@ -131,7 +131,7 @@ class Profile(_Part):
     version: Literal[1] = VERSION
     target: Shape
     draft_model: Shape | None
-    dtype: Literal["float32", "bfloat16", "stored"]
+    dtype: Literal["float32", "bfloat16", "stored", "int8", "int4"]
     threads: Count
     machine: dict[str, str | int | float | None]
     commit: str

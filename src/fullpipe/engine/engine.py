@@ -41,6 +41,11 @@ class Engine(Loop):
         return self._memory.used
 
     @property
+    def kv_total(self) -> int | None:
+        """Cache slots of all requests together; None: no bound."""
+        return self._memory.total
+
+    @property
     def longest(self) -> int | None:
         """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
         return self._memory.longest
@@ -88,7 +93,7 @@ class Engine(Loop):
         text is a function of what stands before, so nothing is lost. The caller closes the pipeline before."""
         newest = self.pipeline.newest_flight, self.pipeline.newest_job
         self.pipeline = pipeline
-        self._scheduler.forget_stations()
+        self._scheduler.forget_stations(pipeline.cache_slots)
         self._begin(*newest)
         self._tell(Attached(self._now))
 

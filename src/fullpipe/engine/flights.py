@@ -34,7 +34,7 @@ class Flights:
         """Make the next flight, and what is to be told of it; None where there is nothing to send."""
         flight = Flight(-1, closes=self.closes)
         flight.opens = [one.opening(one.stages, method.needs_draft) for one in sequences
-                        if one.stages.capacity < one.slots.capacity]
+                        if not one.stages.opened]
         parts = self._prompt_parts(method, sequences)
         told = Launched(0.0, -1, [], [], [], [], [], {id: len(part) for id, (part, _) in parts.items()})
         deciding = [one for one in sequences if one.stages.rows >= one.tree.root.position]
@@ -67,12 +67,13 @@ class Flights:
         sequence.tree.new_flight()
         for node in nodes:
             sequence.tree.launch(node)
-            sequence.add_node(part, sequence.stages, node, wants=True)
+            sequence.stand(node)
             self.launched[node.id] = (sequence, node)
-            told.nodes.append(node.id)
-            told.parents.append(node.parent.id if node.parent else -1)
-            told.tokens.append(node.token)
-            told.positions.append(node.position)
+        sequence.add_nodes(part, sequence.stages, nodes, [True] * len(nodes))
+        told.nodes += [node.id for node in nodes]
+        told.parents += [node.parent.id if node.parent else -1 for node in nodes]
+        told.tokens += [node.token for node in nodes]
+        told.positions += [node.position for node in nodes]
         told.requests += [sequence.request.id] * len(nodes)
 
     def landed(self, event: Landed) -> list[Sequence]:

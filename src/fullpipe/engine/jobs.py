@@ -34,7 +34,7 @@ class Jobs:
         job = Flight(-1, closes=self.closes, fanout=self._fanout)
         parts: _Parts = {}
         if method.needs_draft:
-            job.opens = [one.opening(one.draft, True) for one in sequences if one.draft.capacity < one.slots.capacity]
+            job.opens = [one.opening(one.draft, True) for one in sequences if not one.draft.opened]
             parts = self._behind([one for one in sequences if one.draft.rows < one.tree.root.position
                                   and method.follows(one, load)])
             known = [one for one in sequences if one.draft.rows >= one.tree.root.position]
@@ -63,20 +63,26 @@ class Jobs:
     def _ask(self, sequence: Sequence, nodes: list[Node], part: Part) -> None:
         """Have the draft propose children for the nodes, each after those of its ancestors that the draft has not
         computed. One that is asked about again is sent again."""
-        wanted = {node.id for node in nodes}
-        sent: set[int] = set()
+        tree, wanted = sequence.tree, {node.id for node in nodes}
+        sent: dict[int, Node] = {}
+        room = sequence.room
         for node in nodes:
-            missing = [] if node.id in sent else _not_in_draft(node, sequence.tree.root)
-            if sum(other.slot is None for other in missing) > sequence.room:
-                sequence.tree.return_unasked(node)
+            if node.id in sent:
+                continue
+            missing = _not_in_draft(node, tree.root)
+            lacking = sum([other.slot is None for other in missing]) if len(missing) > 1 else node.slot is None
+            if lacking > room:
+                tree.return_unasked(node)
                 continue
             for other in missing:
-                sequence.add_node(part, sequence.draft, other, wants=other.id in wanted)
+                sequence.stand(other)
                 other.in_draft = True
-                sent.add(other.id)
+                sent[other.id] = other
                 if other.id in wanted:
-                    sequence.tree.ask(other)
+                    tree.ask(other)
                     self.asked[other.id] = (sequence, other)
+            room = sequence.room if lacking else room
+        sequence.add_nodes(part, sequence.draft, list(sent.values()), [id in wanted for id in sent])
 
     def _lend(self, method: Method, sequence: Sequence, node: Node, part: Part, job: Flight, load: Load) -> None:
         """Let the draft go on behind the first node that it is asked about, as far as the method wants: not to where
@@ -182,6 +188,8 @@ def _not_in_draft(node: Node, root: Node) -> list[Node]:
     """The node, and before it those of its ancestors that the draft has not computed. A node is sent after its
     ancestors, so above the first that is known all are; but a root that text had brought before the draft's chain led
     to it is known in another slot only, and what is known behind it does not tell."""
+    if root.in_draft and node.parent is not None and node.parent.in_draft:  # as a rule
+        return [node]
     missing = [node]
     while (parent := missing[-1].parent) is not None and not parent.in_draft:
         missing.append(parent)

@@ -20,7 +20,6 @@ from fullpipe.events import Admitted, Asked, Died, Emitted, Fate, Finished, Pree
 from fullpipe.messages import Drafted, Event, Failed, Landed, Ready
 from fullpipe.methods.base import Load, Method
 from fullpipe.options import EngineOptions
-from fullpipe.sequences.blocks import Kept
 from fullpipe.sequences.calibration import Calibration
 from fullpipe.sequences.sequence import Sequence
 from fullpipe.sequences.tree import Node
@@ -46,7 +45,7 @@ class Loop:
         self.method = self._checked(method)
         options = self._options = options or EngineOptions()
         self._listeners, self._owner = tuple(listeners), owner
-        self._memory = Memory(options, self._for_guesses(), self._close)
+        self._memory = Memory(options, self._for_guesses(), pipeline.cache_slots)
         self._scheduler = Scheduler(options, self._memory)
         self._begin()
 
@@ -150,11 +149,12 @@ class Loop:
             self._tell(Admitted(self._now, sequence.request.id, sequence.cached))
 
     def _make_room(self) -> None:
-        """Let arenas grow; where there is no memory left, the youngest request goes back to waiting."""
+        """Let sequences grow; where there is no memory left, the youngest request goes back to waiting."""
         for sequence in list(self._scheduler.running.values()):
             while sequence.request.id in self._scheduler.running and (
                     youngest := self._scheduler.make_room(sequence, self.method.least_slots)):
                 self._drop(youngest, youngest.tree.clear())
+                self._close(youngest)
                 self._scheduler.send_back(youngest)
                 self._tell(Preempted(self._now, youngest.request.id))
 
@@ -166,6 +166,7 @@ class Loop:
         sequence.finished = reason
         if sequence.request.id in self._scheduler.running:
             self._drop(sequence, sequence.tree.clear())
+            self._close(sequence)
         self._scheduler.remove(sequence, keep=not self.broken)
         self._tell(Finished(self._now, sequence.request.id, reason))
         self.stats.forget(sequence.request.id)
@@ -184,14 +185,14 @@ class Loop:
             self.pipeline.cancel(unneeded)
         self._tell(Died(self._now, sequence.request.id, [node.id for node in dead]))
 
-    def _close(self, kept: Kept) -> None:
-        """Have the stations close an arena, opened there or not: a draft that reads hidden states waits for both ends
-        to know that it is over."""
-        known = kept.in_stages or kept.in_draft
+    def _close(self, sequence: Sequence) -> None:
+        """Have the stations forget a sequence, opened there or not: a draft that reads hidden states waits for both
+        ends to know that it is over."""
+        known = sequence.stages.opened or sequence.draft.opened
         if known:
-            self._flights.closes.append(kept.arena)
-        if kept.in_draft or (known and self.method.needs_draft):
-            self._jobs.closes.append(kept.arena)
+            self._flights.closes.append(sequence.arena)
+        if sequence.draft.opened or (known and self.method.needs_draft):
+            self._jobs.closes.append(sequence.arena)
 
     def _tell(self, event: Event) -> None:
         """Count it, tell those who watch, and last who owns the engine, who may end a request for it."""

@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
+from fullpipe.errors import UsageError
 from fullpipe.options import EngineOptions
 from fullpipe.request import Request
-from fullpipe.sequences.blocks import Kept, Ledger, shared
+from fullpipe.sequences.blocks import BlockPool, Kept, KeptPaths, Room, SlotAllocator, shared
 from fullpipe.sequences.sequence import Sequence
 
-_GROWTH = 256  # slots by which an arena grows
+_AHEAD = 128  # free slots that a sequence has, as long as there are blocks
 _WORTH_WAITING = 64  # tokens of a prompt that another one is about to have computed
 
 
 class Memory:
-    """Gives sequences slots within the options' bounds. for_guesses: slots of a request beyond prompt and answer.
-    close: told of arenas that nobody needs any more."""
+    """Gives sequences slots within a bound. for_guesses: slots of a request beyond prompt and answer.
 
-    def __init__(self, options: EngineOptions, for_guesses: int, close: Callable[[Kept], None]) -> None:
+    station_slots: room of the station that has least; None: nobody sets a bound.
+
+    Raises UsageError where there is no room for a block, or prefixes are to be shared without a bound.
+    """
+
+    def __init__(self, options: EngineOptions, for_guesses: int, station_slots: int | None) -> None:
         self.for_guesses = for_guesses
+        self._asked, self._size = options.kv_cache_tokens, options.block_size
         self.shares = options.enable_prefix_caching
-        self._ledger, self._close = Ledger(options.kv_cache_tokens), close
+        self.forget(station_slots)
+        if self.shares and self.total is None:
+            raise UsageError("prefixes can be shared only within a bound of cache memory",
+                             hint="Say how many slots there are (`kv_cache_tokens`).")
+
+    def forget(self, station_slots: int | None) -> None:
+        """There are other stations now, with room for so many slots each, and they hold nothing."""
+        slots = min((bound for bound in (self._asked, station_slots) if bound is not None), default=None)
+        if slots is not None and slots < self._size:
+            raise UsageError(f"{slots} cache slots are less than a block of {self._size}",
+                             hint="Give more `kv_cache_tokens`, or a larger `kv_pool_mib`.")
+        self._pool = BlockPool(self._size, None if slots is None else slots // self._size)
+        self._paths = KeptPaths(self._pool)
 
     @property
     def total(self) -> int | None:
         """Slots of all requests together; None: no bound."""
-        return self._ledger.total
+        return None if self._pool.total is None else self._pool.total * self._size
 
     @property
     def used(self) -> int:
         """Slots of the requests that run; what is kept to be shared can be had at any time."""
-        return self._ledger.used - sum(kept.capacity for kept in self._ledger.kept)
+        return (self._pool.num_used - self._paths.num_blocks) * self._size
 
     @property
     def longest(self) -> int | None:
@@ -41,57 +59,68 @@ class Memory:
         """Slots that a request will need in the end."""
         return len(request.prompt) + request.params.max_tokens + self.for_guesses
 
-    def take(self, sequence: Sequence) -> int | None:
-        """Take the slots with which a sequence begins; None where there are not as many."""
+    def take(self, sequence: Sequence, source: Kept | None) -> Room | None:
+        """Take the blocks with which a sequence begins; None where there are not as many.
+
+        source: what it may share the beginning with.
+        """
         whole = self.whole(sequence.request)
-        capacity = whole if self.total is None else min(whole, whole - sequence.left + _GROWTH)
-        if not self._ledger.take(capacity):
+        length = shared(source.tokens, sequence.tokens, source.stages) if source else 0
+        held = sorted(self._blocks_of(source.slots[:length])) if source else []
+        if not self._pool_fits(len(held) + self._blocks(whole - length)):
+            source, length, held = None, 0, []  # alone it must fit, whatever it shares
+        self._pool.hold(held)
+        blocks = self._blocks(min(whole, whole - sequence.left + _AHEAD) - length)
+        if not self._paths.make_room(blocks):
+            self._pool.let_go(held)
             return None
-        self._close_dropped()
-        return capacity
+        own = self._pool.take(blocks)
+        if source is None:
+            return Room(SlotAllocator(self._size, own, most=whole))
+        drafted = min(length, shared(source.tokens, sequence.tokens, source.draft))
+        return Room(SlotAllocator(self._size, own, source.slots[:length], held, whole), length, drafted)
 
     def grow(self, sequence: Sequence, least: int) -> bool:
-        """Let an arena grow before it is full. False: somebody must give memory back first.
+        """Give a sequence more blocks before its own are full. False: somebody must give memory back first.
 
         least: slots with which a sequence can do without growing.
         """
-        whole = self.whole(sequence.request)
-        while sequence.slots.capacity < whole and sequence.slots.num_free < _GROWTH // 2:
-            more = min(_GROWTH, whole - sequence.slots.capacity)
-            if not self._ledger.take(more):
-                return sequence.slots.num_free + len(sequence.lent) >= least
-            sequence.slots.grow(sequence.slots.capacity + more)
-            self._close_dropped()
+        slots, whole = sequence.slots, self.whole(sequence.request)
+        while slots.capacity < whole and slots.num_free < _AHEAD:
+            if not self._paths.make_room(1):
+                return slots.num_free + len(sequence.lent) >= least
+            slots.grow(self._pool.take(1))
         return True
 
     def give(self, sequence: Sequence, *, keep: bool) -> None:
-        """Take a sequence's slots back. keep: its arena may be of use to others."""
-        kept = sequence.kept
-        if keep and self.shares and kept.in_stages:
-            self._ledger.keep(kept)
-        else:
-            self._ledger.give(kept.capacity)
-            self._close(kept)
-
-    def forget(self) -> None:
-        """There are other stations now, and they hold nothing."""
-        self._ledger = Ledger(self.total)
+        """Take a sequence's blocks back. keep: what it has computed may be of use to others."""
+        blocks = sequence.slots.blocks
+        if keep and self.shares and sequence.stages.opened:
+            kept = sequence.kept
+            kept.blocks = sorted(self._blocks_of(kept.slots[: kept.stages]))
+            self._paths.keep(kept)
+            blocks = [block for block in blocks if block not in kept.blocks]
+        self._pool.let_go(blocks)
 
     def give_up_kept(self) -> None:
-        """Close the arenas of requests that have finished."""
-        self._ledger.clear()
-        self._close_dropped()
+        """Keep nothing of requests that have ended."""
+        self._paths.clear()
 
-    def _close_dropped(self) -> None:
-        for kept in self._ledger.dropped():
-            self._close(kept)
+    def _blocks(self, slots: int) -> int:
+        return -(-slots // self._size)
+
+    def _blocks_of(self, slots: list[int]) -> set[int]:
+        return {slot // self._size for slot in slots}
+
+    def _pool_fits(self, blocks: int) -> bool:
+        return self._pool.total is None or blocks <= self._pool.total
 
     # ---- prefixes ----------------------------------------------------------------------------------------
 
     def source(self, sequence: Sequence, running: Collection[Sequence]) -> Kept | None:
-        """Find the arena, of a request that runs or has ended, that shares the longest beginning with its tokens."""
+        """Find who shares the longest beginning with its tokens, of the requests that run or have ended."""
         found = [one.kept for one in running if one.stages.opened]
-        if kept := self._ledger.best(sequence.tokens):
+        if kept := self._paths.best(sequence.tokens):
             found.append(kept)
         return max(found, key=lambda kept: shared(kept.tokens, sequence.tokens, kept.stages), default=None)
 
@@ -103,16 +132,6 @@ class Memory:
         return any(shared(one.tokens, sequence.tokens, len(one.tokens)) >= now + _WORTH_WAITING
                    for one in running if one.stages.rows < one.num_prompt - 1)
 
-    @staticmethod
-    def share(sequence: Sequence, source: Kept) -> None:
-        """Let a sequence begin with the rows of another arena."""
-        length = shared(source.tokens, sequence.tokens, source.stages)
-        sequence.stages.take_over(source.arena, source.slots[:length])
-        drafted = shared(source.tokens, sequence.tokens, source.draft)
-        sequence.draft.take_over(source.arena, source.slots[:drafted])
-        sequence.cached = min(length, sequence.num_prompt)
-
     def check(self, running: Collection[Sequence]) -> None:
-        """Raise AssertionError unless every slot is accounted for."""
-        held = [one.slots.capacity for one in running] + [one.capacity for one in self._ledger.kept]
-        assert self._ledger.used == sum(held), "cache slots are miscounted"
+        """Raise AssertionError unless every block is accounted for."""
+        self._pool.check([*(one.slots.blocks for one in running), *(kept.blocks for kept in self._paths.kept)])

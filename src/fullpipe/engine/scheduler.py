@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 from fullpipe.engine.memory import Memory
-from fullpipe.errors import PromptError, UsageError
+from fullpipe.errors import PromptError
 from fullpipe.messages import ArenaId
 from fullpipe.options import EngineOptions
 from fullpipe.request import Request
@@ -16,15 +16,9 @@ _AGEING_S = 30.0  # a request that has waited so long goes as if its priority we
 
 
 class Scheduler:
-    """Decides which sequences run, within the options' bounds and the memory that there is.
-
-    Raises UsageError for prefix caching without a bound of memory.
-    """
+    """Decides which sequences run, within the options' bounds and the memory that there is."""
 
     def __init__(self, options: EngineOptions, memory: Memory) -> None:
-        if options.enable_prefix_caching and options.kv_cache_tokens is None:
-            raise UsageError("prefixes can be shared only within a bound of cache memory",
-                             hint="Say how many slots there are (`kv_cache_tokens`).")
         self.memory = memory
         self.running: dict[int, Sequence] = {}
         self.waiting: dict[int, Sequence] = {}
@@ -37,7 +31,8 @@ class Scheduler:
         whole, total = self.memory.whole(request), self.memory.total
         if total is not None and whole > total:
             raise PromptError(f"prompt, answer and guesses need {whole} cache slots, and there are {total}",
-                              hint="Shorten the prompt, or ask for fewer tokens. More cache is `kv_cache_tokens`.")
+                              hint="Shorten the prompt, or ask for fewer tokens. More cache is `kv_cache_tokens`, "
+                                   "within `kv_pool_mib`.")
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait until it can run. Raises PromptError for one that never could."""
@@ -64,12 +59,10 @@ class Scheduler:
         source = memory.source(sequence, running) if memory.shares else None
         if memory.shares and memory.soon_shared(sequence, source, running):
             return False
-        if (capacity := memory.take(sequence)) is None:
+        if (room := memory.take(sequence, source)) is None:
             return False
         del self.waiting[sequence.request.id]
-        sequence.enter(ArenaId(next(self._arenas)), capacity, self._node_ids)
-        if source is not None:
-            memory.share(sequence, source)
+        sequence.enter(ArenaId(next(self._arenas)), room, self._node_ids)
         self.running[sequence.request.id] = sequence
         return True
 
@@ -91,13 +84,13 @@ class Scheduler:
         sequence.leave()
         self.waiting[sequence.request.id] = sequence
 
-    def forget_stations(self) -> None:
-        """There are other stations now, and they hold nothing: all wait."""
+    def forget_stations(self, station_slots: int | None) -> None:
+        """There are other stations now, with room for so many slots each, and they hold nothing: all wait."""
         for sequence in self.running.values():
             sequence.leave()
         self.waiting |= self.running
         self.running.clear()
-        self.memory.forget()
+        self.memory.forget(station_slots)
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those whose deadline has passed."""

@@ -217,9 +217,11 @@ class Stats:
             for stats in requests:
                 stats.on_period(event.legs[0])
         dead = {node: self._died.pop(node) for node in self._died.keys() & flight.owners.keys()}
+        died, is_one = dead.get, len(flight.requests) == 1
         for leg in event.legs:
-            gone = [node for node in leg.nodes if node in dead and dead[node] < leg.end] if dead else []
-            if len(flight.requests) == 1:
+            end = leg.end
+            gone = [node for node in leg.nodes if died(node, end) < end] if dead else []
+            if is_one:
                 for stats in requests:
                     stats.on_leg(leg, len(leg.nodes) - len(gone))
             else:

@@ -13,7 +13,7 @@ import enum
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -56,15 +56,15 @@ class Model(Structure):
 
     _fields_ = (*((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "size",
                                                "intermediate", "half")),
-                ("eps", c_float), ("layer", POINTER(Layer)), ("cosine", c_void_p), ("sine", c_void_p),
-                ("memory", c_void_p), ("bytes", c_int64))
+                ("eps", c_float), ("layer", POINTER(Layer)), ("cache", c_void_p), ("slots", c_int64),
+                ("cosine", c_void_p), ("sine", c_void_p), ("angles", c_int64), ("memory", c_void_p), ("bytes", c_int64))
 
 
-class Segment(Structure):
-    """The rows of one request in a step; see `fp_segment`."""
+class Step(Structure):
+    """The rows of a step; see `fp_step`."""
 
-    _fields_ = (*((name, c_void_p) for name in ("cache", "standing", "slots", "mask")),
-                *((name, c_int64) for name in ("room", "width", "rows")))
+    _fields_ = (("rows", c_int64), ("count", c_int64),
+                *((name, c_void_p) for name in ("positions", "slots", "reads", "spans")))
 
 
 class Kernels:
@@ -116,6 +116,12 @@ class Kernels:
         their numbers are finite. Calls for the same tile must not run at the same time."""
         return bool(self._library.fp_repack(byref(weight), first, rows, raw))
 
+    def anew(self, form: Form, x: int, rows: int, inputs: int, out: int) -> None:
+        """Put weights that came as floats into blocks as a file has them, of Q8_0 or Q4_1. x: float32 [rows, inputs],
+        numbers that fit into halves; out: [rows, row_bytes]."""
+        assert form in (Form.Q8_0, Form.Q4_1)
+        self._library.fp_anew(form, x, rows, inputs, out)
+
     def look_up(self, weight: Weight, which: int, count: int, out: int) -> None:
         """Give output channels as floats. which: int64 [count]; out: float32 [count, inputs]."""
         self._library.fp_look_up(byref(weight), which, count, out)
@@ -128,19 +134,28 @@ class Kernels:
         """Quantise as products do. x: float32 [count]; q: int8 [count]; scales: float32 [count / 32]."""
         self._library.fp_quantised(x, count, q, scales)
 
-    def run(self, model: Model, segments: ctypes.Array[Segment], positions: int, hidden: int, taps: tuple[int, ...],
-            tapped: int, threads: int) -> None:
-        """Run all layers. positions: int64 [rows]. hidden: float32 [rows, hidden], in place.
+    def run(self, model: Model, step: Step, hidden: int, taps: tuple[int, ...], tapped: int, threads: int) -> None:
+        """Run all layers. hidden: float32 [rows, hidden], in place.
 
         taps: after how many layers of these a copy goes to tapped, float32 [rows, taps, hidden]; rising.
         """
         wanted = (c_int32 * len(taps))(*taps)
-        _check(self._library.fp_run(byref(model), segments, len(segments), positions, hidden, wanted, len(taps),
-                                    tapped, threads))
+        _check(self._library.fp_run(byref(model), byref(step), hidden, wanted, len(taps), tapped, threads))
 
     def logits(self, head: Weight, norm: int, eps: float, hidden: int, rows: int, out: int, threads: int) -> None:
         """Final norm and head. hidden: float32 [rows, inputs]; out: float32 [rows, outputs]."""
         _check(self._library.fp_logits(byref(head), norm, eps, hidden, rows, out, threads))
+
+    def words_of(self, seed: int, position: int, tokens: int, count: int, words: int) -> None:
+        """Draw the random words of some tokens (see `noise.c`). tokens: int64 [count]; words: uint64 [count]."""
+        self._library.fp_words_of(seed, position, tokens, count, words)
+
+    def words_from(self, seed: int, position: int, vocab: int, least: int, room: int, tokens: int, words: int) -> int:
+        """Draw all words below `vocab`, and give those that are `least` or more; how many there are.
+
+        tokens: int64 [room], rising; words: uint64 [room]. What is beyond room is counted only.
+        """
+        return int(self._library.fp_words_from(seed, position, vocab, least, room, tokens, words))
 
     def release(self, model: Model) -> None:
         """Give back what `run` took."""
@@ -150,9 +165,9 @@ class Kernels:
         """Read so many bytes, a multiple of 512, for measuring how long it takes."""
         self._library.fp_read(where, count)
 
-    def spin(self, count: int) -> float:
-        """Do nothing but multiply bytes; how many products."""
-        return float(self._library.fp_spin(count))
+    def spin(self, count: int, *, floats: bool = False) -> float:
+        """Do nothing but multiply bytes, or floats; how many products."""
+        return float(self._library.fp_spin(count, floats))
 
 
 _WEIGHT = POINTER(Weight)
@@ -162,22 +177,24 @@ _FUNCTIONS = (
     ("fp_quant_bytes", c_int64, (c_int, c_int, c_int)),
     ("fp_scales_bytes", c_int64, (c_int, c_int, c_int)),
     ("fp_repack", c_int, (_WEIGHT, c_int, c_int, c_void_p)),
+    ("fp_anew", None, (c_int, c_void_p, c_int, c_int, c_void_p)),
     ("fp_look_up", None, (_WEIGHT, c_void_p, c_int, c_void_p)),
     ("fp_product", c_int, (_WEIGHT, c_void_p, c_int, c_void_p, c_int)),
     ("fp_quantised", None, (c_void_p, c_int, c_void_p, c_void_p)),
-    ("fp_run", c_int, (POINTER(Model), POINTER(Segment), c_int, c_void_p, c_void_p, POINTER(c_int32), c_int, c_void_p,
-                       c_int)),
+    ("fp_run", c_int, (POINTER(Model), POINTER(Step), c_void_p, POINTER(c_int32), c_int, c_void_p, c_int)),
     ("fp_logits", c_int, (_WEIGHT, c_void_p, c_float, c_void_p, c_int, c_void_p, c_int)),
+    ("fp_words_of", None, (c_uint64, c_uint64, c_void_p, c_int64, c_void_p)),
+    ("fp_words_from", c_int64, (c_uint64, c_uint64, c_int64, c_uint64, c_int64, c_void_p, c_void_p)),
     ("fp_release", None, (POINTER(Model),)),
     ("fp_read", c_int32, (c_void_p, c_int64)),
-    ("fp_spin", c_double, (c_int64,)),
+    ("fp_spin", c_double, (c_int64, c_int)),
 )
 
 
 def _check(outcome: int) -> None:
     if outcome == 0:
         raise MemoryError("the system gives no more memory for a step")
-    assert outcome > 0, "a row reads two slots of one position, or one of a later position"
+    assert outcome > 0, "a row reads no whole path"
 
 
 @cache

@@ -7,6 +7,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS_AT_ONCE 4
+#define MOST_SUMS 4
+#define MOST_TILES 4
+#define BLOCK_TILES 1
+#define ONE_WORD_AT_A_TIME 0
 #define SIGNED_BYTES !WITH_VNNI
 #define TWICE(type, a_value, b_value) ((type){(a_value), (b_value)})
 
@@ -28,6 +32,10 @@ INLINE vf f_min(vf x, vf y) { return TWICE(vf, _mm256_min_ps(x.a, y.a), _mm256_m
 INLINE vf f_abs(vf x) {
     __m256 sign = _mm256_set1_ps(-0.0f);
     return TWICE(vf, _mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b));
+}
+INLINE vf f_less(vf x, vf y, vf then, vf otherwise) {
+    return TWICE(vf, _mm256_blendv_ps(otherwise.a, then.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+                 _mm256_blendv_ps(otherwise.b, then.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)));
 }
 INLINE vf f_first(vf x, int count) {
     float whole[16];
@@ -71,7 +79,6 @@ INLINE vi i_load(const uint8_t *x) {
 }
 INLINE vi i_zero(void) { return TWICE(vi, _mm256_setzero_si256(), _mm256_setzero_si256()); }
 INLINE vi i_add(vi x, vi y) { return TWICE(vi, _mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)); }
-INLINE vi i_mul(vi x, vi y) { return TWICE(vi, _mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)); }
 INLINE vi i_bytes(const uint8_t *x) {
     __m128i all = sixteen(x);
     return TWICE(vi, _mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8)));
@@ -142,3 +149,4 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 
 #include "products.h"
 #include "between.h"
+#include "anew.h"

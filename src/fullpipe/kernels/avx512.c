@@ -13,6 +13,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS_AT_ONCE 8
+#define MOST_SUMS 24
+#define MOST_TILES 4
+#define BLOCK_TILES 2
+#define ONE_WORD_AT_A_TIME 1
 #define SIGNED_BYTES 0
 
 typedef __m512 vf;
@@ -31,6 +35,7 @@ INLINE vf f_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf f_abs(vf a) { return _mm512_abs_ps(a); }
+INLINE vf f_less(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 INLINE vf f_first(vf a, int count) { return _mm512_maskz_mov_ps((__mmask16)((1 << count) - 1), a); }
 INLINE float f_sum(vf a) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -54,7 +59,6 @@ INLINE vi i_shifted(int32_t x, int by) { return (vi)((lanes)_mm512_set1_epi32(x)
 INLINE vi i_load(const uint8_t *x) { return _mm512_loadu_si512(x); }
 INLINE vi i_zero(void) { return _mm512_setzero_si512(); }
 INLINE vi i_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
-INLINE vi i_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 INLINE vi i_bytes(const uint8_t *x) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 INLINE vi i_signed_bytes(const int8_t *x) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 INLINE vi i_rounded(vf x) { return _mm512_cvtps_epi32(x); }
@@ -78,8 +82,10 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 
 #include "products.h"
 #include "between.h"
+#include "anew.h"
 
-const fp_ops fp_avx512 = {product, quantise, norm, rotate, store_half, attend, gate, read_all, spin};
+const fp_ops fp_avx512 = {product, quantise, norm, rotate, store_half, attend, gate, blocks_anew, read_all, spin_bytes,
+                           spin_floats};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

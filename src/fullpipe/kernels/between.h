@@ -109,14 +109,14 @@ INLINE float softmax(float *scores, int count) {
     return f_sum(total);
 }
 
-/* Some heads (a constant) over one request's slots, in the order of these. together: so many times 16 numbers of the
+/* Some heads (a constant) over what a row reads, in the order of that. together: so many times 16 numbers of the
    values (a constant, which divides all) are mixed at a time. */
 INLINE void attend_heads(int heads, int parts, int together, int half, const float *queries, const fp_context *c,
                          float factor, float *scores, float *out) {
     int64_t row = (int64_t)c->size * (half ? 2 : 4);
     int room = c->count + 16;
     for (int i = 0; i < c->count; i++) {
-        const uint8_t *key = c->keys + c->slots[i] * row;
+        const uint8_t *key = c->keys + c->places[i] * row;
         vf sums[4];
         UNROLL for (int h = 0; h < heads; h++) sums[h] = f_zero();
         UNROLL for (int p = 0; p < parts; p++) {
@@ -132,7 +132,7 @@ INLINE void attend_heads(int heads, int parts, int together, int half, const flo
         vf mixed[4][8];
         UNROLL for (int h = 0; h < heads; h++) UNROLL for (int p = 0; p < together; p++) mixed[h][p] = f_zero();
         for (int i = 0; i < c->count; i++) {
-            const uint8_t *value = c->values + c->slots[i] * row;
+            const uint8_t *value = c->values + c->places[i] * row;
             UNROLL for (int p = 0; p < together; p++) {
                 vf v = cached(value, begin + p, half);
                 UNROLL for (int h = 0; h < heads; h++)
@@ -180,19 +180,44 @@ static int32_t read_all(const uint8_t *from, int64_t bytes) {
     return i_sum(sums[0]);
 }
 
-/* Nothing but products of bytes, in as many sums as hide the time that one takes. */
-static double spin(int64_t count) {
+/* Nothing but products of bytes, in as many sums as hide the time that one takes. Returns how many. */
+static double spin_bytes(int64_t count) {
+    enum { SUMS = ONE_WORD_AT_A_TIME ? 16 : 8 };
     vb w[8];
     word x[16] = {0x01010101, 0x02020202, 0x03030303, 0x01020304, 1, 2, 3, 4};
-    vi sums[8];
-    for (int j = 0; j < 8; j++) w[j] = b_load((const uint8_t *)x), sums[j] = i_zero();
+    vi sums[SUMS];
+    for (int j = 0; j < 8; j++) w[j] = b_load((const uint8_t *)x);
+    for (int r = 0; r < SUMS; r++) sums[r] = i_shifted(r, 1);
     for (int64_t i = 0; i < count; i++) {
         __asm__ volatile("" : "+m"(x)); /* as if they were others each time: nothing is computed once for all */
-        UNROLL for (int r = 0; r < 8; r++) sums[r] = i_dots(sums[r], w, x, 8, 4);
+#if ONE_WORD_AT_A_TIME
+        UNROLL for (int j = 0; j < 8; j++)
+            UNROLL for (int r = 0; r < SUMS; r++) sums[r] = i_dots(sums[r], w + j, x + (j + r) % 8, 1, 4);
+#else
+        UNROLL for (int r = 0; r < SUMS; r++) sums[r] = i_dots(sums[r], w, x + r, 8, 4);
+#endif
     }
     int32_t kept = 0;
-    for (int j = 0; j < 8; j++) kept += i_sum(sums[j]);
+    for (int j = 0; j < SUMS; j++) kept += i_sum(sums[j]);
     volatile int32_t seen = kept;
     (void)seen;
-    return 64.0 * 64.0 * (double)count;
+    return 64.0 * 8 * SUMS * (double)count;
+}
+
+/* The same of floats. */
+static double spin_floats(int64_t count) {
+    enum { SUMS = ONE_WORD_AT_A_TIME ? 16 : 6 };
+    float x[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    vf sums[SUMS], w = f_all(1e-9f);
+    for (int r = 0; r < SUMS; r++) sums[r] = f_all((float)r);
+    for (int64_t i = 0; i < count; i++) {
+        __asm__ volatile("" : "+m"(x));
+        UNROLL for (int j = 0; j < 4; j++)
+            UNROLL for (int r = 0; r < SUMS; r++) sums[r] = f_fma(w, f_all(x[j]), sums[r]);
+    }
+    float kept = 0;
+    for (int r = 0; r < SUMS; r++) kept += f_sum(sums[r]);
+    volatile float seen = kept;
+    (void)seen;
+    return 16.0 * 4 * SUMS * (double)count;
 }

@@ -104,6 +104,11 @@ FP_EXPORT int fp_product(const fp_weight *w, const float *x, int rows, float *ou
     return 1;
 }
 
+/* Weights that came as floats, x [rows][inputs], in the blocks of a file: Q8_0 or Q4_1. The numbers fit into halves. */
+FP_EXPORT void fp_anew(int form, const float *x, int rows, int inputs, uint8_t *out) {
+    ops->anew(form, x, rows, inputs, out);
+}
+
 /* Rows as the products see them: x [count], q [count], scales [count / 32]. */
 FP_EXPORT void fp_quantised(const float *x, int count, int8_t *q, float *scales) {
     for (int i = 0; i < count; i += FP_BLOCK) {
@@ -121,35 +126,23 @@ typedef struct {
     const fp_layer *layer;
     int index, threads;
     int64_t rows;
-    const int64_t *positions;
-    const fp_segment **segment_of; /* [rows] */
-    int64_t *row_in;               /* [rows]: which of its segment's */
-    int32_t *slots;                /* [rows][longest]: what each reads, in order of position */
-    int32_t *reads;                /* [rows]: how many these are */
-    int64_t longest;
+    const fp_step *of;
+    int64_t *places, *own_places;  /* of what all rows read, [count], and of where each writes, [rows] */
+    int64_t longest;               /* how much one row reads at most */
     float *hidden, *normed, *qkv, *mixed, *wide; /* wide: [rows][intermediate], where down takes floats */
     fp_block *blocks, *wide_blocks;
     float *own;                    /* of each thread */
     int64_t own_floats;
 } step;
 
-/* Slots in order of the positions of what stands in them, which differ. Returns 0 where they do not, or where a row
-   reads what comes behind it. */
-static int order_slots(step *s, int64_t row) {
-    const fp_segment *segment = s->segment_of[row];
-    const uint8_t *mask = segment->mask + s->row_in[row] * segment->width;
-    int32_t *places = s->slots + row * s->longest, count = 0;
-    int64_t position = s->positions[row];
-    for (int64_t p = 0; p <= position; p++) places[p] = -1;
-    for (int64_t slot = 0; slot < segment->width; slot++) {
-        if (!mask[slot]) continue;
-        int32_t at = segment->standing[slot];
-        if (at < 0 || at > position || places[at] >= 0) return 0;
-        places[at] = (int32_t)slot;
-    }
-    for (int64_t p = 0; p <= position; p++) if (places[p] >= 0) places[count++] = places[p];
-    s->reads[row] = count;
-    return count > 0;
+/* Where a slot lies, counted in heads from where the same head of the same layer begins in the first block. */
+static int64_t place_of(const fp_model *m, int32_t slot) {
+    return (int64_t)(slot / FP_SLOTS) * m->layers * 2 * m->kv_heads * FP_SLOTS + slot % FP_SLOTS;
+}
+
+static int64_t reads_of(const fp_step *of, int64_t row) {
+    const int64_t *span = of->spans + 4 * row;
+    return span[1] - span[0] + span[3] - span[2];
 }
 
 static int wants_blocks(const fp_weight *w) { return !fp_is_float(w->form); }
@@ -173,18 +166,17 @@ static void begin_mlp(void *of, int64_t row, int thread) {
     norm_row(s, row, s->layer->mlp_norm, wants_blocks(&s->layer->gate) || wants_blocks(&s->layer->up));
 }
 
-/* Where a head of keys (0..kv_heads - 1) or values (behind them) of a layer begins in a request's cache. */
-static uint8_t *cache_of(const step *s, const fp_segment *segment, int head) {
+/* Where a head of keys (0..kv_heads - 1) or values (behind them) of this layer begins in the first block. */
+static uint8_t *cache_of(const step *s, int head) {
     const fp_model *m = s->model;
     int64_t heads = (int64_t)s->index * 2 * m->kv_heads + head;
-    return segment->cache + heads * segment->room * m->size * (m->half ? 2 : 4);
+    return m->cache + heads * FP_SLOTS * m->size * (m->half ? 2 : 4);
 }
 
 static void write_cache(const step *s, int64_t row, int head, const float *x, float *padded) {
     const fp_model *m = s->model;
-    const fp_segment *segment = s->segment_of[row];
-    int64_t slot = segment->slots[s->row_in[row]], bytes = m->size * (m->half ? 2 : 4);
-    uint8_t *to = cache_of(s, segment, head) + slot * bytes;
+    int64_t bytes = m->size * (m->half ? 2 : 4);
+    uint8_t *to = cache_of(s, head) + s->own_places[row] * bytes;
     memcpy(padded, x, m->head_dim * sizeof(float));
     for (int i = m->head_dim; i < m->size; i++) padded[i] = 0.0f;
     if (m->half) ops->store_half(padded, m->size, (uint16_t *)to);
@@ -196,7 +188,7 @@ static void rotate_and_write(void *of, int64_t row, int thread) {
     step *s = of;
     const fp_model *m = s->model;
     int64_t half = m->head_dim / 2;
-    const float *cosine = m->cosine + s->positions[row] * half, *sine = m->sine + s->positions[row] * half;
+    const float *cosine = m->cosine + s->of->positions[row] * half, *sine = m->sine + s->of->positions[row] * half;
     float *head = s->qkv + row * (m->heads + 2 * m->kv_heads) * m->head_dim, *padded = s->own + thread * s->own_floats;
     for (int h = 0; h < m->heads + 2 * m->kv_heads; h++, head += m->head_dim) {
         const float *weight = h < m->heads ? s->layer->query_norm : s->layer->key_norm;
@@ -212,15 +204,24 @@ static void attend_one(void *of, int64_t part, int thread) {
     step *s = of;
     const fp_model *m = s->model;
     int64_t row = part / m->kv_heads, kv_head = part % m->kv_heads, groups = m->heads / m->kv_heads;
-    const fp_segment *segment = s->segment_of[row];
+    const int64_t *span = s->of->spans + 4 * row, *places = s->places + span[0];
+    int64_t shared = span[1] - span[0], branch = span[3] - span[2];
     float *queries = s->own + thread * s->own_floats, *mixed = queries + groups * m->size;
     const float *from = s->qkv + row * (m->heads + 2 * m->kv_heads) * m->head_dim + kv_head * groups * m->head_dim;
     float *to = s->mixed + (row * m->heads + kv_head * groups) * m->head_dim;
     memset(queries, 0, groups * m->size * sizeof(float));
     for (int64_t h = 0; h < groups; h++) memcpy(queries + h * m->size, from + h * m->head_dim, m->head_dim * sizeof(float));
-    fp_context context = {cache_of(s, segment, (int)kv_head), cache_of(s, segment, (int)(m->kv_heads + kv_head)),
-                          s->slots + row * s->longest, s->reads[row], m->size, m->half};
-    ops->attend(queries, (int)groups, &context, 1.0f / sqrtf((float)m->head_dim), mixed + groups * m->size, mixed);
+    float *scores = mixed + groups * m->size;
+    if (branch) { /* two runs are made one */
+        int64_t before = groups * (2 * m->size + s->longest + 16);
+        int64_t *both = (int64_t *)(queries + before + before % 2);
+        memcpy(both, places, shared * sizeof(int64_t));
+        memcpy(both + shared, s->places + span[2], branch * sizeof(int64_t));
+        places = both;
+    }
+    fp_context context = {cache_of(s, (int)kv_head), cache_of(s, (int)(m->kv_heads + kv_head)), places,
+                          (int32_t)(shared + branch), m->size, m->half};
+    ops->attend(queries, (int)groups, &context, 1.0f / sqrtf((float)m->head_dim), scores, mixed);
     for (int64_t h = 0; h < groups; h++) memcpy(to + h * m->head_dim, mixed + h * m->size, m->head_dim * sizeof(float));
 }
 
@@ -231,20 +232,24 @@ static void quantise_mixed(void *of, int64_t row, int thread) {
     ops->quantise(s->mixed + row * width, width, s->blocks + row * (width / FP_BLOCK));
 }
 
-/* 32 channels of gate and up for all rows, and what becomes of them. */
+/* Channels of gate and up that are worked off at once: of floats as many as products take at once (see `products.h`). */
+#define MOST_GATED 96
+static int gated(const fp_layer *l) { return fp_is_float(l->gate.form) ? MOST_GATED : FP_BLOCK; }
+
+/* Some channels of gate and up for all rows, and what becomes of them. */
 static void gate_and_up(void *of, int64_t part, int thread) {
     step *s = of;
     const fp_layer *l = s->layer;
-    int first = (int)part * 2, last = min(first + 2, fp_tiles(&l->gate)), start = first * FP_CHANNELS;
-    int count = min(FP_BLOCK, l->gate.outputs - start), width = l->gate.outputs;
-    float *gates = s->own + thread * s->own_floats, *ups = gates + s->rows * FP_BLOCK;
+    int most = gated(l), start = (int)part * most, width = l->gate.outputs, count = min(most, width - start);
+    int first = start / FP_CHANNELS, last = (start + count + FP_CHANNELS - 1) / FP_CHANNELS;
+    float *gates = s->own + thread * s->own_floats, *ups = gates + s->rows * most;
     fp_rows rows = {(int)s->rows, s->model->hidden, s->normed, s->blocks};
-    ops->product(&l->gate, &rows, first, last, gates, FP_BLOCK, 0);
-    ops->product(&l->up, &rows, first, last, ups, FP_BLOCK, 0);
+    ops->product(&l->gate, &rows, first, last, gates, most, 0);
+    ops->product(&l->up, &rows, first, last, ups, most, 0);
     for (int64_t row = 0; row < s->rows; row++) {
-        float *own = gates + row * FP_BLOCK;
-        ops->gate(own, ups + row * FP_BLOCK, count);
-        if (wants_blocks(&l->down)) ops->quantise(own, FP_BLOCK, s->wide_blocks + (row * width + start) / FP_BLOCK);
+        float *own = gates + row * most;
+        ops->gate(own, ups + row * most, count);
+        if (wants_blocks(&l->down)) ops->quantise(own, count, s->wide_blocks + (row * width + start) / FP_BLOCK);
         else memcpy(s->wide + row * width + start, own, count * sizeof(float));
     }
 }
@@ -255,7 +260,7 @@ static void run_layer(step *s) {
     int64_t rows = s->rows, qkv = (int64_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
     int mixed = m->heads * m->head_dim;
     double numbers = (double)rows * m->hidden, read = 0;
-    for (int64_t row = 0; row < rows; row++) read += s->reads[row];
+    for (int64_t row = 0; row < rows; row++) read += (double)reads_of(s->of, row);
     fp_share(s->threads, begin_attention, s, rows, numbers / 4);
     products in = {{&l->query, &l->key, &l->value}, 3, 0, 0, 0, {(int)rows, m->hidden, s->normed, s->blocks}, s->qkv, qkv};
     multiply(s->threads, &in);
@@ -265,8 +270,8 @@ static void run_layer(step *s) {
     products out = {{&l->out}, 1, 1, 0, 0, {(int)rows, mixed, s->mixed, s->blocks}, s->hidden, m->hidden};
     multiply(s->threads, &out);
     fp_share(s->threads, begin_mlp, s, rows, numbers / 4);
-    int64_t parts = (l->gate.outputs + FP_BLOCK - 1) / FP_BLOCK;
-    fp_share(s->threads, gate_and_up, s, parts, (double)parts * m->hidden / 8 * (8 + 1.6 * rows));
+    int64_t parts = (l->gate.outputs + gated(l) - 1) / gated(l);
+    fp_share(s->threads, gate_and_up, s, parts, (double)l->gate.outputs * m->hidden / 256 * (8 + 1.6 * rows));
     products down = {{&l->down}, 1, 1, 0, 0, {(int)rows, m->intermediate, s->wide, s->wide_blocks}, s->hidden, m->hidden};
     multiply(s->threads, &down);
 }
@@ -281,14 +286,12 @@ static void *cut(uint8_t **free_from, int64_t bytes) {
 static int64_t lay_out(step *s, uint8_t *from) {
     const fp_model *m = s->model;
     int64_t rows = s->rows, mixed = (int64_t)m->heads * m->head_dim, most = mixed > m->hidden ? mixed : m->hidden;
-    int64_t groups = m->heads / m->kv_heads, attention = groups * (2 * m->size + s->longest + 16) + 16;
-    int64_t gates = 2 * rows * FP_BLOCK;
+    int64_t groups = m->heads / m->kv_heads, attention = groups * (2 * m->size + s->longest + 16) + 2 * s->longest + 16;
+    int64_t gates = 2 * rows * MOST_GATED;
     uint8_t *at = from;
     s->own_floats = ((attention > gates ? attention : gates) + 31) & ~15LL;
-    s->segment_of = cut(&at, rows * sizeof(void *));
-    s->row_in = cut(&at, rows * 8);
-    s->slots = cut(&at, rows * s->longest * 4);
-    s->reads = cut(&at, rows * 4);
+    s->places = cut(&at, s->of->count * 8);
+    s->own_places = cut(&at, rows * 8);
     s->normed = cut(&at, rows * m->hidden * 4);
     s->qkv = cut(&at, rows * (mixed + 2LL * m->kv_heads * m->head_dim) * 4);
     s->mixed = cut(&at, rows * mixed * 4);
@@ -312,24 +315,33 @@ FP_EXPORT void fp_release(fp_model *m) {
     m->memory = NULL, m->bytes = 0;
 }
 
-/* All layers for the rows of some segments, which come one behind the other. hidden: [rows][hidden], in place.
-   taps: of how many layers' results a copy goes to tapped, [rows][taps][hidden]; tap: which layers, counted from 1.
-   Returns 1; 0 without memory; -1 when what a row reads has no order. */
-FP_EXPORT int fp_run(fp_model *m, const fp_segment *segments, int count, const int64_t *positions, float *hidden,
-                     const int32_t *tap, int taps, float *tapped, int threads) {
-    step s = {.model = m, .positions = positions, .hidden = hidden, .threads = fp_enter(threads)};
+/* Whether a row reads a whole path, its own slot last, and nothing beyond the cache. */
+static int is_whole(const fp_model *m, const fp_step *of, int64_t row) {
+    const int64_t *span = of->spans + 4 * row;
+    if (span[0] < 0 || span[1] < span[0] || span[1] > of->count || span[2] < 0 || span[3] < span[2] || span[3] > of->count)
+        return 0;
+    if (reads_of(of, row) != of->positions[row] + 1) return 0;
+    return of->reads[(span[3] > span[2] ? span[3] : span[1]) - 1] == of->slots[row] && of->positions[row] < m->angles;
+}
+
+/* All layers for the rows of a step. hidden: [rows][hidden], in place. taps: of how many layers' results a copy goes to
+   tapped, [rows][taps][hidden]; tap: which layers, counted from 1. Returns 1; 0 without memory; -1, and nothing is changed, when what a row reads is no path. */
+FP_EXPORT int fp_run(fp_model *m, const fp_step *of, float *hidden, const int32_t *tap, int taps, float *tapped,
+                     int threads) {
+    step s = {.model = m, .of = of, .rows = of->rows, .hidden = hidden, .threads = fp_enter(threads)};
     int outcome = 0;
-    for (int i = 0; i < count; i++) s.rows += segments[i].rows;
-    for (int64_t row = 0; row < s.rows; row++) if (positions[row] >= s.longest) s.longest = positions[row] + 1;
+    outcome = -1;
+    for (int64_t i = 0; i < of->count; i++) if (of->reads[i] < 0 || of->reads[i] >= m->slots) goto done;
+    for (int64_t row = 0; row < s.rows; row++) {
+        if (!is_whole(m, of, row)) goto done;
+        if (reads_of(of, row) > s.longest) s.longest = reads_of(of, row);
+    }
+    outcome = 0;
     if (!make_room(m, lay_out(&s, NULL))) goto done;
     lay_out(&s, m->memory);
-    outcome = 1;
-    for (int64_t i = 0, row = 0; i < count; i++)
-        for (int64_t own = 0; own < segments[i].rows; own++, row++) {
-            s.segment_of[row] = &segments[i], s.row_in[row] = own;
-            if (!order_slots(&s, row)) outcome = -1;
-        }
-    for (int i = 0, done = 0; outcome == 1 && i < m->layers; i++) {
+    for (int64_t i = 0; i < of->count; i++) s.places[i] = place_of(m, of->reads[i]);
+    for (int64_t row = 0; row < s.rows; row++) s.own_places[row] = place_of(m, of->slots[row]);
+    for (int i = 0, done = 0; i < m->layers; i++) {
         s.index = i, s.layer = &m->layer[i];
         run_layer(&s);
         if (done == taps || tap[done] != i + 1) continue;
@@ -337,6 +349,7 @@ FP_EXPORT int fp_run(fp_model *m, const fp_segment *segments, int count, const i
             memcpy(tapped + (row * taps + done) * m->hidden, hidden + row * m->hidden, m->hidden * sizeof(float));
         done++;
     }
+    outcome = 1;
 done:
     fp_leave(s.threads);
     return outcome;
@@ -359,5 +372,5 @@ FP_EXPORT int fp_logits(const fp_weight *head, const float *norm, float eps, con
 /* Read so many bytes, a multiple of 512, and give something made of them. */
 FP_EXPORT int32_t fp_read(const uint8_t *from, int64_t bytes) { return ops->read(from, bytes); }
 
-/* Products of bytes in a loop of nothing else; returns how many. */
-FP_EXPORT double fp_spin(int64_t count) { return ops->spin(count); }
+/* Products of bytes, or of floats, in a loop of nothing else; returns how many. */
+FP_EXPORT double fp_spin(int64_t count, int floats) { return floats ? ops->spin_floats(count) : ops->spin_bytes(count); }

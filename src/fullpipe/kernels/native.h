@@ -1,8 +1,9 @@
 /* The native kernels: what the files of this folder share, and what Python calls (`__init__.py` mirrors the structs).
 
    Numbers. A weight stays in the blocks that its file stores; a row is quantised to int8 per block of 32. A block's
-   part of a result is an exact integer; the parts are summed in float32, one block after the other, with fused
-   multiply-add, each output channel for itself. So a row has the same bits in any company, with any number of
+   part of a result is an exact integer (of six-bit weights two, with a scale each); the parts are summed in float32, one
+   block after the other, with fused multiply-add, each output channel for itself. Weights that are floats are multiplied
+   with rows as they are, one input after the other. So a row has the same bits in any company, with any number of
    threads and on every level of instructions. Nothing here may be compiled with -ffast-math or contraction.
 
    Tiles. Weights lie in tiles of 16 output channels x 32 inputs. A word of 64 bytes has four inputs of each of 16
@@ -18,6 +19,7 @@
 
 #define FP_CHANNELS 16 /* of a tile */
 #define FP_BLOCK 32    /* inputs of a tile */
+#define FP_SLOTS 256   /* of a block of cache memory; `options.BLOCK` */
 #if !defined(__x86_64__)
 #define FP_AVXVNNI 0
 #elif defined(__clang__)
@@ -55,10 +57,11 @@ typedef struct {
     const fp_block *blocks;
 } fp_rows;
 
-/* A row's way through attention: its request's cache of one layer, and the slots it reads, in order of position. */
+/* A row's way through attention: a head's keys and values in the first block, and the places it reads, in order of
+   position. */
 typedef struct {
-    const uint8_t *keys, *values; /* of one head: [room][size] */
-    const int32_t *slots;
+    const uint8_t *keys, *values; /* of one head: [places][size] */
+    const int64_t *places;
     int32_t count, size, half; /* size: numbers of a head, a multiple of 16. half: the cache is float16, else float32 */
 } fp_context;
 
@@ -75,10 +78,12 @@ typedef struct {
     /* Heads that share keys and values: queries and out [heads][size]; scores: room for heads * (count + 16). */
     void (*attend)(const float *queries, int heads, const fp_context *context, float factor, float *scores, float *out);
     void (*gate)(float *gate, const float *up, int count); /* silu(gate) * up, in place */
-    /* For measuring the limits: read memory and give something made of it; do nothing but multiply bytes, and give how
-       many products that were. */
+    /* Rows of weights, x [rows][inputs], as a file's rows in blocks: of Q8_0 or Q4_1. */
+    void (*anew)(int form, const float *x, int rows, int inputs, uint8_t *out);
+    /* For measuring the limits: read memory and give something made of it; do nothing but multiply bytes, or floats, and
+       give how many products that were. */
     int32_t (*read)(const uint8_t *from, int64_t bytes);
-    double (*spin)(int64_t count);
+    double (*spin_bytes)(int64_t count), (*spin_floats)(int64_t count);
 } fp_ops;
 
 /* One layer. The last two norms are of single heads, [head_dim], or NULL. */
@@ -87,26 +92,30 @@ typedef struct {
     fp_weight query, key, value, out, gate, up, down;
 } fp_layer;
 
-/* half: caches are float16, else float32. size: of a head in a cache, head_dim rounded up to a multiple of 16.
-   cosine, sine: [positions][head_dim / 2]. */
+/* half: the cache is float16, else float32. size: of a head in the cache, head_dim rounded up to a multiple of 16.
+   cosine, sine: [angles][head_dim / 2], by position.
+   cache: [blocks][layers][2 * kv_heads][FP_SLOTS][size], keys first. So a block is one piece of memory, and what nobody
+   uses is never touched. */
 typedef struct {
     int32_t layers, hidden, heads, kv_heads, head_dim, size, intermediate, half;
     float eps;
     const fp_layer *layer;
+    uint8_t *cache;
+    int64_t slots; /* of the cache */
     const float *cosine, *sine;
+    int64_t angles;
     void *memory; /* for what a step needs between its layers; grows */
     int64_t bytes;
 } fp_model;
 
-/* The rows of one request in a step. cache: [layers][2 * kv_heads][room][size], keys first. standing: the position of
-   what stands in each slot, of these rows too. mask: [rows][width], which slots a row reads, its own among them. */
+/* The rows of a step; see `models/step.py`. positions, slots: [rows]. reads: [count], slots of the cache. spans:
+   [rows][4], first and end of the two runs of reads that a row reads, in order of position. */
 typedef struct {
-    uint8_t *cache;
-    const int32_t *standing;
-    const int64_t *slots;
-    const uint8_t *mask;
-    int64_t room, width, rows;
-} fp_segment;
+    int64_t rows, count;
+    const int64_t *positions;
+    const int32_t *slots, *reads;
+    const int64_t *spans;
+} fp_step;
 
 /* Work in parts 0..count - 1, each done by one of some threads, 0..threads - 1. ns: about how long it takes one. */
 typedef void fp_part(void *of, int64_t part, int thread);

@@ -6,6 +6,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS_AT_ONCE 1
+#define MOST_SUMS 1
+#define MOST_TILES 1
+#define BLOCK_TILES 1
+#define ONE_WORD_AT_A_TIME 0
 #define UNROLL
 #define SIGNED_BYTES 0
 #define LANES for (int l = 0; l < 16; l++)
@@ -26,6 +30,7 @@ INLINE vf f_fma(vf a, vf b, vf c) { LANES c.l[l] = fmaf(a.l[l], b.l[l], c.l[l]);
 INLINE vf f_max(vf a, vf b) { LANES a.l[l] = a.l[l] > b.l[l] ? a.l[l] : b.l[l]; return a; }
 INLINE vf f_min(vf a, vf b) { LANES a.l[l] = a.l[l] < b.l[l] ? a.l[l] : b.l[l]; return a; }
 INLINE vf f_abs(vf a) { LANES a.l[l] = fabsf(a.l[l]); return a; }
+INLINE vf f_less(vf a, vf b, vf x, vf y) { LANES x.l[l] = a.l[l] < b.l[l] ? x.l[l] : y.l[l]; return x; }
 INLINE vf f_first(vf a, int count) { for (int l = count; l < 16; l++) a.l[l] = 0.0f; return a; }
 INLINE float f_sum(vf a) {
     for (int step = 8; step; step /= 2) for (int l = 0; l < step; l++) a.l[l] += a.l[l + step];
@@ -65,7 +70,6 @@ INLINE vi i_shifted(int32_t x, int by) { vi r; LANES r.l[l] = x * (1 << by); ret
 INLINE vi i_load(const uint8_t *x) { vi r; memcpy(&r, x, 64); return r; }
 INLINE vi i_zero(void) { return i_shifted(0, 0); }
 INLINE vi i_add(vi a, vi b) { LANES a.l[l] += b.l[l]; return a; }
-INLINE vi i_mul(vi a, vi b) { LANES a.l[l] *= b.l[l]; return a; }
 INLINE vi i_bytes(const uint8_t *x) { vi r; LANES r.l[l] = x[l]; return r; }
 INLINE vi i_signed_bytes(const int8_t *x) { vi r; LANES r.l[l] = x[l]; return r; }
 INLINE vi i_rounded(vf x) { vi r; LANES r.l[l] = (int32_t)lrintf(x.l[l]); return r; }
@@ -92,5 +96,7 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 
 #include "products.h"
 #include "between.h"
+#include "anew.h"
 
-const fp_ops fp_portable = {product, quantise, norm, rotate, store_half, attend, gate, read_all, spin};
+const fp_ops fp_portable = {product, quantise, norm, rotate, store_half, attend, gate, blocks_anew, read_all, spin_bytes,
+                           spin_floats};

@@ -89,35 +89,31 @@ class Alone:
         """The nodes that are worth their rows, best first."""
         tree, value = sequence.tree, self._value()
         candidates, flight = tree.unlaunched(self._floor), _Flight(self.machine.num_devices)
-        stage, passed, new = self._stage, list[Node](), 0
+        marginal, draft_row, right = self._stage.marginal, self._draft_row(), self._right
+        passed, room, now, proposed = dict[int, Node](), sequence.room, load.now, State.PROPOSED
         first_price = self._price_of_flight(tree, load)
-        while len(flight.nodes) < limit and (best := candidates.best()) is not None:
-            if new >= sequence.room and not candidates.has_slot() and not (flight.is_empty and tree.root.slot is None):
+        nodes = flight.nodes
+        while len(nodes) < limit and (best := candidates.best()) is not None:
+            if room <= 0 and not candidates.has_slot() and not (not nodes and tree.root.slot is None):
                 break
             node, probability = candidates.take(), math.exp(best)
-            if flight.is_empty:
+            if not nodes:
                 price = 0.0 if node is tree.root else first_price(node, probability)
             else:
-                price = flight.price(stage.marginal(len(flight.nodes) + load.prompt_rows), self._draft_row(),
-                                     self._right)
-            worth = min(value, self._left(node, flight, load))
-            if node.parent in passed or probability * worth < price:
-                passed.append(node)
+                price = flight.price(marginal(len(nodes) + load.prompt_rows), draft_row, right)
+            parent = node.parent
+            # Seconds until the parent lands, after which nobody has to guess the node.
+            left = math.inf if parent is None or parent.state is proposed else parent.due - now
+            if probability * min(value, left) < price or (parent is not None and parent.id in passed):
+                passed[node.id] = node
                 if probability * value < price:
                     break
                 continue
-            new += node.slot is None
+            room -= node.slot is None
             flight.take(node, probability)
-        for node in reversed(passed):
+        for node in reversed(passed.values()):
             tree.return_unlaunched(node)
         return flight
-
-    def _left(self, node: Node, flight: _Flight, load: Load) -> float:
-        """Seconds until the node's parent lands, after which nobody has to guess it; at most a traversal."""
-        parent = node.parent
-        if parent is None or parent.state is State.PROPOSED or parent in flight.nodes:
-            return math.inf
-        return parent.due - load.now
 
     def _price_of_flight(self, tree: TokenTree, load: Load) -> Callable[[Node, float], float]:
         """What launching at all costs, by the first node and its probability: stage 0 may be busy when a root needs
@@ -156,8 +152,9 @@ class Alone:
         self._unasked += 1
         hop, before = machine.link_s / machine.num_stages, list(self._sent)[-1 - load.under_way : -1]
         for index, curve in enumerate(machine.stages):
-            # Nothing queues for longer than all that is under way takes: so what was foreseen wrongly passes.
-            queue = min(self._busy[index] - moment, sum(map(curve, before))) if index else 0.0
+            queue = self._busy[index] - moment if index else 0.0
+            if queue > 0:  # for no longer than all that is under way takes: so what was foreseen wrongly passes
+                queue = min(queue, sum(map(curve, before)))
             self._busy[index] = moment + max(queue, 0.0) + curve(rows)
             moment = self._busy[index] + hop
         for node in nodes:
@@ -196,7 +193,7 @@ class Alone:
         """
         tree, value, candidates = sequence.tree, self._value(), sequence.tree.unasked(self._floor)
         nodes, passed, asked = list[Node](), list[Node](), 0.0
-        row, limit = self._stage.marginal(1), min(_MOST_ASKED, most or wide or _MOST_ASKED)
+        draft, row, limit = self._draft, self._stage.marginal(1), min(_MOST_ASKED, most or wide or _MOST_ASKED)
         least = tree.launch_cutoff(min(self._most_rows(), wide or sys.maxsize))
         while len(nodes) < limit and (best := candidates.best()) is not None:
             node, probability = candidates.take(), math.exp(best)
@@ -208,8 +205,8 @@ class Alone:
                 passed.append(node)
                 break
             else:
-                price = asked * (self._draft.marginal(len(nodes)) + row)
-                left = math.inf if node.state is State.PROPOSED else node.due - load.now - self._draft(len(nodes) + 1)
+                price = asked * (draft.marginal(len(nodes)) + row)
+                left = math.inf if node.state is State.PROPOSED else node.due - load.now - draft(len(nodes) + 1)
                 gain = probability * self._right
                 if gain * min(value, left) < price:
                     passed.append(node)
@@ -237,7 +234,8 @@ class Alone:
         what is said of the token behind it by then is worth the time that is left."""
         begins = max(load.now, self._busy[0]) if self.machine.shared else load.now
         left = max(due - begins - takes - self.machine.draft_link_s, 0.0)
-        return self._chain * self._value() - self._right * max(self._value() - left, 0.0)
+        value = self._value()
+        return self._chain * value - self._right * max(value - left, 0.0)
 
     def follows(self, sequence: Sequence, load: Load) -> bool:
         """Whether the draft is to be sent the text that it has not seen: while it is any good, or in the shade."""
@@ -306,7 +304,7 @@ class Alone:
         known, at, found = self._most
         if known is not stage or abs(at - right) > _MOVED:
             stages, doubt = self.machine.num_devices, 1 - right
-            found = min(_SIZES, key=lambda rows: stage(rows) * (1 / rows + doubt * stages / 2))
+            _, found = min([(stage(rows) * (1 / rows + doubt * stages / 2), rows) for rows in _SIZES])
             self._most = stage, right, found
         return found
 
@@ -319,32 +317,36 @@ class _Flight:
     alive: probability that the text gets to the flight.
     """
 
-    __slots__ = ("_leaves", "_stages", "alive", "end", "first", "levels", "nodes")
+    __slots__ = ("_ids", "_leaves", "_out", "_stages", "alive", "end", "first", "levels", "nodes")
 
     def __init__(self, stages: int) -> None:
         self.nodes: list[Node] = []
         self.end: Node | None = None
         self.levels, self.first, self.alive, self._stages = 0, 0.0, 0.0, stages
+        self._ids: set[int] = set()
         self._leaves: dict[int, float] = {}  # their probabilities by id
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.nodes
+        self._out: float | None = 0.0  # the sum of these; None: not known
 
     def take(self, node: Node, probability: float) -> None:
+        parent = node.parent
         self.first = self.first or probability
-        if self.end is None or node.parent is self.end:
+        if self.end is None or parent is self.end:
             self.end, self.levels = node, self.levels + 1
-        if node.parent is not None and node.parent in self.nodes:
-            self._leaves.pop(node.parent.id, None)
+        if parent is not None and parent.id in self._ids:
+            if self._leaves.pop(parent.id, None) is not None:
+                self._out = None
         else:
             self.alive = min(self.alive + probability, 1.0)
         self._leaves[node.id] = probability
+        self._out = None if self._out is None else self._out + probability
+        self._ids.add(node.id)
         self.nodes.append(node)
 
     def price(self, row: float, draft_row: float, right: float) -> float:
         """What a row more costs all others that is worth it: `row` seconds at a stage, `draft_row` at the draft."""
-        through = min(sum(self._leaves.values()) * right, self.alive)
+        if self._out is None:
+            self._out = sum(self._leaves.values())
+        through = min(self._out * right, self.alive)
         return (through + (self.alive - through) * self._stages) * row + self.alive * draft_row
 
 

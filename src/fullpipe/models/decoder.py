@@ -16,17 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullpipe.models.arena import KVArena, Writes
-from fullpipe.models.attention import Attention, Segment, padded
+from fullpipe.models.attention import Attention, padded
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.linear import can_pack
 from fullpipe.models.loading import Layer, Loader
+from fullpipe.models.pool import MOST_SLOTS, KVPool
 from fullpipe.models.rope import Rope
+from fullpipe.models.step import Step
 
 
 @dataclass(slots=True)
@@ -45,17 +47,18 @@ class DecoderSlice:
 
     files: where the weights come from; only this slice's are read.
     dtype: float32 or bfloat16, of weights, hidden states and caches.
-    packed: keep weights in oneDNN's layout; None: where that is possible.
+    slots: of the cache pool. packed: keep weights in oneDNN's layout; None: where that is possible.
 
     Raises what reading raises: `DamagedModel`, `UnsupportedModel`.
     """
 
     def __init__(self, files: ModelFiles, first_layer: int, last_layer: int, *, has_embedding: bool, has_head: bool,
-                 dtype: torch.dtype, packed: bool | None = None) -> None:
+                 dtype: torch.dtype, slots: int = MOST_SLOTS, packed: bool | None = None) -> None:
         assert 0 <= first_layer <= last_layer <= files.config.num_layers
         self.config = files.config
         self.first_layer = first_layer
         self.dtype = dtype
+        self.slots = slots
         self.packed = can_pack(dtype) if packed is None else packed
         self._turner = _Turner(self.config, dtype)
         self._eps = torch.tensor(self.config.rms_eps, dtype=torch.float32)
@@ -65,29 +68,25 @@ class DecoderSlice:
             self._embedding = loader.embedding() if has_embedding else None
             self._head = loader.head(self._embedding) if has_head else None
             self._norm = loader.norm("model.norm.weight") if has_head else None
+        self._pool = KVPool(self.config, self.num_layers, slots, dtype)
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
 
-    def allocate(self, capacity: int) -> KVArena:
-        """An empty arena for one request on this slice."""
-        return KVArena.allocate(self.config, self.num_layers, capacity, self.dtype)
+    def pretend(self, count: int) -> None:
+        """Let noise stand in the first slots, as if rows had been written there."""
+        self._pool.pretend(count)
 
     @overload
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+    def forward(self, step: Step) -> Tensor: ...
 
     @overload
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
-                taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, step: Step, taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
-                taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
-        """Run a step through the slice.
-
-        x: token ids, int64 [rows], where the slice has the embedding; else hidden states [rows, hidden].
-        positions: int64 [rows], for RoPE. segments: whose rows these are; they cover all rows.
+    def forward(self, step: Step, taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
+        """Run a step through the slice, which takes tokens where it has the embedding.
 
         taps: after how many layers of the model hidden states are wanted, rising; first_layer < each <= the slice's
         last. What layer b - 1 put out is tap b; no norm is applied.
@@ -96,17 +95,16 @@ class DecoderSlice:
         its own. Within a layer all rows write their keys and values before any row attends, so rows of one step may
         be ancestors of each other.
         """
-        rows = x.shape[0]
-        hidden = x if self._embedding is None else F.embedding(x, self._embedding)
+        rows = len(step)
+        hidden = step.x if self._embedding is None else F.embedding(step.x, self._embedding)
         if not self._layers or not rows:
             return (hidden, hidden.new_empty(rows, len(taps), self.config.hidden)) if taps else hidden
         hidden = padded(hidden)
-        turn = self._turner(positions, hidden.shape[0])
-        writes = Writes([one.cache for one in segments], [one.slots for one in segments])
-        attention = Attention(self.config, segments)
+        turn = self._turner(torch.from_numpy(step.positions), hidden.shape[0])
+        slots, attention = torch.from_numpy(step.slots.astype(np.int64)), Attention(self.config, step)
         tapped: list[Tensor] = []
-        for index, layer in enumerate(self._layers):
-            hidden = self._run(layer, index, hidden, turn, writes, attention)
+        for index, (layer, cache) in enumerate(zip(self._layers, self._pool.kv)):
+            hidden = self._run(layer, cache, hidden, turn, slots, attention)
             if self.first_layer + index + 1 in taps:
                 tapped.append(hidden[:rows])
         return (hidden[:rows], torch.stack(tapped, 1)) if taps else hidden[:rows]
@@ -124,14 +122,14 @@ class DecoderSlice:
             start += scores.shape[1]
         return out
 
-    def _run(self, layer: Layer, index: int, hidden: Tensor, turn: _Turn, writes: Writes,
+    def _run(self, layer: Layer, cache: Tensor, hidden: Tensor, turn: _Turn, slots: Tensor,
              attention: Attention) -> Tensor:
         normed = self._normed(hidden, layer.attention_norm)
-        hidden = hidden + self._attention(layer, index, normed, turn, writes, attention)
+        hidden = hidden + self._attention(layer, cache, normed, turn, slots, attention)
         gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
         return hidden + layer.down(F.silu(gate).mul_(up))
 
-    def _attention(self, layer: Layer, index: int, x: Tensor, turn: _Turn, writes: Writes,
+    def _attention(self, layer: Layer, cache: Tensor, x: Tensor, turn: _Turn, slots: Tensor,
                    attention: Attention) -> Tensor:
         heads = self.config.heads
         qkv = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
@@ -139,8 +137,8 @@ class DecoderSlice:
             queries_keys = qkv[:, : len(layer.qk_norm)]
             queries_keys.copy_(self._normed(queries_keys, layer.qk_norm))
         qkv = _turned(qkv, turn)
-        writes(index, qkv[:, heads:])
-        return layer.out(attention(index, qkv[:, :heads]).flatten(1))
+        cache.index_copy_(0, slots, qkv[: len(slots), heads:])
+        return layer.out(attention(cache, qkv[:, :heads]).flatten(1))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension, in float32; weight: float32 [..., last dimension], over rows.

@@ -26,6 +26,8 @@ from fullpipe.models.recognise import fetch_again
 # Numbers converted at a time: they and their float32 copy stay in the processor's cache.
 BLOCK_NUMBERS = 1 << 17
 
+_ONE_OF_ALL = "model.layers.0.mlp.gate_proj.weight"
+
 
 class ModelFiles(ABC):
     """A model on disk. Reading is thread-safe; nothing of the weights is kept."""
@@ -63,15 +65,24 @@ class ModelFiles(ABC):
     @property
     def matrices(self) -> list[str]:
         """Names of all tensors that are multiplied with."""
+        return [name for name, shape in self.wanted_shapes().items() if len(shape) == 2]
+
+    def wanted_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all tensors that the model is made of."""
         shapes = self.config.outer_shapes()
         for layer in range(self.config.num_layers):
             shapes |= self.config.layer_shapes(layer)
-        return [name for name, shape in shapes.items() if len(shape) == 2]
+        return shapes
 
     @property
     def is_quantised(self) -> bool:
         """Whether the matrices are stored in blocks of small integers."""
-        return block_shape(self.kind("model.layers.0.mlp.gate_proj.weight"))[0] > 1
+        return block_shape(self.kind(_ONE_OF_ALL))[0] > 1
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the matrices are stored in 16 bits."""
+        return self.kind(_ONE_OF_ALL) in (Kind.F16, Kind.BF16)
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """A whole tensor in a new buffer. See `read_into`."""
@@ -107,22 +118,18 @@ class ModelFiles(ABC):
         """Bytes and operations of embedding, layer and head, for a planner."""
         return self.config.sizes(dtype.itemsize)
 
-    def stored_sizes(self, kept_as: Callable[[Kind], Kind]) -> Sizes:
+    def stored_sizes(self, bytes_of: Callable[[str], int]) -> Sizes:
         """The same of weights that stay about as they are stored, with hidden states in float32 and caches in float16.
 
-        A layer's bytes are the mean. kept_as: what becomes of a format.
+        A layer's bytes are the mean. bytes_of: what a tensor takes in memory.
         """
-        def stored(name: str) -> int:
-            numbers, size = block_shape(kept_as(self.kind(name)))
-            return math.prod(self.shape(name)) // numbers * size
-
         layers = range(self.config.num_layers)
         names = [name for layer in layers for name in self.config.layer_shapes(layer)]
         head = "model.embed_tokens.weight" if self.config.tied else "lm_head.weight"
         return replace(
-            self.config.sizes(2), layer_bytes=sum(map(stored, names)) // len(layers),
-            embedding_bytes=stored("model.embed_tokens.weight"),
-            head_bytes=stored(head) + 4 * self.config.hidden, row_bytes=4 * self.config.hidden)
+            self.config.sizes(2), layer_bytes=sum(map(bytes_of, names)) // len(layers),
+            embedding_bytes=bytes_of("model.embed_tokens.weight"),
+            head_bytes=bytes_of(head) + 4 * self.config.hidden, row_bytes=4 * self.config.hidden)
 
     def layer_bytes(self, layer: int, dtype: torch.dtype) -> int:
         """Bytes of one layer's weights (all layers of a supported model are equal)."""
@@ -142,9 +149,7 @@ class ModelFiles(ABC):
     def _check_shapes(self) -> None:
         """Raise `DamagedModel` unless every tensor that the configuration asks for is there as it should be, and
         `UnsupportedModel` where there are others: they would have changed the result."""
-        wanted = self.config.outer_shapes()
-        for layer in range(self.config.num_layers):
-            wanted |= self.config.layer_shapes(layer)
+        wanted = self.wanted_shapes()
         for name, shape in wanted.items():
             if self.shape(name) != shape:
                 raise self._damaged(name, f"it has shape {list(self.shape(name))}, the configuration asks "

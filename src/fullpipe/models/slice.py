@@ -7,39 +7,24 @@ and `gpu.decoder` on a device, with static memory and steps of fixed sizes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self, overload
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
 
-from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
-from fullpipe.models.dtypes import DTYPES, STORED, native_kernels
+from fullpipe.models.dtypes import DTYPES, native_kernels, sizes_in
 from fullpipe.models.files import ModelFiles
-
-
-class Arena(Protocol):
-    """Slots for the rows of one request in all layers of a slice, which has allocated it."""
-
-    @property
-    def capacity(self) -> int: ...
-
-    def enlarged(self, capacity: int, used: int) -> Self:
-        """One for `capacity` rows, at least as many as in this one, with what stands in the first `used` slots. This
-        one is not used any more."""
-        ...
-
-    def begin_with(self, other: Any, slots: Tensor) -> None:
-        """Copy the rows of slots of another arena of the slice to slots 0, 1, ... slots: int64 [r], r <= capacity."""
-        ...
-
-    def pretend(self, count: int) -> None:
-        """Let noise stand in the first slots, as if rows of positions 0, 1, ... had been written there."""
-        ...
+from fullpipe.models.forms import kernels_of
+from fullpipe.models.pool import free_memory, slots_for
+from fullpipe.models.step import Step
 
 
 class Slice(Protocol):
-    """Computes steps: see `DecoderSlice`, whose methods say what they take and give."""
+    """Computes steps: see `DecoderSlice`, whose methods say what they take and give.
+
+    slots: of its pool of cache memory.
+    """
 
     @property
     def config(self) -> ModelConfig: ...
@@ -50,14 +35,16 @@ class Slice(Protocol):
     @property
     def num_layers(self) -> int: ...
 
-    def allocate(self, capacity: int) -> Arena: ...
+    @property
+    def slots(self) -> int: ...
+
+    def pretend(self, count: int) -> None: ...
 
     @overload
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+    def forward(self, step: Step) -> Tensor: ...
 
     @overload
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
-                taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, step: Step, taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -66,25 +53,21 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
                device: str = "cpu", kv_pool_mib: int | None = None) -> Slice:
     """Read layers first..last (exclusive) onto a device, "cpu" or "cuda:N".
 
-    dtype: see `models.dtypes`; "stored" is for the processor.
-    kv_pool_mib: size of the cache pool on a GPU; None: by what is free (see `DeviceSlice`).
+    dtype: see `models.dtypes`; "stored", "int8" and "int4" are for the processor.
+    kv_pool_mib: size of the cache pool; None: by what is free (see `pool.slots_for`).
 
     Raises what reading raises, and UsageError, before anything is read, for a device that is not there, has no kernels,
     or has too little memory.
     """
-    if dtype == STORED:
-        from fullpipe.models.native.slice import NativeSlice
-
-        return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head)
-    kind = DTYPES[dtype]
+    pool_bytes = None if kv_pool_mib is None else kv_pool_mib << 20
     if device == "cpu":
-        from fullpipe.models.decoder import DecoderSlice
-
-        return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=kind)
+        return _on_processor(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
+                             pool_bytes=pool_bytes)
+    kind = DTYPES[dtype]
     from fullpipe.models.gpu.decoder import DeviceSlice, Weights, operations
     from fullpipe.models.gpu.devices import check_room, find_device
 
-    where, pool_bytes = torch.device(find_device(device)), None if kv_pool_mib is None else kv_pool_mib << 20
+    where = torch.device(find_device(device))
     with torch.cuda.device(where):
         operations(where)
     check_room(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=kind, device=where,
@@ -92,3 +75,19 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
     weights = Weights.read(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=kind,
                            device=where)
     return DeviceSlice(weights, kind, where, pool_bytes=pool_bytes)
+
+
+def _on_processor(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: str,
+                  pool_bytes: int | None) -> Slice:
+    sizes = sizes_in(files, dtype)
+    weights = (last - first) * sizes.layer_bytes + has_head * sizes.head_bytes
+    slots = slots_for((last - first) * sizes.kv_bytes, pool_bytes, free_memory() - weights)
+    if kernels_of(dtype, "cpu") == "native":
+        from fullpipe.models.native.slice import NativeSlice
+
+        return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head,
+                           slots=slots, dtype=dtype)
+    from fullpipe.models.decoder import DecoderSlice
+
+    return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=DTYPES[dtype],
+                        slots=slots)

@@ -788,7 +788,8 @@ def _doubts(trained: VerifierIdentity, found: VerifierIdentity, dtype: str) -> l
     if trained.quantisation != found.quantisation:
         doubts.append(f"the module was trained on labels of {trained.quantisation or 'unquantised'} weights, these are "
                       f"{found.quantisation or 'unquantised'}: it may be right much less often")
-    if trained.dtype and trained.dtype != dtype:
+    exact = dtype == "stored" and not found.quantisation  # rows and sums in float32: no coarser than bfloat16
+    if trained.dtype and trained.dtype != dtype and not exact:
         doubts.append(f"the module was trained on labels computed in {trained.dtype}, this run computes in {dtype}")
     return doubts
 

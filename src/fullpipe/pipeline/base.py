@@ -32,6 +32,7 @@ class Pipeline(ABC):
 
     num_stages: int
     has_draft: bool
+    cache_slots: int | None = None  # of the pool of the station that has the fewest; None: nobody sets a bound
     newest_flight = -1  # id of what was launched last; -1: nothing
     newest_job = -1  # of what was sent to the draft last
 

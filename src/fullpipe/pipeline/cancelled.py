@@ -54,18 +54,22 @@ class CancelTimes:
     def __init__(self) -> None:
         self._times: dict[int, float] = {}
         self._under_way: dict[int, list[int]] = {}  # flight -> its nodes
+        self._flying: set[int] = set()  # the nodes of all of these
 
     def launch(self, flight: Flight) -> None:
-        self._under_way[flight.id] = flight.nodes
+        self._under_way[flight.id] = nodes = flight.nodes
+        self._flying.update(nodes)
 
     def land(self, flight: int) -> None:
         """What has landed need not stay cancelled."""
-        for node in self._under_way.pop(flight):
-            self._times.pop(node, None)
+        nodes = self._under_way.pop(flight)
+        self._flying.difference_update(nodes)
+        for node in self._times.keys() & nodes if self._times else ():
+            del self._times[node]
 
     def add(self, nodes: Collection[int], now: float) -> None:
-        flying = {node for rows in self._under_way.values() for node in rows}  # others have nothing to be dropped
-        self._times.update((node, now) for node in nodes if node in flying)
+        for node in self._flying.intersection(nodes):  # others have nothing to be dropped
+            self._times[node] = now
 
     def heard(self, flight: Flight, until: float) -> set[int]:
         """Rows of the flight that were cancelled by then."""

@@ -31,6 +31,7 @@ class Worker:
     name: "stage 0", "stage 1", ..., "draft".
     heard: when its last frame arrived, seconds of `time.monotonic`.
     done: id of the last flight or job that it finished; -1 before the first.
+    cache_slots: what it said of its room when it was ready.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Worker:
     log: IO[bytes]
     heard: float
     done: int = -1
+    cache_slots: int | None = None
 
     def how_it_ended(self) -> str:
         """Of a process whose connection closed, with the tail of what it printed."""

@@ -89,7 +89,9 @@ ToWorker = Setup | Work | Cancel | Stop
 
 
 class Up(Struct, tag_field="kind", tag=True):
-    """The station is built."""
+    """The station is built. cache_slots: for how many slots it has room; None: for as many as anybody names."""
+
+    cache_slots: int | None = None
 
 
 class Free(Struct, tag_field="kind", tag=True):

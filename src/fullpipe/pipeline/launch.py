@@ -31,7 +31,7 @@ from fullpipe.stations.spec import StationSpec
 
 # Caches of all sizes come and go for as long as a server runs; left to itself malloc takes ever larger ones from a heap
 # that fragments, and gives nothing back. The user's own settings come first.
-_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20)}
+ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20)}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -135,7 +135,7 @@ def start_process(setup: Setup) -> Worker:
     """A process that waits for its setup."""
     ours, theirs = socket.socketpair()
     log = tempfile.TemporaryFile(prefix="fullpipe-")  # noqa: SIM115 - the fleet closes it
-    environment = {**_ALLOCATION, **os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(setup.threads))}
+    environment = {**ALLOCATION, **os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(setup.threads))}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     try:
@@ -166,6 +166,7 @@ def _await_ready(fleet: Fleet, timeout: float) -> None:
         for worker, news in fleet.receive(remaining):
             _check_starting(worker, news)
             if isinstance(news, Up):
+                worker.cache_slots = news.cache_slots
                 missing.discard(worker.name)
 
 

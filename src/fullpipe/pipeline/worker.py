@@ -19,7 +19,7 @@ from fullpipe.pipeline.hops import join_world
 from fullpipe.pipeline.serve import Control, leave, serve_draft, serve_reader, serve_stage
 from fullpipe.pipeline.taps import TapArrival, TapSender, receive_taps
 from fullpipe.pipeline.wire import Channel
-from fullpipe.stations.base import DraftLike, StageLike, tap_reader
+from fullpipe.stations.base import DraftLike, StageLike, cache_slots, tap_reader
 
 _PR_SET_PDEATHSIG = 1
 _SWITCH_S = 0.0005  # longest wait for the interpreter lock, so that the side threads are prompt
@@ -70,7 +70,7 @@ def _build_and_serve(control: Control, setup: Setup) -> None:
     if setup.world > 1:
         join_world(setup)
     if setup.rank < setup.stages:
-        control.send(Up())
+        control.send(Up(cache_slots(cast(StageLike, station))))
         taps = TapSender(control, setup.stages) if setup.rank in setup.tapping else None
         serve_stage(control, cast(StageLike, station), setup, taps)
     else:
@@ -80,7 +80,7 @@ def _build_and_serve(control: Control, setup: Setup) -> None:
 def _serve_draft_station(control: Control, draft: DraftLike, tapping: list[int]) -> None:
     reader = tap_reader(draft)
     control.reads_taps = reader is not None  # from before the first cancel
-    control.send(Up())
+    control.send(Up(cache_slots(draft)))
     for stage in tapping:  # someone must take them in even where nobody reads them
         deliver = control.inbox.put if reader else _ignore
         control.start_thread(f"taps of stage {stage}", partial(receive_taps, stage, control.links.tap(stage), deliver))

@@ -74,7 +74,7 @@ class Calibration:
         """What the draft says of `node` as it is to be believed. Its own words are remembered for `learn`."""
         again = bool(node.said)
         if expansion.tokens and not expansion.learned:
-            node.said.append(expansion)
+            node.said = (*node.said, expansion)
         return self.believed(expansion, again)
 
     def believed(self, expansion: Expansion, again: bool = False) -> Expansion:
@@ -94,7 +94,7 @@ class Calibration:
         for again, said in enumerate(root.said):
             true = self._learn(said, -1, _AGAIN if again else _FIRST, token)
             if true in said.parents:
-                following.foretold.append((said, true))
+                following.foretold = (*following.foretold, (said, true))
         # Of a chain only the next guess: the others of one repeat come true together, and would count as many.
         for said, under in root.foretold:
             self._learn(said, under, _BEHIND, token)
@@ -128,9 +128,9 @@ def check_counts(counts: Counts) -> None:
 
 class _Table:
     """Of one kind: what was counted at each knot, and the map that follows from it, a straight line in logarithms on
-    each segment: log p + shift + slope (log p - its left end)."""
+    each segment: log p + shift + slope (log p - its left end). The outermost segments have no slope."""
 
-    __slots__ = ("_claims", "_due", "_expected", "_shifts", "_slopes", "_true")
+    __slots__ = ("_claims", "_due", "_expected", "_pieces", "_true")
 
     def __init__(self, rows: Sequence[tuple[float, float, float]]) -> None:
         self._claims, self._expected, self._true = (list(column) for column in zip(*rows))
@@ -140,19 +140,16 @@ class _Table:
         return list(zip(self._claims, self._expected, self._true))
 
     def map(self, logprob: float) -> float:
-        at = bisect_right(_LOGS, logprob)
-        if not at:  # also minus infinity
-            return logprob + self._shifts[0]
-        mapped = logprob + self._shifts[at] + self._slopes[at] * (logprob - _LEFT[at])
+        shift, slope, left = self._pieces[bisect_right(_LOGS, logprob)]
+        mapped = logprob + shift + slope * (logprob - left) if slope else logprob + shift  # also minus infinity
         return mapped if mapped < 0 else 0.0
 
     def map_all(self, logprobs: Sequence[float]) -> list[float]:
         """The same of many: an answer has sixteen, and a call for each would take longer than the sums."""
-        shifts, slopes = self._shifts, self._slopes
-        ends = [bisect_right(_LOGS, logprob) for logprob in logprobs]
-        mapped = [logprob + shifts[at] + (slopes[at] * (logprob - _LEFT[at]) if at else 0.0)
-                  for logprob, at in zip(logprobs, ends)]
-        return [logprob if logprob < 0 else 0.0 for logprob in mapped] if max(mapped, default=0.0) > 0 else mapped
+        pieces = self._pieces
+        mapped = [logprob + shift + slope * (logprob - left) if slope else logprob + shift for logprob in logprobs
+                  for shift, slope, left in [pieces[bisect_right(_LOGS, logprob)]]]
+        return [min(logprob, 0.0) for logprob in mapped] if mapped and max(mapped) > 0 else mapped
 
     def note(self, logprob: float, hit: bool) -> None:
         """Count it at the knots on both sides, the nearer one more."""
@@ -181,9 +178,8 @@ class _Table:
         # A knot where nothing was seen gives way to its neighbours.
         risen = _in_order(odds, [claims + 1 for claims in self._claims])
         shifts = [-math.log1p(math.exp(-own)) - log for own, log in zip(risen, _LOGS)]
-        self._shifts = [shifts[0], *shifts]
-        self._slopes = [0.0, *((shifts[k + 1] - shifts[k]) / (_LOGS[k + 1] - _LOGS[k]) for k in range(len(shifts) - 1)),
-                        0.0]
+        slopes = [(shifts[k + 1] - shifts[k]) / (_LOGS[k + 1] - _LOGS[k]) for k in range(len(shifts) - 1)]
+        self._pieces = list(zip([shifts[0], *shifts], [0.0, *slopes, 0.0], _LEFT))
         self._due = 16 + int(sum(self._claims)) // 16
 
 

@@ -13,30 +13,18 @@ from dataclasses import dataclass, field
 
 from fullpipe.messages import ArenaId, Opening, Part
 from fullpipe.request import Request
-from fullpipe.sequences.blocks import Kept, SlotAllocator
+from fullpipe.sequences.blocks import Kept, Room, SlotAllocator
 from fullpipe.sequences.tree import Advance, Node, State, TokenTree
 
 
 @dataclass(slots=True)
 class Channel:
     """rows: committed positions below this have been computed there. commits: slots of committed
-    positions below this are known there as committed. capacity: of the arena there; 0: it does not exist yet.
-    copy_from, copied: what the arena begins with, until it is opened (see `Opening`)."""
+    positions below this are known there as committed. opened: it has been told of the sequence."""
 
     rows: int = 0
     commits: int = 0
-    capacity: int = 0
-    copy_from: int = -1
-    copied: list[int] = field(default_factory=list)
-
-    @property
-    def opened(self) -> bool:
-        return self.capacity > 0
-
-    def take_over(self, arena: ArenaId, slots: list[int]) -> None:
-        """Begin with rows of another arena, which stand in these slots there, by position."""
-        self.rows = self.commits = len(slots)
-        self.copy_from, self.copied = (arena, slots) if slots else (-1, [])
+    opened: bool = False
 
 
 @dataclass(slots=True)
@@ -66,16 +54,18 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens, self.waiting_since = list(self.request.prompt), self.arrived
 
-    def enter(self, arena: ArenaId, capacity: int, ids: Iterator[int]) -> None:
+    def enter(self, arena: ArenaId, room: Room, ids: Iterator[int]) -> None:
         """Begin on the stations, as if all that has been emitted were prompt: the text goes on from there, for it is a
         function of position, seed and what stands before."""
         last = len(self.tokens) - 1
         horizon = self.num_prompt + self.request.params.max_tokens - 2
         self.arena, self.tree = arena, TokenTree(self.tokens[-1], last, horizon=horizon, ids=ids)
-        self.slots, self.lent = SlotAllocator(capacity), []
-        self.path_slots = [slot for _ in range(last) if (slot := self.slots.take()) is not None]
-        assert len(self.path_slots) == last, "the arena does not hold what there is already"
-        self.leave()
+        self.slots, self.lent = room.slots, []
+        self.path_slots = list(room.slots.shared)
+        self.path_slots += [slot for _ in range(last - len(self.path_slots)) if (slot := self.slots.take()) is not None]
+        assert len(self.path_slots) == last, "there is no room for what there is already"
+        self.stages, self.draft = Channel(room.stages, room.stages), Channel(room.draft, room.draft)
+        self.cached = min(room.stages, self.num_prompt)
 
     def leave(self) -> None:
         """No channel knows the sequence any more."""
@@ -102,20 +92,18 @@ class Sequence:
 
     @property
     def kept(self) -> Kept:
-        """What others may take over: whatever the stations have been told is committed; it is computed before they are
-        asked to copy it."""
+        """What others may share: whatever the stations have been told is committed. It is computed before rows come to
+        them that read it."""
         known = len(self.path_slots)
         stages, draft = (min(one.commits, known) if one.opened else 0 for one in (self.stages, self.draft))
-        return Kept(self.arena, self.slots.capacity, self.tokens, self.path_slots, stages, draft, self.stages.opened,
-                    self.draft.opened)
+        return Kept(self.tokens, self.path_slots, stages, draft, self.slots.blocks)
 
     # ---- what a channel is still missing ---------------------------------------------------------------
 
     def opening(self, channel: Channel, drafts: bool) -> Opening:
-        """Make the opening that gives the arena on a channel the size that it is to have."""
-        copy_from, copied = channel.copy_from, channel.copied
-        channel.capacity, channel.copy_from, channel.copied = self.slots.capacity, -1, []
-        return Opening(self.arena, self.slots.capacity, self.num_prompt, self.request.params, copy_from, copied,
+        """Make the opening that tells a channel of the sequence."""
+        channel.opened = True
+        return Opening(self.arena, self.num_prompt, self.request.params, self.path_slots[: channel.commits],
                        self.request.id, drafts)
 
     def committed_rows(self, channel: Channel, limit: int) -> Part:
@@ -132,32 +120,33 @@ class Sequence:
             channel.rows = end
         return part
 
-    def add_node(self, part: Part, channel: Channel, node: Node, wants: bool) -> None:
-        """Append a node's row. Its ancestors were sent before, or stand in the part already."""
-        if node.slot is None:
-            node.slot = self.lent.pop() if self.lent and not self.slots.num_free else self.slots.take()
-            assert node.slot is not None, "the method took more nodes than there was room for"
+    def add_nodes(self, part: Part, channel: Channel, nodes: list[Node], wants: list[bool]) -> None:
+        """Append the rows of nodes that stand in a slot (`stand`)."""
+        if self.tree.root in nodes:
+            channel.rows = self.tree.root.position + 1
+        part.nodes += [node.id for node in nodes]
+        part.tokens += [node.token for node in nodes]
+        part.positions += [node.position for node in nodes]
+        part.slots += [node.slot for node in nodes if node.slot is not None]
+        part.paths += [node.path for node in nodes]
+        part.wants += wants
+
+    def stand(self, node: Node) -> None:
+        """Give a node a slot, unless it has one, and the path to it as it is now. Its ancestors stand already."""
+        if (slot := node.slot) is None:
+            slot = self.lent.pop() if self.lent and not self.slots.num_free else self.slots.take()
+            assert slot is not None, "the method took more nodes than there was room for"
             if node is self.tree.root:
-                self.path_slots.append(node.slot)
-        if node is self.tree.root:
-            channel.rows = node.position + 1
-            node.path = []
-        else:
-            self.place(node, node.slot)
-        part.nodes.append(node.id)
-        part.tokens.append(node.token)
-        part.positions.append(node.position)
-        part.slots.append(node.slot)
-        part.paths.append(node.path)
-        part.wants.append(wants)
+                self.path_slots.append(slot)
+        elif len(node.path) == node.position - self.tree.root.position:  # no text has come since it got its path
+            return
+        self.place(node, slot)
 
     def place(self, node: Node, slot: int) -> None:
-        """Let a node below the root stand in a slot."""
-        assert node.parent is not None
-        # The parent's path may begin above today's root: what has been committed since is cut off.
+        """Let a node stand in a slot. What of its parent's path has been committed since is cut off from its own."""
         depth = node.position - self.tree.root.position
-        node.slot = slot
-        node.path = [*(node.parent.path[1 - depth :] if depth > 1 else ()), slot]
+        above = node.parent.path[1 - depth :] if node.parent and depth > 1 else ()
+        node.slot, node.path = slot, [*above, slot] if depth else []
 
     def sealed(self, part: Part, channel: Channel) -> Part:
         """Let a part that will be sent carry what was committed since the last one."""

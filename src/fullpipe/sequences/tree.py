@@ -5,16 +5,21 @@ The commit rule, `TokenTree.advance`, is the only way in which text comes about,
 
 A draft may offer sixteen guesses for every node it looks at, most of which nobody will ever want. So a
 guess becomes a `Node` only when it is the best of those left: every node keeps its guesses sorted, and
-the frontier heap holds each node's next one. All orders are by cumulative log-probability since the
+the frontier holds each node's next one. All orders are by cumulative log-probability since the
 request began; differences between live nodes are path probabilities relative to any common ancestor, so
 nothing has to be renormalised when the root advances.
+
+What waits stands in lines, sorted lists whose best is at the end: at some hundreds of entries a binary
+search costs what a heap's push does, and the best so many can be read without taking them out. Nobody is
+taken out of the middle: an entry whose node died, moved or waits no longer is passed over when its turn comes.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import count
@@ -31,6 +36,7 @@ class State(IntEnum):
 
 
 LIVE = (State.PROPOSED, State.IN_FLIGHT, State.LANDED)
+_PROPOSED, _IN_FLIGHT, _LANDED, _DEAD = State.PROPOSED, State.IN_FLIGHT, State.LANDED, State.DEAD  # read very often
 
 
 class Node:
@@ -58,20 +64,26 @@ class Node:
         self.position = position
         self.cum = cum
         self.slot: int | None = None
-        self.path: list[int] = []
-        self.state = State.PROPOSED
-        self.children: dict[int, Node] = {}
-        self.guesses: list[tuple[float, int]] = []  # (cum, token), worst first: the next one is at the end
+        self.path = _NOWHERE
+        self.state = _PROPOSED
+        self.children = _NO_CHILDREN
+        self.guesses = _NO_GUESSES  # (cum, token), worst first: the next one is at the end
         self.asked = self.answered = self.waiting = self.in_draft = False
         self.asked_at = self.launched_at = -1
         self.due = math.inf
         self.next_token: int | None = None
         self.others: Sequence[int] = ()
-        self.said: list[Expansion] = []
-        self.foretold: list[tuple[Expansion, int]] = []
+        self.said: tuple[Expansion, ...] = ()
+        self.foretold: tuple[tuple[Expansion, int], ...] = ()
 
     def __repr__(self) -> str:
         return f"Node({self.id}, token={self.token}, position={self.position}, {self.state.name.lower()})"
+
+
+# What most nodes have when they are made, and many when they die, is made once: nobody changes these.
+_NOWHERE: list[int] = []
+_NO_GUESSES: list[tuple[float, int]] = []
+_NO_CHILDREN: dict[int, Node] = {}
 
 
 @dataclass(slots=True)
@@ -89,7 +101,7 @@ class Advance:
     altered: bool = False
 
 
-_Entry = tuple[float, int, int, Node]  # (-cum, order, serial, node): best first, see `TokenTree._push`
+_Entry = tuple[float, int, Node]  # (cum, order, node): of equals the older one is the better, so its order is higher
 _Offer = tuple[float, int, int, Node]  # (-cum, parent's id, token, parent): a tie is decided alike whenever it is met
 
 
@@ -103,7 +115,7 @@ class TokenTree:
 
     def __init__(self, root_token: int, position: int, *, horizon: int, ids: Iterator[int] | None = None) -> None:
         self._ids = ids if ids is not None else count()
-        self._serial = count()
+        self._orders = count(0, -1)
         self.horizon = horizon
         self._frontier: list[_Entry] = []
         self._unlaunched: list[_Entry] = []
@@ -172,6 +184,7 @@ class TokenTree:
             first, second = math.exp(child.cum - node.cum), math.exp(said.get(token, -math.inf))
             if first > 0:  # what is too small for a float stays as it is
                 self._move(child, math.log((first + second) / 2 / first))
+        self._tidy()
 
     def _revise(self, node: Node, expansion: Expansion) -> None:
         """Make room for a newer answer: the guesses that are left go, and each child, launched or not, moves to its new
@@ -185,6 +198,7 @@ class TokenTree:
             before = child.cum - node.cum
             if shift := said.get(token, min(before, least)) - before:
                 self._move(child, shift)
+        self._tidy()
 
     def _move(self, top: Node, shift: float) -> None:
         """Change a node's path probability, and with it those of everything below. Rounding makes none of them likelier
@@ -196,26 +210,29 @@ class TokenTree:
             node.cum = min(node.cum + shift, node.parent.cum)
             node.guesses = [(min(cum + shift, node.cum), token) for cum, token in node.guesses]
             if node.guesses:
-                self._push(self._frontier, node, node.guesses[-1][0])
-            if node.state is State.PROPOSED:
-                self._push(self._unlaunched, node, node.cum)
+                insort(self._frontier, (node.guesses[-1][0], next(self._orders), node))
+            if node.state is _PROPOSED:
+                self.return_unlaunched(node)
             if self._is_askable(node):
-                self._push(self._unasked, node, node.cum)
+                self.return_unasked(node)
             stack.extend(node.children.values())
 
     def _offer_next(self, node: Node, guesses: list[tuple[float, int]]) -> None:
         changed = guesses[-1:] != node.guesses[-1:]
         node.guesses = guesses
         if guesses and changed:
-            self._push(self._frontier, node, guesses[-1][0])
+            insort(self._frontier, (guesses[-1][0], next(self._orders), node))
 
-    def take_guess(self, parent: Node) -> Node:
-        """Make a node of the best guess of a node that has one."""
-        cum, token = parent.guesses.pop()
-        node = self._new(token, parent, parent.position + 1, cum)
-        if parent.guesses:
-            self._push(self._frontier, parent, parent.guesses[-1][0])
-        return node
+    def take_guess(self) -> None:
+        """Make a node of what is named at the end of the frontier, if it is a guess still."""
+        cum, order, parent = self._frontier.pop()
+        guesses = parent.guesses
+        if guesses and guesses[-1][0] == cum and parent.state in LIVE:
+            self._new(guesses.pop()[1], parent, parent.position + 1, cum)
+            if guesses:
+                insort(self._frontier, (guesses[-1][0], next(self._orders), parent))
+                if guesses[-1][0] == cum:  # it keeps its place among its equals, and `launch_cutoff` counts it twice
+                    insort(self._frontier, (cum, order, parent))
 
     def _named(self, parent: Node, token: int, cum: float) -> Node:
         """Make a node of any token, which may be among the guesses of its parent."""
@@ -226,10 +243,15 @@ class TokenTree:
         """A new node, which is no guess of its parent any more."""
         node = Node(next(self._ids), token, parent, position, cum)
         if parent is not None:
-            parent.children[token] = node
+            if parent.children:
+                parent.children[token] = node
+            else:
+                parent.children = {token: node}
         self.num_live += 1
-        self._push(self._unlaunched, node, cum)
-        self._push(self._unasked, node, cum)
+        entry = (cum, -node.id, node)  # so no node comes before its parent, however often both move
+        insort(self._unlaunched, entry)
+        if position < self.horizon:
+            insort(self._unasked, entry)
         return node
 
     # ---- asking --------------------------------------------------------------------------------------
@@ -252,24 +274,34 @@ class TokenTree:
 
     def launch_cutoff(self, count: int) -> float:
         """Log path probability, given the root, of the `count`-th best that could still be launched; -inf where there
-        are not as many. Of each node's guesses only the best is counted."""
-        waiting = [-key for key, _, _, node in self._unlaunched if node.state is State.PROPOSED and node.cum == -key]
-        if len(waiting) + len(self._frontier) < count:
+        are not as many. Of each node's guesses only the best is counted, but as often as it has become that."""
+        if len(self._unlaunched) + len(self._frontier) < count:
             return -math.inf
-        waiting += [node.guesses[-1][0] for key, _, _, node in self._frontier
-                    if node.state in LIVE and node.guesses and node.guesses[-1][0] == -key]
-        if len(waiting) < count:
-            return -math.inf
-        waiting.sort(reverse=True)
-        return waiting[count - 1] - self.root.cum
+        nodes, guesses = self._waiting_nodes(), self._waiting_guesses()
+        node, guess = next(nodes, -math.inf), next(guesses, -math.inf)
+        for _ in range(count - 1):
+            if node >= guess:
+                node = next(nodes, -math.inf)
+            else:
+                guess = next(guesses, -math.inf)
+        return max(node, guess) - self.root.cum
+
+    def _waiting_nodes(self) -> Iterator[float]:
+        """The `cum` of those that have not been launched, best first."""
+        return (cum for cum, _, node in reversed(self._unlaunched) if node.state is _PROPOSED and node.cum == cum)
+
+    def _waiting_guesses(self) -> Iterator[float]:
+        """The `cum` of each node's best guess, best first."""
+        return (cum for cum, _, node in reversed(self._frontier)
+                if node.guesses and node.guesses[-1][0] == cum and node.state in LIVE)
 
     def return_unasked(self, node: Node) -> None:
         """Give back a node of `unasked` that could not be asked for."""
-        self._push(self._unasked, node, node.cum)
+        insort(self._unasked, (node.cum, -node.id, node))
 
     def return_unlaunched(self, node: Node) -> None:
         """Give back a node of `unlaunched` that does not enter now."""
-        self._push(self._unlaunched, node, node.cum)
+        insort(self._unlaunched, (node.cum, -node.id, node))
 
     def best_children(self, nodes: Iterable[Node], limit: int, floor: float) -> list[Node]:
         """The up to `limit` best unlaunched children of `nodes` together, best first."""
@@ -318,39 +350,25 @@ class TokenTree:
         """Nodes that have not been launched, highest path probability first, each one's ancestors launched or before
         it. floor: log of the least path probability given the root. The caller launches what it takes, before anything
         else happens to the tree."""
-        return Candidates(self, self._unlaunched, lambda node: node.state is State.PROPOSED, floor)
+        return Candidates(self, self._unlaunched, floor)
 
     def unasked(self, floor: float) -> Candidates:
         """The same of nodes whose children the draft has not been asked for. The caller asks."""
-        return Candidates(self, self._unasked, self._is_askable, floor)
+        return Candidates(self, self._unasked, floor)
 
-    def _best_frontier(self) -> Node | None:
-        """The live node with the best guess left. Entries whose node died, or whose best guess has
-        become another one (there is a newer entry then), are dropped on the way."""
-        heap = self._frontier
-        while heap:
-            key, _, _, node = heap[0]
-            if node.state in LIVE and node.guesses and node.guesses[-1][0] == -key:
-                return node
-            heapq.heappop(heap)
-        return None
-
-    def _push(self, heap: list[_Entry], node: Node, cum: float) -> None:
-        # Of nodes of equal worth the older goes first, so that none comes before its parent, however often both moved.
-        order = 0 if heap is self._frontier else node.id
-        heapq.heappush(heap, (-cum, order, next(self._serial), node))
-        if len(heap) > 64 + 4 * self.num_live:  # mostly dead or moved: drop those, so that a long run costs no more
-            heap[:] = {entry[3].id: entry for entry in heap if self._is_current(heap, entry)}.values()
-            heapq.heapify(heap)
-
-    def _is_current(self, heap: list[_Entry], entry: _Entry) -> bool:
-        key, _, _, node = entry
-        if node.state not in LIVE:
-            return False
-        if heap is self._frontier:
-            return bool(node.guesses) and node.guesses[-1][0] == -key
-        usable = node.state is State.PROPOSED if heap is self._unlaunched else self._is_askable(node)
-        return usable and node.cum == -key
+    def _tidy(self) -> None:
+        """Drop what is dead or has moved from a line that mostly holds such: so a long run costs no more than a
+        short."""
+        most = 64 + 4 * self.num_live
+        if len(self._frontier) > most:
+            self._frontier[:] = _once(entry for entry in self._frontier if entry[2].state in LIVE
+                                      and entry[2].guesses and entry[2].guesses[-1][0] == entry[0])
+        if len(self._unlaunched) > most:
+            self._unlaunched[:] = _once(entry for entry in self._unlaunched if entry[2].state is _PROPOSED
+                                        and entry[2].cum == entry[0])
+        if len(self._unasked) > most:
+            self._unasked[:] = _once(entry for entry in self._unasked if self._is_askable(entry[2])
+                                     and entry[2].cum == entry[0])
 
     # ---- the life of a node --------------------------------------------------------------------------
 
@@ -359,16 +377,16 @@ class TokenTree:
         self.num_flights += 1
 
     def launch(self, node: Node) -> None:
-        assert node.state is State.PROPOSED and (node.parent is None or node.parent.state is not State.PROPOSED)
-        node.state = State.IN_FLIGHT
+        assert node.state is _PROPOSED and (node.parent is None or node.parent.state is not _PROPOSED)
+        node.state = _IN_FLIGHT
         node.launched_at = self.num_flights
         self.flying[node.id] = node
 
     def land(self, node: Node, next_token: int, others: Sequence[int] = ()) -> None:
         """The last stage said what truly follows, and (lossy requests only) what else it lets pass, best first. A dead
         node's landing changes nothing."""
-        if node.state is State.IN_FLIGHT:
-            node.state = State.LANDED
+        if node.state is _IN_FLIGHT:
+            node.state = _LANDED
             node.next_token, node.others = next_token, others
             del self.flying[node.id]
 
@@ -382,17 +400,20 @@ class TokenTree:
         if root.state is not State.LANDED:
             return None
         token = _chosen(root)
-        child = root.children.pop(token, None)
+        child = root.children.pop(token) if token in root.children else None
         dead = [node for other in root.children.values() for node in self._kill(other)]
         if child is None:
+            for line in (self._frontier, self._unlaunched, self._unasked):
+                line.clear()  # nobody is left
             cum = next((cum for cum, known in root.guesses if known == token), root.cum)
             child = self._new(token, None, root.position + 1, cum)
         child.parent = None
         root.state = State.COMMITTED
-        root.children, root.guesses = {}, []
+        root.children, root.guesses = _NO_CHILDREN, _NO_GUESSES
         self.num_live -= 1
         self.num_advances += 1
         self.root = child
+        self._tidy()
         return Advance(token, child.state is not State.PROPOSED, dead, altered=token != root.next_token)
 
     def clear(self) -> list[Node]:
@@ -403,11 +424,12 @@ class TokenTree:
         dead, stack = [], [top]
         while stack:
             node = stack.pop()
-            if node.state is State.IN_FLIGHT:
+            if node.state is _IN_FLIGHT:
                 del self.flying[node.id]
-            node.state = State.DEAD
+            node.state = _DEAD
             dead.append(node)
             stack.extend(node.children.values())
+            node.children = _NO_CHILDREN  # or each would wait for the garbage collector, which has much to look through
         self.num_live -= len(dead)
         return dead
 
@@ -442,42 +464,50 @@ class TokenTree:
 
 
 class Candidates:
-    """The nodes of one of a tree's heaps, best first; guesses become nodes as they are reached.
+    """The nodes of one of a tree's lines, best first; guesses become nodes as they are reached.
 
     floor: log of the least path probability given the root.
     """
 
-    __slots__ = ("_heap", "_ids", "_least", "_tree", "_usable")
+    __slots__ = ("_frontier", "_launches", "_least", "_line", "_tree")
 
-    def __init__(self, tree: TokenTree, heap: list[_Entry], usable: Callable[[Node], bool], floor: float) -> None:
-        self._tree, self._heap, self._usable = tree, heap, usable
+    def __init__(self, tree: TokenTree, line: list[_Entry], floor: float) -> None:
+        self._tree, self._line, self._frontier = tree, line, tree._frontier
+        self._launches = line is tree._unlaunched
         self._least = tree.root.cum + floor
-        self._ids: set[int] = set()  # taken
 
     def best(self) -> float | None:
         """Log path probability, given the root, of what `take` would return; None when nothing is left."""
-        tree, heap = self._tree, self._heap
-        while True:
-            # A node that moved has several entries: those of other places are stale, one of this place is enough.
-            while heap and not (self._usable(heap[0][3]) and heap[0][3].cum == -heap[0][0]
-                                and heap[0][3].id not in self._ids):
-                heapq.heappop(heap)
-            best = -heap[0][0] if heap else -math.inf
-            frontier = tree._best_frontier()
-            if frontier is not None and frontier.guesses[-1][0] > max(best, self._least):
-                tree.take_guess(frontier)
-                continue
-            return best - tree.root.cum if heap and best >= self._least else None
+        line, frontier, least, launches = self._line, self._frontier, self._least, self._launches
+        best = -math.inf
+        while line:
+            cum, _, node = line[-1]
+            waits = node.state is _PROPOSED if launches else node.state in LIVE and not node.asked
+            if waits and node.cum == cum:
+                best = cum
+                break
+            line.pop()
+        while frontier and frontier[-1][0] > best and frontier[-1][0] > least:
+            self._tree.take_guess()
+            best = line[-1][0] if line else -math.inf  # nobody is asked behind the horizon: then it is not there
+        return best - self._tree.root.cum if line and best >= least else None
 
     def has_slot(self) -> bool:
         """Whether what `take` would return has its cache slot already; `best` has just been asked and was not None."""
-        return self._heap[0][3].slot is not None
+        return self._line[-1][2].slot is not None
 
     def take(self) -> Node:
         """The best one; `best` has just been asked and was not None."""
-        node = heapq.heappop(self._heap)[3]
-        self._ids.add(node.id)
+        line = self._line
+        node = line.pop()[2]
+        while line and line[-1][2] is node:  # it has been moved to and fro
+            line.pop()
         return node
+
+
+def _once(entries: Iterable[_Entry]) -> list[_Entry]:
+    """The same, each node once, in the same order."""
+    return list({entry[2].id: entry for entry in entries}.values())
 
 
 def _direct(expansion: Expansion) -> dict[int, float]:

@@ -6,6 +6,7 @@ No torch here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -19,8 +20,10 @@ class StageLike(Protocol):
 
     `run` takes the flight (cancelled rows already dropped) and, except at the first stage, the previous
     stage's output: one hidden-state row per flight row, in order of parts, [rows, hidden]. It returns the
-    same kind of thing, or at the last stage a `Landed` with time 0 and no legs. It opens arenas for `flight.opens`
-    first, in order (or enlarges those that are open), and frees those of `flight.closes` last.
+    same kind of thing, or at the last stage a `Landed` with time 0 and no legs. It gets to know the requests of
+    `flight.opens` first, and forgets those of `flight.closes` last.
+
+    A station that has cache memory says by an attribute `cache_slots` for how many slots (see `cache_slots`).
     """
 
     def run(self, flight: Flight, hidden: Any) -> Any: ...
@@ -64,6 +67,16 @@ class TapReader(Protocol):
     def ready(self, job: Flight) -> bool: ...
 
     def forget(self, nodes: list[int]) -> None: ...
+
+
+def cache_slots(station: StageLike | DraftLike) -> int | None:
+    """How many slots a station has room for; None: for as many as anybody names."""
+    return getattr(station, "cache_slots", None)
+
+
+def least_slots(counts: Iterable[int | None]) -> int | None:
+    """How many slots all of some stations have room for."""
+    return min((count for count in counts if count is not None), default=None)
 
 
 @dataclass(slots=True)

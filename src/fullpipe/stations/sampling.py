@@ -1,8 +1,9 @@
 """Logits become tokens here: processors, shared noise, the pick of a stage and the guesses of a draft.
 
 The pick is `argmax(processed_logits + gumbel(seed, position))`: an exact sample from the softmax of the
-processed logits (the Gumbel-max trick), and a pure function of the row. Nothing here looks at two rows at
-once, and ties go by token id or are kept whole, so a row's answer does not depend on its batch.
+processed logits (the Gumbel-max trick), and a pure function of the row. Rows are looked at together, but no
+number of one goes into another, and ties go by token id or are kept whole, so a row's answer does not
+depend on its batch.
 
 Processors act in the order that `SamplingParams` documents and with transformers' formulas, on three
 points more strictly:
@@ -14,6 +15,9 @@ points more strictly:
   changes, no temperature overflows, and scores that can win stay small enough for float32 to add noise
   to them with an error below 2**-20.
 - Filters do nothing at temperature 0: the best token passes all of them.
+
+`process` does this over the whole vocabulary, and is what the others mean. They look at few tokens and say the
+same, bit by bit (`stations/candidates.py`).
 """
 
 from __future__ import annotations
@@ -24,22 +28,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fullpipe.errors import ModelError
 from fullpipe.request import SamplingParams
-from fullpipe.stations.noise import gumbel
+from fullpipe.stations.candidates import Floats, Ids, Sampled, best_of, gap_below, highest_from
 
-History = Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
+History = Callable[[], tuple[Ids, Ids]]
 
-_FIRST_LOOK = 512  # candidates that top-p sorts first; it takes 16 times as many while they do not suffice
 MOST_TYPICAL = 8  # tokens besides the pick that a lossy request may let pass at one place
 _IMPOSSIBLE = -9999.0  # what OpenAI says in place of minus infinity, for which JSON has no word
-_COLDEST = 1e-30  # below it, dividing by the temperature would overflow; no two logits are so close
 
 
-def _no_history() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _no_history() -> tuple[Ids, Ids]:
     raise AssertionError("penalties need the row's history")
 
 
@@ -60,21 +61,20 @@ class RowContext:
 def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None) -> Tensor:
     """Processed logits with temperature and noise, -inf where filtered: float32 [rows, vocab].
 
-    logits: float [rows, vocab], left as it is.
+    logits: float [rows, vocab] in the host's memory, left as it is.
     limit: the real vocabulary. Ids from there on are padding of the head; they are cut off, so the
     result is [rows, min(vocab, limit)].
     Ids of `logit_bias` outside the vocabulary are ignored: the target refuses them at the front door, and
     a draft's head may be padded less than the target's.
     """
-    out = torch.empty_like(logits[:, :limit], dtype=torch.float32, memory_format=torch.contiguous_format)
-    for scores, given, row in zip(out, logits[:, :limit], rows, strict=True):
-        scores.copy_(given)
-        _filter(scores, row)
-        if row.params.temperature > 0:
-            scores += _noise(scores, row)
+    scores, _, sampled = _prepared(logits[:, :limit], rows)
+    out = torch.from_numpy(scores).clone()
+    for at, floor in sampled.floors().items():
+        out[at] = sampled.scores(at, floor) + sampled.noise(at)
     return out
 
 
+@np.errstate(over="ignore")  # margins may be infinite
 def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None,
          margins: bool = False) -> tuple[list[int], list[float | None]]:
     """The token that follows each row; of equals the lowest id.
@@ -85,18 +85,16 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
 
     Raises `ModelError` where no token can be picked, as with logits that are NaN.
     """
-    if all(row.params.plain_greedy for row in rows):
-        scores = logits[:, :limit]
-        _check(scores.amax(-1), rows)
-    else:
-        scores = process(logits, rows, limit=limit)
-    tokens = scores.argmax(-1, keepdim=True)
-    picked: list[int] = tokens.squeeze(1).tolist()
-    if not margins:
-        return picked, []
-    second = scores.scatter(1, tokens, -math.inf).amax(-1)
-    gaps = (scores.gather(1, tokens).squeeze(1) - second).tolist()
-    return picked, [gap if math.isfinite(gap) else None for gap in gaps]
+    scores, tokens, sampled = _prepared(logits[:, :limit], rows)
+    gaps = [gap_below(own, token) for own, token in zip(scores, tokens.tolist())] if margins else []
+    for at, band in sampled.bands().items():
+        best = sampled.best_two(at, band)
+        tokens[at] = best.token
+        if margins and best.second < best.unseen:  # what comes second was not looked at
+            gaps[at] = gap_below(process(logits[at : at + 1], rows[at : at + 1], limit=limit)[0].numpy(), best.token)
+        elif margins:
+            gaps[at] = float(best.first - best.second)
+    return tokens.tolist(), [gap if math.isfinite(gap) else None for gap in gaps]
 
 
 def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
@@ -111,20 +109,24 @@ def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *
     sqrt(e) as there). The distribution has all processors applied and no noise. Greedy decoding has none of its own:
     there it is that of temperature 1.
     """
-    if not any(row.params.accept_typical for row in rows):
+    passing: list[list[int]] = [[] for _ in rows]
+    lossy = [at for at, row in enumerate(rows) if row.params.accept_typical]
+    if not lossy:
         return []
-    return [_typical(given, row, token, most) if row.params.accept_typical else []
-            for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
+    scores, _, sampled = _prepared(logits[lossy, :limit], [rows[at] for at in lossy])
+    floors = sampled.floors()
+    for index, at in enumerate(lossy):
+        own = sampled.scores(index, floors[index]) if index in floors else torch.from_numpy(scores[index])
+        likely = _typical(own, rows[at].params.accept_typical, most + 1)
+        passing[at] = [token for token in likely if token != picked[at]][:most]
+    return passing
 
 
-def _typical(given: Tensor, row: RowContext, picked: int, most: int) -> list[int]:
-    scores = given.to(torch.float32, copy=True)
-    _filter(scores, row)
+def _typical(scores: Tensor, epsilon: float, most: int) -> list[int]:
     probabilities = scores.softmax(0)
-    epsilon, entropy = row.params.accept_typical, float(torch.special.entr(probabilities).sum())
-    passing = (probabilities > min(epsilon, math.sqrt(epsilon) * math.exp(-entropy))).nonzero().squeeze(1)
-    order = probabilities[passing].sort(descending=True, stable=True).indices[: most + 1]
-    return [token for token in passing[order].tolist() if token != picked][:most]
+    entropy = float(torch.special.entr(probabilities).sum())
+    least = np.float32(min(epsilon, math.sqrt(epsilon) * math.exp(-entropy)))
+    return highest_from(probabilities.numpy(), np.nextafter(least, np.float32(2)), most)[0]
 
 
 def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
@@ -142,19 +144,14 @@ def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[i
 
 
 def _told(given: Tensor, picked: int, count: int) -> list[tuple[int, float]]:
-    logprobs = given.float().log_softmax(0).clamp(min=_IMPOSSIBLE)
-    told = [(picked, float(logprobs[picked]))]
-    if count := min(count, len(logprobs)):
-        least = logprobs.topk(count).values[-1]
-        best = (logprobs >= least).nonzero().squeeze(1)  # in order of id, which a stable sort keeps among equals
-        values, order = logprobs[best].sort(descending=True, stable=True)
-        told += zip(best[order[:count]].tolist(), values[:count].tolist())
-    return told
+    logprobs = given.float().log_softmax(0).clamp_(min=_IMPOSSIBLE).numpy()
+    return [(picked, float(logprobs[picked])), *zip(*best_of(logprobs, count))]
 
 
 def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
          limit: int | None = None) -> tuple[list[list[int]], list[list[float]]]:
-    """A draft's k likeliest candidates for what the target picks, best first, and their log-probabilities.
+    """A draft's k likeliest candidates for what the target picks, best first, of equals the lowest id, and their
+    log-probabilities.
 
     logits, limit: as in `process`, but of the draft. Rows have fewer than k candidates where fewer tokens
     are possible at all.
@@ -174,61 +171,46 @@ def rank(logits: Tensor, rows: Sequence[RowContext], k: int, *,
     same positions, with T = 0.7, top-p 0.8 and top-k 20, the target's pick is among the first 8 in 97.7%
     this way and in 92.7% when the removed tokens are dropped.
     """
-    scores = _expected(logits[:, :limit], rows)
-    values, tokens = scores.topk(min(k, scores.shape[1]))
-    logprobs = values - scores.logsumexp(-1, keepdim=True)
-    possible = (values > -math.inf).sum(-1).tolist()
-    return ([ids[:n] for ids, n in zip(tokens.tolist(), possible)],
-            [row[:n] for row, n in zip(logprobs.tolist(), possible)])
+    scores, _, sampled = _prepared(logits[:, :limit], rows)
+    floors = sampled.floors()
+    tokens: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    for at, own in enumerate(scores):
+        weights = sampled.expected(at, floors[at]) if at in floors else torch.from_numpy(own)
+        ids, values = best_of(weights.numpy(), k)
+        possible = [value for value in values if value > -math.inf]
+        tokens.append(ids[: len(possible)])
+        logprobs.append((torch.tensor(possible) - weights.logsumexp(0)).tolist())
+    return tokens, logprobs
 
 
-def _expected(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
-    """Unnormalised log-probabilities of the target's pick, by the draft's logits: float32 [rows, vocab]."""
-    out = torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
-    out.copy_(logits)
-    for scores, row in zip(out, rows, strict=True):
-        _prepare(scores, row)
-        if row.params.temperature > 0:
-            floor = _floor(scores, row.params)
-            noisy = scores + _noise(scores, row)
-            if floor is not None:
-                removed = scores < floor
-                best = noisy.masked_fill(removed, -math.inf).amax()
-                noisy = noisy.where(~removed, noisy.minimum(best) - (floor - scores))
-            torch.mul(noisy, _heat(row), out=scores)
-    return out
+# ---- what comes before the noise -------------------------------------------------------------------------
 
 
-def _check(best: Tensor, rows: Sequence[RowContext]) -> None:
-    """A NaN anywhere in a row makes its maximum NaN; a row of which nothing is left has -inf."""
-    finite = best.isfinite()
+def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Floats, Ids, Sampled]:
+    """Logits with bias and penalties, [rows, vocab]; their best tokens; and how rows with a temperature go on."""
+    edited = logits.float()
+    touched = [at for at, row in enumerate(rows) if row.params.needs_history or row.params.logit_bias]
+    if touched:
+        edited = edited.clone()
+    for at in touched:
+        _penalise(edited[at], rows[at])
+    scores = edited.numpy()
+    tokens = scores.argmax(1)
+    best = scores[np.arange(len(rows)), tokens]
+    _check(best, rows)
+    return scores, tokens, Sampled(rows, scores, best)
+
+
+def _check(best: Floats, rows: Sequence[RowContext]) -> None:
+    """A NaN anywhere in a row is its maximum; a row of which nothing is left has -inf."""
+    finite = np.isfinite(best)
     if not finite.all():
-        row = int(finite.logical_not().nonzero()[0])
+        row = int(finite.argmin())
         raise ModelError(
             f"no token can be picked for position {rows[row].position}: the best logit is {float(best[row])}",
             hint="NaN or inf comes from damaged weights or a dtype that overflows: try `dtype=float32`. "
                  "-inf means that logit_bias forbids every token.")
-
-
-def _prepare(scores: Tensor, row: RowContext) -> None:
-    """All that comes before the filters, in place: bias, penalties, temperature."""
-    _penalise(scores, row)
-    best = scores.amax()
-    _check(best[None], [row])
-    if row.params.temperature > 0:
-        scores -= best
-        scores /= _heat(row)
-
-
-def _filter(scores: Tensor, row: RowContext) -> None:
-    """All but the noise, in place; -inf where filtered."""
-    _prepare(scores, row)
-    if row.params.temperature > 0 and (floor := _floor(scores, row.params)) is not None:
-        scores.masked_fill_(scores < floor, -math.inf)
-
-
-def _heat(row: RowContext) -> float:
-    return max(row.params.temperature, _COLDEST)
 
 
 def _penalise(scores: Tensor, row: RowContext) -> None:
@@ -248,36 +230,3 @@ def _penalise(scores: Tensor, row: RowContext) -> None:
     said, counts = np.unique(output, return_counts=True)
     penalty = params.frequency_penalty * counts + params.presence_penalty
     scores[torch.from_numpy(said).to(scores.device)] -= torch.from_numpy(penalty).to(scores)
-
-
-def _floor(scores: Tensor, params: SamplingParams) -> Tensor | None:
-    """The lowest score that passes top-k, top-p and min-p (a 0-dim tensor), or None when all are off.
-
-    scores: float32 [vocab], with temperature, the best 0.
-    """
-    floors: list[Tensor] = []
-    if 0 < params.top_k < len(scores):
-        floors.append(scores.topk(params.top_k).values[-1])
-    if params.top_p < 1:
-        floors.append(_nucleus(scores if not floors else scores[scores >= floors[0]], params.top_p))
-    if params.min_p > 0:
-        # p >= min_p * p_best, as logarithms. It compares two tokens, so what was filtered has no say.
-        floors.append(scores.new_tensor(math.log(params.min_p)))
-    return torch.stack(floors).amax() if floors else None
-
-
-def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """The score of the last token that top-p keeps: the first at which the probabilities reach `top_p`."""
-    total = scores.logsumexp(0).double()
-    count = min(_FIRST_LOOK, len(scores))
-    while True:
-        best = scores.topk(count).values
-        reached = (best.double() - total).exp().cumsum(0)
-        if count == len(scores) or reached[-1] >= top_p:
-            kept = int((reached < top_p).sum())
-            return best[min(kept, count - 1)]
-        count = min(16 * count, len(scores))
-
-
-def _noise(scores: Tensor, row: RowContext) -> Tensor:
-    return gumbel(row.params.seed, row.position, len(scores), scores.device)

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import ArenaId, Expansion, Flight, Landed, Part
+from fullpipe.messages import Expansion, Flight, Landed, Part
 from fullpipe.stations.base import Tapped
-from fullpipe.stations.table import SlotTable, open_table
+from fullpipe.stations.table import SlotTable, Tables
 
 Truth = dict[str, Any]
 Answer = Callable[[SlotTable, Part, int], int]
@@ -60,11 +60,10 @@ class ScriptedStage:
         self.index, self.num_stages, self.delay_s, self.fail_at = index, num_stages, delay_s, fail_at
         self.taps = list(taps)
         self._answer = answerer(truth)
-        self._tables: dict[ArenaId, SlotTable] = {}
+        self._tables = Tables()
 
     def run(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32] | Landed | Tapped:
-        for opening in flight.opens:
-            self._tables[opening.arena] = open_table(self._tables, opening)
+        self._tables.open(flight.opens)
         if self.fail_at == flight.id:
             raise RuntimeError(f"scripted failure at flight {flight.id}")
         if self.delay_s:
@@ -73,8 +72,7 @@ class ScriptedStage:
             self._tables[part.arena].apply(part)
         passed = self._pass_on(flight, hidden)
         answer = self._land(flight) if self.index == self.num_stages - 1 else passed
-        for arena in flight.closes:
-            self._tables.pop(arena, None)
+        self._tables.close(flight.closes)
         return Tapped(answer, self.taps, tap_features(flight, self.taps)) if self.taps else answer
 
     def _pass_on(self, flight: Flight, hidden: NDArray[np.float32] | None) -> NDArray[np.float32]:

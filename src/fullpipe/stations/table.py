@@ -1,111 +1,115 @@
-"""A station knows this of one request's cache slots: token, position, and the committed path.
+"""A station knows this of the requests that run: what stands in each slot, and each request's committed path.
 
-A slot is an index into a request's arena, the same on every station. Stations are first-in-first-out, so a later
-owner's write always follows the dead one's. No torch here.
+A slot is an index into the pool of cache memory, the same on every station. The engine says who has which. Stations are
+first-in-first-out, so a later owner's write always follows the dead one's. No torch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.messages import ArenaId, Opening, Part
 
+_LEAST = 256
+
+
+class Slots:
+    """Knows the token and the position of what was written last into each slot, of all requests. int64 arrays; they
+    grow with the slots that are named."""
+
+    def __init__(self) -> None:
+        self.token = np.zeros(0, np.int64)
+        self.position = np.zeros(0, np.int64)
+
+    def write(self, part: Part) -> None:
+        slots = np.asarray(part.slots, np.int64)
+        if (highest := int(slots.max())) >= len(self.token):
+            more = max(highest + 1, 2 * len(self.token), _LEAST) - len(self.token)
+            self.token, self.position = np.pad(self.token, (0, more)), np.pad(self.position, (0, more))
+        self.token[slots] = part.tokens
+        self.position[slots] = part.positions
+
 
 class SlotTable:
-    """Knows each slot of one request: token, position, and the committed path.
+    """Knows the committed path of one request, and reads its tokens in the slots of the station.
 
     Filled from the parts that arrive, in order; `apply` comes before anything is asked about a part.
     """
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, opening: Opening, slots: Slots) -> None:
         self.params, self.request = opening.params, opening.request
         self.prompt_len = opening.prompt_len
-        self.capacity = opening.capacity
-        self.width = 0  # highest slot in use, plus one
-        self._token = np.zeros(opening.capacity, np.int64)
-        self._position = np.zeros(opening.capacity, np.int64)
-        self._committed = np.zeros(opening.capacity, np.bool_)
-        self._order = np.zeros(opening.capacity, np.int64)  # committed slots by position
-        self.num_committed = 0
-
-    def enlarge(self, capacity: int) -> None:
-        """Make room for `capacity` slots, if there is less. What stands in the others stays."""
-        if (more := capacity - self.capacity) > 0:
-            for name in ("_token", "_position", "_committed", "_order"):
-                setattr(self, name, np.pad(getattr(self, name), (0, more)))
-            self.capacity = capacity
-
-    def begin_with(self, other: SlotTable, slots: list[int]) -> None:
-        """Take over what stands in committed slots of another table, those of positions 0, 1, ... in order: it stands,
-        committed, in slots 0, 1, ... of this one, which is empty before."""
-        (tokens, positions), count = other.standing(np.asarray(slots, np.int64)), len(slots)
-        places = np.arange(count)
-        assert other._committed[slots].all() and (positions == places).all(), "only the committed path can be copied"
-        self._token[:count], self._position[:count], self._order[:count] = tokens, places, places
-        self._committed[:count] = True
-        self.width = self.num_committed = count
+        self._slots = slots
+        self._order = np.asarray(opening.path, np.int32)  # committed slots by position, and room behind them
+        self.num_committed = len(opening.path)
 
     def apply(self, part: Part) -> None:
         """Take over the part's rows and commits."""
         if part.slots:
-            slots = np.asarray(part.slots, np.int64)
-            self._token[slots] = part.tokens
-            self._position[slots] = part.positions
-            self.width = max(self.width, int(slots.max()) + 1)
+            self._slots.write(part)
         if part.commits:
             end = self.num_committed + len(part.commits)
+            if end > len(self._order):
+                self._order = np.pad(self._order, (0, max(end, 2 * len(self._order), _LEAST) - len(self._order)))
             self._order[self.num_committed : end] = part.commits
-            self._committed[part.commits] = True
             self.num_committed = end
 
-    def mask(self, part: Part) -> NDArray[np.bool_]:
-        """Which slots each row attends to: bool [rows, width], True = attend, own slot included."""
-        positions = np.asarray(part.positions, np.int64)
-        mask = self._committed[: self.width] & (self._position[: self.width] <= positions[:, None])
-        lengths = [len(path) for path in part.paths]
-        rows = np.repeat(np.arange(len(part)), lengths)
-        columns = [slot for path in part.paths for slot in path]
-        mask[rows, columns] = True
-        return mask
+    def shared(self, part: Part, row: int) -> int:
+        """How many slots of the committed path a row reads; behind them it reads those that it names."""
+        count = part.positions[row] + 1 - len(part.paths[row])
+        assert count <= self.num_committed, "a row's path begins beyond what is committed"
+        return count
 
     def committed_tokens(self) -> NDArray[np.int64]:
         """The committed path's tokens in order, prompt included."""
-        return self._token[self._order[: self.num_committed]]
+        return self._slots.token[self.committed_slots()]
 
-    def committed_slots(self) -> NDArray[np.int64]:
+    def committed_slots(self) -> NDArray[np.int32]:
         """The committed path's slots in order; a view."""
         return self._order[: self.num_committed]
 
-    def is_committed(self, slot: int) -> bool:
-        return bool(self._committed[slot])
+    def is_committed(self, slot: int, position: int) -> bool:
+        """Whether what stands in a slot at a position is of the committed path."""
+        return position < self.num_committed and bool(self._order[position] == slot)
 
-    def standing(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def standing(self, slots: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens in these slots, and their positions."""
-        return self._token[slots], self._position[slots]
+        return self._slots.token[slots], self._slots.position[slots]
 
     def path(self, part: Part, row: int) -> list[int]:
         """All tokens on the path of a row of `part`, in order, its own last."""
-        return self.tail(part, row, self.capacity)
+        return self.tail(part, row, part.positions[row] + 1)
 
     def tail(self, part: Part, row: int, count: int) -> list[int]:
         """The last `count` tokens of that path; fewer where it is shorter. Costs as much as it returns."""
-        branch = part.paths[row][-count:]
-        end = min(self.num_committed, part.positions[row] + 1)
-        shared = self._order[max(0, end - (count - len(branch))) : end]
-        tokens: list[int] = self._token[shared].tolist()
-        return tokens + [int(self._token[slot]) for slot in branch]
+        branch, end = part.paths[row][-count:], part.positions[row] + 1 - len(part.paths[row])
+        end = min(end, self.num_committed)
+        shared = self._order[max(0, end - (count - len(branch))) : max(0, end)]
+        tokens: list[int] = self._slots.token[shared].tolist()
+        return tokens + [int(self._slots.token[slot]) for slot in branch]
 
 
-def open_table(tables: Mapping[ArenaId, SlotTable], opening: Opening) -> SlotTable:
-    """What a station with these tables has of the request from now on: the table that is there, enlarged, or a new
-    one, which begins with what the opening says."""
-    if (table := tables.get(opening.arena)) is not None:
-        table.enlarge(opening.capacity)
-        return table
-    table = SlotTable(opening)
-    if opening.copy_from >= 0:
-        table.begin_with(tables[ArenaId(opening.copy_from)], opening.copied)
-    return table
+class Tables:
+    """Holds the table of each open request of a station."""
+
+    def __init__(self) -> None:
+        self._slots = Slots()
+        self._tables: dict[ArenaId, SlotTable] = {}
+
+    def __contains__(self, arena: ArenaId) -> bool:
+        return arena in self._tables
+
+    def __getitem__(self, arena: ArenaId) -> SlotTable:
+        return self._tables[arena]
+
+    def open(self, openings: Iterable[Opening]) -> None:
+        for opening in openings:
+            self._tables[opening.arena] = SlotTable(opening, self._slots)
+
+    def close(self, arenas: Iterable[ArenaId]) -> None:
+        """Forget requests; of one that was never opened here there is nothing to forget."""
+        for arena in arenas:
+            self._tables.pop(arena, None)

@@ -1,7 +1,7 @@
 """A slice of the model is a station: it takes flights in, and gives hidden states or tokens out.
 
-`SliceRunner` is what target stages and a draft model share: arenas and slot tables per request, and the
-way from a flight's integers to a decoder step. Nothing here outlives a request.
+`SliceRunner` is what target stages and a draft model share: slot tables per request, and the way from a flight's
+integers to a decoder step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Flight, Landed, Opening, Part
-from fullpipe.models.attention import Segment
-from fullpipe.models.slice import Arena, Slice, load_slice
+from fullpipe.models.slice import Slice, load_slice
+from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.stations.base import Tapped
 from fullpipe.stations.sampling import RowContext, pick, tell_logprobs, typical
-from fullpipe.stations.table import SlotTable, open_table
+from fullpipe.stations.step import step_of
+from fullpipe.stations.table import SlotTable, Tables
 
 
 @dataclass(slots=True)
@@ -50,55 +51,30 @@ class Wanted:
 
 
 class SliceRunner:
-    """Runs flights through one decoder slice, with an arena per open request."""
+    """Runs flights through one decoder slice, and knows the requests that they are of."""
 
     def __init__(self, slice: Slice) -> None:
         self.slice = slice
-        self._tables: dict[ArenaId, SlotTable] = {}
-        self._arenas: dict[ArenaId, Arena] = {}
+        self._tables = Tables()
 
     def open(self, openings: list[Opening]) -> None:
-        """Make arenas, or enlarge those that are there (see `Opening`)."""
-        for opening in openings:
-            arena_id, old = opening.arena, self._arenas.get(opening.arena)
-            table = open_table(self._tables, opening)
-            if old is not None:
-                arena = old.enlarged(table.capacity, table.width)
-            else:
-                arena = self.slice.allocate(opening.capacity)
-                if opening.copy_from >= 0:
-                    copied = torch.tensor(opening.copied, dtype=torch.int64)
-                    arena.begin_with(self._arenas[ArenaId(opening.copy_from)], copied)
-            self._tables[arena_id], self._arenas[arena_id] = table, arena
+        self._tables.open(openings)
 
     def close(self, arenas: list[ArenaId]) -> None:
-        for arena in arenas:
-            self._tables.pop(arena, None)
-            self._arenas.pop(arena, None)
+        self._tables.close(arenas)
 
     def forward(self, flight: Flight, hidden: Tensor | None) -> Tensor:
         """One step. hidden: [rows, hidden] from the stage before, None at the first. Returns the same shape."""
-        return self.slice.forward(*self._step(flight, hidden))
+        return self.slice.forward(self._step(flight, hidden))
 
     def forward_tapped(self, flight: Flight, hidden: Tensor | None, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The same, and what the slice makes on the way, [rows, len(taps), hidden] (see `DecoderSlice.forward`)."""
-        return self.slice.forward(*self._step(flight, hidden), taps)
+        return self.slice.forward(self._step(flight, hidden), taps)
 
-    def _step(self, flight: Flight, hidden: Tensor | None) -> tuple[Tensor, Tensor, list[Segment]]:
-        segments: list[Segment] = []
-        start = 0
+    def _step(self, flight: Flight, hidden: Tensor | None) -> Step:
         for part in flight.parts:
-            table = self._tables[part.arena]
-            table.apply(part)
-            if len(part):
-                segments.append(Segment(start, start + len(part), self._arenas[part.arena],
-                                        torch.tensor(part.slots), torch.from_numpy(table.mask(part))))
-            start += len(part)
-        positions = torch.tensor([position for part in flight.parts for position in part.positions],
-                                 dtype=torch.int64)
-        if hidden is None:
-            hidden = torch.tensor([token for part in flight.parts for token in part.tokens], dtype=torch.int64)
-        return hidden, positions, segments
+            self._tables[part.arena].apply(part)
+        return step_of(flight, hidden, self._tables)
 
     def wanted(self, flight: Flight) -> Iterator[Wanted]:
         start = 0
@@ -125,6 +101,10 @@ class ModelStage:
                  taps: Sequence[int] = ()) -> None:
         self._runner = SliceRunner(slice)
         self._is_last, self._vocab, self._margins, self._taps = is_last, vocab, margins, list(taps)
+
+    @property
+    def cache_slots(self) -> int:
+        return self._runner.slice.slots
 
     @torch.inference_mode()
     def run(self, flight: Flight, hidden: Tensor | None) -> Tensor | Landed | Tapped:

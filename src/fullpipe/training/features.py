@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fullpipe.errors import UsageError
-from fullpipe.models.arena import KVArena
-from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.step import Step
 
 
 class Teacher:
@@ -35,21 +34,17 @@ class Teacher:
         assert list(taps) == sorted(set(taps)) and taps[0] > 0 and taps[-1] == files.config.num_layers
         self.config, self.taps, self.dtype = files.config, tuple(taps), dtype
         last = files.config.num_layers
-        self._slices = [DecoderSlice(files, first, end, has_embedding=first == 0, has_head=end == last, dtype=dtype)
+        self._slices = [DecoderSlice(files, first, end, has_embedding=first == 0, has_head=end == last, dtype=dtype,
+                                     slots=max_length)
                         for first, end in zip((0, *taps), taps)]
-        self._arenas: list[KVArena] = [part.allocate(max_length) for part in self._slices]
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens: int64 [s]. Returns hidden states [s, taps, hidden] in the target's dtype, and the target's likeliest
         next token of every position, int64 [s]."""
-        size = len(tokens)
-        positions = torch.arange(size)
-        mask = torch.ones(size, size, dtype=torch.bool).tril()
-        x, found = tokens, []
-        for part, arena in zip(self._slices, self._arenas):
-            x = part.forward(x, positions, [Segment(0, size, arena, positions, mask)])
-            found.append(x)
-        best = torch.cat([self._slices[-1].logits(rows).argmax(-1) for rows in torch.split(x, 256)])
+        step, found = Step.of_text(tokens, np.arange(len(tokens), dtype=np.int32)), list[Tensor]()
+        for part in self._slices:
+            found.append(part.forward(step if not found else step.with_x(found[-1])))
+        best = torch.cat([self._slices[-1].logits(rows).argmax(-1) for rows in torch.split(found[-1], 256)])
         return torch.stack(found, 1), best
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fullpipe_lab.peers import PeerResult
 
 _PEERS, _UNFINISHED, _AGREEMENT = "peers.json", "peers-unfinished.json", "agreement.json"
+_JOURNAL = "peers-journal.jsonl"
 
 
 def peers(
@@ -28,15 +29,19 @@ def peers(
     threads: options.Threads = None,
     repeats: options.Repeats = 3,
     out: options.Out = Path("bench-out"),
+    which: options.Peers = None,
 ) -> None:
     """Run Fullpipe and other programs side by side, on the wall clock (python -m fullpipe_lab.peers sets them up).
 
-    A table that an earlier run left stays where it is until this one is whole.
+    A second table sets ours beside the better of llama.cpp's modes, prompt by prompt. What an earlier run left stays
+    where it is until this one is whole. A run that is cut off goes on with the same command.
     """
     from fullpipe.assembly import draft_names
-    from fullpipe.models.dtypes import pick_dtype
+    from fullpipe.cluster.provenance import commit_of
     from fullpipe.stations.drafts.names import module_folder
-    from fullpipe_lab.peers import PeerModels, peer_table, run_peers
+    from fullpipe_lab.files import Journal
+    from fullpipe_lab.peers import PeerModels, better_mode, peer_table, run_peers
+    from fullpipe_lab.receipts import HERE
     from fullpipe_lab.report import render
 
     guesser = next((name for name in draft_names(model.model, model.draft) if name != "ngram"), None)
@@ -44,16 +49,21 @@ def peers(
         raise UsageError(f"{guesser} is a draft module, which no other program runs",
                          hint="Name a draft model that all of them can use, or ngram.")
     fetch_all(replace(model, draft=guesser or "none"))
-    chosen, model = choose(prompts, limit), replace(model, dtype=pick_dtype(model.dtype))
+    chosen, model = choose(prompts, limit), replace(model, dtype=_dtype(model))
     settings = {"max_tokens": sampling.max_tokens, "prompts": len(chosen), "repeats": repeats, "threads": threads}
+    journal = Journal(out / _JOURNAL)
+    journal.bind(settings | {"model": model.model, "draft": model.draft, "dtype": model.dtype,
+                             "asked": [prompt.id for prompt in chosen], "commit": commit_of(HERE)[0]})
     unfinished = out / (_UNFINISHED if (out / _PEERS).exists() else _PEERS)
 
     def keep(results: list[PeerResult]) -> None:
-        _keep(unfinished, model, settings, peers=peer_table(results))
+        _keep(unfinished, model, settings, peers=peer_table(results), better_mode=better_mode(results),
+              answers=[row for result in results for row in result.answers()])
 
-    rows = peer_table(run_peers(chosen, sampling, PeerModels(model.model, guesser), progress=console.print_note,
-                                keep=keep, dtype=model.dtype, threads=threads, repeats=repeats))
-    print(render("peers.md.j2", rows=rows), end="")
+    results = run_peers(chosen, sampling, PeerModels(model.model, guesser), which, progress=console.print_note,
+                        keep=keep, dtype=model.dtype, threads=threads, repeats=repeats, journal=journal)
+    print(render("peers.md.j2", rows=peer_table(results), better=better_mode(results)), end="")
+    journal.path.unlink()
     if unfinished.name != _PEERS:
         os.replace(unfinished, out / _PEERS)
         console.print_note(f"it replaces {out / _PEERS}")
@@ -68,17 +78,25 @@ def agreement(
     out: options.Out = Path("bench-out"),
 ) -> None:
     """Run two stages by the virtual and by the wall clock, and compare."""
-    from fullpipe.models.dtypes import pick_dtype
     from fullpipe_lab.agreement import agreement as compare
 
     fetch_all(model)
-    chosen, model = choose(prompts, limit), replace(model, dtype=pick_dtype(model.dtype))
+    chosen, model = choose(prompts, limit), replace(model, dtype=_dtype(model))
     with console.StepBar("agreement of the clocks") as bar:
         rows = compare(model.model, model.draft, chosen, tokens=sampling.max_tokens, repeats=repeats,
                        dtype=model.dtype, progress=bar)
     console.print_table(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows])
     settings = {"max_tokens": sampling.max_tokens, "prompts": len(chosen), "repeats": repeats}
     _keep(out / _AGREEMENT, model, settings, agreement=rows)
+
+
+def _dtype(model: ModelOptions) -> str:
+    """In what the product would compute; the model is opened only where that matters."""
+    from fullpipe.hub import resolve
+    from fullpipe.models.dtypes import pick_dtype
+    from fullpipe.models.weights import open_model
+
+    return pick_dtype(model.dtype, files=open_model(resolve(model.model)) if model.dtype == "auto" else None)
 
 
 def kept(out: Path, model: str) -> dict[str, list[dict[str, Any]]]:

@@ -21,6 +21,8 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Prompts per f
                                            "category.")]
 Turns = Annotated[int | None, typer.Option("--turns", min=1, help="Turns per prompt at most. Default: all.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds.")]
+Peers = Annotated[list[str] | None, typer.Option("--peer", metavar="NAME", help="Ask this one; may be repeated. "
+                                                 "Default: all; those that are not installed are told.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="What is written goes here.")]
 
 SEED_7 = SamplingParams(seed=7)

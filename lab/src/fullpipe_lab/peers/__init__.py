@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 from fullpipe_lab.peers.known import PEERS, Peer
+from fullpipe_lab.peers.modes import better_mode
 from fullpipe_lab.peers.records import PeerResult, PeerSample
 from fullpipe_lab.peers.run import PeerModels, run_peers
 from fullpipe_lab.peers.table import peer_table
 
-__all__ = ["PEERS", "Peer", "PeerModels", "PeerResult", "PeerSample", "peer_table", "run_peers"]
+__all__ = ["PEERS", "Peer", "PeerModels", "PeerResult", "PeerSample", "better_mode", "peer_table", "run_peers"]

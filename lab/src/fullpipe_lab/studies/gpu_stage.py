@@ -29,18 +29,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fullpipe.assembly import prepare
 from fullpipe.models import rope
-from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.gpu.decoder import ROWS, DeviceSlice, Weights
 from fullpipe.models.linear import Linear
 from fullpipe.models.loading import Layer
 from fullpipe.models.slice import Slice
+from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.options import Options
 from fullpipe.pipeline.inprocess import InProcessPipeline
@@ -201,10 +202,7 @@ def _text(study: Study, count: int) -> list[int]:
 
 def _logits_of(slice: Slice, tokens: Sequence[int]) -> Tensor:
     """Of every position, float32 [tokens, vocab]."""
-    count = len(tokens)
-    mask, places = torch.ones(count, count, dtype=torch.bool).tril(), torch.arange(count)
-    segment = Segment(0, count, slice.allocate(count), places, mask)
-    return slice.logits(slice.forward(torch.tensor(tokens), places, [segment]))
+    return slice.logits(slice.forward(Step.of_text(torch.tensor(tokens), np.arange(len(tokens), dtype=np.int32))))
 
 
 def _prompts(on: Asker, count: int) -> list[list[int]]:
@@ -253,12 +251,10 @@ class Tree:
     def position(self, row: int) -> int:
         return len(self.prompt) + len(self.path(row)) - 1
 
-    def mask(self, rows: Sequence[int], width: int) -> Tensor:
-        mask, size = torch.zeros(len(rows), width, dtype=torch.bool), len(self.prompt)
-        for index, row in enumerate(rows):
-            mask[index, self.slots[:size]] = True
-            mask[index, [self.slots[size + at] for at in self.path(row)]] = True
-        return mask
+    def read(self, row: int) -> list[int]:
+        """Slots that a row reads, in order of position."""
+        size = len(self.prompt)
+        return [*self.slots[:size], *(self.slots[size + at] for at in self.path(row))]
 
 
 def part_c(study: Study) -> None:
@@ -307,40 +303,22 @@ def _rows_of(study: Study, name: str, weights: Weights) -> None:
 
 def _run_tree(slice: DeviceSlice, tree: Tree, rng: random.Random, *, whole: bool) -> Tensor:
     """Logits of the tree's rows, in order. whole: prompt and rows in one step each, alone; else as it comes."""
-    arena, size = slice.allocate(1536), len(tree.prompt)
-    crowd = slice.allocate(1024)
-    crowd.pretend(1000)
-    start = 0
+    size, start, crowd = len(tree.prompt), 0, 1536  # slots from `crowd` on are others'
+    slice.pretend(crowd + 1024)
+    line = np.array(tree.slots[:size], np.int32)
     while start < size:
         end = size if whole else min(size, start + rng.choice((1, 3, 16, 40, 64, 130)))
-        mask = torch.zeros(end - start, 1536, dtype=torch.bool)
-        for row in range(start, end):
-            mask[row - start, tree.slots[: row + 1]] = True
-        segment = Segment(0, end - start, arena, torch.tensor(tree.slots[start:end]), mask)
-        slice.forward(torch.tensor(tree.prompt[start:end]), torch.arange(start, end), [segment])
+        slice.forward(Step.of_text(torch.tensor(tree.prompt[start:end]), line[:end], start))
         start = end
     out, rows = torch.empty(len(tree.tokens), slice.config.vocab_size), list(range(len(tree.tokens)))
     while rows:
         count = len(rows) if whole else rng.choice((1, 1, 2, 3, 5, 8, 13, 20))
         batch, rows = rows[:count], rows[count:]
-        others = 0 if whole else rng.choice((0, 1, 7, 30))
-        length = rng.randrange(1, 1000)
+        others, length = 0 if whole else rng.choice((0, 1, 7, 30)), rng.randrange(1, 990)
         x = torch.tensor([tree.tokens[row] for row in batch] + [rng.randrange(100) for _ in range(others)])
-        positions = torch.tensor([tree.position(row) for row in batch] + [length] * others)
-        slots = torch.tensor([tree.slots[size + row] for row in batch])
-        segments = [Segment(0, len(batch), arena, slots, tree.mask(batch, 1536))]
-        if others:
-            mask = torch.zeros(others, 1024, dtype=torch.bool)
-            own = torch.arange(length, length + others).clamp(max=1023) if length + others <= 1024 else \
-                torch.arange(1024 - others, 1024)
-            mask[:, :length] = True
-            if length > int(own[0]):
-                mask[:, int(own[0]) :] = False
-                positions[len(batch) :] = int(own[0])
-            mask[torch.arange(others), own] = True
-            segments.append(Segment(len(batch), len(batch) + others, crowd, own, mask))
-        out[batch] = slice.logits(slice.forward(x, positions, segments))[: len(batch)]
-        crowd.pretend(1000)
+        before = list(range(crowd, crowd + length))
+        paths = [tree.read(row) for row in batch] + [[*before, crowd + length + own] for own in range(others)]
+        out[batch] = slice.logits(slice.forward(Step.of_paths(x, paths)))[: len(batch)]
     return out
 
 
@@ -424,8 +402,8 @@ def _steps_of(study: Study, name: str, part: str, weights: Weights, products: st
     slice, config = _sliced(study, weights, products), weights.config
     for context in (64,) if study.small else CONTEXTS:
         for rows in (1, 16) if study.small else STEP_ROWS:
-            x, positions, segment = _chain(slice, rows, context)
-            step, bucket, width = _filled(slice, x, positions, segment)
+            work = _chain(slice, rows, context)
+            step, bucket, width = _filled(slice, work)
             limit = (_weight_bytes(weights) + context * len(weights.layers) * config.sizes(2).kv_bytes) \
                 / study.read_gbps() / 1e6
             taken = device_ms(study, step.replay)
@@ -433,36 +411,33 @@ def _steps_of(study: Study, name: str, part: str, weights: Weights, products: st
                 taken += device_ms(study, slice.head(bucket).replay)
             study.note("steps", model=name, part=part, products=products, context=context, rows=rows, bucket=bucket,
                        width=width, device_ms=taken, limit_ms=limit, over_limit=taken / limit,
-                       wall_ms=wall_ms(study, _whole_call(slice, x, positions, segment)))
+                       wall_ms=wall_ms(study, _whole_call(slice, work)))
 
 
-def _chain(slice: DeviceSlice, rows: int, context: int) -> tuple[Tensor, Tensor, Segment]:
+def _chain(slice: DeviceSlice, rows: int, context: int) -> Step:
     """Rows that follow a context, one after the other."""
-    arena = slice.allocate(context + rows)
-    arena.pretend(context)
-    mask = torch.ones(context + rows, context + rows, dtype=torch.bool).tril()[context:]
-    positions = torch.arange(context, context + rows)
+    slice.pretend(context + rows)
     x = torch.arange(rows) if slice.has_embedding else torch.randn(rows, slice.config.hidden).to(slice.dtype)
-    return x, positions, Segment(0, rows, arena, positions, mask)
+    return Step.of_text(x, np.arange(context + rows, dtype=np.int32), context)
 
 
-def _filled(slice: DeviceSlice, x: Tensor, positions: Tensor, segment: Segment) -> tuple[Any, int, int]:
+def _filled(slice: DeviceSlice, work: Step) -> tuple[Any, int, int]:
     """The step that such a call runs, with its inputs in place; its bucket and width."""
     from fullpipe.models.gpu.rows import Rows
 
-    slice.forward(x, positions, [segment])
-    rows = Rows.of(positions, [segment])
-    bucket, width = next(bucket for bucket in slice.rows if bucket >= len(x)), rows.context.shape[1]
+    slice.forward(work)
+    rows = Rows.of(work)
+    bucket, width = next(bucket for bucket in slice.rows if bucket >= len(work)), rows.context.shape[1]
     with torch.inference_mode():
         step = slice.step(bucket, width)
-        step.inputs.fill(x, rows)
+        step.inputs.fill(work.x, rows)
     return step, bucket, width
 
 
-def _whole_call(slice: DeviceSlice, x: Tensor, positions: Tensor, segment: Segment) -> Callable[[], object]:
+def _whole_call(slice: DeviceSlice, work: Step) -> Callable[[], object]:
     if not slice.has_head:
-        return lambda: slice.forward(x, positions, [segment])
-    return lambda: slice.logits(slice.forward(x, positions, [segment]))
+        return lambda: slice.forward(work)
+    return lambda: slice.logits(slice.forward(work))
 
 
 def _weight_bytes(weights: Weights) -> int:
@@ -475,8 +450,8 @@ def _buckets_of(study: Study, name: str, weights: Weights) -> None:
     """Each bucket by itself, whether or not it agrees with others."""
     for products, bucket in product(study.products, ROWS):
         slice = _sliced(study, weights, products, rows=(bucket,))
-        x, positions, segment = _chain(slice, 8, 128)
-        step, _, _ = _filled(slice, x, positions, segment)
+        work = _chain(slice, 8, 128)
+        step, _, _ = _filled(slice, work)
         study.note("buckets", model=name, products=products, bucket=bucket, layers_ms=device_ms(study, step.replay),
                    head_ms=device_ms(study, slice.head(bucket).replay),
                    limit_ms=_weight_bytes(weights) / study.read_gbps() / 1e6)
@@ -492,12 +467,12 @@ def _buckets_of(study: Study, name: str, weights: Weights) -> None:
 def _eager_of(study: Study, name: str, weights: Weights) -> None:
     slice = _sliced(study, weights, study.products[0], graphs=False)
     for rows in (1, 8, 64):
-        x, positions, segment = _chain(slice, rows, 128)
-        step, bucket, _ = _filled(slice, x, positions, segment)
+        work = _chain(slice, rows, 128)
+        step, bucket, _ = _filled(slice, work)
         with torch.inference_mode():
             study.note("without graphs", model=name, rows=rows, bucket=bucket,
                        layers_ms=device_ms(study, step.replay, 10),
-                       wall_ms=wall_ms(study, _whole_call(slice, x, positions, segment), 10))
+                       wall_ms=wall_ms(study, _whole_call(slice, work), 10))
 
 
 def _kernels_of(study: Study, name: str, weights: Weights) -> None:
@@ -510,8 +485,8 @@ def _kernels_of(study: Study, name: str, weights: Weights) -> None:
 def _profiled(study: Study, name: str, slice: DeviceSlice, products: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    x, positions, segment = _chain(slice, 8, 128 if not study.small else 64)
-    step, bucket, _ = _filled(slice, x, positions, segment)
+    work = _chain(slice, 8, 128 if not study.small else 64)
+    step, bucket, _ = _filled(slice, work)
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if study.on_gpu else [])]
     with torch.inference_mode(), profile(activities=kinds) as told:
         step.replay()
@@ -624,7 +599,7 @@ def part_h(study: Study) -> None:
 def _tried(study: Study, name: str, weights: Weights, changes: Row) -> None:
     slice, taken = _sliced(study, weights, "early"), {}
     for rows in (8, 32, 64):
-        step, bucket, _ = _filled(slice, *_chain(slice, rows, 128))
+        step, bucket, _ = _filled(slice, _chain(slice, rows, 128))
         taken[f"ms_{rows}_rows"] = device_ms(study, step.replay) + device_ms(study, slice.head(bucket).replay)
     study.note("constants", model=name, changes=str(changes), agree=str(slice.rows), **taken)
 

@@ -1,13 +1,14 @@
 """What the native kernels take, beside what the machine could do, and what quantising the rows costs.
 
-    python -m fullpipe_lab.studies.kernels [products] [steps] [quality] [--models A,B] [--rows 1,2,4,8,16,32]
-        [--threads 1] [--repeats 12] [--write]
+    python -m fullpipe_lab.studies.kernels [products] [steps] [quality] [quantising] [--models A,B]
+        [--rows 1,2,4,8,16,32] [--threads 1] [--repeats 12] [--write]
 
 products: one product of each form. Weights take turns, so that no cache holds them. The limit is the longer of two
 times: reading the weight at the bandwidth that was measured, and its products at the rate of a loop of nothing else.
 steps: all layers and the head of whole models after 128 tokens. quality: the models' logits beside float32 arithmetic
 on the same file's weights, over prompts, code and prose, 1,600 tokens: KL per token, and how often the likeliest token
-is the same. `--write` keeps the receipt in lab/receipts/kernels.json.
+is the same. quantising: the same of a bfloat16 model with other blocks (`permuted`), as it is and quantised while it
+is read. `--write` keeps the receipt in lab/receipts/kernels.json.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,18 +32,20 @@ from torch import Tensor
 import fullpipe
 from fullpipe.hub import resolve
 from fullpipe.kernels import Form, Kernels, Weight
-from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
-from fullpipe.models.dtypes import native_kernels
+from fullpipe.models.dtypes import STORED, native_kernels
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.native.slice import NativeSlice
 from fullpipe.models.slice import Slice
+from fullpipe.models.step import Step
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
+from fullpipe.options import QUANTIZATIONS
 from fullpipe.prompts import read_prompts
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
+from fullpipe_lab.studies.permuted import write_permuted
 
-PARTS = ("products", "steps", "quality")
+PARTS = ("products", "steps", "quality", "quantising")
 MODELS = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "smollm2-135m")
 SHAPES = ((1536, 8960), (8960, 1536))
 CONTEXT = 128
@@ -56,13 +60,16 @@ def main() -> None:
     setting: dict[str, Any] = {"level": native.level, "threads": args.threads, "context": CONTEXT}
     if "products" in args.parts:
         setting["machine"] = limits = measure_limits(native)
-        print(f"{native.level}: reads {limits['read_gb_s']:.1f} GB/s, {limits['products_g_s']:.0f} G products/s")
+        print(f"{native.level}: reads {limits['read_gb_s']:.1f} GB/s, {limits['products_g_s']:.0f} G products/s "
+              f"of bytes, {limits['float_products_g_s']:.0f} of floats")
         setting["products"] = [_told(one, samples) for one in products(native, limits, args.rows, args.repeats)]
     if "steps" in args.parts:
         setting["steps"] = [_told(one, samples) for model in args.models
                             for one in steps(native, model, args.rows, args.repeats)]
     if "quality" in args.parts:
         setting["quality"] = [_told(quality(native, model), samples) for model in args.models]
+    if "quantising" in args.parts:
+        setting["quantising"] = [_told(one, samples) for model in args.models for one in quantising(native, model)]
     if args.write:
         save_receipt(study_receipt("kernels", setting, samples), STUDIES / "kernels.json")
 
@@ -81,12 +88,15 @@ def _told(found: dict[str, Any], samples: list[Any]) -> dict[str, Any]:
 
 
 def measure_limits(native: Kernels) -> dict[str, float]:
-    """Bandwidth of one core, the best tenth of reading 8 MiB at a time; and products of bytes, the best of many."""
+    """Bandwidth of one core, the best tenth of reading 8 MiB at a time; products of bytes and of floats, the best of
+    many."""
     piece, (start, _keep) = 8 << 20, _huge(_MANY_BYTES)
     reads = sorted(_seconds(partial(native.read, at, piece))
                    for _ in range(5) for at in range(start, start + _MANY_BYTES - piece + 1, piece))
-    spins = min(_seconds(lambda: native.spin(2000)) for _ in range(100))
-    return {"read_gb_s": piece / reads[len(reads) // 10] / 1e9, "products_g_s": native.spin(2000) / spins / 1e9}
+    bytes_s, floats_s = (min(_seconds(partial(native.spin, 2000, floats=floats)) for _ in range(100))
+                         for floats in (False, True))
+    return {"read_gb_s": piece / reads[len(reads) // 10] / 1e9, "products_g_s": native.spin(2000) / bytes_s / 1e9,
+            "float_products_g_s": native.spin(2000, floats=True) / floats_s / 1e9}
 
 
 def products(native: Kernels, limits: dict[str, float], rows: list[int], repeats: int) -> Iterator[dict[str, Any]]:
@@ -97,9 +107,8 @@ def products(native: Kernels, limits: dict[str, float], rows: list[int], repeats
             weights, keep = _weights(native, form, outputs, inputs, size)
             for count in rows:
                 taken = _product(native, weights, count, repeats)
-                limit = size / limits["read_gb_s"] / 1e6
-                if not form.is_float:
-                    limit = max(limit, count * outputs * inputs / limits["products_g_s"] / 1e6)
+                rate = limits["float_products_g_s" if form.is_float else "products_g_s"]
+                limit = max(size / limits["read_gb_s"], count * outputs * inputs / rate) / 1e6
                 yield {"form": form.name, "outputs": outputs, "inputs": inputs, "bytes": size, "rows": count,
                        "ms": statistics.median(taken), "least_ms": min(taken), "limit_ms": round(limit, 4),
                        "samples": taken}
@@ -125,7 +134,7 @@ def _weights(native: Kernels, form: Form, outputs: int, inputs: int, size: int) 
 def _huge(size: int) -> tuple[int, mmap.mmap]:
     """An address of so many bytes in huge pages, each 0x33, and what keeps them."""
     page = 2 << 20
-    memory = mmap.mmap(-1, size + page)
+    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared one gets none
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     np.frombuffer(memory, np.uint8)[:] = 0x33
@@ -149,16 +158,13 @@ def steps(native: Kernels, model: str, rows: list[int], repeats: int) -> Iterato
     """Milliseconds of a step through all layers and the head, its rows guesses for one token each."""
     files = open_model(resolve(model))
     whole = NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True)
-    arena = whole.allocate(CONTEXT + max(rows))
-    arena.pretend(CONTEXT)
+    whole.pretend(CONTEXT)
     for count in rows:
         tokens = torch.randint(files.config.vocab_size, (count,), generator=torch.Generator().manual_seed(count))
-        mask = torch.cat((torch.ones(count, CONTEXT), torch.eye(count)), 1).bool()
-        segment = Segment(0, count, arena, torch.arange(CONTEXT, CONTEXT + count), mask)
-        positions = torch.full((count,), CONTEXT)
+        guesses = Step.of_paths(tokens, [[*range(CONTEXT), CONTEXT + row] for row in range(count)])
 
-        def step(segment: Segment = segment, tokens: Tensor = tokens, positions: Tensor = positions) -> None:
-            whole.logits(whole.forward(tokens, positions, [segment]))
+        def step(guesses: Step = guesses) -> None:
+            whole.logits(whole.forward(guesses))
 
         step()
         taken = [_milliseconds(step) for _ in range(repeats)]
@@ -171,16 +177,34 @@ def steps(native: Kernels, model: str, rows: list[int], repeats: int) -> Iterato
 def quality(native: Kernels, model: str) -> dict[str, Any]:
     """How far the logits are from float32 arithmetic on the file's weights."""
     path = resolve(model)
-    files, texts = open_model(path), [text[:_LENGTH] for text in _texts(path)]
-    kl, same = [], []
-    whole = NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True)
-    for wanted, text in zip(_exact(files, texts), texts):
+    files, texts = open_model(path), list(_texts(path))
+    return {"model": model, **_beside(native, files, STORED, texts, _exact(files, texts))}
+
+
+def quantising(native: Kernels, model: str) -> Iterator[dict[str, Any]]:
+    """The same of a model in bfloat16, whose weights are quantised while they are read."""
+    path = resolve(model)
+    texts = list(_texts(path))
+    with TemporaryDirectory() as folder:
+        files = open_model(write_permuted(open_model(path), Path(folder)))
+        exact = _exact(files, texts)
+        for dtype in (STORED, *QUANTIZATIONS):
+            yield {"model": f"{model} in bfloat16, other blocks", "dtype": dtype,
+                   **_beside(native, files, dtype, texts, exact)}
+
+
+def _beside(native: Kernels, files: ModelFiles, dtype: str, texts: list[list[int]],
+            exact: list[Tensor]) -> dict[str, Any]:
+    kl, same, started = [], [], time.perf_counter()
+    whole = NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype)
+    loading = time.perf_counter() - started
+    for wanted, text in zip(exact, texts):
         found = whole.logits(_hidden([whole], text))
         truth = wanted.log_softmax(-1)
         kl += F.kl_div(found.log_softmax(-1), truth, reduction="none", log_target=True).sum(-1).tolist()
         same += (found.argmax(-1) == wanted.argmax(-1)).tolist()
-    return {"model": model, "tokens": len(kl), "kl_per_token": statistics.fmean(kl),
-            "same_top": statistics.fmean(map(float, same))}
+    return {"tokens": len(kl), "kl_per_token": statistics.fmean(kl), "same_top": statistics.fmean(map(float, same)),
+            "bytes": whole.nbytes, "loading_s": round(loading, 2)}
 
 
 def _exact(files: ModelFiles, texts: list[list[int]]) -> list[Tensor]:
@@ -198,22 +222,21 @@ def _exact(files: ModelFiles, texts: list[list[int]]) -> list[Tensor]:
 
 def _hidden(slices: list[Slice], text: list[int], x: Tensor | None = None) -> Tensor:
     """A text's hidden states behind slices that come one after the other. x: what goes into the first, if no tokens."""
-    size = len(text)
-    x, positions = torch.tensor(text) if x is None else x, torch.arange(size)
+    x, slots = torch.tensor(text) if x is None else x, np.arange(len(text), dtype=np.int32)
     for part in slices:
-        segments = [Segment(0, size, part.allocate(size), positions, torch.ones(size, size, dtype=torch.bool).tril())]
-        x = part.forward(x, positions, segments if part.num_layers else [])
+        x = part.forward(Step.of_text(x, slots))
     return x
 
 
 def _texts(path: Path) -> Iterator[list[int]]:
-    """Prompts, code and prose of this checkout, as tokens."""
+    """Prompts, code and prose of this checkout, the first tokens of each."""
     package, tokenizer = Path(fullpipe.__file__).parent, load_tokenizer(path)
     docs = package.parents[1] / "docs"
-    yield list(tokenizer.encode("\n\n".join(prompt.text for prompt in read_prompts(package / "prompts.jsonl"))))
+    prompts = "\n\n".join(prompt.text for prompt in read_prompts(package / "prompts.jsonl"))
+    yield list(tokenizer.encode(prompts))[:_LENGTH]
     for file in (package / "engine" / "loop.py", package / "sequences" / "tree.py", docs / "exactness.md",
                  docs / "architecture.md"):
-        yield list(tokenizer.encode(file.read_text(encoding="utf-8")[:6000]))
+        yield list(tokenizer.encode(file.read_text(encoding="utf-8")[:6000]))[:_LENGTH]
 
 
 def _arguments() -> argparse.Namespace:

@@ -17,18 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from fullpipe.hub import resolve
-from fullpipe.models.arena import KVArena
-from fullpipe.models.attention import Segment
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe_lab.receipts import STUDIES, save_receipt, study_receipt
 
-Step = Callable[[], None]
+Run = Callable[[], None]
 
 
 def main() -> None:
@@ -68,25 +68,19 @@ def compare(ours: DecoderSlice, theirs: PreTrainedModel, tokens: torch.Tensor, c
             "ratio": round(medians["transformers"] / medians["ours"], 3), "samples_ms": samples}
 
 
-def our_step(model: DecoderSlice, tokens: torch.Tensor, context: int, rows: int) -> tuple[Step, Step]:
+def our_step(model: DecoderSlice, tokens: torch.Tensor, context: int, rows: int) -> tuple[Run, Run]:
     """A step of `rows` rows after `context` tokens (a chain), and what undoes it: nothing, slots are overwritten."""
-    arena = model.allocate(context + rows)
-    model.forward(tokens[:context], torch.arange(context), [_chain(arena, 0, context)])
-    segment = _chain(arena, context, context + rows)
-    ids, positions = tokens[context : context + rows], torch.arange(context, context + rows)
+    slots = np.arange(context + rows, dtype=np.int32)
+    model.forward(Step.of_text(tokens[:context], slots[:context]))
+    work = Step.of_text(tokens[context : context + rows], slots, context)
 
     def step() -> None:
-        model.logits(model.forward(ids, positions, [segment]))
+        model.logits(model.forward(work))
 
     return step, lambda: None
 
 
-def _chain(arena: KVArena, start: int, end: int) -> Segment:
-    mask = torch.ones(end, end, dtype=torch.bool).tril()[start:]
-    return Segment(0, end - start, arena, torch.arange(start, end), mask)
-
-
-def their_step(model: PreTrainedModel, tokens: torch.Tensor, context: int, rows: int) -> tuple[Step, Step]:
+def their_step(model: PreTrainedModel, tokens: torch.Tensor, context: int, rows: int) -> tuple[Run, Run]:
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(tokens[None, :context], past_key_values=cache)

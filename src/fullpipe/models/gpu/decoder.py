@@ -21,20 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fullpipe.errors import UsageError
-from fullpipe.models.attention import Segment
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.gpu import plain
-from fullpipe.models.gpu.pool import BLOCK, DeviceArena, Pool
+from fullpipe.models.gpu.pool import SCRATCH, Pool
 from fullpipe.models.gpu.rows import Rows
 from fullpipe.models.linear import Linear
 from fullpipe.models.loading import Layer, Loader
+from fullpipe.models.pool import free_memory, slots_for
+from fullpipe.models.step import Step
 
 ROWS = (16, 32, 64)
 """Buckets of rows that are tried."""
-
-MOST_SLOTS = 1 << 17
-"""Of a pool whose size nobody has said, which also takes no more than a quarter of what is free."""
 
 Made = TypeVar("Made")
 
@@ -89,8 +87,8 @@ def _moved(layer: Layer, device: torch.device) -> Layer:
 class DeviceSlice:
     """Keeps the contract of `DecoderSlice`, on a device: tensors go in and come out on the host.
 
-    dtype: of weights, hidden states and cache. pool_bytes: of the cache; None: by what is free (see `MOST_SLOTS`).
-    rows: buckets to try, `BLOCK` at most; on CUDA powers of two from 16 on.
+    dtype: of weights, hidden states and cache. pool_bytes: of the cache; None: by what is free (see `pool.slots_for`).
+    rows: buckets to try, `SCRATCH` at most; on CUDA powers of two from 16 on.
 
     graphs: capture them on CUDA; else kernels are launched one by one.
 
@@ -103,7 +101,7 @@ class DeviceSlice:
     def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, *,
                  pool_bytes: int | None = None, rows: Sequence[int] = ROWS, graphs: bool = True,
                  library: bool = False) -> None:
-        assert max(rows) <= BLOCK, "rows that fill a bucket up have the scratch block only"
+        assert max(rows) <= SCRATCH, "rows that fill a bucket up have no other place"
         self.config, self.first_layer, self.dtype, self.device = weights.config, weights.first_layer, dtype, device
         self._weights, self._layers = weights, weights.layers
         self._graphs = graphs and device.type == "cuda"
@@ -114,8 +112,9 @@ class DeviceSlice:
         self._frequencies = torch.tensor(self.config.rope.inv_freq, dtype=torch.float32, device=device)
         with self._here(), torch.inference_mode():
             self.rows, self.exact = _agreeing(self._product, _shapes(weights), rows, dtype)
-            self.pool = Pool(self.config, self.num_layers, self._slots(pool_bytes), dtype, device)
-        self._steps: dict[tuple[int, int, tuple[int, ...]], Step] = {}
+            self.slots = self._slots(pool_bytes)
+            self.pool = Pool(self.config, self.num_layers, self.slots, dtype, device)
+        self._steps: dict[tuple[int, int, tuple[int, ...]], Bucket] = {}
         self._heads: dict[int, Head] = {}
         self._capture = _Capture(device) if self._graphs else None
 
@@ -131,24 +130,24 @@ class DeviceSlice:
     def has_head(self) -> bool:
         return self._weights.head is not None
 
-    def allocate(self, capacity: int) -> DeviceArena:
-        """An empty arena for one request. Raises UsageError when the pool has too few blocks left."""
-        return DeviceArena(self.pool, capacity)
+    def pretend(self, count: int) -> None:
+        """Let noise stand in the first slots, as if rows had been written there."""
+        self.pool.pretend(count)
 
     @overload
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+    def forward(self, step: Step) -> Tensor: ...
 
     @overload
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
-                taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, step: Step, taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
-                taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, step: Step, taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
         """See `DecoderSlice.forward`. Rows come after their ancestors, for a long step runs in parts."""
+        x = step.x
         with self._here():
             if self._layers and len(x):
-                hidden, tapped = self._run(x, Rows.of(positions, segments), tuple(taps))
+                step.check(self.slots)
+                hidden, tapped = self._run(x, Rows.of(step), tuple(taps))
             else:
                 table = self._weights.embedding
                 hidden = x if table is None else F.embedding(x.to(self.device), table).cpu()
@@ -212,12 +211,12 @@ class DeviceSlice:
         parts = self._product(self._ops.norm(hidden, norm, self.config.rms_eps), head.weight)
         return parts[0].float() if len(parts) == 1 else parts.sum(0, dtype=torch.float32)
 
-    def step(self, rows: int, width: int, taps: tuple[int, ...] = ()) -> Step:
+    def step(self, rows: int, width: int, taps: tuple[int, ...] = ()) -> Bucket:
         """The layers, for a bucket of rows and one of width."""
         key = rows, width, taps
         if key not in self._steps:
             inputs = Inputs(rows, width, self.config.hidden, self.dtype, self.device)
-            self._steps[key] = Step(inputs, self._replay(partial(self._compute, inputs, taps)))
+            self._steps[key] = Bucket(inputs, self._replay(partial(self._compute, inputs, taps)))
         return self._steps[key]
 
     def head(self, rows: int) -> Head:
@@ -247,16 +246,13 @@ class DeviceSlice:
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def _slots(self, pool_bytes: int | None) -> int:
-        """Of the pool. A slice without layers, whose slots take no memory, has as many as can be."""
-        size = self.num_layers * self.config.sizes(self.dtype.itemsize).kv_bytes
-        if pool_bytes is None and self.device.type == "cuda":
-            pool_bytes = min(MOST_SLOTS * size, torch.cuda.mem_get_info(self.device)[0] // 4)
-        return MOST_SLOTS if pool_bytes is None or not size else pool_bytes // size
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free_memory()
+        return slots_for(self.num_layers * self.config.sizes(self.dtype.itemsize).kv_bytes, pool_bytes, free)
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A step of one size: fill its inputs, then replay it. See `DeviceSlice._compute`."""
+class Bucket:
+    """Computes steps of one size: fill its inputs, then replay it. See `DeviceSlice._compute`."""
 
     inputs: Inputs
     replay: Callable[[], tuple[Tensor, Tensor | None]]

@@ -8,7 +8,7 @@ import torch
 
 from fullpipe.errors import UsageError
 from fullpipe.models.files import ModelFiles
-from fullpipe.models.gpu.pool import BLOCK
+from fullpipe.options import BLOCK
 
 _BESIDE = 512 << 20
 """Bytes that a slice needs beside weights and cache: code of kernels, static memory of its steps."""

@@ -15,34 +15,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fullpipe.kernels import Kernels, Model, Weight
-from fullpipe.kernels import Segment as NativeSegment
-from fullpipe.models.attention import Segment
+from fullpipe.kernels import Step as NativeStep
 from fullpipe.models.config import ModelConfig
+from fullpipe.models.dtypes import STORED
 from fullpipe.models.files import ModelFiles
-from fullpipe.models.native.arena import NativeArena, padded_head
 from fullpipe.models.native.weights import NativeWeights
+from fullpipe.models.pool import MOST_SLOTS, empty
+from fullpipe.models.step import Step
+from fullpipe.options import BLOCK
 
 _ANGLES = 512  # positions whose angles are computed at a time
+
+
+def padded_head(config: ModelConfig) -> int:
+    """Numbers of a head in a cache."""
+    return -(-config.head_dim // 16) * 16
 
 
 class NativeSlice:
     """Layers first_layer..last_layer (exclusive; none is fine) of a model, with its weights loaded.
 
     files: where the weights come from; only this slice's are read.
-    cache: float16 or float32, of keys and values.
+    slots: of the cache pool. cache: float16 or float32, of keys and values. dtype: "stored", or "int8" or "int4" for
+    weights that are not yet quantised.
 
     One step at a time; with as many threads as torch is told to use. Raises what reading raises: `DamagedModel`,
     `UnsupportedModel`.
     """
 
     def __init__(self, native: Kernels, files: ModelFiles, first_layer: int, last_layer: int, *, has_embedding: bool,
-                 has_head: bool, cache: torch.dtype = torch.float16) -> None:
+                 has_head: bool, slots: int = MOST_SLOTS, cache: torch.dtype = torch.float16,
+                 dtype: str = STORED) -> None:
         assert 0 <= first_layer <= last_layer <= files.config.num_layers
         self.config, self.first_layer = files.config, first_layer
-        self._native, self._cache = native, cache
+        self._native, self.slots = native, slots
         self._weights = NativeWeights.read(native, files, first_layer, last_layer, has_embedding=has_embedding,
-                                           has_head=has_head)
+                                           has_head=has_head, dtype=dtype)
         self._angles = _Angles(self.config)
+        self._kv = empty((-(-slots // BLOCK), self.num_layers, 2 * self.config.kv_heads, BLOCK,
+                          padded_head(self.config)), cache)
         self._model = self._described()
 
     def __del__(self) -> None:
@@ -58,26 +69,26 @@ class NativeSlice:
         """Of the matrices, as they lie in memory."""
         return self._weights.nbytes
 
-    def allocate(self, capacity: int) -> NativeArena:
-        """An empty arena for one request on this slice."""
-        return NativeArena.allocate(self.config, self.num_layers, capacity, self._cache)
+    def pretend(self, count: int) -> None:
+        """Let noise stand in the first slots, as if rows had been written there."""
+        part = self._kv[: -(-count // BLOCK)]
+        part.copy_(torch.zeros(part.shape).normal_(generator=torch.Generator().manual_seed(count)))
 
     @overload
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+    def forward(self, step: Step) -> Tensor: ...
 
     @overload
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
-                taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, step: Step, taps: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment],
-                taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
-        """See `DecoderSlice.forward`; hidden states are float32. What a row reads has positions that differ."""
+    def forward(self, step: Step, taps: Sequence[int] = ()) -> Tensor | tuple[Tensor, Tensor]:
+        """See `DecoderSlice.forward`; hidden states are float32."""
         table = self._weights.embedding
-        hidden = x.to(torch.float32, copy=True).contiguous() if table is None else self._looked_up(table, x)
-        tapped = torch.empty(len(x), len(taps), self.config.hidden)
-        if self.num_layers and len(x):
-            self._run(hidden, positions, segments, taps, tapped)
+        hidden = (step.x.to(torch.float32, copy=True).contiguous() if table is None else
+                  self._looked_up(table, step.x))
+        tapped = torch.empty(len(step), len(taps), self.config.hidden)
+        if self.num_layers and len(step):
+            self._run(step, hidden, taps, tapped)
         return (hidden, tapped) if taps else hidden
 
     @torch.inference_mode()
@@ -90,17 +101,16 @@ class NativeSlice:
                             torch.get_num_threads())
         return out
 
-    def _run(self, hidden: Tensor, positions: Tensor, segments: Sequence[Segment], taps: Sequence[int],
-             tapped: Tensor) -> None:
-        positions = positions.contiguous()
-        assert hidden.shape == (len(positions), self.config.hidden) and positions.min() >= 0
-        assert [row for one in segments for row in range(one.start, one.end)] == list(range(len(positions)))
-        self._angles.reach(int(positions.max()))
+    def _run(self, step: Step, hidden: Tensor, taps: Sequence[int], tapped: Tensor) -> None:
+        assert hidden.shape == (len(step), self.config.hidden)
+        self._angles.reach(int(step.positions.max()))
         self._model.cosine, self._model.sine = self._angles.addresses
-        rows = [_Rows(segment, positions) for segment in segments]
-        described = (NativeSegment * len(rows))(*(one.described() for one in rows))
-        self._native.run(self._model, described, positions.data_ptr(), hidden.data_ptr(),
-                         tuple(tap - self.first_layer for tap in taps), tapped.data_ptr(), torch.get_num_threads())
+        self._model.angles = len(self._angles)
+        arrays = [np.ascontiguousarray(one, kind) for one, kind in (
+            (step.positions, np.int64), (step.slots, np.int32), (step.reads, np.int32), (step.spans, np.int64))]
+        described = NativeStep(len(step), len(step.reads), *(one.ctypes.data for one in arrays))
+        self._native.run(self._model, described, hidden.data_ptr(), tuple(tap - self.first_layer for tap in taps),
+                         tapped.data_ptr(), torch.get_num_threads())
 
     def _looked_up(self, table: Weight, tokens: Tensor) -> Tensor:
         assert not len(tokens) or (tokens.min() >= 0 and tokens.max() < self.config.vocab_size)
@@ -112,23 +122,8 @@ class NativeSlice:
         config = self.config
         return Model(layers=self.num_layers, hidden=config.hidden, heads=config.heads, kv_heads=config.kv_heads,
                      head_dim=config.head_dim, size=padded_head(config), intermediate=config.intermediate,
-                     half=self._cache == torch.float16, eps=config.rms_eps, layer=self._weights.layers)
-
-
-class _Rows:
-    """Keeps what the native call reads of a segment."""
-
-    def __init__(self, segment: Segment, positions: Tensor) -> None:
-        self._arena: NativeArena = segment.cache
-        self._slots, self._mask = segment.slots.contiguous(), segment.mask.contiguous()
-        assert len(self._slots) == len(self._mask) == segment.end - segment.start
-        assert self._slots.min() >= 0 and max(self._slots.max(), self._mask.shape[1] - 1) < self._arena.capacity
-        self._arena.standing[self._slots.numpy()] = positions[segment.start : segment.end].numpy()
-
-    def described(self) -> NativeSegment:
-        kv = self._arena.kv.kv
-        return NativeSegment(kv.data_ptr(), self._arena.standing.ctypes.data, self._slots.data_ptr(),
-                             self._mask.data_ptr(), kv.shape[2], self._mask.shape[1], len(self._slots))
+                     half=self._kv.dtype == torch.float16, eps=config.rms_eps, layer=self._weights.layers,
+                     cache=self._kv.data_ptr(), slots=self.slots)
 
 
 class _Angles:
@@ -138,6 +133,9 @@ class _Angles:
         self._rope = config.rope
         self._frequencies = np.array(self._rope.inv_freq, np.float32)
         self._tables = [np.empty((0, len(self._frequencies)), np.float32) for _ in range(2)]
+
+    def __len__(self) -> int:
+        return len(self._tables[0])
 
     @property
     def addresses(self) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Weights of a slice in the blocks that their file stores, repacked into tiles for the native kernels.
+"""Weights of a slice in the blocks that their file stores, or quantised while they are read, in tiles for the native
+kernels.
 
 All lie in one region of memory in huge pages: read through small ones, as every step does, they take twice as long.
 """
@@ -16,22 +17,28 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
+from fullpipe.errors import UnsupportedModel
 from fullpipe.kernels import Form, Kernels, Layer, Weight
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.dequant import block_shape
+from fullpipe.models.dtypes import STORED
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.forms import kept_tensor
 from fullpipe.models.native.widening import WIDENED
 
 _LOG = logging.getLogger(__name__)
 
 _HUGE_PAGE = 2 << 20
+# Memory that could be shared with other processes, as Python's mmap makes it where nothing is said, gets huge pages by
+# another setting (shmem_enabled), which says never nearly everywhere.
+_OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LINE = 64  # words of tiles begin at multiples of it
 _READ_BYTES = 1 << 22  # of a file at a time, for each thread
 _CHANNELS = 16
+_GREATEST = torch.finfo(torch.float16).max  # scales and minima of blocks are of that type
 
 # Names of a layer's products in the order of `Layer`'s fields.
 _MATRICES = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
@@ -40,22 +47,13 @@ _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layer
           "query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
 
 
-def form_of(kind: Kind) -> Form:
-    """In which form a tensor is kept: its own, where there is a kernel for that; else the nearest that loses nothing;
-    else float16, which rounds to eleven bits."""
-    if kind in WIDENED:
-        return WIDENED[kind][0]
-    if kind == Kind.F64:
-        return Form.F32
-    return Form[kind.name] if kind.name in Form.__members__ else Form.F16
-
-
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """A weight that is to be read: where its tiles go, and its size."""
+    """A weight that is to be read, and its size. how: what becomes of its numbers, as `forms` has it."""
 
     name: str
     form: Form
+    how: str
     outputs: int
     inputs: int
 
@@ -83,20 +81,20 @@ class NativeWeights:
 
     @classmethod
     def read(cls, native: Kernels, files: ModelFiles, first: int, last: int, *, has_embedding: bool,
-             has_head: bool) -> NativeWeights:
-        """Those of layers first..last (exclusive).
+             has_head: bool, dtype: str = STORED) -> NativeWeights:
+        """Those of layers first..last (exclusive). dtype: "stored", or what weights that are floats are quantised to.
 
         Raises what reading raises; `DamagedModel` too where scales or numbers are not finite.
         """
-        return _Reading(native, files, first, last, has_embedding, has_head).done()
+        return _Reading(native, files, first, last, has_embedding, has_head, dtype).done()
 
 
 class _Reading:
     """Reads the weights of a slice, several at a time."""
 
     def __init__(self, native: Kernels, files: ModelFiles, first: int, last: int, has_embedding: bool,
-                 has_head: bool) -> None:
-        self._native, self._files, self._config = native, files, files.config
+                 has_head: bool, dtype: str) -> None:
+        self._native, self._files, self._config, self._dtype = native, files, files.config, dtype
         self._first, self._numbers = first, range(first, last)
         table = "model.embed_tokens.weight"
         self._embedding = table if has_embedding else None
@@ -127,8 +125,8 @@ class _Reading:
 
     def _matrix(self, name: str) -> _Matrix:
         outputs, inputs = self._files.shape(name)
-        form = form_of(self._files.kind(name))
-        return _Matrix(name, form, outputs, inputs)
+        found = kept_tensor(self._files, name, self._dtype)
+        return _Matrix(name, Form[found.form.name], found.how, outputs, inputs)
 
     def _layer(self, number: int, weights: dict[str, Weight]) -> Layer:
         base, layer = f"model.layers.{number}.", Layer()
@@ -148,8 +146,9 @@ class _Reading:
 
     def _fill(self, matrix: _Matrix, weight: Weight) -> None:
         row_bytes = self._native.row_bytes(matrix.form, matrix.inputs)
+        most = max(row_bytes, 4 * matrix.inputs if matrix.how == "quantised" else 0)
         whole = math.lcm(_CHANNELS, self._config.head_dim)
-        step = max(1, _READ_BYTES // (row_bytes * whole)) * whole
+        step = max(1, _READ_BYTES // (most * whole)) * whole
         for first in range(0, matrix.outputs, step):
             rows = min(step, matrix.outputs - first)
             raw = self._raw(matrix, first, rows)
@@ -160,14 +159,21 @@ class _Reading:
     def _raw(self, matrix: _Matrix, first: int, rows: int) -> Tensor:
         """Rows in the bytes of the matrix's form."""
         kind = self._files.kind(matrix.name)
-        if kind.name == matrix.form.name:
+        if matrix.how == "as stored":
             return self._files.raw_rows(matrix.name, first, rows).contiguous()
         if kind in WIDENED:
             blocks = self._files.raw_rows(matrix.name, first, rows).reshape(-1, block_shape(kind)[1])
             return WIDENED[kind][1](blocks).contiguous()
-        wide = torch.empty(rows, matrix.inputs, dtype=torch.float32 if matrix.form is Form.F32 else torch.float16)
+        wide = torch.empty(rows, matrix.inputs, dtype=torch.float16 if matrix.form is Form.F16 else torch.float32)
         self._files.read_into(matrix.name, wide, first)
-        return wide.view(torch.uint8)
+        if matrix.how != "quantised":
+            return wide.view(torch.uint8)
+        if wide.abs().max() > _GREATEST:
+            raise UnsupportedModel(f"tensor {matrix.name} has numbers that are too great to be quantised",
+                                   hint="Leave out `quantization`.")
+        out = torch.empty(rows, self._native.row_bytes(matrix.form, matrix.inputs), dtype=torch.uint8)
+        self._native.anew(matrix.form, wide.data_ptr(), rows, matrix.inputs, out.data_ptr())
+        return out
 
 
 def _lines(size: int) -> int:
@@ -176,7 +182,7 @@ def _lines(size: int) -> int:
 
 def _region(size: int) -> tuple[mmap.mmap, int]:
     """Memory for so many bytes, zeros, in huge pages where the system gives them; and the address where it begins."""
-    memory = mmap.mmap(-1, size + _HUGE_PAGE)
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, **_OWN)
     refused = _refusal()
     if not refused:
         try:

@@ -11,7 +11,7 @@ from msgspec import convert
 from msgspec.structs import replace
 
 from fullpipe.messages import ArenaId, Expansion, Flight, Part, Tap
-from fullpipe.stations.base import DraftLike, tap_reader
+from fullpipe.stations.base import DraftLike, cache_slots, least_slots, tap_reader
 from fullpipe.stations.drafts.chains import chain_rows
 from fullpipe.stations.spec import StationSpec
 
@@ -32,6 +32,10 @@ class Mix:
         self._readers = {rank: reader for rank, draft in enumerate(drafts) if (reader := tap_reader(draft))}
         self._open: dict[int, ArenaId] = {}  # nodes that the first draft has yet to answer for
         self._held: dict[int, list[Expansion]] = {}  # what the others said of them
+
+    @property
+    def cache_slots(self) -> int | None:
+        return least_slots(cache_slots(draft) for draft in self._drafts)
 
     @property
     def reads_taps(self) -> bool:

@@ -29,6 +29,10 @@ class DraftModel:
         self._runner = SliceRunner(slice)
         self._vocab = vocab
 
+    @property
+    def cache_slots(self) -> int:
+        return self._runner.slice.slots
+
     @torch.inference_mode()
     def run(self, job: Flight) -> list[Expansion]:
         self._runner.open(job.opens)

@@ -14,7 +14,7 @@ answer for a node that stage 1 has not finished, so its jobs wait.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from fullpipe.models.spd_checkpoint import ModuleConfig, check_parity, load_chec
 from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.models.weights import open_model
 from fullpipe.stations.sampling import RowContext, rank
-from fullpipe.stations.table import SlotTable
+from fullpipe.stations.table import Slots, SlotTable
 
 _NOBODY = -2  # no node has this id; -1 is a prompt token
 _PARITY = 0.05  # of the greatest logit: what bfloat16 may differ by from the float32 of the fixture
@@ -48,93 +48,104 @@ class _Question:
     slot: int
     path: list[int]
 
+    def standing(self) -> Iterator[tuple[int, int]]:
+        """Slots of the path, and the positions of what stands there."""
+        return zip(self.path, range(self.position + 1 - len(self.path), self.position + 1))
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Holds what a tap brings of one part. layers: which taps, as indices; features: [rows, len(layers), hidden]."""
 
-    flight: int
-    part: Part
-    layers: list[int]
-    features: Tensor
+class _Store:
+    """Holds the hidden states of every slot, of all requests. It grows with the slots that are named.
+
+    features: [slots, taps, hidden], which of them are there in `known`, bool [slots, taps], and whose they are in
+    `arena`, `owner` (a node), `flight` (that it came with), `token` and `position`.
+    """
+
+    def __init__(self, taps: int, hidden: int, dtype: torch.dtype) -> None:
+        with torch.inference_mode():
+            self.features = torch.zeros(0, taps, hidden, dtype=dtype)
+        self.known = np.zeros((0, taps), np.bool_)
+        self.arena, self.owner, self.flight = (np.zeros(0, np.int64) for _ in range(3))
+        self.token, self.position = (np.zeros(0, np.int64) for _ in range(2))
+
+    @torch.inference_mode()
+    def reach(self, slot: int) -> None:
+        """Have room for this slot and all before it."""
+        if (more := slot + 1 - len(self.known)) <= 0:
+            return
+        more = max(more, len(self.known), _CHUNK)
+        self.features = F.pad(self.features, (0, 0, 0, 0, 0, more))
+        self.known = np.pad(self.known, ((0, more), (0, 0)))
+        self.token, self.position = np.pad(self.token, (0, more)), np.pad(self.position, (0, more))
+        self.arena, self.flight = (np.pad(one, (0, more), constant_values=-1) for one in (self.arena, self.flight))
+        self.owner = np.pad(self.owner, (0, more), constant_values=_NOBODY)
+
+    @torch.inference_mode()
+    def take(self, flight: int, part: Part, layers: list[int], features: Tensor) -> None:
+        """Keep what a tap brings of one part. layers: which taps, as indices; features: [rows, len(layers), hidden].
+
+        Stages have links of their own, so a later stage's taps may come before an earlier one's, and those of a node
+        that died after those of the slot's next owner. Flights tell which owner is the newer one; ids of nodes do not,
+        for a node may be launched long after it was made."""
+        self.reach(max(part.slots, default=-1))
+        slots, nodes = np.asarray(part.slots, np.int64), np.asarray(part.nodes, np.int64)
+        fresh = self.flight[slots] < flight
+        new = slots[fresh]
+        self.arena[new], self.flight[new], self.owner[new], self.known[new] = part.arena, flight, nodes[fresh], False
+        self.token[new], self.position[new] = np.asarray(part.tokens)[fresh], np.asarray(part.positions)[fresh]
+        own = np.flatnonzero(self.flight[slots] == flight)
+        for column, layer in enumerate(layers):
+            self.features[slots[own], layer] = features[torch.from_numpy(own), column].to(self.features.dtype)
+            self.known[slots[own], layer] = True
 
 
 class _Reader:
     """Is one request as the draft station knows it.
 
-    features: [capacity, taps, hidden] by slot, which of them are there in `known`, bool [capacity, taps], and whose
-    they are in `owner` (a node), `flight` (that it came with), `token` and `position`. sent: the node that the engine
-    named last for a slot.
-    keys, values: for each layer [capacity, kv_heads, head_dim] by position, of completed tokens; `kept` of them.
+    sent: for each slot the node that the engine named last for it.
+    past: keys and values of each layer, [room, kv_heads, head_dim] by position, of completed tokens; `kept` of them.
     """
 
-    def __init__(self, opening: Opening, shape: ModuleConfig, taps: int, dtype: torch.dtype) -> None:
-        capacity = opening.capacity
-        self.table = SlotTable(opening)
-        self.features = torch.zeros(capacity, taps, shape.hidden, dtype=dtype)
-        self.known = np.zeros((capacity, taps), np.bool_)
-        self.flight = np.full(capacity, -1, np.int64)
-        self.owner = np.full(capacity, _NOBODY, np.int64)
-        self.token = np.zeros(capacity, np.int64)
-        self.position = np.zeros(capacity, np.int64)
-        self.sent = np.full(capacity, _NOBODY, np.int64)
-        size = (capacity, shape.kv_heads, shape.head_dim)
+    def __init__(self, opening: Opening, shape: ModuleConfig, slots: Slots, store: _Store) -> None:
+        self.arena, self.table, self.store = opening.arena, SlotTable(opening, slots), store
+        self.sent: dict[int, int] = {}
+        size = (_CHUNK, shape.kv_heads, shape.head_dim)
+        dtype = store.features.dtype
         self.past = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for _ in range(shape.num_layers)]
         self.kept = 0
         self.waiting: dict[int, _Question] = {}  # asked about, and not answered yet
         self.over = False  # nobody wants answers any more
 
-    def enlarge(self, capacity: int) -> None:
-        """Make room for `capacity` slots, if there is less."""
-        more = capacity - len(self.features)
-        if more <= 0:
-            return
-        self.features = F.pad(self.features, (0, 0, 0, 0, 0, more))
-        self.past = [(F.pad(keys, (0, 0, 0, 0, 0, more)), F.pad(values, (0, 0, 0, 0, 0, more)))
-                     for keys, values in self.past]
-        self.known = np.pad(self.known, ((0, more), (0, 0)))
-        self.token, self.position = np.pad(self.token, (0, more)), np.pad(self.position, (0, more))
-        self.flight = np.pad(self.flight, (0, more), constant_values=-1)
-        self.owner = np.pad(self.owner, (0, more), constant_values=_NOBODY)
-        self.sent = np.pad(self.sent, (0, more), constant_values=_NOBODY)
-
-    def take(self, rows: _Rows) -> None:
-        """Stages have links of their own, so a later stage's taps may come before an earlier one's, and those of a node
-        that died after those of the slot's next owner. Flights tell which owner is the newer one; ids of nodes do not,
-        for a node may be launched long after it was made."""
-        flight, part = rows.flight, rows.part
-        slots, nodes = np.asarray(part.slots, np.int64), np.asarray(part.nodes, np.int64)
-        self.enlarge(1 + max(part.slots, default=-1))  # the job that says so may be slower than the taps
-        fresh = self.flight[slots] < flight
-        new = slots[fresh]
-        self.flight[new], self.owner[new], self.known[new] = flight, nodes[fresh], False
-        self.token[new], self.position[new] = np.asarray(part.tokens)[fresh], np.asarray(part.positions)[fresh]
-        own = np.flatnonzero(self.flight[slots] == flight)
-        for column, layer in enumerate(rows.layers):
-            self.features[slots[own], layer] = rows.features[torch.from_numpy(own), column].to(self.features.dtype)
-            self.known[slots[own], layer] = True
+    def reach(self, position: int) -> None:
+        """Have room for keys and values of this position and all before it."""
+        room = len(self.past[0][0])
+        if position >= room:
+            grown = (0, 0, 0, 0, 0, max(position + 1, 2 * room) - room)
+            self.past = [(F.pad(keys, grown), F.pad(values, grown)) for keys, values in self.past]
 
     def apply(self, part: Part) -> None:
         self.table.apply(part)
-        self.sent[part.slots] = part.nodes
+        self.sent.update(zip(part.slots, part.nodes))
         for row in np.flatnonzero(part.wants).tolist() if not self.over else ():
             node, slot = part.nodes[row], part.slots[row]
             self.waiting[node] = _Question(node, part.positions[row], slot, part.paths[row] or [slot])
 
-    def depth(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+    def depth(self, slots: NDArray[np.integer]) -> NDArray[np.int64]:
         """How many taps, from the first on, are known of the tokens that stand in these slots, as the engine says:
         int64 [slots]. A token that the draft channel never carried as a node (-1) is known by what it is and where it
         stands."""
         tokens, positions = self.table.standing(slots)
-        same = (self.token[slots] == tokens) & (self.position[slots] == positions)
-        owned = (self.owner[slots] == self.sent[slots]) | ((self.sent[slots] == -1) & same)
-        depth: NDArray[np.int64] = np.where(owned, np.logical_and.accumulate(self.known[slots], 1).sum(1), 0)
+        store = self.store
+        store.reach(int(slots.max(initial=-1)))
+        sent = np.array([self.sent.get(slot, _NOBODY) for slot in slots.tolist()], np.int64)
+        same = (store.token[slots] == tokens) & (store.position[slots] == positions)
+        owned = (store.arena[slots] == self.arena) & ((store.owner[slots] == sent) | ((sent == -1) & same))
+        depth: NDArray[np.int64] = np.where(owned, np.logical_and.accumulate(store.known[slots], 1).sum(1), 0)
         return depth
 
     def completed(self) -> int:
         """How many committed tokens, from the first on, have all their taps here."""
         order = self.table.committed_slots()[self.kept :]
-        missing = np.flatnonzero(self.depth(order) < self.features.shape[1])
+        missing = np.flatnonzero(self.depth(order) < self.store.known.shape[1])
         return self.kept + (int(missing[0]) if len(missing) else len(order))
 
     def context(self, question: _Question) -> RowContext:
@@ -163,8 +174,10 @@ class _Window:
         (notes, field.md section A-bis b)."""
         table, kept = reader.table, reader.kept
         committed = table.committed_slots()[kept:]
-        open_paths = [[slot for slot in question.path if not table.is_committed(slot)] for question in questions]
-        slots = np.array(list(dict.fromkeys([*committed.tolist(), *(slot for path in open_paths for slot in path)])))
+        open_paths = [[slot for slot, position in question.standing() if not table.is_committed(slot, position)]
+                      for question in questions]
+        named = dict.fromkeys([*committed.tolist(), *(slot for path in open_paths for slot in path)])
+        slots = np.array(list(named), np.int64)
         row_of = {slot: row for row, slot in enumerate(slots.tolist())}
         _, positions = table.standing(slots)
         mask = positions <= positions[:, None]
@@ -193,7 +206,6 @@ class _Arena:
     def __init__(self, layers: set[int]) -> None:
         self.reader: _Reader | None = None
         self._layers = layers  # of which the stage has not closed it
-        self._early: list[_Rows] = []  # rows that came before the reader
         self._wanted = True  # until a stage closes it: then the request has ended
         self._draft_closed = False
 
@@ -201,31 +213,20 @@ class _Arena:
     def over(self) -> bool:
         return self._draft_closed and not self._layers
 
-    def take(self, rows: _Rows) -> None:
-        if self.reader:
-            self.reader.take(rows)
-        elif self._wanted and not self._draft_closed:
-            self._early.append(rows)
-
     def open(self, reader: _Reader) -> None:
         self.reader = reader
-        for rows in self._early:
-            reader.take(rows)
-        self._early.clear()
         reader.over = not self._wanted  # what jobs may still ask nobody waits for
 
     def close_layers(self, layers: Sequence[int]) -> None:
         """A stage has closed it: the one that taps these layers."""
         self._layers.difference_update(layers)
         self._wanted = False
-        self._early.clear()
         if self.reader:
             self.reader.over = True
             self.reader.waiting.clear()
 
     def close_draft(self) -> None:
         self._draft_closed, self.reader = True, None
-        self._early.clear()
 
 
 class ModuleDraft:
@@ -242,7 +243,7 @@ class ModuleDraft:
         self._embedding, self._draft_ids, self._vocab = embedding, draft_ids, vocab
         self._taps = [bound for bound in config.bounds if bound]
         self._has_embedding = config.bounds[0] == 0
-        self._dtype = dtype
+        self._slots, self._store = Slots(), _Store(len(self._taps), config.hidden, dtype)
         self._arenas: dict[ArenaId, _Arena] = {}
         self._undrafted: set[tuple[ArenaId, int]] = set()  # open at a stage (its first layer), and no job tells of them
         self._admitted = -1  # job
@@ -260,8 +261,6 @@ class ModuleDraft:
                 self._known(opening.arena)
             else:
                 self._undrafted.add((opening.arena, stage))
-            if reader := self._reader(opening.arena):
-                reader.enlarge(opening.capacity)
         self._keep_rows(tap, columns)
         for arena_id in tap.flight.closes:
             if (arena_id, stage) in self._undrafted:
@@ -274,8 +273,8 @@ class ModuleDraft:
         layers = [self._taps.index(tap.layers[column]) for column in columns]
         features, start = torch.as_tensor(tap.features)[:, columns], 0
         for part in tap.flight.parts:
-            if arena := self._arenas.get(part.arena):
-                arena.take(_Rows(tap.flight.id, part, layers, features[start : start + len(part)]))
+            if part.arena in self._arenas and len(part):
+                self._store.take(tap.flight.id, part, layers, features[start : start + len(part)])
             start += len(part)
 
     def ready(self, job: Flight) -> bool:
@@ -294,7 +293,7 @@ class ModuleDraft:
         for reader in self._open_readers():
             for node in nodes:
                 reader.waiting.pop(node, None)
-            reader.known[np.isin(reader.owner, nodes)] = False  # its slot may go to one that says the same
+        self._store.known[np.isin(self._store.owner, nodes)] = False  # its slot may go to one that says the same
 
     @torch.inference_mode()
     def run(self, job: Flight) -> list[Expansion]:
@@ -330,22 +329,18 @@ class ModuleDraft:
             return
         self._admitted = job.id
         for opening in job.opens:
-            if reader := self._reader(opening.arena):
-                reader.table.enlarge(opening.capacity)
-                reader.enlarge(opening.capacity)
-            else:
-                self._open(opening)
+            self._open(opening)
         for part in job.parts:
             reader = self._reader(part.arena)
             assert reader, f"job {job.id}: arena {part.arena} is not open"
             reader.apply(part)
 
     def _open(self, opening: Opening) -> None:
-        if opening.copy_from >= 0:
-            raise UsageError(f"request {opening.arena} cannot begin as a copy of request {opening.copy_from}: this "
-                             "draft reads hidden states of every prompt row, and of copied rows the stages send none",
+        if opening.path:
+            raise UsageError(f"request {opening.request} cannot begin with rows of another: this draft reads hidden "
+                             "states of every prompt row, and of shared rows the stages send it none",
                              hint="Compute the prompts of all requests in full with this method: no prefix reuse.")
-        self._known(opening.arena).open(_Reader(opening, self._config, len(self._taps), self._dtype))
+        self._known(opening.arena).open(_Reader(opening, self._config, self._slots, self._store))
 
     def _can_answer(self, reader: _Reader, question: _Question) -> bool:
         completed = reader.completed()
@@ -356,7 +351,7 @@ class ModuleDraft:
         return self._has_embedding or bool((reader.depth(np.asarray(question.path)) > 0).all())
 
     def _answer(self, reader: _Reader, fanout: int) -> list[Expansion]:
-        for node in [node for node, asked in reader.waiting.items() if reader.sent[asked.slot] != node]:
+        for node in [node for node, asked in reader.waiting.items() if reader.sent.get(asked.slot) != node]:
             del reader.waiting[node]  # its slot has another owner, so it is dead
         questions = [question for question in reader.waiting.values() if self._can_answer(reader, question)]
         if not questions:
@@ -377,7 +372,7 @@ class ModuleDraft:
 
     def _keep(self, reader: _Reader, end: int) -> None:
         """Make permanent rows of the completed tokens up to position `end`."""
-        slots = reader.table.committed_slots()[reader.kept : end]
+        slots = reader.table.committed_slots()[reader.kept : end].astype(np.int64)
         mask = np.tri(len(slots), reader.kept + len(slots), reader.kept, dtype=np.bool_)
         mask &= ~np.tri(*mask.shape, reader.kept - self._config.train_span, dtype=np.bool_)
         self._forward(reader, _Window(slots, len(slots), mask, np.array([len(slots) - 1])))
@@ -393,6 +388,7 @@ class ModuleDraft:
         hidden: Tensor
         hidden, caches = self._module(x[None], torch.from_numpy(positions), masks, queries, past)
         end = reader.kept + window.fresh
+        reader.reach(end - 1)
         for (keys, values), (new_keys, new_values) in zip(reader.past, caches):
             keys[reader.kept : end] = new_keys[0, : window.fresh]
             values[reader.kept : end] = new_values[0, : window.fresh]
@@ -402,7 +398,7 @@ class ModuleDraft:
     def _rows(self, reader: _Reader, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> Tensor:
         """Each token's row, as deep as it is known: [slots, hidden]."""
         depth, where = reader.depth(slots), torch.from_numpy(slots)
-        features = reader.features[where]
+        features = self._store.features[where]
         if self._embedding is not None:
             features = torch.cat((F.embedding(torch.from_numpy(tokens), self._embedding)[:, None], features), 1)
         else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part
-from fullpipe.stations.table import SlotTable, open_table
+from fullpipe.stations.table import Slots, SlotTable
 
 _LOOK_BACK = 16  # occurrences of one n-gram that a lookup looks at; keeps its cost flat on endless repeats
 _RANKS = 4  # rates are kept for the first, second, third and any later choice
@@ -192,6 +192,7 @@ class NgramDraft:
                              f"(got {max_continuation} and {max_matches})")
         self._min_n, self._max_n = min_n, max_n
         self._max_continuation, self._max_matches = max_continuation, max_matches
+        self._slots = Slots()
         self._readers: dict[ArenaId, _Reader] = {}
         self._rates = Rates(max_n)  # of all requests
 
@@ -209,11 +210,9 @@ class NgramDraft:
         return expansions
 
     def _open(self, opening: Opening) -> None:
-        """A text that is copied is indexed with the first part of the new request, like a prompt."""
-        table = open_table({arena: reader.table for arena, reader in self._readers.items()}, opening)
-        if opening.arena not in self._readers:
-            self._readers[opening.arena] = _Reader(table, NgramIndex(min_n=self._min_n, max_n=self._max_n),
-                                                     self._rates)
+        """A text that another request has brought is indexed with the first part of the new one, like a prompt."""
+        self._readers[opening.arena] = _Reader(SlotTable(opening, self._slots),
+                                               NgramIndex(min_n=self._min_n, max_n=self._max_n), self._rates)
 
     def _expand(self, reader: _Reader, part: Part, row: int, fanout: int) -> Expansion:
         # Mapped once more they are nearer to the truth, but nothing is faster: of guesses that are rare, though not as

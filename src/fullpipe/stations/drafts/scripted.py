@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from fullpipe.messages import ArenaId, Expansion, Flight, Part, Tap
+from fullpipe.messages import Expansion, Flight, Part, Tap
 from fullpipe.stations.drafts.chains import go_on
 from fullpipe.stations.scripted import Truth, answerer, hash_token, tap_features
-from fullpipe.stations.table import SlotTable, open_table
+from fullpipe.stations.table import SlotTable, Tables
 
 _RESOLUTION = 1 << 20
 
@@ -35,11 +35,10 @@ class ScriptedDraft:
                  vocab: int = 50) -> None:
         self.accuracy, self.coverage, self.seed, self.vocab = accuracy, coverage, seed, vocab
         self._answer = answerer(truth)
-        self._tables: dict[ArenaId, SlotTable] = {}
+        self._tables = Tables()
 
     def run(self, job: Flight) -> list[Expansion]:
-        for opening in job.opens:
-            self._tables[opening.arena] = open_table(self._tables, opening)
+        self._tables.open(job.opens)
         expansions = []
         for part in job.parts:
             table = self._tables[part.arena]
@@ -49,8 +48,7 @@ class ScriptedDraft:
             if said and part.ahead:
                 go_on(part, wanted[0], said[0], job.least, partial(self._ask, table, job.fanout))
             expansions += said
-        for request in job.closes:
-            self._tables.pop(request, None)
+        self._tables.close(job.closes)
         return expansions
 
     def _ask(self, table: SlotTable, fanout: int, one: Part) -> tuple[list[int], list[float]]:

@@ -17,7 +17,7 @@ def load(setup: Setup) -> tuple[str, Setup, Answer]:
 
     stages, threads = setup["stages"], setup["threads"]
     draft = ",".join(name for name in (setup["draft"], "ngram") if name) if setup["method"] != "pp" else "none"
-    llm = LLM(setup["model"], draft=draft, stages=stages if stages > 1 else None, method=setup["method"],
+    llm = LLM(setup["model"], draft=draft, stages=stages, method=setup["method"],
               dtype=setup["dtype"], threads=threads, max_model_len=setup["max_len"])
 
     def answer(prompt: list[int], max_tokens: int) -> Iterator[list[int]]:

@@ -2,7 +2,9 @@
 
 Its native `/completion` is the way in that takes token ids and gives them back; the bindings' direct call gives text.
 It computes in the file's own quantised weights, so it reads a quarter of the bytes that bfloat16 takes. The wheel from
-PyPI is built for AVX2, without AVX-512 (`system` in the settings says what it found).
+PyPI is built for AVX2, without AVX-512; one that was compiled here has what this processor has (`system` in the
+settings says what it found). "speculative": "draft" for a draft model, "ngram" for guesses from the text so far, with
+llama.cpp's own settings of both.
 """
 
 from __future__ import annotations
@@ -30,8 +32,11 @@ def load(setup: Setup) -> tuple[str, Setup, Answer]:
     settings = {"weights": "as in the file (quantised)", "kv_cache": "float16", "threads": setup["threads"],
                 "system": xllamacpp.get_system_info().strip()}
     _set_threads(params, setup["threads"])
-    if setup["speculative"]:
-        speculative = params.speculative
+    speculative = params.speculative
+    if setup["speculative"] == "ngram":
+        speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        settings |= {"speculative": "ngram-simple"}
+    elif setup["speculative"] == "draft":
         speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
         speculative.draft.mparams.path = setup["draft"]
         _set_threads(speculative.draft, setup["threads"])

@@ -22,17 +22,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 Setup = dict[str, Any]
 Answer = Callable[[list[int], int], Iterable[list[int]]]
 """(prompt, max_tokens) -> the new tokens as they come, those that come together in one list."""
+Reply = Callable[[dict[str, Any]], dict[str, Any]]
 
 _LEAVE_S = 1.0  # what is left of a runner so long after the end of the input is killed
 
 
 def serve(load: Callable[[Setup], tuple[str, Setup, Answer]]) -> None:
     """load: from the set-up to (version, settings, how to answer). Returns when the input has ended."""
+    def loaded(setup: Setup) -> tuple[str, Setup, Reply]:
+        version, settings, answer = load(setup)
+        return version, settings, partial(_timed, answer)
+
+    converse(loaded)
+
+
+def converse(load: Callable[[Setup], tuple[str, Setup, Reply]]) -> None:
+    """The same conversation about other questions. load: its last result makes a line's answer of the line."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -50,7 +61,7 @@ def serve(load: Callable[[Setup], tuple[str, Setup, Answer]]) -> None:
         version, settings, answer = load(json.loads(first))
         say({"version": version, "load_s": time.perf_counter() - begun, "settings": settings})
         while (line := lines.get()) is not None:
-            say(_timed(answer, json.loads(line)))
+            say(answer(json.loads(line)))
     except Exception as error:
         say({"failed": f"{type(error).__name__}: {error}"})
         raise

@@ -150,7 +150,7 @@ class Measuring:
                 "T": f"{self._temperature:g}", "draft": draft, "cluster": cluster, "who": name_of(line.kind),
                 "claimed": f"{line.decile / 10:.1f} to {line.decile / 10 + 0.1:.1f}", "guesses": line.number,
                 "at its word": round(line.claimed / line.number, 3), "believed": round(line.believed / line.number, 3),
-                "seen": round(line.seen / line.number, 3)})
+                "seen": round(line.seen / line.number, 3), "version": self.version})
         claimed, believed = watched.surprise()
         print(f"T{self._temperature:g}/{cluster}/{draft}: {claimed:.0f} nats of surprise at the draft's word, "
               f"{believed:.0f} as it was believed", flush=True)

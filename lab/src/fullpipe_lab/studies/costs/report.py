@@ -43,10 +43,11 @@ def write_report(out: Path) -> None:
     """report.md beside receipt.json."""
     value = json.loads((out / "receipt.json").read_text(encoding="utf-8"))
     results, about = Results(value["samples"]), value["results"]
+    hits = [{name: cell for name, cell in row.items() if name != "version"} for row in about["hit_rates"]]
     asked = [list(asdict(one).values()) for one in targets(results, about["many"])]
     write_whole(out / "report.md", render(
         "costs.md.j2", value=value, about=about, results=results, tables=tables, targets=asked, worst=_WORST,
-        others=OTHERS, patience=PATIENCE, edges=[("chain", CHAIN_DEPTHS[-1], f"d{CHAIN_DEPTHS[-1]}"),
+        hits=hits, others=OTHERS, patience=PATIENCE, edges=[("chain", CHAIN_DEPTHS[-1], f"d{CHAIN_DEPTHS[-1]}"),
                                   ("pipedec", PIPEDEC_WIDTHS[-1], f"w{PIPEDEC_WIDTHS[-1]}")]))
 
 

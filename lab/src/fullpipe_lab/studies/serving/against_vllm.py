@@ -1,11 +1,13 @@
 """Fullpipe's server and vLLM's CPU server through the OpenAI API: one machine, one run, the wall clock.
 
     python -m fullpipe_lab.studies.serving.against_vllm [--model smollm2-135m] [--draft ngram] [--levels 1 4 8 16]
-        [--rounds 3] [--contenders fullpipe pp vllm] [--max-tokens 64] [--out serving-out] [--quick] [--write]
-        [--report-only] [--serve-options "..."]
+        [--rounds 3] [--contenders fullpipe-stored pp-stored fullpipe pp vllm] [--max-tokens 64] [--out serving-out]
+        [--quick] [--write] [--report-only] [--serve-options "..."]
 
-Both read the same weights in the same dtype from one folder, on the same cores, and are asked the same prompts by the
-same load generator (`fullpipe.server.load`), which is this process. Each server runs alone, and in each round each one
+Both have the same weights, on the same cores, and are asked the same prompts by the same load generator
+(`fullpipe.server.load`), which is this process. vLLM reads them in --dtype from a folder that is written from the GGUF
+file; `fullpipe` and `pp` read that folder too, `fullpipe-stored` and `pp-stored` the GGUF file itself, whose weights
+they compute with as they are. Each server runs alone, and in each round each one
 is started once; every other round goes through them backwards. Every prompt begins with a number of its own, so that
 no server finds what it has computed before; the same numbers in all rounds and for all, so that texts can be compared.
 
@@ -39,6 +41,7 @@ from fullpipe_lab.studies.serving.servers import (
     MODEL_NAME,
     Running,
     Setup,
+    gguf_of,
     grown,
     machine_notes,
     missing,
@@ -71,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4, 8, 16], help="requests at once")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", default=["fullpipe", "pp", "vllm"], help=", ".join(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", default=["fullpipe-stored", "pp-stored", "fullpipe", "pp", "vllm"],
+                        help=", ".join(CONTENDERS))
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--prompts", type=Path, help="JSON lines; default: the bundled ones")
@@ -94,7 +98,8 @@ def measure(asked: argparse.Namespace) -> None:
     prompts = read_prompts(asked.prompts) if asked.prompts else bundled()
     _bind(journal, asked, prompts)
     setup = Setup(shared_folder(asked.model, asked.dtype, (asked.out / "weights").absolute()), asked.draft, asked.dtype,
-                  asked.max_model_len, max(asked.levels), tuple(asked.serve_options))
+                  asked.max_model_len, max(asked.levels), tuple(asked.serve_options),
+                  gguf_of(asked.model, asked.contenders))
     for round_ in range(asked.rounds):
         for name in asked.contenders[:: -1 if round_ % 2 else 1]:
             levels = [level for level in asked.levels if key_of(round_, name, level) not in journal]
@@ -112,12 +117,7 @@ def _bind(journal: Journal, asked: argparse.Namespace, prompts: list[FilePrompt]
     plan = {"model": asked.model, "draft": asked.draft, "dtype": asked.dtype, "max_tokens": asked.max_tokens,
             "max_model_len": asked.max_model_len, "max_num_seqs": max(asked.levels), "prompts": digest,
             "serve_options": asked.serve_options}
-    if "plan" not in journal:
-        journal.add("plan", plan | machine_notes())
-    for name, value in plan.items():
-        if journal.rows["plan"][name] != value:
-            raise UsageError(f"{journal.path} was measured with {name} {journal.rows['plan'][name]!r}, not {value!r}",
-                             hint="Name another --out, or the same settings.")
+    journal.bind(plan, **machine_notes())
 
 
 def _round(journal: Journal, name: str, round_: int, levels: list[int], prompts: list[FilePrompt], setup: Setup,

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.hub import resolve
+from fullpipe.models.dtypes import STORED
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.threads import cores
 from fullpipe_lab.peers import envs
@@ -30,6 +31,7 @@ from fullpipe_lab.peers.weights import as_folder
 
 MODEL_NAME = "measured"  # what every server calls the model
 _START_S, _LEAVE_S = 600.0, 30.0
+_LOOK_S = 0.05  # so often it is asked whether it is ready
 _FOLLOW_S = 3.0  # what its children get once it has gone
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # vLLM's own /metrics has hundreds of lines; what shows where time and rows went is among these.
@@ -38,7 +40,8 @@ _COUNTED = ("_total", "_sum", "_count")
 
 @dataclass(frozen=True)
 class Setup:
-    """What all have in common. folder: weights and tokenizer, as transformers writes them. more: options for ours."""
+    """What all have in common. folder: weights and tokenizer, as transformers writes them. file: the GGUF file that
+    they were made of, if anybody reads it. more: options for ours."""
 
     folder: Path
     draft: str
@@ -46,16 +49,19 @@ class Setup:
     max_len: int
     max_seqs: int
     more: tuple[str, ...] = ()
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
 class Contender:
-    """options: put behind the command, in which {draft} stands for the setup's. environment: beside the user's."""
+    """options: put behind the command, in which {draft} stands for the setup's. environment: beside the user's.
+    stored: reads the setup's GGUF file and computes in its weights as they are."""
 
     name: str
     title: str
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    stored: bool = False
 
     @property
     def ours(self) -> bool:
@@ -70,7 +76,8 @@ class Contender:
         # vLLM's own command `vllm` does not start in the build for CPUs: it looks for a package called vllm.
         program = ((sys.executable, "-m", "fullpipe", "serve") if self.ours else
                    (str(envs.interpreter("vllm")), "-m", "vllm.entrypoints.openai.api_server"))
-        return [*program, "--model", str(setup.folder), "--served-model-name", MODEL_NAME, "--dtype", setup.dtype,
+        model, dtype = (setup.file, STORED) if self.stored else (setup.folder, setup.dtype)
+        return [*program, "--model", str(model), "--served-model-name", MODEL_NAME, "--dtype", dtype,
                 "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(setup.max_len),
                 "--max-num-seqs", str(setup.max_seqs), *own]
 
@@ -84,13 +91,16 @@ class Contender:
 
 
 _STAGES = ("--stages", "2")
+_DRAFT, _PLAIN = ("--draft", "{draft}", *_STAGES), ("--method", "pp", "--draft", "none", *_STAGES)
 _VLLM = ("--uvicorn-log-level", "warning")
 _VLLM_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _ALL_CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
 CONTENDERS = {one.name: one for one in (
-    Contender("fullpipe", "Fullpipe, with the draft", ("--draft", "{draft}", *_STAGES)),
-    Contender("pp", "Fullpipe, `--method pp`", ("--method", "pp", "--draft", "none", *_STAGES)),
+    Contender("fullpipe-stored", "Fullpipe, with the draft, weights as the GGUF file stores them", _DRAFT, stored=True),
+    Contender("pp-stored", "Fullpipe, `--method pp`, weights as the GGUF file stores them", _PLAIN, stored=True),
+    Contender("fullpipe", "Fullpipe, with the draft", _DRAFT),
+    Contender("pp", "Fullpipe, `--method pp`", _PLAIN),
     Contender("vllm", "vLLM, computing on all cores", _VLLM,
               _VLLM_VARIABLES | {"VLLM_CPU_OMP_THREADS_BIND": _ALL_CORES}),
     Contender("vllm-auto", "vLLM, as it binds threads by itself (a core is left to its web server)", _VLLM,
@@ -222,7 +232,7 @@ def _await_ready(server: Running, log: Path) -> None:
                 return
         if time.monotonic() > until:
             raise _failed(server, f"is not ready after {_START_S:g} s", log)
-        time.sleep(0.2)
+        time.sleep(_LOOK_S)
 
 
 def _failed(server: Running, reason: str, log: Path) -> FullpipeError:
@@ -243,6 +253,16 @@ def _end(server: Running) -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=_LEAVE_S)
+
+
+def gguf_of(model: str, names: Sequence[str]) -> Path | None:
+    """The GGUF file that a model is; None where none of these wants it. Raises UsageError where it is a folder."""
+    if not (wanting := [name for name in names if CONTENDERS[name].stored]):
+        return None
+    if (path := resolve(model)).is_dir():
+        raise UsageError(f"{wanting[0]} serves a GGUF file, and {model} is a folder",
+                         hint="Name a GGUF model, or contenders that share a dtype.")
+    return path
 
 
 def machine_notes() -> dict[str, Any]:

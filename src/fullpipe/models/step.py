@@ -1,0 +1,75 @@
+"""A step is what a slice computes at once: flat arrays of rows, and nothing of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Rows, where each puts its key and value, and what each reads.
+
+    A slot is an index into the pool of cache memory that a slice has. A row reads a text from its beginning to its own
+    token, one slot a position. Rows of a request share the beginning of that, so it stands in two runs of `reads`.
+
+    x: token ids, int64 [rows], or hidden states [rows, hidden].
+    positions: int64 [rows], each row's place in its text. slots: int32 [rows], where rows write; distinct.
+    reads: int32 [n], slots in order of position.
+    spans: int64 [rows, 4], first and end of a row's two runs in `reads`. Its own slot is the last of them, and together
+        they have as many as its position and one.
+
+    Rows come after their ancestors, and those that share their first run stand together.
+    """
+
+    x: Tensor
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int32]
+    reads: NDArray[np.int32]
+    spans: NDArray[np.int64]
+
+    @classmethod
+    def of_text(cls, x: Tensor, slots: NDArray[np.int32], first: int = 0) -> Step:
+        """Rows of one text at positions first, first + 1, ... slots: int32 [first + rows], of the whole text so far."""
+        positions = np.arange(first, first + len(x), dtype=np.int64)
+        spans = np.zeros((len(x), 4), np.int64)
+        spans[:, 1] = positions + 1
+        return cls(x, positions, slots[first:], slots, spans)
+
+    @classmethod
+    def of_paths(cls, x: Tensor, paths: Sequence[Sequence[int]]) -> Step:
+        """Rows by what each reads, slots in order of position. Those that stand together and begin with one slot are
+        rows of one request."""
+        reads, spans = list[int](), list[tuple[int, int, int, int]]()
+        for _, alike in groupby(paths, key=lambda path: path[0]):
+            request = list(alike)
+            longest, start = max(request, key=len), len(reads)
+            reads += longest
+            for path in request:
+                shared = next((at for at, (a, b) in enumerate(zip(longest, path)) if a != b), len(path))
+                spans.append((start, start + shared, len(reads), len(reads) + len(path) - shared))
+                reads += path[shared:]
+        positions, slots = [len(path) - 1 for path in paths], [path[-1] for path in paths]
+        return cls(x, np.array(positions, np.int64), np.array(slots, np.int32), np.array(reads, np.int32),
+                   np.array(spans, np.int64).reshape(-1, 4))
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def with_x(self, x: Tensor) -> Step:
+        """The same rows at the next slice."""
+        return replace(self, x=x)
+
+    def check(self, slots: int) -> None:
+        """Raise AssertionError unless each row reads a whole path in a pool of so many slots."""
+        spans = self.spans
+        counts = spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2]
+        assert (counts == self.positions + 1).all(), "a row reads no whole path"
+        last = np.where(spans[:, 3] > spans[:, 2], spans[:, 3], spans[:, 1]) - 1
+        assert (self.reads[last] == self.slots).all(), "a row does not read itself last"
+        assert not len(self.reads) or (self.reads.min() >= 0 and self.reads.max() < slots), "a slot beyond the pool"

@@ -77,8 +77,9 @@ class Target:
 
     @property
     def placed(self) -> dict[str, Any]:
-        """What a builder of a station is told of its device and its cache."""
-        where = {} if self.device == "cpu" else {"device": self.device}
+        """What a builder of a station is told of its device and its cache. The machine's memory is for all stages, and
+        for a draft model."""
+        where: dict[str, Any] = {"sharing": len(self.ends) + 1} if self.device == "cpu" else {"device": self.device}
         return where if self.kv_pool_mib is None else {**where, "kv_pool_mib": self.kv_pool_mib}
 
 
@@ -320,7 +321,7 @@ def _kept_costs(prepared: Prepared) -> KeptCosts:
     return KeptCosts.of(cache.home() / "profiles", {
         "versions": [versions().get(name) for name in ("fullpipe", "torch")],
         "model": [str(target.path), _fingerprint(target.path)], "draft": ",".join(prepared.drafts),
-        "dtype": target.dtype, "stages": options.stages, **target.placed,
+        "dtype": target.dtype, "stages": options.stages, "device": target.device,
         "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
 
 

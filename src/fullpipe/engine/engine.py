@@ -90,10 +90,13 @@ class Engine(Loop):
 
     def attach(self, pipeline: Pipeline) -> None:
         """Go on with another pipeline. Every request waits to be admitted there, and goes on from its committed tokens:
-        text is a function of what stands before, so nothing is lost. The caller closes the pipeline before."""
+        text is a function of what stands before, so nothing is lost. The caller closes the pipeline before, and ends
+        what does not fit into the new one's cache (`check_fits`).
+
+        Raises UsageError, and nothing is changed, where that has no room for a block."""
         newest = self.pipeline.newest_flight, self.pipeline.newest_job
-        self.pipeline = pipeline
         self._scheduler.forget_stations(pipeline.cache_slots)
+        self.pipeline = pipeline
         self._begin(*newest)
         self._tell(Attached(self._now))
 

@@ -86,11 +86,11 @@ class Scheduler:
 
     def forget_stations(self, station_slots: int | None) -> None:
         """There are other stations now, with room for so many slots each, and they hold nothing: all wait."""
+        self.memory.forget(station_slots)
         for sequence in self.running.values():
             sequence.leave()
         self.waiting |= self.running
         self.running.clear()
-        self.memory.forget(station_slots)
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those whose deadline has passed."""

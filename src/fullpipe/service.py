@@ -276,11 +276,12 @@ class Service(Generic[W]):
         longest, wanted = self.max_model_len, self.model.max_model_len
         if longest < 2 or (asked is not None and longest < wanted):
             raise UsageError(f"{self.engine.kv_total} cache slots hold {longest} tokens and the guesses beside them, "
-                             f"not {wanted}", hint="Give more `kv_cache_tokens`, or a smaller `max_model_len`.")
+                             f"not {wanted}",
+                             hint=f"Give more `{self.engine.kv_bound_by}`, or a smaller `max_model_len`.")
         if longest == wanted:
             return None
         return (f"the cache holds {longest} tokens of a text, the model {wanted}: longer ones are refused "
-                "(kv_cache_tokens)")
+                f"({self.engine.kv_bound_by})")
 
     @property
     def busy(self) -> bool:

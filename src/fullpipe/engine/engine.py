@@ -46,6 +46,11 @@ class Engine(Loop):
         return self._memory.total
 
     @property
+    def kv_bound_by(self) -> str:
+        """The option that a larger cache needs."""
+        return self._memory.bound_by
+
+    @property
     def longest(self) -> int | None:
         """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
         return self._memory.longest

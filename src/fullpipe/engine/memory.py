@@ -42,7 +42,7 @@ class Memory:
                         slots)
         if slots is not None and slots < self._size:
             raise UsageError(f"{slots} cache slots are less than a block of {self._size}",
-                             hint="Give more `kv_cache_tokens`, or a larger `kv_pool_mib`.")
+                             hint=f"Give more `{'kv_cache_tokens' if slots == self._asked else 'kv_pool_mib'}`.")
         self._pool = BlockPool(self._size, None if slots is None else slots // self._size)
         self._paths = KeptPaths(self._pool)
 
@@ -50,6 +50,11 @@ class Memory:
     def total(self) -> int | None:
         """Slots of all requests together; None: no bound."""
         return None if self._pool.total is None else self._pool.total * self._size
+
+    @property
+    def bound_by(self) -> str:
+        """The option that a larger cache needs."""
+        return "kv_cache_tokens" if self._asked is not None and self.total == self._fits(self._asked) else "kv_pool_mib"
 
     @property
     def used(self) -> int:
@@ -110,6 +115,9 @@ class Memory:
     def give_up_kept(self) -> None:
         """Keep nothing of requests that have ended."""
         self._paths.clear()
+
+    def _fits(self, slots: int) -> int:
+        return slots // self._size * self._size
 
     def _blocks(self, slots: int) -> int:
         return -(-slots // self._size)

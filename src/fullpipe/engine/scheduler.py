@@ -31,8 +31,8 @@ class Scheduler:
         whole, total = self.memory.whole(request), self.memory.total
         if total is not None and whole > total:
             raise PromptError(f"prompt, answer and guesses need {whole} cache slots, and there are {total}",
-                              hint="Shorten the prompt, or ask for fewer tokens. More cache is `kv_cache_tokens`, "
-                                   "within `kv_pool_mib`.")
+                              hint="Shorten the prompt, or ask for fewer tokens. More cache is "
+                                   f"`{self.memory.bound_by}`.")
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait until it can run. Raises PromptError for one that never could."""

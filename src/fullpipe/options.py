@@ -101,8 +101,9 @@ class PipelineOptions:
                                 "Without any, it runs in this process.")
     device: str = option("cpu", "What stages and draft model compute on: cpu, cuda, or cuda:N for one of several GPUs.")
     kv_pool_mib: int | None = option(None, "Cache memory of each stage, and as much of a draft model, in MiB; it "
-                                     "bounds how long texts may be, and how many run at a time. On a GPU it is taken at "
-                                     "the start. Default: a quarter of what is free for each, for 131,072 tokens at most.")
+                                     "bounds how long texts may be, and how many run at a time. On a GPU it is taken "
+                                     "at the start. Default: a quarter of what is free for each, for 131,072 tokens at "
+                                     "most.")
     threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
                                  "cores).")
     link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")

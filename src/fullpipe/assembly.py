@@ -58,7 +58,7 @@ def _silent(line: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Target:
     """The model that is to be served. ends: layers finished after each stage. vocab: number of real tokens. device:
-    what stages and draft model compute on, "cpu" or "cuda:N". kv_pool_mib: see `PipelineOptions`."""
+    what stages and draft model compute on, "cpu" or "cuda:N". kv_pool_mib, kv_cache_dtype: see `PipelineOptions`."""
 
     path: Path
     config: ModelConfig
@@ -68,6 +68,7 @@ class Target:
     ends: tuple[int, ...]
     device: str = "cpu"
     kv_pool_mib: int | None = None
+    kv_cache_dtype: str = "auto"
 
     @property
     def numbers(self) -> str:
@@ -77,9 +78,10 @@ class Target:
 
     @property
     def placed(self) -> dict[str, Any]:
-        """What a builder of a station is told of its device and its cache."""
-        where = {} if self.device == "cpu" else {"device": self.device}
-        return where if self.kv_pool_mib is None else {**where, "kv_pool_mib": self.kv_pool_mib}
+        """What a builder of a station is told of its device and its cache, where that is not what it does anyway."""
+        where = ("device", "kv_pool_mib", "kv_cache_dtype")
+        return {one.name: value for one in fields(self)
+                if one.name in where and (value := getattr(self, one.name)) != one.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,7 @@ def assemble(options: Options, say: Say = _silent) -> Assembly:
 
 def prepare(options: Options, say: Say = _silent) -> Prepared:
     """Find the models, check that they fit together and with the options, and cut the target into stages."""
-    from fullpipe.models.dtypes import pick_dtype
+    from fullpipe.models.dtypes import pick_dtype, pick_kv_cache_dtype
     from fullpipe.models.generation import sampling_of
     from fullpipe.models.tokens.loading import load_tokenizer, with_template
     from fullpipe.models.weights import open_model
@@ -223,7 +225,9 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
     dtype = pick_dtype(options.model.dtype, device, files, options.model.quantization)
-    target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib)
+    pick_kv_cache_dtype(options.pipeline.kv_cache_dtype, dtype, device)
+    target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib,
+                    options.pipeline.kv_cache_dtype)
     draft = draft_spec(names, target, say)
     length = _length(options.model.max_model_len, files.config.max_positions)
     stages = stage_specs(target, margins=options.model.margins, taps=taps_of(names))

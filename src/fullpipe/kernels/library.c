@@ -135,6 +135,9 @@ typedef struct {
     int64_t own_floats;
 } step;
 
+/* Bytes of a head's keys or values of one slot of a cache; see `fp_cache`. */
+FP_EXPORT int64_t fp_cached_bytes(int kind, int size) { return fp_cache_bytes(kind, size); }
+
 /* Where a slot lies, counted in heads from where the same head of the same layer begins in the first block. */
 static int64_t place_of(const fp_model *m, int32_t slot) {
     return (int64_t)(slot / FP_SLOTS) * m->layers * 2 * m->kv_heads * FP_SLOTS + slot % FP_SLOTS;
@@ -170,17 +173,14 @@ static void begin_mlp(void *of, int64_t row, int thread) {
 static uint8_t *cache_of(const step *s, int head) {
     const fp_model *m = s->model;
     int64_t heads = (int64_t)s->index * 2 * m->kv_heads + head;
-    return m->cache + heads * FP_SLOTS * m->size * (m->half ? 2 : 4);
+    return m->cache + heads * FP_SLOTS * fp_cache_bytes(m->kind, m->size);
 }
 
 static void write_cache(const step *s, int64_t row, int head, const float *x, float *padded) {
     const fp_model *m = s->model;
-    int64_t bytes = m->size * (m->half ? 2 : 4);
-    uint8_t *to = cache_of(s, head) + s->own_places[row] * bytes;
     memcpy(padded, x, m->head_dim * sizeof(float));
     for (int i = m->head_dim; i < m->size; i++) padded[i] = 0.0f;
-    if (m->half) ops->store_half(padded, m->size, (uint16_t *)to);
-    else memcpy(to, padded, bytes);
+    ops->store(m->kind, padded, m->size, cache_of(s, head) + s->own_places[row] * fp_cache_bytes(m->kind, m->size));
 }
 
 /* Norms of heads, rotation, and what goes into the cache. */
@@ -220,7 +220,7 @@ static void attend_one(void *of, int64_t part, int thread) {
         places = both;
     }
     fp_context context = {cache_of(s, (int)kv_head), cache_of(s, (int)(m->kv_heads + kv_head)), places,
-                          (int32_t)(shared + branch), m->size, m->half};
+                          (int32_t)(shared + branch), m->size, m->kind};
     ops->attend(queries, (int)groups, &context, 1.0f / sqrtf((float)m->head_dim), scores, mixed);
     for (int64_t h = 0; h < groups; h++) memcpy(to + h * m->head_dim, mixed + h * m->size, m->head_dim * sizeof(float));
 }

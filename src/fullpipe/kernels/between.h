@@ -65,7 +65,7 @@ static void store_halves(const float *x, int size, uint16_t *out) {
 }
 
 static void store_bytes(const float *x, int size, uint8_t *out) {
-    vf most = f_zero(), sum = f_zero(), small = f_all(0x1p-12f); /* as in `quantise` */
+    vf most = f_zero(), sum = f_zero(), small = f_all(0x1p-12f); /* see `quantise` */
     for (int i = 0; i < size; i += 16) {
         vf own = f_abs(f_load(x + i));
         most = f_max(most, own), sum = f_fma(own, small, sum);

@@ -7,8 +7,8 @@ products: one product of each form. Weights take turns, so that no cache holds t
 times: reading the weight at the bandwidth that was measured, and its products at the rate of a loop of nothing else.
 steps: all layers and the head of whole models after 128 tokens. quality: the models' logits beside float32 arithmetic
 on the same file's weights, over prompts, code and prose, 1,600 tokens: KL per token, and how often the likeliest token
-is the same; with each kind of cache. quantising: the same of a bfloat16 model with other blocks (`permuted`), as it is and quantised while it
-is read. `--write` keeps the receipt in lab/receipts/kernels.json.
+is the same; with each kind of cache. quantising: the same of a bfloat16 model with other blocks (`permuted`), as it is
+and quantised while it is read. `--write` keeps the receipt in lab/receipts/kernels.json.
 """
 
 from __future__ import annotations

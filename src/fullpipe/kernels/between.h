@@ -125,6 +125,23 @@ INLINE float scaled(int kind, const uint8_t *row, int size, float x) {
     return x * scale;
 }
 
+INLINE vf f_up_to(const float *x, int count) { return count < 16 ? f_part(x, count) : f_load(x); }
+
+static void shift(const float *turned, int heads, const float *cosine, const float *sine, int half, int count,
+                  float factor, float *out) {
+    for (int i = 0; i < count; i++, cosine += half, sine += half) {
+        for (int h = 0; h < heads; h++) {
+            const float *own = turned + (int64_t)h * 2 * half;
+            vf sum = f_zero();
+            for (int p = 0; p < half; p += 16) {
+                sum = f_fma(f_up_to(own + p, half - p), f_up_to(cosine + p, half - p), sum);
+                sum = f_fma(f_up_to(own + half + p, half - p), f_up_to(sine + p, half - p), sum);
+            }
+            out[(int64_t)h * count + i] = f_sum(sum) * factor;
+        }
+    }
+}
+
 /* Weights of the slots, and their sum, from products with their keys. */
 INLINE float softmax(float *scores, int count) {
     for (int i = count; i < ((count + 15) & ~15); i++) scores[i] = -INFINITY;
@@ -157,6 +174,8 @@ INLINE void attend_heads(int heads, int parts, int together, int kind, const flo
         }
         float times = scaled(kind, key, c->size, factor);
         UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] = f_sum(sums[h]) * times;
+        if (kind == FP_CACHE_I8 && c->shifts)
+            UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] += c->shifts[(int64_t)h * c->count + i];
     }
     float totals[4];
     UNROLL for (int h = 0; h < heads; h++) totals[h] = softmax(scores + h * room, c->count);
@@ -196,12 +215,14 @@ ATTEND_SOME(attend_floats, FP_CACHE_F32) ATTEND_SOME(attend_halves, FP_CACHE_F16
 
 /* A head's bits do not depend on how many are worked off at once: each has sums of its own, in the same order. */
 static void attend(const float *queries, int heads, const fp_context *c, float factor, float *scores, float *out) {
+    fp_context own = *c;
     for (int h = 0, done; h < heads; h += done) {
         const float *q = queries + h * c->size;
+        if (c->shifts) own.shifts = c->shifts + (int64_t)h * c->count;
         float *o = out + h * c->size;
-        if (c->kind == FP_CACHE_I8) done = attend_bytes(q, heads - h, c, factor, scores, o);
-        else if (c->kind == FP_CACHE_F16) done = attend_halves(q, heads - h, c, factor, scores, o);
-        else done = attend_floats(q, heads - h, c, factor, scores, o);
+        if (c->kind == FP_CACHE_I8) done = attend_bytes(q, heads - h, &own, factor, scores, o);
+        else if (c->kind == FP_CACHE_F16) done = attend_halves(q, heads - h, &own, factor, scores, o);
+        else done = attend_floats(q, heads - h, &own, factor, scores, o);
     }
 }
 

@@ -183,6 +183,12 @@ static void write_cache(const step *s, int64_t row, int head, const float *x, fl
     ops->store(m->kind, padded, m->size, cache_of(s, head) + s->own_places[row] * fp_cache_bytes(m->kind, m->size));
 }
 
+/* The bias of a head of keys where the cache is to leave it out, or NULL. */
+static const float *left_out(const step *s, int64_t kv_head) {
+    const float *bias = s->model->kind == FP_CACHE_I8 && !s->layer->key_norm ? s->layer->key.bias : NULL;
+    return bias ? bias + kv_head * s->model->head_dim : NULL;
+}
+
 /* Norms of heads, rotation, and what goes into the cache. */
 static void rotate_and_write(void *of, int64_t row, int thread) {
     step *s = of;
@@ -194,10 +200,28 @@ static void rotate_and_write(void *of, int64_t row, int thread) {
         const float *weight = h < m->heads ? s->layer->query_norm : s->layer->key_norm;
         if (h < m->heads + m->kv_heads) {
             if (weight) ops->norm(head, weight, m->head_dim, m->eps, head);
+            const float *bias = h < m->heads ? NULL : left_out(s, h - m->heads);
+            for (int i = 0; bias && i < m->head_dim; i++) head[i] -= bias[i];
             ops->rotate(head, cosine, sine, m->head_dim);
         }
         if (h >= m->heads) write_cache(s, row, h - m->heads, head, padded);
     }
+}
+
+/* What the bias that the cache leaves out adds to the products with keys at positions 0, 1, ...: a query times a pair of
+   it that is turned by an angle is a part times the cosine and a part times the sine. turned: room for [groups][head_dim]. */
+static void add_left_out(const fp_model *m, const float *bias, const float *queries, int groups, int count, float factor,
+                         float *turned, float *shifts) {
+    int half = m->head_dim / 2;
+    for (int h = 0; h < groups; h++) {
+        const float *q = queries + (int64_t)h * m->size;
+        float *own = turned + (int64_t)h * m->head_dim;
+        for (int i = 0; i < half; i++) {
+            own[i] = q[i] * bias[i] + q[half + i] * bias[half + i];
+            own[half + i] = q[half + i] * bias[i] - q[i] * bias[half + i];
+        }
+    }
+    ops->shift(turned, groups, m->cosine, m->sine, half, count, factor, shifts);
 }
 
 static void attend_one(void *of, int64_t part, int thread) {
@@ -211,17 +235,23 @@ static void attend_one(void *of, int64_t part, int thread) {
     float *to = s->mixed + (row * m->heads + kv_head * groups) * m->head_dim;
     memset(queries, 0, groups * m->size * sizeof(float));
     for (int64_t h = 0; h < groups; h++) memcpy(queries + h * m->size, from + h * m->head_dim, m->head_dim * sizeof(float));
-    float *scores = mixed + groups * m->size;
+    float *turned = mixed + groups * m->size, *shifts = turned + groups * m->size, *scores = shifts + groups * s->longest;
     if (branch) { /* two runs are made one */
-        int64_t before = groups * (2 * m->size + s->longest + 16);
+        int64_t before = groups * (3 * m->size + 2 * s->longest + 16);
         int64_t *both = (int64_t *)(queries + before + before % 2);
         memcpy(both, places, shared * sizeof(int64_t));
         memcpy(both + shared, s->places + span[2], branch * sizeof(int64_t));
         places = both;
     }
     fp_context context = {cache_of(s, (int)kv_head), cache_of(s, (int)(m->kv_heads + kv_head)), places,
-                          (int32_t)(shared + branch), m->size, m->kind};
-    ops->attend(queries, (int)groups, &context, 1.0f / sqrtf((float)m->head_dim), scores, mixed);
+                          (int32_t)(shared + branch), m->size, m->kind, NULL};
+    const float *bias = left_out(s, kv_head);
+    float factor = 1.0f / sqrtf((float)m->head_dim);
+    if (bias) {
+        add_left_out(m, bias, queries, (int)groups, context.count, factor, turned, shifts);
+        context.shifts = shifts;
+    }
+    ops->attend(queries, (int)groups, &context, factor, scores, mixed);
     for (int64_t h = 0; h < groups; h++) memcpy(to + h * m->head_dim, mixed + h * m->size, m->head_dim * sizeof(float));
 }
 
@@ -286,7 +316,7 @@ static void *cut(uint8_t **free_from, int64_t bytes) {
 static int64_t lay_out(step *s, uint8_t *from) {
     const fp_model *m = s->model;
     int64_t rows = s->rows, mixed = (int64_t)m->heads * m->head_dim, most = mixed > m->hidden ? mixed : m->hidden;
-    int64_t groups = m->heads / m->kv_heads, attention = groups * (2 * m->size + s->longest + 16) + 2 * s->longest + 16;
+    int64_t groups = m->heads / m->kv_heads, attention = groups * (3 * m->size + 2 * s->longest + 16) + 2 * s->longest + 16;
     int64_t gates = 2 * rows * MOST_GATED;
     uint8_t *at = from;
     s->own_floats = ((attention > gates ? attention : gates) + 31) & ~15LL;

@@ -51,7 +51,8 @@ typedef struct {
 } fp_block;
 
 /* In what a cache keeps keys and values. Of a head's numbers in int8 the greatest is 127 or -127; their scale, a float,
-   stands behind them. */
+   stands behind them. Keys in int8 are kept without their bias, which can be a hundred times what differs between them
+   and would leave that no precision; attention adds what it does to a product, exactly. */
 typedef enum { FP_CACHE_F32, FP_CACHE_F16, FP_CACHE_I8 } fp_cache;
 
 /* Rows that go into a product: as floats [count][inputs], and quantised, [count][inputs / 32]. */
@@ -67,6 +68,7 @@ typedef struct {
     const uint8_t *keys, *values; /* of one head: [places], `fp_cache_bytes` each */
     const int64_t *places;
     int32_t count, size, kind; /* size: numbers of a head, a multiple of 16. kind: fp_cache */
+    const float *shifts; /* what is added to a head's products with keys, [heads][count], or NULL; for int8 alone */
 } fp_context;
 
 /* What each level of instructions implements. */
@@ -79,6 +81,10 @@ typedef struct {
     /* Pairs (i, i + size / 2) of one head turn by angles with this cosine and sine, [size / 2] each. */
     void (*rotate)(float *head, const float *cosine, const float *sine, int size);
     void (*store)(int kind, const float *x, int size, uint8_t *out); /* a head into the cache */
+    /* What rotated keys [half pairs] add to products with queries: by angles in order of position, of turned [heads][2 *
+       half], the parts of cosine and of sine; times factor into out [heads][count]. */
+    void (*shift)(const float *turned, int heads, const float *cosine, const float *sine, int half, int count,
+                  float factor, float *out);
     /* Heads that share keys and values: queries and out [heads][size]; scores: room for heads * (count + 16). */
     void (*attend)(const float *queries, int heads, const fp_context *context, float factor, float *scores, float *out);
     void (*gate)(float *gate, const float *up, int count); /* silu(gate) * up, in place */

@@ -127,21 +127,6 @@ INLINE float scaled(int kind, const uint8_t *row, int size, float x) {
 
 INLINE vf f_up_to(const float *x, int count) { return count < 16 ? f_part(x, count) : f_load(x); }
 
-static void shift(const float *turned, int heads, const float *cosine, const float *sine, int half, int count,
-                  float factor, float *out) {
-    for (int i = 0; i < count; i++, cosine += half, sine += half) {
-        for (int h = 0; h < heads; h++) {
-            const float *own = turned + (int64_t)h * 2 * half;
-            vf sum = f_zero();
-            for (int p = 0; p < half; p += 16) {
-                sum = f_fma(f_up_to(own + p, half - p), f_up_to(cosine + p, half - p), sum);
-                sum = f_fma(f_up_to(own + half + p, half - p), f_up_to(sine + p, half - p), sum);
-            }
-            out[(int64_t)h * count + i] = f_sum(sum) * factor;
-        }
-    }
-}
-
 /* Weights of the slots, and their sum, from products with their keys. */
 INLINE float softmax(float *scores, int count) {
     for (int i = count; i < ((count + 15) & ~15); i++) scores[i] = -INFINITY;
@@ -158,7 +143,8 @@ INLINE float softmax(float *scores, int count) {
 }
 
 /* Some heads (a constant) over what a row reads, in the order of that. together: so many times 16 numbers of the
-   values (a constant, which divides all) are mixed at a time. kind: of the cache (a constant). */
+   values (a constant, which divides all) are mixed at a time. kind: of the cache (a constant). Sizes that are constants are those of
+   whole halves. */
 INLINE void attend_heads(int heads, int parts, int together, int kind, const float *queries, const fp_context *c,
                          float factor, float *scores, float *out) {
     int64_t row = fp_cache_bytes(kind, c->size);
@@ -173,9 +159,22 @@ INLINE void attend_heads(int heads, int parts, int together, int kind, const flo
                 sums[h] = f_fma(f_load(queries + h * c->size + 16 * p), k, sums[h]);
         }
         float times = scaled(kind, key, c->size, factor);
-        UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] = f_sum(sums[h]) * times;
-        if (kind == FP_CACHE_I8 && c->shifts)
-            UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] += c->shifts[(int64_t)h * c->count + i];
+        if (kind != FP_CACHE_I8 || !c->turned) {
+            UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] = f_sum(sums[h]) * times;
+            continue;
+        }
+        UNROLL for (int h = 0; h < heads; h++) sums[h] = f_mul(sums[h], f_all(times));
+        UNROLL for (int p = 0; p < (parts + 1) / 2; p++) {
+            int left = together > 1 ? 16 : c->half - 16 * p;
+            vf cosine = f_up_to(c->cosine + (int64_t)i * c->half + 16 * p, left);
+            vf sine = f_up_to(c->sine + (int64_t)i * c->half + 16 * p, left);
+            UNROLL for (int h = 0; h < heads; h++) {
+                const float *own = c->turned + (2 * h) * c->half + 16 * p;
+                sums[h] = f_fma(f_up_to(own, left), cosine, sums[h]);
+                sums[h] = f_fma(f_up_to(own + c->half, left), sine, sums[h]);
+            }
+        }
+        UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] = f_sum(sums[h]);
     }
     float totals[4];
     UNROLL for (int h = 0; h < heads; h++) totals[h] = softmax(scores + h * room, c->count);
@@ -205,6 +204,7 @@ INLINE void attend_heads(int heads, int parts, int together, int kind, const flo
     ATTEND(name##_64_4, 4, 4, 4, kind) ATTEND(name##_64_1, 1, 4, 4, kind) ATTEND(name##_128_2, 2, 8, 8, kind)         \
     ATTEND(name##_128_1, 1, 8, 8, kind) ATTEND(name##_any, 1, c->size / 16, 1, kind)                                  \
     static int name(const float *q, int heads, const fp_context *c, float factor, float *scores, float *out) {       \
+        if (2 * c->half != c->size) return name##_any(q, c, factor, scores, out), 1;                                 \
         if (c->size == 64 && heads >= 4) return name##_64_4(q, c, factor, scores, out), 4;                           \
         if (c->size == 64) return name##_64_1(q, c, factor, scores, out), 1;                                         \
         if (c->size == 128 && heads >= 2) return name##_128_2(q, c, factor, scores, out), 2;                         \
@@ -218,7 +218,7 @@ static void attend(const float *queries, int heads, const fp_context *c, float f
     fp_context own = *c;
     for (int h = 0, done; h < heads; h += done) {
         const float *q = queries + h * c->size;
-        if (c->shifts) own.shifts = c->shifts + (int64_t)h * c->count;
+        if (c->turned) own.turned = c->turned + 2 * h * c->half;
         float *o = out + h * c->size;
         if (c->kind == FP_CACHE_I8) done = attend_bytes(q, heads - h, &own, factor, scores, o);
         else if (c->kind == FP_CACHE_F16) done = attend_halves(q, heads - h, &own, factor, scores, o);

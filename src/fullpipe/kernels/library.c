@@ -208,20 +208,20 @@ static void rotate_and_write(void *of, int64_t row, int thread) {
     }
 }
 
-/* What the bias that the cache leaves out adds to the products with keys at positions 0, 1, ...: a query times a pair of
-   it that is turned by an angle is a part times the cosine and a part times the sine. turned: room for [groups][head_dim]. */
-static void add_left_out(const fp_model *m, const float *bias, const float *queries, int groups, int count, float factor,
-                         float *turned, float *shifts) {
+/* What the bias that the cache leaves out adds to a query's products with keys: with a pair of it that is turned by an
+   angle, a part times the cosine and a part times the sine. turned: room for [groups][head_dim]. */
+static void add_left_out(const fp_model *m, const float *bias, const float *queries, float factor, float *turned,
+                         fp_context *to) {
     int half = m->head_dim / 2;
-    for (int h = 0; h < groups; h++) {
+    for (int h = 0; h < m->heads / m->kv_heads; h++) {
         const float *q = queries + (int64_t)h * m->size;
         float *own = turned + (int64_t)h * m->head_dim;
         for (int i = 0; i < half; i++) {
-            own[i] = q[i] * bias[i] + q[half + i] * bias[half + i];
-            own[half + i] = q[half + i] * bias[i] - q[i] * bias[half + i];
+            own[i] = (q[i] * bias[i] + q[half + i] * bias[half + i]) * factor;
+            own[half + i] = (q[half + i] * bias[i] - q[i] * bias[half + i]) * factor;
         }
     }
-    ops->shift(turned, groups, m->cosine, m->sine, half, count, factor, shifts);
+    to->turned = turned, to->cosine = m->cosine, to->sine = m->sine;
 }
 
 static void attend_one(void *of, int64_t part, int thread) {
@@ -235,22 +235,20 @@ static void attend_one(void *of, int64_t part, int thread) {
     float *to = s->mixed + (row * m->heads + kv_head * groups) * m->head_dim;
     memset(queries, 0, groups * m->size * sizeof(float));
     for (int64_t h = 0; h < groups; h++) memcpy(queries + h * m->size, from + h * m->head_dim, m->head_dim * sizeof(float));
-    float *turned = mixed + groups * m->size, *shifts = turned + groups * m->size, *scores = shifts + groups * s->longest;
+    float *turned = mixed + groups * m->size, *scores = turned + groups * m->size;
     if (branch) { /* two runs are made one */
-        int64_t before = groups * (3 * m->size + 2 * s->longest + 16);
+        int64_t before = groups * (3 * m->size + s->longest + 16);
         int64_t *both = (int64_t *)(queries + before + before % 2);
         memcpy(both, places, shared * sizeof(int64_t));
         memcpy(both + shared, s->places + span[2], branch * sizeof(int64_t));
         places = both;
     }
     fp_context context = {cache_of(s, (int)kv_head), cache_of(s, (int)(m->kv_heads + kv_head)), places,
-                          (int32_t)(shared + branch), m->size, m->kind, NULL};
+                          (int32_t)(shared + branch), m->size, m->kind, NULL, NULL, NULL,
+                          m->head_dim / 2};
     const float *bias = left_out(s, kv_head);
     float factor = 1.0f / sqrtf((float)m->head_dim);
-    if (bias) {
-        add_left_out(m, bias, queries, (int)groups, context.count, factor, turned, shifts);
-        context.shifts = shifts;
-    }
+    if (bias) add_left_out(m, bias, queries, factor, turned, &context);
     ops->attend(queries, (int)groups, &context, factor, scores, mixed);
     for (int64_t h = 0; h < groups; h++) memcpy(to + h * m->head_dim, mixed + h * m->size, m->head_dim * sizeof(float));
 }
@@ -316,7 +314,7 @@ static void *cut(uint8_t **free_from, int64_t bytes) {
 static int64_t lay_out(step *s, uint8_t *from) {
     const fp_model *m = s->model;
     int64_t rows = s->rows, mixed = (int64_t)m->heads * m->head_dim, most = mixed > m->hidden ? mixed : m->hidden;
-    int64_t groups = m->heads / m->kv_heads, attention = groups * (3 * m->size + 2 * s->longest + 16) + 2 * s->longest + 16;
+    int64_t groups = m->heads / m->kv_heads, attention = groups * (3 * m->size + s->longest + 16) + 2 * s->longest + 16;
     int64_t gates = 2 * rows * MOST_GATED;
     uint8_t *at = from;
     s->own_floats = ((attention > gates ? attention : gates) + 31) & ~15LL;

@@ -68,7 +68,10 @@ typedef struct {
     const uint8_t *keys, *values; /* of one head: [places], `fp_cache_bytes` each */
     const int64_t *places;
     int32_t count, size, kind; /* size: numbers of a head, a multiple of 16. kind: fp_cache */
-    const float *shifts; /* what is added to a head's products with keys, [heads][count], or NULL; for int8 alone */
+    /* What a bias that the keys leave out, turned by the angles of each position, adds to a head's products with them:
+       turned [heads][2 * half], the parts of cosine [count][half] and of sine; NULL: nothing. For int8 alone. */
+    const float *turned, *cosine, *sine;
+    int32_t half; /* of a head's own numbers */
 } fp_context;
 
 /* What each level of instructions implements. */
@@ -81,10 +84,6 @@ typedef struct {
     /* Pairs (i, i + size / 2) of one head turn by angles with this cosine and sine, [size / 2] each. */
     void (*rotate)(float *head, const float *cosine, const float *sine, int size);
     void (*store)(int kind, const float *x, int size, uint8_t *out); /* a head into the cache */
-    /* What rotated keys [half pairs] add to products with queries: by angles in order of position, of turned [heads][2 *
-       half], the parts of cosine and of sine; times factor into out [heads][count]. */
-    void (*shift)(const float *turned, int heads, const float *cosine, const float *sine, int half, int count,
-                  float factor, float *out);
     /* Heads that share keys and values: queries and out [heads][size]; scores: room for heads * (count + 16). */
     void (*attend)(const float *queries, int heads, const fp_context *context, float factor, float *scores, float *out);
     void (*gate)(float *gate, const float *up, int count); /* silu(gate) * up, in place */

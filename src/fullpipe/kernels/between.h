@@ -143,8 +143,8 @@ INLINE float softmax(float *scores, int count) {
 }
 
 /* Some heads (a constant) over what a row reads, in the order of that. together: so many times 16 numbers of the
-   values (a constant, which divides all) are mixed at a time. kind: of the cache (a constant). Sizes that are constants are those of
-   whole halves. */
+   values (a constant, which divides all) are mixed at a time: 1, or all of a size that is a constant and
+   of which half is a multiple of 16. kind: of the cache (a constant). */
 INLINE void attend_heads(int heads, int parts, int together, int kind, const float *queries, const fp_context *c,
                          float factor, float *scores, float *out) {
     int64_t row = fp_cache_bytes(kind, c->size);

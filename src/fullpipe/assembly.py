@@ -78,10 +78,14 @@ class Target:
 
     @property
     def placed(self) -> dict[str, Any]:
-        """What a builder of a station is told of its device and its cache, where that is not what it does anyway."""
-        where = ("device", "kv_pool_mib", "kv_cache_dtype")
-        return {one.name: value for one in fields(self)
-                if one.name in where and (value := getattr(self, one.name)) != one.default}
+        """What a builder of a station is told of its device and its cache. The machine's memory is for all stages, and
+        for a draft model."""
+        where: dict[str, Any] = {"sharing": len(self.ends) + 1} if self.device == "cpu" else {"device": self.device}
+        if self.kv_pool_mib is not None:
+            where["kv_pool_mib"] = self.kv_pool_mib
+        if self.kv_cache_dtype != "auto":
+            where["kv_cache_dtype"] = self.kv_cache_dtype
+        return where
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,13 @@ class Prepared:
         """What an engine may do with these stations: a draft that reads hidden states would never hear of rows that
         another request has computed, so with one prefixes are not shared. `unshared` says so."""
         return replace(asked, enable_prefix_caching=asked.enable_prefix_caching and not self.reads_taps)
+
+    def cache_told(self, total: int) -> str:
+        """What a user should know of a cache of so many slots."""
+        config = self.target.config
+        slot_bytes = config.num_layers * config.sizes(4 if self.target.dtype == "float32" else 2).kv_bytes
+        return (f"the cache holds {total:,} tokens of all requests together: {total * slot_bytes >> 20:,} MiB over all "
+                "stages when it is full")
 
     def unshared(self, asked: EngineOptions) -> str | None:
         """Why prefixes are not shared although that is asked for; None where they are, or it is not."""
@@ -314,10 +325,11 @@ def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
 
 def _kept_costs(prepared: Prepared) -> KeptCosts:
     options, target = prepared.options.pipeline, prepared.target
+    kept_in = {} if target.kv_cache_dtype == "auto" else {"kv_cache_dtype": target.kv_cache_dtype}
     return KeptCosts.of(cache.home() / "profiles", {
         "versions": [versions().get(name) for name in ("fullpipe", "torch")],
         "model": [str(target.path), _fingerprint(target.path)], "draft": ",".join(prepared.drafts),
-        "dtype": target.dtype, "stages": options.stages, **target.placed,
+        "dtype": target.dtype, "stages": options.stages, "device": target.device, **kept_in,
         "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
 
 

@@ -102,11 +102,11 @@ class PipelineOptions:
     stages: int | None = option(None, "Processes on this machine to cut the model over, and one more for the draft. "
                                 "Without any, it runs in this process.")
     device: str = option("cpu", "What stages and draft model compute on: cpu, cuda, or cuda:N for one of several GPUs.")
-    kv_pool_mib: int | None = option(None, "Cache memory of each stage, and of a draft model, in MiB; on a GPU it is "
-                                     "taken at the start. Default: a quarter of what is free, for 131,072 tokens at "
-                                     "most.")
-    kv_cache_dtype: str = option("auto", "Keys and values in the cache of stages and draft model: auto (float16 on the "
-                                 "native kernels, else the dtype); and for these kernels alone float16, float32, or "
+    kv_pool_mib: int | None = option(None, "Cache memory of each stage, and as much of a draft model, in MiB; it "
+                                     "bounds how long texts may be, and how many run at a time. On a GPU it is taken at "
+                                     "the start. Default: a quarter of what is free for each, for 131,072 tokens at most.")
+    kv_cache_dtype: str = option("auto", "Keys and values in the cache of stages and draft model: auto (float16 on "
+                                 "the native kernels, else the dtype); for these kernels alone float16, float32, or "
                                  "int8, which takes about half the memory of float16.")
     threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
                                  "cores).")
@@ -159,8 +159,8 @@ class EngineOptions:
     """
 
     max_num_seqs: int | None = option(None, "Requests that run at a time; the others wait.")
-    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage. Default: what "
-                                         "the stages have room for.")
+    kv_cache_tokens: int | None = option(None, "Cache slots of all requests together, on each stage, if that is to be "
+                                         "less than `kv_pool_mib` has room for.")
     enable_prefix_caching: bool = option(False, "Let requests that begin alike share what is computed; off with draft "
                                          "modules.")
     prefill_chunk: int = 256

@@ -130,7 +130,8 @@ def fitted(prompt: Sequence[int], params: SamplingParams, *, vocab: int, max_mod
     room = max_model_len - len(prompt)
     if room < 1:
         raise PromptError(f"the prompt has {len(prompt)} tokens, the context holds {max_model_len}",
-                          hint="Shorten the prompt, or use a model with a longer context.")
+                          hint="Shorten the prompt, or use a model with a longer context, or more cache memory where "
+                               "that is what bounds it (`kv_pool_mib`).")
     bias = params.logit_bias
     if bad := [token for token in (*prompt, *bias) if not 0 <= token < vocab]:
         raise UsageError(f"token {bad[0]} is not in the vocabulary of {vocab} tokens")

@@ -192,11 +192,8 @@ class Service(Generic[W]):
         # Ours comes last: it may end a request, which the others must not hear before what it was ended for.
         self.engine = Engine(pipeline, method, options=options, listeners=listeners, owner=self._hear,
                              calibration=calibration)
-        longest = self.engine.longest
-        self.max_model_len = model.max_model_len if longest is None else min(model.max_model_len, longest)
         self.capacity = (sys.maxsize if max_waiting is None or options.max_num_seqs is None
                          else options.max_num_seqs + max_waiting)
-        self._kv_total = self.engine.kv_total or 0
         self._lock = threading.Lock()  # of what callers change: _clients' keys, _calls, the state of recovery
         self._recovery = Recovery(self.engine, rebuild, self._observers, self, self._lock)
         self._counts = (0, 0, 0)  # running, waiting, cache slots
@@ -211,6 +208,12 @@ class Service(Generic[W]):
         self._thread.start()
 
     # ---- any thread --------------------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together, within model and cache."""
+        longest = self.engine.longest
+        return self.model.max_model_len if longest is None else min(self.model.max_model_len, longest)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, deliver: Deliver, *, priority: int = 0,
                timeout_s: float | None = None) -> Ticket:
@@ -272,12 +275,13 @@ class Service(Generic[W]):
         """
         longest, wanted = self.max_model_len, self.model.max_model_len
         if longest < 2 or (asked is not None and longest < wanted):
-            raise UsageError(f"{self._kv_total} cache slots hold {longest} tokens and the guesses beside them, not "
-                             f"{wanted}", hint="Give more `kv_cache_tokens`, or a smaller `max_model_len`.")
+            raise UsageError(f"{self.engine.kv_total} cache slots hold {longest} tokens and the guesses beside them, "
+                             f"not {wanted}",
+                             hint=f"Give more `{self.engine.kv_bound_by}`, or a smaller `max_model_len`.")
         if longest == wanted:
             return None
         return (f"the cache holds {longest} tokens of a text, the model {wanted}: longer ones are refused "
-                "(kv_cache_tokens)")
+                f"({self.engine.kv_bound_by})")
 
     @property
     def busy(self) -> bool:
@@ -287,8 +291,9 @@ class Service(Generic[W]):
         recovery, (running, waiting, used) = self._recovery, self._counts
         if recovery.state in ("rebuilding", "failed"):
             running, waiting, used = 0, 0, 0
-        return Status(recovery.state, running, max(waiting, len(self._clients) - running), used, self._kv_total,
-                      recovery.supervision.restarts, recovery.supervision.last_failure, recovery.retry_after_s)
+        return Status(recovery.state, running, max(waiting, len(self._clients) - running), used,
+                      self.engine.kv_total or 0, recovery.supervision.restarts, recovery.supervision.last_failure,
+                      recovery.retry_after_s)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take nothing new and wait until all is answered; False when time ran out."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal, ParamSpec, Protocol
 
 from fullpipe.engine import Engine, RequestStats, Stats
-from fullpipe.errors import FullpipeError, StationFailed, Unavailable
+from fullpipe.errors import FullpipeError, PromptError, StationFailed, Unavailable
 from fullpipe.messages import Event
 from fullpipe.pipeline.base import Pipeline
 
@@ -286,6 +286,7 @@ class Recovery:
         try:
             pipeline = self._rebuild()
             self._engine.attach(pipeline)
+            self._end_what_does_not_fit()
         except Exception as error:
             if pipeline is not None:
                 pipeline.close()
@@ -295,6 +296,14 @@ class Recovery:
         self.supervision.built()
         self._turn_unless_ending("ready")
         return True
+
+    def _end_what_does_not_fit(self) -> None:
+        """A pipeline that was made anew may have less cache memory, and who can never run would hold up all others."""
+        for sequence in self._engine.unfinished():
+            try:
+                self._engine.check_fits(sequence.request)
+            except PromptError as error:
+                self._callers.give_up(sequence.request.id, error.message, error)
 
     def _turn_unless_ending(self, state: State) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -31,16 +32,17 @@ STEEP = CostCurve.of(lambda rows: float(rows))  # a row costs as much as a fligh
 ROOF = CostCurve.of(lambda rows: max(8.0, rows))  # eight rows for the price of one
 
 
-def plain(prompt: tuple[int, ...], count: int) -> list[int]:
+def plain(prompt: tuple[int, ...], count: int, context: int = 3) -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(hash_token(tokens, VOCAB, SEED))
+        tokens.append(hash_token(tokens, VOCAB, SEED, context))
     return tokens[len(prompt):]
 
 
-def pipeline(stages: int, curve: CostCurve = FLAT, accuracy: float = 0.8) -> InProcessPipeline:
-    return InProcessPipeline([ScriptedStage(k, stages, TRUTH) for k in range(stages)],
-                             ScriptedDraft(TRUTH, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
+def pipeline(stages: int, curve: CostCurve = FLAT, accuracy: float = 0.8,
+             truth: dict[str, object] = TRUTH) -> InProcessPipeline:
+    return InProcessPipeline([ScriptedStage(k, stages, truth) for k in range(stages)],
+                             ScriptedDraft(truth, accuracy=accuracy, coverage=min(1.0, accuracy + 0.15)),
                              costs=lambda station, rows, measured, context: curve(rows))
 
 
@@ -86,6 +88,73 @@ def test_every_request_gets_the_text_that_it_would_get_alone(
         assert texts[one.id] == plain(one.prompt, one.params.max_tokens)
     engine.drain()
     assert engine.kv_used == 0, "all memory came back"
+
+
+@given(stages=st.integers(1, 4), method=st.sampled_from(["pp", "fullpipe", "pipedec", "static-tree", "chain"]),
+       curve=st.sampled_from([FLAT, STEEP, ROOF]), accuracy=st.sampled_from([0.3, 0.8, 0.95]),
+       slots=st.sampled_from([500, 700, 1100, 3000]), block=st.sampled_from([1, 8, 16, 50, 64]),
+       seats=st.sampled_from([None, 2, 4]), chunk=st.sampled_from([3, 16, 256]), luck=st.integers(0, 10**6))
+def test_who_shares_with_one_that_is_aborted_says_what_it_would_say_alone(
+        stages: int, method: str, curve: CostCurve, accuracy: float, slots: int, block: int, seats: int | None,
+        chunk: int, luck: int) -> None:
+    """Requests go on from others' texts, which may end at any moment; an answer depends on the whole path."""
+    rng = random.Random(luck)
+    engine = TellingEngine(pipeline(stages, curve, accuracy, {**TRUTH, "kind": "path"}),
+                           method_of(method, stages, curve), prefill_chunk=chunk, max_num_seqs=seats, spare_slots=40,
+                           kv_cache_tokens=slots, block_size=block, enable_prefix_caching=True)
+    sequences: list[Sequence] = []
+    while len(sequences) < 6 or engine.busy:
+        if len(sequences) < 6 and (rng.random() < 0.1 or not engine.busy):
+            before = tuple(rng.choice(sequences).tokens)[: rng.randint(1, 150)] if sequences else tuple(range(40))
+            prompt = (*before, *rng.choices(range(VOCAB), k=rng.randint(1, 3)))
+            sequences.append(engine.submit(request(len(sequences), prompt, rng.randint(1, 60))))
+        if engine.busy:
+            engine.step()
+            engine.check()
+        if sequences and rng.random() < 0.03:
+            engine.end(rng.randrange(len(sequences)))
+    for one in sequences:
+        assert one.output == plain(one.request.prompt, len(one.output), 10**6)
+        assert one.finished == "abort" or len(one.output) == one.request.params.max_tokens
+    engine.drain()
+    assert engine.kv_used == 0
+
+
+def test_who_does_not_fit_into_a_smaller_cache_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    """A pipeline that was made anew may have less memory: who attaches it ends what can never run."""
+    def smaller(slots: int) -> InProcessPipeline:
+        made = pipeline(2)
+        made.cache_slots = slots
+        return made
+
+    engine = TellingEngine(smaller(2000), make_method("pp"), spare_slots=8, block_size=50, kv_cache_tokens=1000)
+    large, small = engine.submit(request(0, (1, 2), 600)), engine.submit(request(1, (1, 2), 20))
+    engine.step()
+    with pytest.raises(UsageError, match="40 cache slots are less than a block of 50"):
+        engine.attach(smaller(40))
+    engine.step()
+    engine.attach(smaller(400))
+    assert engine.kv_total == 400 and "1000 cache slots were asked for" in caplog.text
+    with pytest.raises(PromptError, match="need 610 cache slots, and there are 400"):
+        engine.check_fits(large.request)
+    engine.end(0)
+    while engine.busy:
+        engine.step()
+    assert small.output == plain((1, 2), 20)
+
+
+def test_a_long_talk_holds_few_blocks_more_than_it_fills() -> None:
+    engine = TellingEngine(pipeline(2), make_method("fullpipe"), kv_cache_tokens=10 * 256, enable_prefix_caching=True)
+    text: tuple[int, ...] = tuple(range(30))
+    for turn in range(20):
+        last = engine.submit(request(turn, text, 40))
+        while engine.busy:
+            engine.step()
+        engine.check()
+        text = (*last.tokens, 7, 8)
+        assert turn == 0 or last.cached > 0
+        assert len(last.slots.blocks) <= len(text) // 256 + 4
+    assert text[:-2] == tuple(last.tokens) and engine.stats.totals.preemptions == 0
 
 
 def test_memory_that_runs_out_sends_the_youngest_back_and_nothing_is_lost() -> None:

@@ -102,7 +102,8 @@ def _cut_short(completion: Completion, max_tokens: int, context: int) -> str | N
     """Say that the context had no room for all the tokens that were asked for."""
     if completion.finish_reason != "length" or completion.usage["completion_tokens"] >= max_tokens:
         return None
-    return f"the context of {context} tokens is full: there was no room for {max_tokens} new ones (--max-model-len)"
+    return (f"the context of {context} tokens is full: there was no room for {max_tokens} new ones "
+            "(--max-model-len, --kv-pool-mib)")
 
 
 def _conclude(completion: Completion, page: _Page, as_json: bool) -> None:

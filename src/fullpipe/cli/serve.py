@@ -118,7 +118,8 @@ def _service(made: Assembly, options: Options, server: ServerOptions, *listeners
     except UsageError:
         service.close()
         raise
-    for line in (short, made.prepared.unshared(options.engine), *made.prepared.generation.told()):
+    told = made.prepared.cache_told(service.status().kv_total)
+    for line in (told, short, made.prepared.unshared(options.engine), *made.prepared.generation.told()):
         if line:
             console.print_note(line)
     return service

@@ -46,6 +46,11 @@ class Engine(Loop):
         return self._memory.total
 
     @property
+    def kv_bound_by(self) -> str:
+        """The option that a larger cache needs."""
+        return self._memory.bound_by
+
+    @property
     def longest(self) -> int | None:
         """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
         return self._memory.longest
@@ -90,10 +95,13 @@ class Engine(Loop):
 
     def attach(self, pipeline: Pipeline) -> None:
         """Go on with another pipeline. Every request waits to be admitted there, and goes on from its committed tokens:
-        text is a function of what stands before, so nothing is lost. The caller closes the pipeline before."""
+        text is a function of what stands before, so nothing is lost. The caller closes the pipeline before, and ends
+        what does not fit into the new one's cache (`check_fits`).
+
+        Raises UsageError, and nothing is changed, where that has no room for a block."""
         newest = self.pipeline.newest_flight, self.pipeline.newest_job
-        self.pipeline = pipeline
         self._scheduler.forget_stations(pipeline.cache_slots)
+        self.pipeline = pipeline
         self._begin(*newest)
         self._tell(Attached(self._now))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 
 from fullpipe.errors import UsageError
@@ -9,6 +10,8 @@ from fullpipe.options import EngineOptions
 from fullpipe.request import Request
 from fullpipe.sequences.blocks import BlockPool, Kept, KeptPaths, Room, SlotAllocator, shared
 from fullpipe.sequences.sequence import Sequence
+
+log = logging.getLogger(__name__)
 
 _AHEAD = 128  # free slots that a sequence has, as long as there are blocks
 _WORTH_WAITING = 64  # tokens of a prompt that another one is about to have computed
@@ -34,9 +37,12 @@ class Memory:
     def forget(self, station_slots: int | None) -> None:
         """There are other stations now, with room for so many slots each, and they hold nothing."""
         slots = min((bound for bound in (self._asked, station_slots) if bound is not None), default=None)
+        if self._asked is not None and slots is not None and slots < self._asked:
+            log.warning("%d cache slots were asked for, and the stations have room for %d (kv_pool_mib)", self._asked,
+                        slots)
         if slots is not None and slots < self._size:
             raise UsageError(f"{slots} cache slots are less than a block of {self._size}",
-                             hint="Give more `kv_cache_tokens`, or a larger `kv_pool_mib`.")
+                             hint=f"Give more `{'kv_cache_tokens' if slots == self._asked else 'kv_pool_mib'}`.")
         self._pool = BlockPool(self._size, None if slots is None else slots // self._size)
         self._paths = KeptPaths(self._pool)
 
@@ -44,6 +50,11 @@ class Memory:
     def total(self) -> int | None:
         """Slots of all requests together; None: no bound."""
         return None if self._pool.total is None else self._pool.total * self._size
+
+    @property
+    def bound_by(self) -> str:
+        """The option that a larger cache needs."""
+        return "kv_cache_tokens" if self._asked is not None and self.total == self._fits(self._asked) else "kv_pool_mib"
 
     @property
     def used(self) -> int:
@@ -65,8 +76,7 @@ class Memory:
         source: what it may share the beginning with.
         """
         whole = self.whole(sequence.request)
-        length = shared(source.tokens, sequence.tokens, source.stages) if source else 0
-        held = sorted(self._blocks_of(source.slots[:length])) if source else []
+        length, held = self._shareable(source, sequence) if source else (0, [])
         if not self._pool_fits(len(held) + self._blocks(whole - length)):
             source, length, held = None, 0, []  # alone it must fit, whatever it shares
         self._pool.hold(held)
@@ -106,8 +116,21 @@ class Memory:
         """Keep nothing of requests that have ended."""
         self._paths.clear()
 
+    def _fits(self, slots: int) -> int:
+        return slots // self._size * self._size
+
     def _blocks(self, slots: int) -> int:
         return -(-slots // self._size)
+
+    def _shareable(self, source: Kept, sequence: Sequence) -> tuple[int, list[int]]:
+        """How much of a path may be shared, and the blocks in which that lies: at most two more than it would fill, for
+        what others have left free in them is lost while somebody reads there."""
+        length, held = shared(source.tokens, sequence.tokens, source.stages), dict[int, None]()
+        for position, slot in enumerate(source.slots[:length]):
+            if len(held) > position // self._size + 1 and slot // self._size not in held:
+                return position, list(held)
+            held[slot // self._size] = None
+        return length, list(held)
 
     def _blocks_of(self, slots: list[int]) -> set[int]:
         return {slot // self._size for slot in slots}

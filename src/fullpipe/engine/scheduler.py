@@ -31,8 +31,8 @@ class Scheduler:
         whole, total = self.memory.whole(request), self.memory.total
         if total is not None and whole > total:
             raise PromptError(f"prompt, answer and guesses need {whole} cache slots, and there are {total}",
-                              hint="Shorten the prompt, or ask for fewer tokens. More cache is `kv_cache_tokens`, "
-                                   "within `kv_pool_mib`.")
+                              hint="Shorten the prompt, or ask for fewer tokens. More cache is "
+                                   f"`{self.memory.bound_by}`.")
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait until it can run. Raises PromptError for one that never could."""
@@ -86,11 +86,11 @@ class Scheduler:
 
     def forget_stations(self, station_slots: int | None) -> None:
         """There are other stations now, with room for so many slots each, and they hold nothing: all wait."""
+        self.memory.forget(station_slots)
         for sequence in self.running.values():
             sequence.leave()
         self.waiting |= self.running
         self.running.clear()
-        self.memory.forget(station_slots)
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those whose deadline has passed."""

@@ -348,7 +348,7 @@ static int is_whole(const fp_model *m, const fp_step *of, int64_t row) {
     const int64_t *span = of->spans + 4 * row;
     if (span[0] < 0 || span[1] < span[0] || span[1] > of->count || span[2] < 0 || span[3] < span[2] || span[3] > of->count)
         return 0;
-    if (reads_of(of, row) != of->positions[row] + 1) return 0;
+    if (of->positions[row] < 0 || reads_of(of, row) != of->positions[row] + 1) return 0;
     return of->reads[(span[3] > span[2] ? span[3] : span[1]) - 1] == of->slots[row] && of->positions[row] < m->angles;
 }
 

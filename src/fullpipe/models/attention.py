@@ -62,7 +62,7 @@ class _View:
     rows: int64 [segments * m]: which row of the step each of theirs is; fillers are row 0.
     taken, put: of those rows the real ones, and where their results go; None: all, in order.
     bias: float32 [segments * kv_heads, m * groups (at least MIN_ROWS), width], 0 or -inf.
-    slots: int64 [segments * width], what they read; fillers read slot 0, with weight 0.
+    slots: int64 [segments * width], what they read; fillers read one of their own once more, with weight 0.
     keys, values: float32 and float64 [segments, kv_heads, width, head_dim]: a layer's, filled anew for each.
     """
 
@@ -119,13 +119,14 @@ class Attention:
         width = -(-max(len(segment.slots) for segment in segments) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
         rows = torch.zeros(len(segments), m, dtype=torch.int64)
         real = torch.zeros(len(segments), m, dtype=torch.bool)
-        slots = torch.zeros(len(segments), width, dtype=torch.int64)
+        slots = torch.empty(len(segments), width, dtype=torch.int64)
         bias = torch.zeros(len(segments), max(m * groups, MIN_ROWS), width)  # fillers attend to whatever is there
         for number, segment in enumerate(segments):
             count, given = segment.mask.shape
             rows[number, :count] = torch.arange(segment.start, segment.end)
             real[number, :count] = True
             slots[number, :given] = torch.from_numpy(segment.slots)
+            slots[number, given:] = int(segment.slots[0])
             bias[number, : count * groups] = -math.inf
             own = bias[number, : count * groups, :given].view(count, groups, given)
             own.masked_fill_(torch.from_numpy(segment.mask)[:, None], 0.0)

@@ -99,6 +99,7 @@ class DecoderSlice:
         hidden = step.x if self._embedding is None else F.embedding(step.x, self._embedding)
         if not self._layers or not rows:
             return (hidden, hidden.new_empty(rows, len(taps), self.config.hidden)) if taps else hidden
+        step.check(self.slots)
         hidden = padded(hidden)
         turn = self._turner(torch.from_numpy(step.positions), hidden.shape[0])
         slots, attention = torch.from_numpy(step.slots.astype(np.int64)), Attention(self.config, step)

@@ -20,7 +20,10 @@ from fullpipe.options import BLOCK
 MOST_SLOTS = 1 << 17
 """Of a pool whose size nobody has said, which also takes no more than a quarter of what is free."""
 
-_LEAST_BLOCKS = 8
+_GROUP = Path("/sys/fs/cgroup")
+
+LEAST_BLOCKS = 8
+"""Of a pool whose size nobody has said, however little is free."""
 
 
 def slots_for(slot_bytes: int, pool_bytes: int | None, free: int) -> int:
@@ -35,7 +38,10 @@ def slots_for(slot_bytes: int, pool_bytes: int | None, free: int) -> int:
         return MOST_SLOTS
     block_bytes, free = slot_bytes * BLOCK, max(free, 0)
     if pool_bytes is None:
-        return max(min(MOST_SLOTS // BLOCK, free // 4 // block_bytes), _LEAST_BLOCKS) * BLOCK
+        return max(min(MOST_SLOTS // BLOCK, free // 4 // block_bytes), LEAST_BLOCKS) * BLOCK
+    if free < block_bytes:
+        raise UsageError(f"the weights leave {free >> 20} MiB, which is no room for a cache", param="kv_pool_mib",
+                         hint="Cut the model over more `stages` on more machines, or use a smaller one.")
     if pool_bytes > free:
         raise UsageError(f"a cache pool of {pool_bytes >> 20} MiB does not fit: {free >> 20} MiB are free beside the "
                          "weights", param="kv_pool_mib",
@@ -48,12 +54,17 @@ def slots_for(slot_bytes: int, pool_bytes: int | None, free: int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still have without driving anything out of memory."""
+    """Bytes that may still be taken on this machine, or in this container, without driving anything out of memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        most, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a bound
+        return free
+    return min(free, most - used)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -50,12 +50,13 @@ class Slice(Protocol):
 
 
 def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: str,
-               device: str = "cpu", kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto") -> Slice:
+               device: str = "cpu", kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto",
+               sharing: int = 1) -> Slice:
     """Read layers first..last (exclusive) onto a device, "cpu" or "cuda:N".
 
     dtype: see `models.dtypes`; "stored", "int8" and "int4" are for the processor.
-    kv_pool_mib: size of the cache pool; None: by what is free (see `pool.slots_for`).
-    kv_cache_dtype: see `models.dtypes.pick_kv_cache_dtype`.
+    kv_pool_mib: size of the cache pool; None: by what is free (see `pool.slots_for`). sharing: how many slices of about
+    this size there will be in the processor's memory. kv_cache_dtype: see `models.dtypes.pick_kv_cache_dtype`.
 
     Raises what reading raises, and UsageError, before anything is read, for a device that is not there, has no kernels,
     or has too little memory.
@@ -64,7 +65,7 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
     cache = pick_kv_cache_dtype(kv_cache_dtype, dtype, device)
     if device == "cpu":
         return _on_processor(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
-                             pool_bytes=pool_bytes, cache=cache)
+                             pool_bytes=pool_bytes, cache=cache, sharing=sharing)
     kind = DTYPES[dtype]
     from fullpipe.models.gpu.decoder import DeviceSlice, Weights, operations
     from fullpipe.models.gpu.devices import check_room, find_device
@@ -80,12 +81,13 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
 
 
 def _on_processor(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: str,
-                  pool_bytes: int | None, cache: str) -> Slice:
+                  pool_bytes: int | None, cache: str, sharing: int) -> Slice:
     sizes = sizes_in(files, dtype)
-    weights = (last - first) * sizes.layer_bytes + has_head * sizes.head_bytes
+    weights = (last - first) * sizes.layer_bytes + max(has_head * sizes.head_bytes,
+                                                       has_embedding * sizes.embedding_bytes)
 
     def slots(slot_bytes: int) -> int:
-        return slots_for((last - first) * slot_bytes, pool_bytes, free_memory() - weights)
+        return slots_for((last - first) * slot_bytes, pool_bytes, free_memory() // sharing - weights)
 
     if kernels_of(dtype, "cpu") == "native":
         from fullpipe.models.native.slice import NativeSlice, slot_bytes

@@ -19,7 +19,8 @@ class Step:
     token, one slot a position. Rows of a request share the beginning of that, so it stands in two runs of `reads`.
 
     x: token ids, int64 [rows], or hidden states [rows, hidden].
-    positions: int64 [rows], each row's place in its text. slots: int32 [rows], where rows write; distinct.
+    positions: int64 [rows], each row's place in its text. slots: int32 [rows], where rows write; two write to one slot
+        only where they are the same token of the same text.
     reads: int32 [n], slots in order of position.
     spans: int64 [rows, 4], first and end of a row's two runs in `reads`. Its own slot is the last of them, and together
         they have as many as its position and one.
@@ -69,7 +70,7 @@ class Step:
         """Raise AssertionError unless each row reads a whole path in a pool of so many slots."""
         spans = self.spans
         counts = spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2]
-        assert (counts == self.positions + 1).all(), "a row reads no whole path"
+        assert (self.positions >= 0).all() and (counts == self.positions + 1).all(), "a row reads no whole path"
         last = np.where(spans[:, 3] > spans[:, 2], spans[:, 3], spans[:, 1]) - 1
         assert (self.reads[last] == self.slots).all(), "a row does not read itself last"
         assert not len(self.reads) or (self.reads.min() >= 0 and self.reads.max() < slots), "a slot beyond the pool"

@@ -1,7 +1,8 @@
 """Cache memory is handed out here: blocks of slots, the same on every station, and the slots of a sequence in them.
 
 A block belongs to as many as refer to it. A sequence writes only into blocks that it has taken itself; what it shares
-with others it reads. No torch here.
+with others it reads. (A draft that lags behind may be sent shared tokens once more, which are written as they stand.)
+No torch here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _LEAST_SHARED = 16  # tokens; fewer are not worth holding on to another's block
+_STRIDE = 64  # tokens that are compared at once
 
 
 class BlockPool:
@@ -205,8 +207,9 @@ def shared(known: Sequence[int], tokens: Sequence[int], computed: int) -> int:
     limit = min(len(known), len(tokens) - 1, computed)
     if limit < _LEAST_SHARED or known[0] != tokens[0]:
         return 0
-    low, high = 0, limit
-    while low < high:  # the longest equal beginning, by halves
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if known[:middle] == tokens[:middle] else (low, middle - 1)
-    return low if low >= _LEAST_SHARED else 0
+    equal = 0
+    while equal < limit and known[equal : (end := min(equal + _STRIDE, limit))] == tokens[equal:end]:
+        equal = end
+    while equal < limit and known[equal] == tokens[equal]:
+        equal += 1
+    return equal if equal >= _LEAST_SHARED else 0

@@ -92,10 +92,10 @@ class Sequence:
 
     @property
     def kept(self) -> Kept:
-        """What others may share: whatever the stations have been told is committed. It is computed before rows come to
-        them that read it."""
-        known = len(self.path_slots)
-        stages, draft = (min(one.commits, known) if one.opened else 0 for one in (self.stages, self.draft))
+        """What others may share: what the stations have been told is committed, and have computed before rows come to
+        them that read it. Of a root in flight that is not sure, for its row may still be cancelled."""
+        sure = min(len(self.path_slots), self.tree.root.position + (self.tree.root.state is State.LANDED))
+        stages, draft = (min(one.commits, sure) if one.opened else 0 for one in (self.stages, self.draft))
         return Kept(self.tokens, self.path_slots, stages, draft, self.slots.blocks)
 
     # ---- what a channel is still missing ---------------------------------------------------------------

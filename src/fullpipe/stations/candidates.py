@@ -205,7 +205,7 @@ def best_of(scores: Floats, count: int) -> tuple[list[int], list[float]]:
 def highest_from(scores: Floats, least: np.float32, count: int) -> tuple[list[int], list[float]]:
     """Of the places with `least` or more the `count` highest, ordered likewise."""
     places = np.flatnonzero(scores >= least)
-    places = places[np.argsort(-scores[places], stable=True)[:count]]
+    places = places[np.argsort(-scores[places], kind="stable")[:count]]
     return places.tolist(), scores[places].tolist()
 
 

@@ -4,6 +4,7 @@
 
 - `{"kind": "hash", "vocab": V, "seed": S}`: a hash of the last three tokens on the row's path, in [0, V).
   Every path has its own answer, so a stage that forgets, mixes up or reorders tokens answers wrong.
+- `{"kind": "path", "vocab": V, "seed": S}`: a hash of all tokens on the row's path.
 - `{"kind": "text", "tokens": [...]}`: a recorded continuation, whatever the path says: the token that
   follows position p is `tokens[p + 1 - prompt_len]`, held at the first and the last token beyond its ends.
 - `{"kind": "texts", "texts": [[...], ...]}`: several of them; request r is told the one at r modulo their number.
@@ -30,10 +31,10 @@ _CONTEXT = 3  # tokens of the path that the hash looks at
 _MASK = 2**64 - 1
 
 
-def hash_token(path: list[int], vocab: int, seed: int) -> int:
+def hash_token(path: list[int], vocab: int, seed: int, context: int = _CONTEXT) -> int:
     """The token, in [0, vocab), that the hash truth says follows `path`."""
     state = seed & _MASK
-    for token in path[-_CONTEXT:]:
+    for token in path[-context:]:
         state = ((state ^ token) * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & _MASK
         state ^= state >> 29
     return state % vocab
@@ -132,13 +133,16 @@ def answerer(truth: Truth) -> Answer:
     match truth:
         case {"kind": "hash", "vocab": int(vocab), "seed": int(seed)}:
             return lambda table, part, row: hash_token(table.tail(part, row, _CONTEXT), vocab, seed)
+        case {"kind": "path", "vocab": int(vocab), "seed": int(seed)}:
+            return lambda table, part, row: hash_token(path := table.path(part, row), vocab, seed, len(path))
         case {"kind": "text", "tokens": [_, *_] as tokens}:
             return lambda table, part, row: _recorded(tokens, table, part, row)
         case {"kind": "texts", "texts": [_, *_] as texts} if all(texts):
             return lambda table, part, row: _recorded(texts[table.request % len(texts)], table, part, row)
     raise UsageError(f"no such truth: {truth!r}",
-                     hint='Known are {"kind": "hash", "vocab": V, "seed": S}, {"kind": "text", "tokens": [...]} and '
-                          '{"kind": "texts", "texts": [[...], ...]}, with at least one token in each text.')
+                     hint='Known are {"kind": "hash", "vocab": V, "seed": S}, {"kind": "path", "vocab": V, "seed": S}, '
+                          '{"kind": "text", "tokens": [...]} and {"kind": "texts", "texts": [[...], ...]}, with at '
+                          'least one token in each text.')
 
 
 def _recorded(tokens: list[int], table: SlotTable, part: Part, row: int) -> int:

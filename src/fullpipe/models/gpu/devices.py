@@ -8,6 +8,7 @@ import torch
 
 from fullpipe.errors import UsageError
 from fullpipe.models.files import ModelFiles
+from fullpipe.models.pool import LEAST_BLOCKS
 from fullpipe.options import BLOCK
 
 _BESIDE = 512 << 20
@@ -49,7 +50,7 @@ def check_room(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
     if has_head and has_embedding and files.config.tied:
         ends = sizes.head_bytes
     weights = (last - first) * sizes.layer_bytes + ends
-    cache = 2 * BLOCK * (last - first) * sizes.kv_bytes if pool_bytes is None else pool_bytes
+    cache = (LEAST_BLOCKS + 1) * BLOCK * (last - first) * sizes.kv_bytes if pool_bytes is None else pool_bytes
     gc.collect()  # a slice of this process that nobody uses any more: its steps and it hold each other
     torch.cuda.empty_cache()
     free, needed = torch.cuda.mem_get_info(device)[0], weights + cache + _BESIDE

@@ -1,4 +1,4 @@
-"""A small model guesses: the whole of it is on the draft station, with slots of its own.
+"""A small model guesses: the whole of it is on the draft station, with a cache of its own.
 
 It expands any number of nodes per call under the tree mask. Candidates are ranked by its own logits plus
 the very noise that the target will add at that position (DESIGN section 3).
@@ -62,9 +62,9 @@ class DraftModel:
 
 
 def build_draft_model(*, model: str, dtype: str, vocab: int | None = None, device: str = "cpu",
-                      kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto") -> DraftModel:
+                      kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto", sharing: int = 1) -> DraftModel:
     """Load the whole model at path `model` as a draft, on a device."""
     files = open_model(Path(model))
     slice = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype,
-                       device=device, kv_pool_mib=kv_pool_mib, kv_cache_dtype=kv_cache_dtype)
+                       device=device, kv_pool_mib=kv_pool_mib, kv_cache_dtype=kv_cache_dtype, sharing=sharing)
     return DraftModel(slice, vocab=vocab)

@@ -27,6 +27,7 @@ from torch import Tensor
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part, Tap
 from fullpipe.models.dtypes import torch_dtype
+from fullpipe.models.pool import empty, free_memory, slots_for
 from fullpipe.models.spd_checkpoint import ModuleConfig, check_parity, load_checkpoint
 from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.models.weights import open_model
@@ -54,30 +55,17 @@ class _Question:
 
 
 class _Store:
-    """Holds the hidden states of every slot, of all requests. It grows with the slots that are named.
+    """Holds the hidden states of every slot, of all requests; slots that nobody uses take no memory.
 
     features: [slots, taps, hidden], which of them are there in `known`, bool [slots, taps], and whose they are in
     `arena`, `owner` (a node), `flight` (that it came with), `token` and `position`.
     """
 
-    def __init__(self, taps: int, hidden: int, dtype: torch.dtype) -> None:
-        with torch.inference_mode():
-            self.features = torch.zeros(0, taps, hidden, dtype=dtype)
-        self.known = np.zeros((0, taps), np.bool_)
-        self.arena, self.owner, self.flight = (np.zeros(0, np.int64) for _ in range(3))
-        self.token, self.position = (np.zeros(0, np.int64) for _ in range(2))
-
-    @torch.inference_mode()
-    def reach(self, slot: int) -> None:
-        """Have room for this slot and all before it."""
-        if (more := slot + 1 - len(self.known)) <= 0:
-            return
-        more = max(more, len(self.known), _CHUNK)
-        self.features = F.pad(self.features, (0, 0, 0, 0, 0, more))
-        self.known = np.pad(self.known, ((0, more), (0, 0)))
-        self.token, self.position = np.pad(self.token, (0, more)), np.pad(self.position, (0, more))
-        self.arena, self.flight = (np.pad(one, (0, more), constant_values=-1) for one in (self.arena, self.flight))
-        self.owner = np.pad(self.owner, (0, more), constant_values=_NOBODY)
+    def __init__(self, slots: int, taps: int, hidden: int, dtype: torch.dtype) -> None:
+        self.features = empty((slots, taps, hidden), dtype)
+        self.known = np.zeros((slots, taps), np.bool_)
+        self.arena, self.owner, self.flight = (np.full(slots, _NOBODY, np.int64) for _ in range(3))
+        self.token, self.position = (np.zeros(slots, np.int64) for _ in range(2))
 
     @torch.inference_mode()
     def take(self, flight: int, part: Part, layers: list[int], features: Tensor) -> None:
@@ -86,7 +74,6 @@ class _Store:
         Stages have links of their own, so a later stage's taps may come before an earlier one's, and those of a node
         that died after those of the slot's next owner. Flights tell which owner is the newer one; ids of nodes do not,
         for a node may be launched long after it was made."""
-        self.reach(max(part.slots, default=-1))
         slots, nodes = np.asarray(part.slots, np.int64), np.asarray(part.nodes, np.int64)
         fresh = self.flight[slots] < flight
         new = slots[fresh]
@@ -135,7 +122,6 @@ class _Reader:
         stands."""
         tokens, positions = self.table.standing(slots)
         store = self.store
-        store.reach(int(slots.max(initial=-1)))
         sent = np.array([self.sent.get(slot, _NOBODY) for slot in slots.tolist()], np.int64)
         same = (store.token[slots] == tokens) & (store.position[slots] == positions)
         owned = (store.arena[slots] == self.arena) & ((store.owner[slots] == sent) | ((sent == -1) & same))
@@ -243,7 +229,8 @@ class ModuleDraft:
         self._embedding, self._draft_ids, self._vocab = embedding, draft_ids, vocab
         self._taps = [bound for bound in config.bounds if bound]
         self._has_embedding = config.bounds[0] == 0
-        self._slots, self._store = Slots(), _Store(len(self._taps), config.hidden, dtype)
+        self.cache_slots = slots_for(len(self._taps) * config.hidden * dtype.itemsize, None, free_memory())
+        self._slots, self._store = Slots(), _Store(self.cache_slots, len(self._taps), config.hidden, dtype)
         self._arenas: dict[ArenaId, _Arena] = {}
         self._undrafted: set[tuple[ArenaId, int]] = set()  # open at a stage (its first layer), and no job tells of them
         self._admitted = -1  # job

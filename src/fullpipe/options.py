@@ -105,9 +105,9 @@ class PipelineOptions:
     kv_pool_mib: int | None = option(None, "Cache memory of each stage, and as much of a draft model, in MiB; it "
                                      "bounds how long texts may be, and how many run at a time. On a GPU it is taken at "
                                      "the start. Default: a quarter of what is free for each, for 131,072 tokens at most.")
-    kv_cache_dtype: str = option("auto", "Keys and values in the cache of stages and draft model: auto (float16 on "
-                                 "the native kernels, else the dtype); for these kernels alone float16, float32, or "
-                                 "int8, which takes about half the memory of float16.")
+    kv_cache_dtype: str = option("auto", "Keys and values in the cache of stages and draft model: auto (float16 on the "
+                                 "native kernels, else the dtype); for these kernels alone float16, float32, or int8, "
+                                 "which takes about half the memory of float16.")
     threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
                                  "cores).")
     link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")

@@ -58,7 +58,7 @@ def _silent(line: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Target:
     """The model that is to be served. ends: layers finished after each stage. vocab: number of real tokens. device:
-    what stages and draft model compute on, "cpu" or "cuda:N". kv_pool_mib: see `PipelineOptions`."""
+    what stages and draft model compute on, "cpu" or "cuda:N". kv_pool_mib, kv_cache_dtype: see `PipelineOptions`."""
 
     path: Path
     config: ModelConfig
@@ -68,6 +68,7 @@ class Target:
     ends: tuple[int, ...]
     device: str = "cpu"
     kv_pool_mib: int | None = None
+    kv_cache_dtype: str = "auto"
 
     @property
     def numbers(self) -> str:
@@ -80,7 +81,11 @@ class Target:
         """What a builder of a station is told of its device and its cache. The machine's memory is for all stages, and
         for a draft model."""
         where: dict[str, Any] = {"sharing": len(self.ends) + 1} if self.device == "cpu" else {"device": self.device}
-        return where if self.kv_pool_mib is None else {**where, "kv_pool_mib": self.kv_pool_mib}
+        if self.kv_pool_mib is not None:
+            where["kv_pool_mib"] = self.kv_pool_mib
+        if self.kv_cache_dtype != "auto":
+            where["kv_cache_dtype"] = self.kv_cache_dtype
+        return where
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,7 @@ def assemble(options: Options, say: Say = _silent) -> Assembly:
 
 def prepare(options: Options, say: Say = _silent) -> Prepared:
     """Find the models, check that they fit together and with the options, and cut the target into stages."""
-    from fullpipe.models.dtypes import pick_dtype
+    from fullpipe.models.dtypes import pick_dtype, pick_kv_cache_dtype
     from fullpipe.models.generation import sampling_of
     from fullpipe.models.tokens.loading import load_tokenizer, with_template
     from fullpipe.models.weights import open_model
@@ -231,7 +236,9 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
     dtype = pick_dtype(options.model.dtype, device, files, options.model.quantization)
-    target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib)
+    pick_kv_cache_dtype(options.pipeline.kv_cache_dtype, dtype, device)
+    target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib,
+                    options.pipeline.kv_cache_dtype)
     draft = draft_spec(names, target, say)
     length = _length(options.model.max_model_len, files.config.max_positions)
     stages = stage_specs(target, margins=options.model.margins, taps=taps_of(names))
@@ -318,10 +325,11 @@ def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
 
 def _kept_costs(prepared: Prepared) -> KeptCosts:
     options, target = prepared.options.pipeline, prepared.target
+    kept_in = {} if target.kv_cache_dtype == "auto" else {"kv_cache_dtype": target.kv_cache_dtype}
     return KeptCosts.of(cache.home() / "profiles", {
         "versions": [versions().get(name) for name in ("fullpipe", "torch")],
         "model": [str(target.path), _fingerprint(target.path)], "draft": ",".join(prepared.drafts),
-        "dtype": target.dtype, "stages": options.stages, "device": target.device,
+        "dtype": target.dtype, "stages": options.stages, "device": target.device, **kept_in,
         "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
 
 

@@ -20,13 +20,15 @@ from fullpipe.errors import UsageError
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 DTYPES = ("auto", "float32", "bfloat16", "stored")
 QUANTIZATIONS = ("int8", "int4")
+KV_CACHE_DTYPES = ("auto", "float16", "float32", "int8")
 BLOCK = 256
 """Slots of a block of cache memory."""
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
-_ANYWHERE = ("stages", "device", "kv_pool_mib", "threads")  # options of the pipeline that need no stage processes
+# Options of the pipeline that need no stage processes.
+_ANYWHERE = ("stages", "device", "kv_pool_mib", "kv_cache_dtype", "threads")
 _LONGEST_S = 86_400.0  # the system's own waits overflow at 24 days
 
 
@@ -104,6 +106,9 @@ class PipelineOptions:
                                      "bounds how long texts may be, and how many run at a time. On a GPU it is taken "
                                      "at the start. Default: a quarter of what is free for each, for 131,072 tokens at "
                                      "most.")
+    kv_cache_dtype: str = option("auto", "Keys and values in the cache of stages and draft model: auto (float16 on the "
+                                 "native kernels, else the dtype); for these kernels alone float16, float32, or int8, "
+                                 "which takes about half the memory of float16.")
     threads: int | None = option(None, "Compute threads of each stage process (if not said: 1), or of this one (all "
                                  "cores).")
     link_ms: float = option(0.0, "Emulate links between the stages: one-way latency in milliseconds.")
@@ -116,6 +121,9 @@ class PipelineOptions:
         if not _DEVICE.fullmatch(self.device):
             raise UsageError(f"unknown device {self.device!r}", param="device",
                              hint="Known are cpu, cuda, and cuda:0, cuda:1, ...")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise UsageError(f"unknown kv_cache_dtype {self.kv_cache_dtype!r}", param="kv_cache_dtype",
+                             hint=f"Known are: {', '.join(KV_CACHE_DTYPES)}.")
         _refuse_unless(
             (self.kv_pool_mib is None or self.kv_pool_mib >= 1,
              f"kv_pool_mib must be 1 or more (got {self.kv_pool_mib})"),

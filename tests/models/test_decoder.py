@@ -73,7 +73,7 @@ def slice_of(kind: str, files: ModelFiles, first: int, last: int, *, has_embeddi
         return DeviceSlice(weights, dtype, CPU, pool_bytes=1 << 22, rows=(4, 8))
     if kind == "native":
         return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head,
-                           slots=SLOTS, cache=torch.float32 if dtype is torch.float32 else torch.float16)
+                           slots=SLOTS, cache="float32" if dtype is torch.float32 else "float16")
     return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype, slots=SLOTS,
                         packed=None if kind == "auto" else kind == "packed")
 

@@ -37,6 +37,12 @@ class Form(enum.IntEnum):
         return self >= Form.F32
 
 
+class CacheKind(enum.IntEnum):
+    """In what a cache keeps keys and values: `fp_cache`."""
+
+    FLOAT32, FLOAT16, INT8 = range(3)
+
+
 class Weight(Structure):
     """A matrix in tiles. quants, scales, bias: addresses; bias is float32 [outputs], or None."""
 
@@ -55,7 +61,7 @@ class Model(Structure):
     """Some layers, and what they share; see `fp_model`. `Kernels.release` gives its memory back."""
 
     _fields_ = (*((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "size",
-                                               "intermediate", "half")),
+                                               "intermediate", "kind")),
                 ("eps", c_float), ("layer", POINTER(Layer)), ("cache", c_void_p), ("slots", c_int64),
                 ("cosine", c_void_p), ("sine", c_void_p), ("angles", c_int64), ("memory", c_void_p), ("bytes", c_int64))
 
@@ -110,6 +116,10 @@ class Kernels:
         """Bytes of a weight's numbers and of its scales, in tiles."""
         return (int(self._library.fp_quant_bytes(form, outputs, inputs)),
                 int(self._library.fp_scales_bytes(form, outputs, inputs)))
+
+    def cached_bytes(self, kind: CacheKind, size: int) -> int:
+        """Bytes of a head's keys or values of one slot. size: its numbers, a multiple of 16."""
+        return int(self._library.fp_cached_bytes(kind, size))
 
     def repack(self, weight: Weight, first: int, rows: int, raw: int) -> bool:
         """Put rows of a file, at address raw, into the tiles of output channels first, first + 1, ...; whether all
@@ -176,6 +186,7 @@ _FUNCTIONS = (
     ("fp_row_bytes", c_int64, (c_int, c_int)),
     ("fp_quant_bytes", c_int64, (c_int, c_int, c_int)),
     ("fp_scales_bytes", c_int64, (c_int, c_int, c_int)),
+    ("fp_cached_bytes", c_int64, (c_int, c_int)),
     ("fp_repack", c_int, (_WEIGHT, c_int, c_int, c_void_p)),
     ("fp_anew", None, (c_int, c_void_p, c_int, c_int, c_void_p)),
     ("fp_look_up", None, (_WEIGHT, c_void_p, c_int, c_void_p)),

@@ -84,7 +84,7 @@ INLINE vi i_dots(vi acc, const vb *w, const int32_t *x, int count, int bits) {
 #include "between.h"
 #include "anew.h"
 
-const fp_ops fp_avx512 = {product, quantise, norm, rotate, store_half, attend, gate, blocks_anew, read_all, spin_bytes,
+const fp_ops fp_avx512 = {product, quantise, norm, rotate, store, attend, gate, blocks_anew, read_all, spin_bytes,
                            spin_floats};
 #if defined(__clang__)
 #pragma clang attribute pop

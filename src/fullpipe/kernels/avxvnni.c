@@ -9,7 +9,7 @@
 #define WITH_VNNI 1
 #include "avx2.h"
 
-const fp_ops fp_avxvnni = {product, quantise, norm, rotate, store_half, attend, gate, blocks_anew, read_all, spin_bytes,
+const fp_ops fp_avxvnni = {product, quantise, norm, rotate, store, attend, gate, blocks_anew, read_all, spin_bytes,
                            spin_floats};
 #if defined(__clang__)
 #pragma clang attribute pop

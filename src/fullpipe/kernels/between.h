@@ -1,17 +1,21 @@
 /* What lies between the products. Included by each level after its vector operations; lanes are summed in one order. */
 
+/* What turns numbers up to this into integers up to 127, and back. */
+INLINE float into_bytes(float most) { return most > 1e-30f ? 127.0f / most : 0.0f; }
+INLINE float out_of_bytes(float most) { return most > 1e-30f ? most / 127.0f : 0.0f; }
+
 static void quantise(const float *x, int count, fp_block *out) {
     for (int start = 0; start < count; start += FP_BLOCK, out++) {
         vf low = f_load(x + start), high = f_load(x + start + 16);
         float most = f_greatest(f_max(f_abs(low), f_abs(high)));
-        vf factor = f_all(most > 1e-30f ? 127.0f / most : 0.0f);
+        vf factor = f_all(into_bytes(most));
         vi first = i_rounded(f_mul(low, factor)), second = i_rounded(f_mul(high, factor));
         i_store_bytes(out->q, first), i_store_bytes(out->q + 16, second);
         int32_t sum = i_sum(first);
         out->minus_low = -sum;
         sum += i_sum(second);
         out->minus_sum = -sum;
-        out->scale = most > 1e-30f ? most / 127.0f : 0.0f;
+        out->scale = out_of_bytes(most);
         vf small = f_all(0x1p-6f); /* a sum of finite numbers stays finite, one of others does not */
         if (!(f_sum(f_add(f_mul(f_abs(low), small), f_mul(f_abs(high), small))) < INFINITY)) out->scale = NAN;
         out->shift = out->scale * (float)sum;
@@ -55,9 +59,27 @@ static void rotate(float *head, const float *cosine, const float *sine, int size
     }
 }
 
-static void store_half(const float *x, int count, uint16_t *out) {
+static void store_halves(const float *x, int size, uint16_t *out) {
     vf most = f_all(65504.0f), least = f_all(-65504.0f);
-    for (int i = 0; i < count; i += 16) f_store_halves(out + i, f_max(f_min(f_load(x + i), most), least));
+    for (int i = 0; i < size; i += 16) f_store_halves(out + i, f_max(f_min(f_load(x + i), most), least));
+}
+
+static void store_bytes(const float *x, int size, uint8_t *out) {
+    vf most = f_zero(), sum = f_zero(), small = f_all(0x1p-12f); /* see `quantise` */
+    for (int i = 0; i < size; i += 16) {
+        vf own = f_abs(f_load(x + i));
+        most = f_max(most, own), sum = f_fma(own, small, sum);
+    }
+    float greatest = f_greatest(most), scale = f_sum(sum) < INFINITY ? out_of_bytes(greatest) : NAN;
+    vf factor = f_all(into_bytes(greatest));
+    for (int i = 0; i < size; i += 16) i_store_bytes((int8_t *)out + i, i_rounded(f_mul(f_load(x + i), factor)));
+    memcpy(out + size, &scale, sizeof scale);
+}
+
+static void store(int kind, const float *x, int size, uint8_t *out) {
+    if (kind == FP_CACHE_I8) store_bytes(x, size, out);
+    else if (kind == FP_CACHE_F16) store_halves(x, size, (uint16_t *)out);
+    else memcpy(out, x, size * sizeof(float));
 }
 
 /* e to the x, to about one unit in the last place; below -87 and above 88 as at these. */
@@ -90,9 +112,20 @@ static void gate(float *gate, const float *up, int count) {
     }
 }
 
-INLINE vf cached(const uint8_t *row, int part, int half) {
-    return half ? f_halves((const uint16_t *)row + 16 * part) : f_load((const float *)row + 16 * part);
+INLINE vf cached(int kind, const uint8_t *row, int part) {
+    if (kind == FP_CACHE_I8) return f_ints(i_signed_bytes((const int8_t *)row + 16 * part));
+    return kind == FP_CACHE_F16 ? f_halves((const uint16_t *)row + 16 * part) : f_load((const float *)row + 16 * part);
 }
+
+/* x times the scale of what is cached there. */
+INLINE float scaled(int kind, const uint8_t *row, int size, float x) {
+    if (kind != FP_CACHE_I8) return x;
+    float scale;
+    memcpy(&scale, row + size, sizeof scale);
+    return x * scale;
+}
+
+INLINE vf f_up_to(const float *x, int count) { return count < 16 ? f_part(x, count) : f_load(x); }
 
 /* Weights of the slots, and their sum, from products with their keys. */
 INLINE float softmax(float *scores, int count) {
@@ -110,21 +143,38 @@ INLINE float softmax(float *scores, int count) {
 }
 
 /* Some heads (a constant) over what a row reads, in the order of that. together: so many times 16 numbers of the
-   values (a constant, which divides all) are mixed at a time. */
-INLINE void attend_heads(int heads, int parts, int together, int half, const float *queries, const fp_context *c,
+   values (a constant, which divides all) are mixed at a time: 1, or all of a size that is a constant and
+   of which half is a multiple of 16. kind: of the cache (a constant). */
+INLINE void attend_heads(int heads, int parts, int together, int kind, const float *queries, const fp_context *c,
                          float factor, float *scores, float *out) {
-    int64_t row = (int64_t)c->size * (half ? 2 : 4);
+    int64_t row = fp_cache_bytes(kind, c->size);
     int room = c->count + 16;
     for (int i = 0; i < c->count; i++) {
         const uint8_t *key = c->keys + c->places[i] * row;
         vf sums[4];
         UNROLL for (int h = 0; h < heads; h++) sums[h] = f_zero();
         UNROLL for (int p = 0; p < parts; p++) {
-            vf k = cached(key, p, half);
+            vf k = cached(kind, key, p);
             UNROLL for (int h = 0; h < heads; h++)
                 sums[h] = f_fma(f_load(queries + h * c->size + 16 * p), k, sums[h]);
         }
-        UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] = f_sum(sums[h]) * factor;
+        float times = scaled(kind, key, c->size, factor);
+        if (kind != FP_CACHE_I8 || !c->turned) {
+            UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] = f_sum(sums[h]) * times;
+            continue;
+        }
+        UNROLL for (int h = 0; h < heads; h++) sums[h] = f_mul(sums[h], f_all(times));
+        UNROLL for (int p = 0; p < (parts + 1) / 2; p++) {
+            int left = together > 1 ? 16 : c->half - 16 * p;
+            vf cosine = f_up_to(c->cosine + (int64_t)i * c->half + 16 * p, left);
+            vf sine = f_up_to(c->sine + (int64_t)i * c->half + 16 * p, left);
+            UNROLL for (int h = 0; h < heads; h++) {
+                const float *own = c->turned + (2 * h) * c->half + 16 * p;
+                sums[h] = f_fma(f_up_to(own, left), cosine, sums[h]);
+                sums[h] = f_fma(f_up_to(own + c->half, left), sine, sums[h]);
+            }
+        }
+        UNROLL for (int h = 0; h < heads; h++) scores[h * room + i] = f_sum(sums[h]);
     }
     float totals[4];
     UNROLL for (int h = 0; h < heads; h++) totals[h] = softmax(scores + h * room, c->count);
@@ -133,10 +183,11 @@ INLINE void attend_heads(int heads, int parts, int together, int half, const flo
         UNROLL for (int h = 0; h < heads; h++) UNROLL for (int p = 0; p < together; p++) mixed[h][p] = f_zero();
         for (int i = 0; i < c->count; i++) {
             const uint8_t *value = c->values + c->places[i] * row;
+            float weights[4];
+            UNROLL for (int h = 0; h < heads; h++) weights[h] = scaled(kind, value, c->size, scores[h * room + i]);
             UNROLL for (int p = 0; p < together; p++) {
-                vf v = cached(value, begin + p, half);
-                UNROLL for (int h = 0; h < heads; h++)
-                    mixed[h][p] = f_fma(f_all(scores[h * room + i]), v, mixed[h][p]);
+                vf v = cached(kind, value, begin + p);
+                UNROLL for (int h = 0; h < heads; h++) mixed[h][p] = f_fma(f_all(weights[h]), v, mixed[h][p]);
             }
         }
         UNROLL for (int h = 0; h < heads; h++) UNROLL for (int p = 0; p < together; p++)
@@ -144,26 +195,34 @@ INLINE void attend_heads(int heads, int parts, int together, int half, const flo
     }
 }
 
-#define ATTEND(name, heads, parts, together, half)                                                                   \
+#define ATTEND(name, heads, parts, together, kind)                                                                   \
     static void name(const float *q, const fp_context *c, float factor, float *scores, float *out) {                 \
-        attend_heads(heads, parts, together, half, q, c, factor, scores, out);                                       \
+        attend_heads(heads, parts, together, kind, q, c, factor, scores, out);                                       \
     }
-ATTEND(attend_64_4, 4, 4, 4, 1) ATTEND(attend_64_1, 1, 4, 4, 1) ATTEND(attend_128_2, 2, 8, 8, 1)
-ATTEND(attend_128_1, 1, 8, 8, 1) ATTEND(attend_any_half, 1, c->size / 16, 1, 1)
-ATTEND(attend_any_float, 1, c->size / 16, 1, 0)
+/* As many of some heads as are worked off at once; how many. */
+#define ATTEND_SOME(name, kind)                                                                                      \
+    ATTEND(name##_64_4, 4, 4, 4, kind) ATTEND(name##_64_1, 1, 4, 4, kind) ATTEND(name##_128_2, 2, 8, 8, kind)         \
+    ATTEND(name##_128_1, 1, 8, 8, kind) ATTEND(name##_any, 1, c->size / 16, 1, kind)                                  \
+    static int name(const float *q, int heads, const fp_context *c, float factor, float *scores, float *out) {       \
+        if (2 * c->half != c->size) return name##_any(q, c, factor, scores, out), 1;                                 \
+        if (c->size == 64 && heads >= 4) return name##_64_4(q, c, factor, scores, out), 4;                           \
+        if (c->size == 64) return name##_64_1(q, c, factor, scores, out), 1;                                         \
+        if (c->size == 128 && heads >= 2) return name##_128_2(q, c, factor, scores, out), 2;                         \
+        if (c->size == 128) return name##_128_1(q, c, factor, scores, out), 1;                                       \
+        return name##_any(q, c, factor, scores, out), 1;                                                             \
+    }
+ATTEND_SOME(attend_floats, FP_CACHE_F32) ATTEND_SOME(attend_halves, FP_CACHE_F16) ATTEND_SOME(attend_bytes, FP_CACHE_I8)
 
 /* A head's bits do not depend on how many are worked off at once: each has sums of its own, in the same order. */
 static void attend(const float *queries, int heads, const fp_context *c, float factor, float *scores, float *out) {
+    fp_context own = *c;
     for (int h = 0, done; h < heads; h += done) {
         const float *q = queries + h * c->size;
+        if (c->turned) own.turned = c->turned + 2 * h * c->half;
         float *o = out + h * c->size;
-        done = 1;
-        if (!c->half) attend_any_float(q, c, factor, scores, o);
-        else if (c->size == 64 && heads - h >= 4) done = 4, attend_64_4(q, c, factor, scores, o);
-        else if (c->size == 64) attend_64_1(q, c, factor, scores, o);
-        else if (c->size == 128 && heads - h >= 2) done = 2, attend_128_2(q, c, factor, scores, o);
-        else if (c->size == 128) attend_128_1(q, c, factor, scores, o);
-        else attend_any_half(q, c, factor, scores, o);
+        if (c->kind == FP_CACHE_I8) done = attend_bytes(q, heads - h, &own, factor, scores, o);
+        else if (c->kind == FP_CACHE_F16) done = attend_halves(q, heads - h, &own, factor, scores, o);
+        else done = attend_floats(q, heads - h, &own, factor, scores, o);
     }
 }
 

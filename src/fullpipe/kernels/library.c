@@ -135,6 +135,9 @@ typedef struct {
     int64_t own_floats;
 } step;
 
+/* Bytes of a head's keys or values of one slot of a cache; see `fp_cache`. */
+FP_EXPORT int64_t fp_cached_bytes(int kind, int size) { return fp_cache_bytes(kind, size); }
+
 /* Where a slot lies, counted in heads from where the same head of the same layer begins in the first block. */
 static int64_t place_of(const fp_model *m, int32_t slot) {
     return (int64_t)(slot / FP_SLOTS) * m->layers * 2 * m->kv_heads * FP_SLOTS + slot % FP_SLOTS;
@@ -170,17 +173,20 @@ static void begin_mlp(void *of, int64_t row, int thread) {
 static uint8_t *cache_of(const step *s, int head) {
     const fp_model *m = s->model;
     int64_t heads = (int64_t)s->index * 2 * m->kv_heads + head;
-    return m->cache + heads * FP_SLOTS * m->size * (m->half ? 2 : 4);
+    return m->cache + heads * FP_SLOTS * fp_cache_bytes(m->kind, m->size);
 }
 
 static void write_cache(const step *s, int64_t row, int head, const float *x, float *padded) {
     const fp_model *m = s->model;
-    int64_t bytes = m->size * (m->half ? 2 : 4);
-    uint8_t *to = cache_of(s, head) + s->own_places[row] * bytes;
     memcpy(padded, x, m->head_dim * sizeof(float));
     for (int i = m->head_dim; i < m->size; i++) padded[i] = 0.0f;
-    if (m->half) ops->store_half(padded, m->size, (uint16_t *)to);
-    else memcpy(to, padded, bytes);
+    ops->store(m->kind, padded, m->size, cache_of(s, head) + s->own_places[row] * fp_cache_bytes(m->kind, m->size));
+}
+
+/* The bias of a head of keys where the cache is to leave it out, or NULL. */
+static const float *left_out(const step *s, int64_t kv_head) {
+    const float *bias = s->model->kind == FP_CACHE_I8 && !s->layer->key_norm ? s->layer->key.bias : NULL;
+    return bias ? bias + kv_head * s->model->head_dim : NULL;
 }
 
 /* Norms of heads, rotation, and what goes into the cache. */
@@ -194,10 +200,28 @@ static void rotate_and_write(void *of, int64_t row, int thread) {
         const float *weight = h < m->heads ? s->layer->query_norm : s->layer->key_norm;
         if (h < m->heads + m->kv_heads) {
             if (weight) ops->norm(head, weight, m->head_dim, m->eps, head);
+            const float *bias = h < m->heads ? NULL : left_out(s, h - m->heads);
+            for (int i = 0; bias && i < m->head_dim; i++) head[i] -= bias[i];
             ops->rotate(head, cosine, sine, m->head_dim);
         }
         if (h >= m->heads) write_cache(s, row, h - m->heads, head, padded);
     }
+}
+
+/* What the bias that the cache leaves out adds to a query's products with keys: with a pair of it that is turned by an
+   angle, a part times the cosine and a part times the sine. turned: room for [groups][head_dim]. */
+static void add_left_out(const fp_model *m, const float *bias, const float *queries, float factor, float *turned,
+                         fp_context *to) {
+    int half = m->head_dim / 2;
+    for (int h = 0; h < m->heads / m->kv_heads; h++) {
+        const float *q = queries + (int64_t)h * m->size;
+        float *own = turned + (int64_t)h * m->head_dim;
+        for (int i = 0; i < half; i++) {
+            own[i] = (q[i] * bias[i] + q[half + i] * bias[half + i]) * factor;
+            own[half + i] = (q[half + i] * bias[i] - q[i] * bias[half + i]) * factor;
+        }
+    }
+    to->turned = turned, to->cosine = m->cosine, to->sine = m->sine;
 }
 
 static void attend_one(void *of, int64_t part, int thread) {
@@ -211,17 +235,21 @@ static void attend_one(void *of, int64_t part, int thread) {
     float *to = s->mixed + (row * m->heads + kv_head * groups) * m->head_dim;
     memset(queries, 0, groups * m->size * sizeof(float));
     for (int64_t h = 0; h < groups; h++) memcpy(queries + h * m->size, from + h * m->head_dim, m->head_dim * sizeof(float));
-    float *scores = mixed + groups * m->size;
+    float *turned = mixed + groups * m->size, *scores = turned + groups * m->size;
     if (branch) { /* two runs are made one */
-        int64_t before = groups * (2 * m->size + s->longest + 16);
+        int64_t before = groups * (3 * m->size + s->longest + 16);
         int64_t *both = (int64_t *)(queries + before + before % 2);
         memcpy(both, places, shared * sizeof(int64_t));
         memcpy(both + shared, s->places + span[2], branch * sizeof(int64_t));
         places = both;
     }
     fp_context context = {cache_of(s, (int)kv_head), cache_of(s, (int)(m->kv_heads + kv_head)), places,
-                          (int32_t)(shared + branch), m->size, m->half};
-    ops->attend(queries, (int)groups, &context, 1.0f / sqrtf((float)m->head_dim), scores, mixed);
+                          (int32_t)(shared + branch), m->size, m->kind, NULL, NULL, NULL,
+                          m->head_dim / 2};
+    const float *bias = left_out(s, kv_head);
+    float factor = 1.0f / sqrtf((float)m->head_dim);
+    if (bias) add_left_out(m, bias, queries, factor, turned, &context);
+    ops->attend(queries, (int)groups, &context, factor, scores, mixed);
     for (int64_t h = 0; h < groups; h++) memcpy(to + h * m->head_dim, mixed + h * m->size, m->head_dim * sizeof(float));
 }
 
@@ -286,7 +314,7 @@ static void *cut(uint8_t **free_from, int64_t bytes) {
 static int64_t lay_out(step *s, uint8_t *from) {
     const fp_model *m = s->model;
     int64_t rows = s->rows, mixed = (int64_t)m->heads * m->head_dim, most = mixed > m->hidden ? mixed : m->hidden;
-    int64_t groups = m->heads / m->kv_heads, attention = groups * (2 * m->size + s->longest + 16) + 2 * s->longest + 16;
+    int64_t groups = m->heads / m->kv_heads, attention = groups * (3 * m->size + s->longest + 16) + 2 * s->longest + 16;
     int64_t gates = 2 * rows * MOST_GATED;
     uint8_t *at = from;
     s->own_floats = ((attention > gates ? attention : gates) + 31) & ~15LL;

@@ -50,6 +50,11 @@ typedef struct {
     int32_t minus_sum, minus_low;
 } fp_block;
 
+/* In what a cache keeps keys and values. Of a head's numbers in int8 the greatest is 127 or -127; their scale, a float,
+   stands behind them. Keys in int8 are kept without their bias, which can be a hundred times what differs between them
+   and would leave that no precision; attention adds what it does to a product, exactly. */
+typedef enum { FP_CACHE_F32, FP_CACHE_F16, FP_CACHE_I8 } fp_cache;
+
 /* Rows that go into a product: as floats [count][inputs], and quantised, [count][inputs / 32]. */
 typedef struct {
     int32_t count, inputs;
@@ -60,9 +65,13 @@ typedef struct {
 /* A row's way through attention: a head's keys and values in the first block, and the places it reads, in order of
    position. */
 typedef struct {
-    const uint8_t *keys, *values; /* of one head: [places][size] */
+    const uint8_t *keys, *values; /* of one head: [places], `fp_cache_bytes` each */
     const int64_t *places;
-    int32_t count, size, half; /* size: numbers of a head, a multiple of 16. half: the cache is float16, else float32 */
+    int32_t count, size, kind; /* size: numbers of a head, a multiple of 16. kind: fp_cache */
+    /* What a bias that the keys leave out, turned by the angles of each position, adds to a head's products with them:
+       turned [heads][2 * half], the parts of cosine [count][half] and of sine; NULL: nothing. For int8 alone. */
+    const float *turned, *cosine, *sine;
+    int32_t half; /* of a head's own numbers */
 } fp_context;
 
 /* What each level of instructions implements. */
@@ -74,7 +83,7 @@ typedef struct {
     void (*norm)(const float *x, const float *weight, int count, float eps, float *out);
     /* Pairs (i, i + size / 2) of one head turn by angles with this cosine and sine, [size / 2] each. */
     void (*rotate)(float *head, const float *cosine, const float *sine, int size);
-    void (*store_half)(const float *x, int count, uint16_t *out);
+    void (*store)(int kind, const float *x, int size, uint8_t *out); /* a head into the cache */
     /* Heads that share keys and values: queries and out [heads][size]; scores: room for heads * (count + 16). */
     void (*attend)(const float *queries, int heads, const fp_context *context, float factor, float *scores, float *out);
     void (*gate)(float *gate, const float *up, int count); /* silu(gate) * up, in place */
@@ -92,12 +101,12 @@ typedef struct {
     fp_weight query, key, value, out, gate, up, down;
 } fp_layer;
 
-/* half: the cache is float16, else float32. size: of a head in the cache, head_dim rounded up to a multiple of 16.
+/* kind: fp_cache. size: of a head in the cache, head_dim rounded up to a multiple of 16.
    cosine, sine: [angles][head_dim / 2], by position.
-   cache: [blocks][layers][2 * kv_heads][FP_SLOTS][size], keys first. So a block is one piece of memory, and what nobody
-   uses is never touched. */
+   cache: [blocks][layers][2 * kv_heads][FP_SLOTS], `fp_cache_bytes` each, keys first. So a block is one piece of memory,
+   and what nobody uses is never touched. */
 typedef struct {
-    int32_t layers, hidden, heads, kv_heads, head_dim, size, intermediate, half;
+    int32_t layers, hidden, heads, kv_heads, head_dim, size, intermediate, kind;
     float eps;
     const fp_layer *layer;
     uint8_t *cache;
@@ -144,6 +153,10 @@ static inline int fp_tile_bytes(int form) {
 static inline int fp_scale_bytes(int form) {
     static const int16_t bytes[FP_FORMS] = {32, 64, 32, 64, 32, 320, 320, 288, 0, 0, 0};
     return bytes[form];
+}
+/* Bytes of a head's keys or values of one slot, so that all of them begin at multiples of 16. */
+static inline int64_t fp_cache_bytes(int kind, int size) {
+    return kind == FP_CACHE_F32 ? 4 * (int64_t)size : kind == FP_CACHE_F16 ? 2 * (int64_t)size : size + 16;
 }
 static inline int fp_scale_tiles(int form) { return form == FP_Q4_K || form == FP_Q5_K || form == FP_Q6_K ? 8 : 1; }
 

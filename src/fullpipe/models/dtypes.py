@@ -67,6 +67,20 @@ def _check_quantization(quantization: str, dtype: str, device: str, files: Model
     native_kernels()
 
 
+def pick_kv_cache_dtype(name: str, dtype: str, device: str = "cpu") -> str:
+    """Turn "auto" into a name: float16 on the native kernels, else what the model computes in.
+
+    dtype: see above, not "auto". Raises UsageError for other names where it is not the native kernels that compute.
+    """
+    if dtype not in DTYPES:
+        return "float16" if name == "auto" else name
+    if name != "auto":
+        raise UsageError(f"kv_cache_dtype={name} is for the native kernels, and the model is computed in {dtype} on "
+                         f"{device}", param="kv_cache_dtype",
+                         hint="Leave out `kv_cache_dtype`, or use `dtype=stored` and `device=cpu`.")
+    return dtype
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """In what torch computes beside a model of this dtype, a draft module for example."""
     return DTYPES[name if name in DTYPES else pick_dtype("auto")]

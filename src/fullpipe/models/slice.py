@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fullpipe.models.config import ModelConfig
-from fullpipe.models.dtypes import DTYPES, native_kernels, sizes_in
+from fullpipe.models.dtypes import DTYPES, native_kernels, pick_kv_cache_dtype, sizes_in
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.forms import kernels_of
 from fullpipe.models.pool import free_memory, slots_for
@@ -50,20 +50,22 @@ class Slice(Protocol):
 
 
 def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: str,
-               device: str = "cpu", kv_pool_mib: int | None = None, sharing: int = 1) -> Slice:
+               device: str = "cpu", kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto",
+               sharing: int = 1) -> Slice:
     """Read layers first..last (exclusive) onto a device, "cpu" or "cuda:N".
 
     dtype: see `models.dtypes`; "stored", "int8" and "int4" are for the processor.
     kv_pool_mib: size of the cache pool; None: by what is free (see `pool.slots_for`). sharing: how many slices of about
-    this size there will be in the processor's memory.
+    this size there will be in the processor's memory. kv_cache_dtype: see `models.dtypes.pick_kv_cache_dtype`.
 
     Raises what reading raises, and UsageError, before anything is read, for a device that is not there, has no kernels,
     or has too little memory.
     """
     pool_bytes = None if kv_pool_mib is None else kv_pool_mib << 20
+    cache = pick_kv_cache_dtype(kv_cache_dtype, dtype, device)
     if device == "cpu":
         return _on_processor(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=dtype,
-                             pool_bytes=pool_bytes, sharing=sharing)
+                             pool_bytes=pool_bytes, cache=cache, sharing=sharing)
     kind = DTYPES[dtype]
     from fullpipe.models.gpu.decoder import DeviceSlice, Weights, operations
     from fullpipe.models.gpu.devices import check_room, find_device
@@ -79,17 +81,20 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
 
 
 def _on_processor(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: str,
-                  pool_bytes: int | None, sharing: int) -> Slice:
+                  pool_bytes: int | None, cache: str, sharing: int) -> Slice:
     sizes = sizes_in(files, dtype)
     weights = (last - first) * sizes.layer_bytes + max(has_head * sizes.head_bytes,
                                                        has_embedding * sizes.embedding_bytes)
-    slots = slots_for((last - first) * sizes.kv_bytes, pool_bytes, free_memory() // sharing - weights)
+
+    def slots(slot_bytes: int) -> int:
+        return slots_for((last - first) * slot_bytes, pool_bytes, free_memory() // sharing - weights)
+
     if kernels_of(dtype, "cpu") == "native":
-        from fullpipe.models.native.slice import NativeSlice
+        from fullpipe.models.native.slice import NativeSlice, slot_bytes
 
         return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head,
-                           slots=slots, dtype=dtype)
+                           slots=slots(slot_bytes(native_kernels(), files.config, cache)), cache=cache, dtype=dtype)
     from fullpipe.models.decoder import DecoderSlice
 
     return DecoderSlice(files, first, last, has_embedding=has_embedding, has_head=has_head, dtype=DTYPES[dtype],
-                        slots=slots)
+                        slots=slots(sizes.kv_bytes))

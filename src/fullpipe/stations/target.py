@@ -131,7 +131,7 @@ class ModelStage:
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,
                 vocab: int | None = None, margins: bool = False, taps: list[int] | None = None, device: str = "cpu",
-                kv_pool_mib: int | None = None, sharing: int = 1) -> ModelStage:
+                kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto", sharing: int = 1) -> ModelStage:
     """Load layers `first` (inclusive) to `last` (exclusive) of the model at path `model` as a stage on a device.
 
     taps: after how many layers of the model hidden states go to the draft station. Raises `UsageError` unless they
@@ -142,5 +142,6 @@ def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: b
         raise UsageError(f"layers {first} to {last} cannot be tapped at {taps}",
                          hint=f"Give rising numbers of finished layers from {first + 1} to {last}.")
     slice = load_slice(open_model(Path(model)), first, last, has_embedding=is_first, has_head=is_last,
-                       dtype=dtype, device=device, kv_pool_mib=kv_pool_mib, sharing=sharing)
+                       dtype=dtype, device=device, kv_pool_mib=kv_pool_mib, kv_cache_dtype=kv_cache_dtype,
+                       sharing=sharing)
     return ModelStage(slice, is_last=is_last, vocab=vocab, margins=margins, taps=taps)

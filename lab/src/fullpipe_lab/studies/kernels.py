@@ -1,14 +1,14 @@
 """What the native kernels take, beside what the machine could do, and what quantising the rows costs.
 
     python -m fullpipe_lab.studies.kernels [products] [steps] [quality] [quantising] [--models A,B]
-        [--rows 1,2,4,8,16,32] [--threads 1] [--repeats 12] [--write]
+        [--caches float16,int8] [--rows 1,2,4,8,16,32] [--threads 1] [--repeats 12] [--write]
 
 products: one product of each form. Weights take turns, so that no cache holds them. The limit is the longer of two
 times: reading the weight at the bandwidth that was measured, and its products at the rate of a loop of nothing else.
 steps: all layers and the head of whole models after 128 tokens. quality: the models' logits beside float32 arithmetic
 on the same file's weights, over prompts, code and prose, 1,600 tokens: KL per token, and how often the likeliest token
-is the same. quantising: the same of a bfloat16 model with other blocks (`permuted`), as it is and quantised while it
-is read. `--write` keeps the receipt in lab/receipts/kernels.json.
+is the same; with each kind of cache. quantising: the same of a bfloat16 model with other blocks (`permuted`), as it is
+and quantised while it is read. `--write` keeps the receipt in lab/receipts/kernels.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ctypes
 import mmap
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,7 +67,8 @@ def main() -> None:
         setting["steps"] = [_told(one, samples) for model in args.models
                             for one in steps(native, model, args.rows, args.repeats)]
     if "quality" in args.parts:
-        setting["quality"] = [_told(quality(native, model), samples) for model in args.models]
+        setting["quality"] = [_told(one, samples) for model in args.models
+                              for one in quality(native, model, args.caches)]
     if "quantising" in args.parts:
         setting["quantising"] = [_told(one, samples) for model in args.models for one in quantising(native, model)]
     if args.write:
@@ -174,11 +175,13 @@ def steps(native: Kernels, model: str, rows: list[int], repeats: int) -> Iterato
 # ---- quality ---------------------------------------------------------------------------------------------------
 
 
-def quality(native: Kernels, model: str) -> dict[str, Any]:
-    """How far the logits are from float32 arithmetic on the file's weights."""
+def quality(native: Kernels, model: str, caches: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """How far the logits are from float32 arithmetic on the file's weights, with keys and values in each of these."""
     path = resolve(model)
     files, texts = open_model(path), list(_texts(path))
-    return {"model": model, **_beside(native, files, STORED, texts, _exact(files, texts))}
+    exact = _exact(files, texts)
+    for cache in caches:
+        yield {"model": model, "cache": cache, **_beside(native, files, STORED, texts, exact, cache)}
 
 
 def quantising(native: Kernels, model: str) -> Iterator[dict[str, Any]]:
@@ -194,9 +197,10 @@ def quantising(native: Kernels, model: str) -> Iterator[dict[str, Any]]:
 
 
 def _beside(native: Kernels, files: ModelFiles, dtype: str, texts: list[list[int]],
-            exact: list[Tensor]) -> dict[str, Any]:
+            exact: list[Tensor], cache: str = "float16") -> dict[str, Any]:
     kl, same, started = [], [], time.perf_counter()
-    whole = NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype)
+    whole = NativeSlice(native, files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype,
+                        cache=cache)
     loading = time.perf_counter() - started
     for wanted, text in zip(exact, texts):
         found = whole.logits(_hidden([whole], text))
@@ -243,6 +247,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=(*PARTS, []), default=list(PARTS))
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
+    parser.add_argument("--caches", type=lambda text: text.split(","), default=["float16"])
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=12)

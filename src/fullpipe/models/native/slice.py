@@ -1,7 +1,7 @@
 """A slice computed by the native kernels: quantised weights stay quantised, and a step is one call.
 
-Hidden states are float32, so that where the model is cut changes nothing; the cache is float16. A row's bits depend on
-its tokens alone: see `kernels/native.h` and, for attention, `between.h`.
+Hidden states are float32, so that where the model is cut changes nothing; the cache is float16, or what is asked for. A
+row's bits depend on its tokens alone: see `kernels/native.h` and, for attention, `between.h`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fullpipe.kernels import Kernels, Model, Weight
+from fullpipe.kernels import CacheKind, Kernels, Model, Weight
 from fullpipe.kernels import Step as NativeStep
 from fullpipe.models.config import ModelConfig
 from fullpipe.models.dtypes import STORED
@@ -24,6 +24,7 @@ from fullpipe.models.pool import MOST_SLOTS, empty
 from fullpipe.models.step import Step
 from fullpipe.options import BLOCK
 
+_FLOATS = {CacheKind.FLOAT32: torch.float32, CacheKind.FLOAT16: torch.float16}
 _ANGLES = 512  # positions whose angles are computed at a time
 
 
@@ -32,28 +33,33 @@ def padded_head(config: ModelConfig) -> int:
     return -(-config.head_dim // 16) * 16
 
 
+def slot_bytes(native: Kernels, config: ModelConfig, cache: str) -> int:
+    """Bytes of a slot in one layer of a cache of this kind."""
+    return 2 * config.kv_heads * native.cached_bytes(CacheKind[cache.upper()], padded_head(config))
+
+
 class NativeSlice:
     """Layers first_layer..last_layer (exclusive; none is fine) of a model, with its weights loaded.
 
     files: where the weights come from; only this slice's are read.
-    slots: of the cache pool. cache: float16 or float32, of keys and values. dtype: "stored", or "int8" or "int4" for
-    weights that are not yet quantised.
+    slots: of the cache pool. cache: "float16", "float32" or "int8", of keys and values. dtype: "stored", or "int8" or
+    "int4" for weights that are not yet quantised.
 
     One step at a time; with as many threads as torch is told to use. Raises what reading raises: `DamagedModel`,
     `UnsupportedModel`.
     """
 
     def __init__(self, native: Kernels, files: ModelFiles, first_layer: int, last_layer: int, *, has_embedding: bool,
-                 has_head: bool, slots: int = MOST_SLOTS, cache: torch.dtype = torch.float16,
-                 dtype: str = STORED) -> None:
+                 has_head: bool, slots: int = MOST_SLOTS, cache: str = "float16", dtype: str = STORED) -> None:
         assert 0 <= first_layer <= last_layer <= files.config.num_layers
         self.config, self.first_layer = files.config, first_layer
         self._native, self.slots = native, slots
         self._weights = NativeWeights.read(native, files, first_layer, last_layer, has_embedding=has_embedding,
                                            has_head=has_head, dtype=dtype)
         self._angles = _Angles(self.config)
+        self.cache = CacheKind[cache.upper()]
         self._kv = empty((-(-slots // BLOCK), self.num_layers, 2 * self.config.kv_heads, BLOCK,
-                          padded_head(self.config)), cache)
+                          native.cached_bytes(self.cache, padded_head(self.config))), torch.uint8)
         self._model = self._described()
 
     def __del__(self) -> None:
@@ -71,8 +77,13 @@ class NativeSlice:
 
     def pretend(self, count: int) -> None:
         """Let noise stand in the first slots, as if rows had been written there."""
-        part = self._kv[: -(-count // BLOCK)]
-        part.copy_(torch.zeros(part.shape).normal_(generator=torch.Generator().manual_seed(count)))
+        part, size = self._kv[: -(-count // BLOCK)], padded_head(self.config)
+        noise = torch.zeros(*part.shape[:-1], size).normal_(generator=torch.Generator().manual_seed(count))
+        if self.cache in _FLOATS:
+            part.view(_FLOATS[self.cache])[...] = noise
+            return
+        part[..., :size].view(torch.int8)[...] = (noise * 32).round().clamp(-127, 127)
+        part.view(torch.float32)[..., size // 4] = 1 / 32
 
     @overload
     def forward(self, step: Step) -> Tensor: ...
@@ -122,7 +133,7 @@ class NativeSlice:
         config = self.config
         return Model(layers=self.num_layers, hidden=config.hidden, heads=config.heads, kv_heads=config.kv_heads,
                      head_dim=config.head_dim, size=padded_head(config), intermediate=config.intermediate,
-                     half=self._kv.dtype == torch.float16, eps=config.rms_eps, layer=self._weights.layers,
+                     kind=self.cache, eps=config.rms_eps, layer=self._weights.layers,
                      cache=self._kv.data_ptr(), slots=self.slots)
 
 

@@ -62,9 +62,9 @@ class DraftModel:
 
 
 def build_draft_model(*, model: str, dtype: str, vocab: int | None = None, device: str = "cpu",
-                      kv_pool_mib: int | None = None, sharing: int = 1) -> DraftModel:
+                      kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto", sharing: int = 1) -> DraftModel:
     """Load the whole model at path `model` as a draft, on a device."""
     files = open_model(Path(model))
     slice = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype,
-                       device=device, kv_pool_mib=kv_pool_mib, sharing=sharing)
+                       device=device, kv_pool_mib=kv_pool_mib, kv_cache_dtype=kv_cache_dtype, sharing=sharing)
     return DraftModel(slice, vocab=vocab)

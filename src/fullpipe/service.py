@@ -212,7 +212,7 @@ class Service(Generic[W]):
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and answer together, within model and cache."""
-        longest = self.engine.longest
+        longest = self.engine.memory.longest
         return self.model.max_model_len if longest is None else min(self.model.max_model_len, longest)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, deliver: Deliver, *, priority: int = 0,
@@ -275,13 +275,13 @@ class Service(Generic[W]):
         """
         longest, wanted = self.max_model_len, self.model.max_model_len
         if longest < 2 or (asked is not None and longest < wanted):
-            raise UsageError(f"{self.engine.kv_total} cache slots hold {longest} tokens and the guesses beside them, "
+            raise UsageError(f"{self.engine.memory.total} cache slots hold {longest} tokens and the guesses beside them, "
                              f"not {wanted}",
-                             hint=f"Give more `{self.engine.kv_bound_by}`, or a smaller `max_model_len`.")
+                             hint=f"Give more `{self.engine.memory.bound_by}`, or a smaller `max_model_len`.")
         if longest == wanted:
             return None
         return (f"the cache holds {longest} tokens of a text, the model {wanted}: longer ones are refused "
-                f"({self.engine.kv_bound_by})")
+                f"({self.engine.memory.bound_by})")
 
     @property
     def busy(self) -> bool:
@@ -292,7 +292,7 @@ class Service(Generic[W]):
         if recovery.state in ("rebuilding", "failed"):
             running, waiting, used = 0, 0, 0
         return Status(recovery.state, running, max(waiting, len(self._clients) - running), used,
-                      self.engine.kv_total or 0, recovery.supervision.restarts, recovery.supervision.last_failure,
+                      self.engine.memory.total or 0, recovery.supervision.restarts, recovery.supervision.last_failure,
                       recovery.retry_after_s)
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -331,7 +331,7 @@ class Service(Generic[W]):
         engine.step(_BUSY_S if engine.busy else 0.0)
         self.tell_news()
         engine.isolate(self._recovery.supervision.suspect)
-        self._counts = engine.num_running, engine.num_waiting, engine.kv_used
+        self._counts = engine.num_running, engine.num_waiting, engine.memory.used
         for observer in self._observers:
             guarded("an observer", observer.on_engine_time, time.thread_time() - began)
 

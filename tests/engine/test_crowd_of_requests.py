@@ -87,7 +87,7 @@ def test_every_request_gets_the_text_that_it_would_get_alone(
     for one in requests:
         assert texts[one.id] == plain(one.prompt, one.params.max_tokens)
     engine.drain()
-    assert engine.kv_used == 0, "all memory came back"
+    assert engine.memory.used == 0, "all memory came back"
 
 
 @given(stages=st.integers(1, 4), method=st.sampled_from(["pp", "fullpipe", "pipedec", "static-tree", "chain"]),
@@ -117,7 +117,7 @@ def test_who_shares_with_one_that_is_aborted_says_what_it_would_say_alone(
         assert one.output == plain(one.request.prompt, len(one.output), 10**6)
         assert one.finished == "abort" or len(one.output) == one.request.params.max_tokens
     engine.drain()
-    assert engine.kv_used == 0
+    assert engine.memory.used == 0
 
 
 def test_who_does_not_fit_into_a_smaller_cache_is_known(caplog: pytest.LogCaptureFixture) -> None:
@@ -134,7 +134,7 @@ def test_who_does_not_fit_into_a_smaller_cache_is_known(caplog: pytest.LogCaptur
         engine.attach(smaller(40))
     engine.step()
     engine.attach(smaller(400))
-    assert engine.kv_total == 400 and "1000 cache slots were asked for" in caplog.text
+    assert engine.memory.total == 400 and "1000 cache slots were asked for" in caplog.text
     with pytest.raises(PromptError, match="need 610 cache slots, and there are 400"):
         engine.check_fits(large.request)
     engine.end(0)
@@ -280,7 +280,7 @@ def test_an_engine_goes_on_with_another_pipeline_whenever_one_fails(
     for one in sequences:
         assert one.output == plain(one.request.prompt, 40) and one.finished == "length"
         assert engine.figures[one.request.id].num_emitted == 40
-    assert engine.kv_used == 0
+    assert engine.memory.used == 0
 
 
 def test_one_on_trial_runs_alone_until_it_is_over() -> None:

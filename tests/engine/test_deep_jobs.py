@@ -163,7 +163,7 @@ def test_whatever_happens_meanwhile_text_slots_and_paths_are_right(
         assert one.output == plain(one.request.prompt, len(one.output))
         assert one.finished == "abort" or len(one.output) == one.request.params.max_tokens
     engine.drain()
-    assert engine.kv_used == 0
+    assert engine.memory.used == 0
 
 
 def test_who_is_sent_back_while_slots_are_lent_loses_nothing() -> None:

@@ -21,6 +21,7 @@ from fullpipe.models.dtypes import pick_dtype, sizes_in
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.forms import kept_tensor
 from fullpipe.models.native.slice import NativeSlice, padded_head, slot_bytes
+from fullpipe.models.paths import step_of_paths
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.options import BLOCK
@@ -75,7 +76,7 @@ def fill(part: NativeSlice, text: list[int], slots: list[int]) -> None:
 
 
 def step(part: NativeSlice, tokens: list[int], paths: list[list[int]]) -> torch.Tensor:
-    return part.logits(part.forward(Step.of_paths(torch.tensor(tokens), paths)))
+    return part.logits(part.forward(step_of_paths(torch.tensor(tokens), paths)))
 
 
 def text_step(text: list[int]) -> Step:
@@ -158,9 +159,9 @@ def test_a_large_bias_of_keys_costs_int8_no_precision(native: Kernels, tmp_path:
 @pytest.mark.parametrize("cache", ["float16", "float32", "int8"])
 def test_what_only_pretends_to_be_written_can_be_read(native: Kernels, files: ModelFiles, cache: str) -> None:
     part = loaded(native, files, cache)
-    empty = part.forward(Step.of_paths(torch.tensor([7]), [[*range(13)]]))
+    empty = part.forward(step_of_paths(torch.tensor([7]), [[*range(13)]]))
     part.pretend(13)
-    noisy = part.forward(Step.of_paths(torch.tensor([7]), [[*range(13)]]))
+    noisy = part.forward(step_of_paths(torch.tensor([7]), [[*range(13)]]))
     assert noisy.isfinite().all() and not torch.equal(noisy, empty)
 
 

@@ -27,6 +27,7 @@ from fullpipe.models.gpu.decoder import DeviceSlice, Weights
 from fullpipe.models.linear import can_pack
 from fullpipe.models.native.slice import NativeSlice
 from fullpipe.models.slice import Slice
+from fullpipe.models.paths import step_of_paths
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
@@ -97,7 +98,7 @@ class Pipe:
 
     def step(self, tokens: list[int], paths: list[list[int]]) -> Tensor:
         """Logits of rows. paths: what each reads, slots from 0 on in order of position."""
-        step = Step.of_paths(torch.tensor(tokens), [[self.base + slot for slot in path] for path in paths])
+        step = step_of_paths(torch.tensor(tokens), [[self.base + slot for slot in path] for path in paths])
         for part in self.slices:
             step = step.with_x(part.forward(step))
         return self.slices[-1].logits(step.x)
@@ -219,7 +220,7 @@ def test_rows_of_several_requests_share_a_step(pair: Callable[..., Pair], kind: 
     texts, paths = [TEXT, TEXT[3:8], TEXT[5:6]], list[list[int]]()
     for number, text in enumerate(texts):
         paths += [list(range(20 * number, 20 * number + i + 1)) for i in range(len(text))]
-    ours = part.logits(part.forward(Step.of_paths(torch.tensor([token for text in texts for token in text]), paths)))
+    ours = part.logits(part.forward(step_of_paths(torch.tensor([token for text in texts for token in text]), paths)))
     for text, own in zip(texts, torch.split(ours, [len(text) for text in texts])):
         close(own, reference(model, text))
 
@@ -237,7 +238,7 @@ def test_a_slot_may_be_given_to_another_row(pair: Callable[..., Pair], kind: str
 def test_a_step_without_rows(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("llama")
     first, last = Pipe.of(open_model(folder), [2], kind=kind).slices
-    nothing = Step.of_paths(torch.empty(0, dtype=torch.int64), [])
+    nothing = step_of_paths(torch.empty(0, dtype=torch.int64), [])
     assert last.forward(nothing.with_x(first.forward(nothing))).shape == (0, 64)
 
 
@@ -383,7 +384,7 @@ def test_taps_change_nothing_and_are_memory_of_their_own(pair: Callable[..., Pai
 def test_taps_of_a_step_without_rows(pair: Callable[..., Pair], kind: str) -> None:
     _, folder = pair("llama")
     first, second = Pipe.of(open_model(folder), [2], kind=kind).slices
-    none = Step.of_paths(torch.empty(0, dtype=torch.int64), [])
+    none = step_of_paths(torch.empty(0, dtype=torch.int64), [])
     hidden, features = first.forward(none, [1, 2])
     assert features.shape == (0, 2, 64)
     assert second.forward(none.with_x(hidden), [4])[1].shape == (0, 1, 64)

@@ -24,6 +24,7 @@ from fullpipe.models.gpu.decoder import DeviceSlice, Weights, operations
 from fullpipe.models.gpu.devices import find_device
 from fullpipe.models.gpu.pool import SCRATCH, Pool
 from fullpipe.models.gpu.rows import Rows, width_for
+from fullpipe.models.paths import step_of_paths
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.options import BLOCK
@@ -60,7 +61,7 @@ def test_a_row_has_the_same_bits_in_any_slots_company_and_parts(part: DeviceSlic
         paths = [slots[: start + row + 1] for row in range(size)]
         company = [list(range(1000, 1001 + row)) for row in range(rng.randrange(3))]
         x = torch.tensor(tokens[start : start + size] + [5] * len(company))
-        found = part.logits(part.forward(Step.of_paths(x, paths + company)))[:size]
+        found = part.logits(part.forward(step_of_paths(x, paths + company)))[:size]
         assert torch.equal(found, plain[start : start + size])
         start += size
 
@@ -86,13 +87,13 @@ def test_a_product_that_minds_the_order_of_rows_is_told(weights: Callable[..., W
 
 
 def test_a_row_that_reads_no_whole_path_is_our_mistake(part: DeviceSlice) -> None:
-    step = replace(Step.of_paths(torch.tensor([3]), [[2, 1, 0]]), positions=np.array([5]))
+    step = replace(step_of_paths(torch.tensor([3]), [[2, 1, 0]]), positions=np.array([5]))
     with pytest.raises(AssertionError, match="no whole path"):
         part.forward(step)
 
 
 def test_slots_lie_behind_the_places_of_rows_that_fill_up(part: DeviceSlice) -> None:
-    rows = Rows.of(Step.of_paths(torch.tensor([3, 4]), [[0, 7, 9], [0, 7, 2]]))
+    rows = Rows.of(step_of_paths(torch.tensor([3, 4]), [[0, 7, 9], [0, 7, 2]]))
     assert rows.places.tolist() == [SCRATCH + 9, SCRATCH + 2]
     assert rows.context[:, :3].tolist() == [[SCRATCH, SCRATCH + 7, SCRATCH + 9], [SCRATCH, SCRATCH + 7, SCRATCH + 2]]
     assert part.slots == 8 * BLOCK and part.pool.kv.shape[2] == SCRATCH + part.slots

@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused_at_the_door(service: Service[Words]) -> None:
         with pytest.raises(kind):
             service.submit(prompt, SamplingParams(), Caller())
     with closing(serve(max_model_len=10**6)) as long:
-        assert long.max_model_len == long.engine.longest < 6000
+        assert long.max_model_len == long.engine.memory.longest < 6000
         with pytest.raises(PromptError, match="the context holds"):
             long.submit([1] * 6000, SamplingParams(max_tokens=1), Caller())
 

@@ -28,6 +28,7 @@ from fullpipe.errors import UsageError
 from fullpipe.messages import Expansion, Flight, Part
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import torch_dtype
+from fullpipe.models.paths import step_of_paths
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams
@@ -139,7 +140,7 @@ class Memo:
         free = sorted(set(range(self._pool)) - set(self._slots.values()))
         self._slots.update(zip(rows, free))
         assert self._slice is not None
-        hidden = self._slice.forward(Step.of_paths(torch.tensor([self._tokens[id] for id in rows]),
+        hidden = self._slice.forward(step_of_paths(torch.tensor([self._tokens[id] for id in rows]),
                                                    [self._read(id) for id in rows]))
         index = {id: row for row, id in enumerate(rows)}
         self.computed_rows += len(rows)

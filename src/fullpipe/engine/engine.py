@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fullpipe.engine.loop import Listener, Loop
+from fullpipe.engine.memory import Memory
 from fullpipe.errors import UsageError
 from fullpipe.events import Attached, Submitted
 from fullpipe.methods.base import Method
@@ -36,24 +37,9 @@ class Engine(Loop):
         return len(self._scheduler.waiting)
 
     @property
-    def kv_used(self) -> int:
-        """Cache slots of the requests that run."""
-        return self._memory.used
-
-    @property
-    def kv_total(self) -> int | None:
-        """Cache slots of all requests together; None: no bound."""
-        return self._memory.total
-
-    @property
-    def kv_bound_by(self) -> str:
-        """The option that a larger cache needs."""
-        return self._memory.bound_by
-
-    @property
-    def longest(self) -> int | None:
-        """Tokens of prompt and answer together that fit into all of the cache memory; None: no bound."""
-        return self._memory.longest
+    def memory(self) -> Memory:
+        """What there is of cache memory, and how much of it is used."""
+        return self._memory
 
     def now(self) -> float:
         """Seconds of the pipeline's clock."""

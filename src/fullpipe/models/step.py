@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,23 +39,6 @@ class Step:
         spans = np.zeros((len(x), 4), np.int64)
         spans[:, 1] = positions + 1
         return cls(x, positions, slots[first:], slots, spans)
-
-    @classmethod
-    def of_paths(cls, x: Tensor, paths: Sequence[Sequence[int]]) -> Step:
-        """Rows by what each reads, slots in order of position. Those that stand together and begin with one slot are
-        rows of one request."""
-        reads, spans = list[int](), list[tuple[int, int, int, int]]()
-        for _, alike in groupby(paths, key=lambda path: path[0]):
-            request = list(alike)
-            longest, start = max(request, key=len), len(reads)
-            reads += longest
-            for path in request:
-                shared = next((at for at, (a, b) in enumerate(zip(longest, path)) if a != b), len(path))
-                spans.append((start, start + shared, len(reads), len(reads) + len(path) - shared))
-                reads += path[shared:]
-        positions, slots = [len(path) - 1 for path in paths], [path[-1] for path in paths]
-        return cls(x, np.array(positions, np.int64), np.array(slots, np.int32), np.array(reads, np.int32),
-                   np.array(spans, np.int64).reshape(-1, 4))
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -23,16 +23,7 @@ from fullpipe.pipeline.cancelled import CancelTimes
 from fullpipe.pipeline.durations import Costs, unit_costs
 from fullpipe.pipeline.inprocess_taps import TapWay
 from fullpipe.pipeline.links import INSTANT, Link, Links, Wire
-from fullpipe.stations.base import (
-    DraftLike,
-    StageLike,
-    TapCount,
-    cache_slots,
-    drop_rows,
-    least_slots,
-    tap_reader,
-    untapped,
-)
+from fullpipe.stations.base import DraftLike, StageLike, TapCount, drop_rows, least_slots, tap_reader, untapped
 
 _HERE = "this process"  # the one device on the wall clock
 _REPLY_ROW_BYTES = 64  # of a row in what travels without hidden states: jobs, drafts, landings
@@ -83,7 +74,7 @@ class InProcessPipeline(Pipeline):
                  device_of: Callable[[str], str] = lambda station: station) -> None:
         self.num_stages = len(stages)
         self.has_draft = draft is not None
-        self.cache_slots = least_slots([*map(cache_slots, stages), cache_slots(draft) if draft else None])
+        self.cache_slots = least_slots([*stages, draft])
         self.seconds_inside = 0.0
         self._wall = clock == "wall"
         self._costs = unit_costs if self._wall else costs

@@ -29,7 +29,7 @@ from fullpipe.pipeline.legs import Legs
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.pipeline.watch import UnderWay, Watch
 from fullpipe.pipeline.wire import NonsenseError
-from fullpipe.stations.base import TapCount, least_slots
+from fullpipe.stations.base import TapCount, least
 from fullpipe.stations.spec import StationSpec
 
 _BEAT_S = 1.0
@@ -82,7 +82,7 @@ class WorkersPipeline(Pipeline):
             raise UsageError(f"there is no station {unknown[0]!r} to pace",
                              hint=f"There are: {', '.join(layout.names)}.")
         self._fleet = start_fleet(layout)
-        self.cache_slots = least_slots(worker.cache_slots for worker in self._fleet.workers)
+        self.cache_slots = least(worker.cache_slots for worker in self._fleet.workers)
         self._fleet.set_send_timeout(heartbeat_timeout)
         self._finalizer = weakref.finalize(self, self._fleet.close)
         self._flights = UnderWay(self._fleet.workers[:self.num_stages])

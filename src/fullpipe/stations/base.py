@@ -74,8 +74,13 @@ def cache_slots(station: StageLike | DraftLike) -> int | None:
     return getattr(station, "cache_slots", None)
 
 
-def least_slots(counts: Iterable[int | None]) -> int | None:
-    """How many slots all of some stations have room for."""
+def least_slots(stations: Iterable[StageLike | DraftLike | None]) -> int | None:
+    """How many slots each of some stations has room for. None among them counts as none."""
+    return least(cache_slots(station) for station in stations if station is not None)
+
+
+def least(counts: Iterable[int | None]) -> int | None:
+    """The least number of those that are one."""
     return min((count for count in counts if count is not None), default=None)
 
 

@@ -41,6 +41,7 @@ from fullpipe.models.gpu.decoder import ROWS, DeviceSlice, Weights
 from fullpipe.models.linear import Linear
 from fullpipe.models.loading import Layer
 from fullpipe.models.slice import Slice
+from fullpipe.models.paths import step_of_paths
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.options import Options
@@ -318,7 +319,7 @@ def _run_tree(slice: DeviceSlice, tree: Tree, rng: random.Random, *, whole: bool
         x = torch.tensor([tree.tokens[row] for row in batch] + [rng.randrange(100) for _ in range(others)])
         before = list(range(crowd, crowd + length))
         paths = [tree.read(row) for row in batch] + [[*before, crowd + length + own] for own in range(others)]
-        out[batch] = slice.logits(slice.forward(Step.of_paths(x, paths)))[: len(batch)]
+        out[batch] = slice.logits(slice.forward(step_of_paths(x, paths)))[: len(batch)]
     return out
 
 

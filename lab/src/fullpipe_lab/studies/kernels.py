@@ -37,6 +37,7 @@ from fullpipe.models.dtypes import STORED, native_kernels
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.native.slice import NativeSlice
 from fullpipe.models.slice import Slice
+from fullpipe.models.paths import step_of_paths
 from fullpipe.models.step import Step
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
@@ -162,7 +163,7 @@ def steps(native: Kernels, model: str, rows: list[int], repeats: int) -> Iterato
     whole.pretend(CONTEXT)
     for count in rows:
         tokens = torch.randint(files.config.vocab_size, (count,), generator=torch.Generator().manual_seed(count))
-        guesses = Step.of_paths(tokens, [[*range(CONTEXT), CONTEXT + row] for row in range(count)])
+        guesses = step_of_paths(tokens, [[*range(CONTEXT), CONTEXT + row] for row in range(count)])
 
         def step(guesses: Step = guesses) -> None:
             whole.logits(whole.forward(guesses))

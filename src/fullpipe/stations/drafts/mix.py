@@ -11,7 +11,7 @@ from msgspec import convert
 from msgspec.structs import replace
 
 from fullpipe.messages import ArenaId, Expansion, Flight, Part, Tap
-from fullpipe.stations.base import DraftLike, cache_slots, least_slots, tap_reader
+from fullpipe.stations.base import DraftLike, least_slots, tap_reader
 from fullpipe.stations.drafts.chains import chain_rows
 from fullpipe.stations.spec import StationSpec
 
@@ -35,7 +35,7 @@ class Mix:
 
     @property
     def cache_slots(self) -> int | None:
-        return least_slots(cache_slots(draft) for draft in self._drafts)
+        return least_slots(self._drafts)
 
     @property
     def reads_taps(self) -> bool:

@@ -26,8 +26,8 @@ from fullpipe.models.files import ModelFiles
 from fullpipe.models.gpu.decoder import DeviceSlice, Weights
 from fullpipe.models.linear import can_pack
 from fullpipe.models.native.slice import NativeSlice
-from fullpipe.models.slice import Slice
 from fullpipe.models.paths import step_of_paths
+from fullpipe.models.slice import Slice
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.request import SamplingParams

@@ -40,8 +40,8 @@ from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.gpu.decoder import ROWS, DeviceSlice, Weights
 from fullpipe.models.linear import Linear
 from fullpipe.models.loading import Layer
-from fullpipe.models.slice import Slice
 from fullpipe.models.paths import step_of_paths
+from fullpipe.models.slice import Slice
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.options import Options

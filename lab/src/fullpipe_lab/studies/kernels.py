@@ -36,8 +36,8 @@ from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import STORED, native_kernels
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.native.slice import NativeSlice
-from fullpipe.models.slice import Slice
 from fullpipe.models.paths import step_of_paths
+from fullpipe.models.slice import Slice
 from fullpipe.models.step import Step
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model

@@ -1,15 +1,16 @@
 """Fullpipe's server and vLLM's CPU server through the OpenAI API: one machine, one run, the wall clock.
 
     python -m fullpipe_lab.studies.serving.against_vllm [--model smollm2-135m] [--draft ngram] [--levels 1 4 8 16]
-        [--rounds 3] [--contenders fullpipe-stored pp-stored fullpipe pp vllm] [--max-tokens 64] [--out serving-out]
-        [--quick] [--write] [--report-only] [--serve-options "..."]
+        [--rounds 3] [--contenders fullpipe-stored fullpipe-native fullpipe pp vllm] [--max-tokens 64]
+        [--out serving-out] [--quick] [--write] [--report-only] [--serve-options "..."]
 
 Both have the same weights, on the same cores, and are asked the same prompts by the same load generator
 (`fullpipe.server.load`), which is this process. vLLM reads them in --dtype from a folder that is written from the GGUF
-file; `fullpipe` and `pp` read that folder too, `fullpipe-stored` and `pp-stored` the GGUF file itself, whose weights
-they compute with as they are. Each server runs alone, and in each round each one
-is started once; every other round goes through them backwards. Every prompt begins with a number of its own, so that
-no server finds what it has computed before; the same numbers in all rounds and for all, so that texts can be compared.
+file; `fullpipe` and `pp` read that folder too and compute in it with torch, `fullpipe-native` with our kernels.
+`fullpipe-stored` and `pp-stored` read the GGUF file itself and compute with its weights as they are. Each server runs
+alone, and in each round each one is started once; every other round goes through them backwards. Every prompt begins
+with a number of its own, so that no server finds what it has computed before; the same numbers in all rounds and for
+all, so that texts can be compared.
 
 A level that is done is in --out/journal.jsonl when the next begins: a run that is killed goes on where it was. At the
 end --out has receipt.json and report.md; with --write they also become lab/receipts/serving_vllm.json and
@@ -74,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4, 8, 16], help="requests at once")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", default=["fullpipe-stored", "pp-stored", "fullpipe", "pp", "vllm"],
-                        help=", ".join(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", help=", ".join(CONTENDERS),
+                        default=["fullpipe-stored", "fullpipe-native", "fullpipe", "pp", "vllm"])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--prompts", type=Path, help="JSON lines; default: the bundled ones")

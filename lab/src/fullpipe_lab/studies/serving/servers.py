@@ -55,13 +55,14 @@ class Setup:
 @dataclass(frozen=True)
 class Contender:
     """options: put behind the command, in which {draft} stands for the setup's. environment: beside the user's.
-    stored: reads the setup's GGUF file and computes in its weights as they are."""
+    stored: reads the setup's GGUF file and computes in its weights as they are. native: computes so in the folder's."""
 
     name: str
     title: str
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     stored: bool = False
+    native: bool = False
 
     @property
     def ours(self) -> bool:
@@ -76,7 +77,8 @@ class Contender:
         # vLLM's own command `vllm` does not start in the build for CPUs: it looks for a package called vllm.
         program = ((sys.executable, "-m", "fullpipe", "serve") if self.ours else
                    (str(envs.interpreter("vllm")), "-m", "vllm.entrypoints.openai.api_server"))
-        model, dtype = (setup.file, STORED) if self.stored else (setup.folder, setup.dtype)
+        model, dtype = setup.file if self.stored else setup.folder, setup.dtype
+        dtype = STORED if self.stored or self.native else dtype
         return [*program, "--model", str(model), "--served-model-name", MODEL_NAME, "--dtype", dtype,
                 "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(setup.max_len),
                 "--max-num-seqs", str(setup.max_seqs), *own]
@@ -99,8 +101,9 @@ _ALL_CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 CONTENDERS = {one.name: one for one in (
     Contender("fullpipe-stored", "Fullpipe, with the draft, weights as the GGUF file stores them", _DRAFT, stored=True),
     Contender("pp-stored", "Fullpipe, `--method pp`, weights as the GGUF file stores them", _PLAIN, stored=True),
-    Contender("fullpipe", "Fullpipe, with the draft", _DRAFT),
-    Contender("pp", "Fullpipe, `--method pp`", _PLAIN),
+    Contender("fullpipe-native", "Fullpipe, with the draft, on its own kernels", _DRAFT, native=True),
+    Contender("fullpipe", "Fullpipe, with the draft, on torch", _DRAFT),
+    Contender("pp", "Fullpipe, `--method pp`, on torch", _PLAIN),
     Contender("vllm", "vLLM, computing on all cores", _VLLM,
               _VLLM_VARIABLES | {"VLLM_CPU_OMP_THREADS_BIND": _ALL_CORES}),
     Contender("vllm-auto", "vLLM, as it binds threads by itself (a core is left to its web server)", _VLLM,

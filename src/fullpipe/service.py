@@ -275,9 +275,9 @@ class Service(Generic[W]):
         """
         longest, wanted = self.max_model_len, self.model.max_model_len
         if longest < 2 or (asked is not None and longest < wanted):
-            raise UsageError(f"{self.engine.memory.total} cache slots hold {longest} tokens and the guesses beside them, "
-                             f"not {wanted}",
-                             hint=f"Give more `{self.engine.memory.bound_by}`, or a smaller `max_model_len`.")
+            memory = self.engine.memory
+            raise UsageError(f"{memory.total} cache slots hold {longest} tokens and the guesses beside them, "
+                             f"not {wanted}", hint=f"Give more `{memory.bound_by}`, or a smaller `max_model_len`.")
         if longest == wanted:
             return None
         return (f"the cache holds {longest} tokens of a text, the model {wanted}: longer ones are refused "

@@ -25,6 +25,9 @@ class NoService:
     def check_length(self, asked: int | None) -> str | None:
         return None
 
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(kv_total=4096)
+
     def close(self) -> None:
         pass
 
@@ -34,7 +37,7 @@ class NothingMade:
 
     pipeline = method = rebuild = calibration = None
     prepared = SimpleNamespace(engine_options=lambda asked: asked, unshared=lambda asked: None,
-                               generation=Generation())
+                               generation=Generation(), cache_told=lambda total: f"the cache holds {total} tokens")
 
     def keep(self) -> None:
         pass
@@ -77,6 +80,10 @@ def test_a_door_that_only_looks_locked_is_refused(begun: dict[str, Any], argumen
     result = serve(*arguments, variable=variable)
     assert result.exit_code == 2 and "API key" in result.stderr and "unset the variable" in result.stderr
     assert not begun
+
+
+def test_what_the_cache_holds_is_told(begun: dict[str, Any]) -> None:
+    assert "the cache holds 4096 tokens" in serve().stderr
 
 
 def test_the_end_of_the_server_has_a_bound(begun: dict[str, Any]) -> None:

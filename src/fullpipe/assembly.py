@@ -136,10 +136,12 @@ class Prepared:
 
     def cache_told(self, total: int) -> str:
         """What a user should know of a cache of so many slots."""
-        config = self.target.config
-        slot_bytes = config.num_layers * config.sizes(4 if self.target.dtype == "float32" else 2).kv_bytes
-        return (f"the cache holds {total:,} tokens of all requests together: {total * slot_bytes >> 20:,} MiB over all "
-                "stages when it is full")
+        from fullpipe.models.slice import cache_bytes
+
+        target = self.target
+        slot = target.config.num_layers * cache_bytes(target.config, target.dtype, target.device, target.kv_cache_dtype)
+        return (f"the cache holds {total:,} tokens of all requests together: {total * slot >> 20:,} MiB over all "
+                "stages of the model when it is full")
 
     def unshared(self, asked: EngineOptions) -> str | None:
         """Why prefixes are not shared although that is asked for; None where they are, or it is not."""

@@ -56,3 +56,14 @@ def test_a_pool_has_as_many_slots_as_fit(models: Models) -> None:
         part = load_slice(files, 0, 2, has_embedding=True, has_head=False, dtype="stored", kv_pool_mib=3,
                           kv_cache_dtype=kind)
         assert part.slots == (3 << 20) // (256 * 2 * 2 * config.kv_heads * head) * 256
+
+
+def test_what_the_cache_takes_is_told(models: Models) -> None:
+    """Of a million tokens, in MiB: 2 bytes a number, 4, or one and 16 beside each head."""
+    told = [prepare(Options.of(model=str(models.target), draft="none", method="pp", dtype="stored",
+                               kv_cache_dtype=kind)).cache_told(1 << 20) for kind in ("auto", "float32", "int8")]
+    files = open_model(models.target)
+    numbers = files.config.num_layers * 2 * files.config.kv_heads * files.config.head_dim
+    heads = files.config.num_layers * 2 * files.config.kv_heads
+    assert [f": {size:,} MiB over all stages" in line for size, line in zip(
+        (2 * numbers, 4 * numbers, numbers + 16 * heads), told)] == [True] * 3

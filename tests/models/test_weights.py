@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,6 +17,7 @@ from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
 from fullpipe.hub import resolve
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.gguf_file import read_tensors
+from fullpipe.models.gguf_header import TensorPlace, read_header
 from fullpipe.models.weights import open_model
 from tiny import FAMILIES, save, tiny_model, write_gguf
 
@@ -228,6 +230,16 @@ def gguf_path(tmp_path: Path) -> Path:
 def test_a_truncated_gguf_file(gguf_path: Path) -> None:
     truncated(gguf_path, gguf_path.stat().st_size - 1000)
     with pytest.raises(DamagedModel, match=r"m\.gguf is cut short: tensor "):
+        open_model(gguf_path)
+
+
+def test_rows_that_are_no_whole_blocks(gguf_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would read beyond such a row."""
+    header = read_header(gguf_path, arrays=False)
+    place = TensorPlace((16, 576), int(gguf.GGMLQuantizationType.Q4_K), 0)
+    monkeypatch.setattr("fullpipe.models.gguf_file.read_header",
+                        lambda path, *, arrays: replace(header, tensors={"blk.0.attn_q.weight": place}))
+    with pytest.raises(DamagedModel, match=r"rows of 576 numbers, which are no whole blocks of Q4_K \(256\)"):
         open_model(gguf_path)
 
 

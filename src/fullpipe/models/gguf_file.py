@@ -81,6 +81,10 @@ def _tensors_of(path: Path, header: Header) -> dict[str, GGUFTensor]:
         raise damaged(path, f"the header of {path} names a type of tensor that does not exist ({error})") from error
     size = path.stat().st_size
     for name, tensor in tensors.items():
+        numbers, _ = block_shape(tensor.kind)
+        if tensor.shape[-1] % numbers:
+            raise damaged(path, f"tensor {name} of {path} has rows of {tensor.shape[-1]} numbers, which are no whole "
+                                f"blocks of {tensor.kind.name} ({numbers})")
         if tensor.end > size:
             raise damaged(path, f"{path} is cut short: tensor {name} ends at byte {tensor.end}, the file at {size}")
     return tensors

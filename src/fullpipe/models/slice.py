@@ -80,16 +80,27 @@ def load_slice(files: ModelFiles, first: int, last: int, *, has_embedding: bool,
     return DeviceSlice(weights, kind, where, pool_bytes=pool_bytes)
 
 
+def cache_bytes(config: ModelConfig, dtype: str, device: str, kv_cache_dtype: str) -> int:
+    """Bytes of a slot in one layer of the cache of a slice that is loaded so."""
+    if kernels_of(dtype, device) == "native":
+        from fullpipe.models.native.slice import slot_bytes
+
+        return slot_bytes(native_kernels(), config, pick_kv_cache_dtype(kv_cache_dtype, dtype, device))
+    return config.sizes(DTYPES[dtype].itemsize).kv_bytes
+
+
 def _on_processor(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool, dtype: str,
                   pool_bytes: int | None, cache: str, sharing: int) -> Slice:
     sizes = sizes_in(files, dtype)
-    weights = (last - first) * sizes.layer_bytes + max(has_head * sizes.head_bytes,
-                                                       has_embedding * sizes.embedding_bytes)
+    native = kernels_of(dtype, "cpu") == "native"
+    one_table = native and files.config.tied and has_head  # which is embedding and head
+    ends = has_head * sizes.head_bytes + (has_embedding and not one_table) * sizes.embedding_bytes
+    weights = (last - first) * sizes.layer_bytes + ends
 
     def slots(slot_bytes: int) -> int:
         return slots_for((last - first) * slot_bytes, pool_bytes, free_memory() // sharing - weights)
 
-    if kernels_of(dtype, "cpu") == "native":
+    if native:
         from fullpipe.models.native.slice import NativeSlice, slot_bytes
 
         return NativeSlice(native_kernels(), files, first, last, has_embedding=has_embedding, has_head=has_head,

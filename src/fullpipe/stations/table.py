@@ -99,9 +99,6 @@ class Tables:
         self._slots = Slots()
         self._tables: dict[ArenaId, SlotTable] = {}
 
-    def __contains__(self, arena: ArenaId) -> bool:
-        return arena in self._tables
-
     def __getitem__(self, arena: ArenaId) -> SlotTable:
         return self._tables[arena]
 

@@ -37,7 +37,6 @@ import torch
 from fullpipe.cli.console import print_table
 from fullpipe.cli.lists import integers
 from fullpipe.cluster.provenance import commit_of
-from fullpipe.errors import FullpipeError
 from fullpipe.hub import cache, resolve
 from fullpipe.models.dequant import block_shape
 from fullpipe.models.dtypes import pick_dtype
@@ -45,6 +44,7 @@ from fullpipe.models.files import ModelFiles
 from fullpipe.models.slice import load_slice
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.launch import ALLOCATION
+from fullpipe_lab.ending import run
 from fullpipe_lab.files import Journal
 from fullpipe_lab.receipts import HERE, STUDIES, save_receipt, study_receipt
 from fullpipe_lab.studies.serving.processes import workers
@@ -240,7 +240,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FullpipeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

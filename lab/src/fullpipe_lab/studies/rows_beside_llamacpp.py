@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,7 +35,7 @@ import torch
 from fullpipe.cli.console import print_table
 from fullpipe.cli.lists import integers
 from fullpipe.cluster.provenance import commit_of, provenance
-from fullpipe.errors import FullpipeError, UsageError
+from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.models.dtypes import native_kernels
 from fullpipe.models.native.slice import NativeSlice
@@ -46,6 +45,7 @@ from fullpipe.models.weights import open_model
 from fullpipe.options import EngineOptions
 from fullpipe.prompts import bundled
 from fullpipe.threads import cores
+from fullpipe_lab.ending import run
 from fullpipe_lab.files import Journal
 from fullpipe_lab.peers import envs
 from fullpipe_lab.peers.known import STEPS_RUNNER
@@ -259,7 +259,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FullpipeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -3,7 +3,7 @@
     python -m fullpipe_lab.studies.step_cost [--model PATH] [--context 128] [--rows 1,8] [--dtype bfloat16]
         [--repeats 40] [--write]
 
-Every sample is one step through all layers and the head: ours with an arena and a mask, transformers' with its own
+Every sample is one step through all layers and the head: ours with a pool of slots, transformers' with its own
 DynamicCache (cropped back, outside the clock, after each step). The two alternate, so that whatever else the machine
 does hits both. `--write` keeps the receipt in lab/receipts/step_cost.json.
 """

@@ -24,9 +24,10 @@ from typing import Any
 from fullpipe.cli.console import print_table
 from fullpipe.cli.lists import decimals
 from fullpipe.cluster.provenance import commit_of
-from fullpipe.errors import FullpipeError, StationFailed
+from fullpipe.errors import StationFailed
 from fullpipe.files import write_whole
 from fullpipe.prompts import choose
+from fullpipe_lab.ending import run
 from fullpipe_lab.files import Journal
 from fullpipe_lab.receipts import HERE, STUDIES, save_receipt, study_receipt
 
@@ -106,7 +107,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FullpipeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

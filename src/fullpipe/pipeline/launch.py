@@ -29,8 +29,8 @@ from fullpipe.pipeline.links import Links, StationLinks
 from fullpipe.pipeline.wire import Channel
 from fullpipe.stations.spec import StationSpec
 
-# Hidden states of all sizes come and go for as long as a server runs; left to itself malloc takes ever larger ones from a
-# heap that fragments, and gives nothing back. The user's own settings come first.
+# Hidden states of all sizes come and go for as long as a server runs; left to itself malloc takes ever larger ones from
+# a heap that fragments, and gives nothing back. The user's own settings come first.
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20)}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

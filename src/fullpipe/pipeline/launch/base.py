@@ -1,0 +1,68 @@
+"""A launcher has station processes come to be on their hosts, and says how they end. Every one keeps this promise.
+
+Workers do not care who started them: a launcher runs `python -m fullpipe.pipeline.worker` on the station's host and
+writes the station's `Door` into its standard input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from fullpipe.pipeline.frames import Door
+
+
+class Process(ABC):
+    """Is the process of one station, wherever it runs.
+
+    Promises:
+    - `fileno` is a descriptor that can be read from when the process has ended, at once and for ever.
+    - `last_words` says how it ended, and what it printed; it may wait for half a second.
+    - `stop` ends it: politely first, then not. After `wait` said so nothing of it is left.
+    """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when the process ends."""
+
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether it runs, as far as is known."""
+
+    @abstractmethod
+    def last_words(self) -> str:
+        """How it ended, with the tail of what it printed."""
+
+    @abstractmethod
+    def log_tail(self) -> str:
+        """The last lines that it printed, ready to be appended to a reason; "" if none."""
+
+    @abstractmethod
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End it."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, after waiting for so long at most."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what is held here for it. It has ended, or nobody can reach it any more."""
+
+
+class Launcher(ABC):
+    """Starts the station processes of one pipeline."""
+
+    @abstractmethod
+    def start(self, door: Door, host: str, threads: int) -> Process:
+        """Start the process of one station. host: where; "" for this one. threads: that it may compute with.
+
+        Returns at once, or after some seconds where a host is far. Raises StationFailed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what all processes shared; every one of them has been closed."""

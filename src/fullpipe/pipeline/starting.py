@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fullpipe import errors
 from fullpipe.errors import FullpipeError, StationFailed
 from fullpipe.pipeline.fleet import Fleet, News, Worker
 from fullpipe.pipeline.frames import Beat, Broken, Door, Hello, Setup, Up
 from fullpipe.pipeline.keys import RunKeys
-from fullpipe.pipeline.launch.base import Launcher
+from fullpipe.pipeline.launch.base import Launcher, Needs
 from fullpipe.pipeline.links import Links, StationLinks
 from fullpipe.pipeline.net import Net, local_endpoint
 from fullpipe.stations.spec import StationSpec
@@ -23,11 +23,12 @@ _LEAST_PATIENCE_S = 5.0
 class Place:
     """Says where a station runs. host: its name; "" for this machine, which the engine's process is on. address: at
     which other hosts reach it. port: that it listens on there, if any station of another host brings it something;
-    0: any that is free."""
+    0: any that is free. needs: what its process takes there; without threads, as many as the layout says."""
 
     host: str = ""
     address: str = ""
     port: int = 0
+    needs: Needs = field(default_factory=lambda: Needs(threads=0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +74,17 @@ class Layout:
         """Ranks of the stages that send hidden states to the draft."""
         return [rank for rank, spec in enumerate(self.stages) if self.draft and spec.args.get("taps")]
 
+    def needs(self, place: Place) -> Needs:
+        """What a station's process takes of its host."""
+        return replace(place.needs, threads=place.needs.threads or self.threads)
+
     def place(self, rank: int) -> Place:
         return self.places[rank] if self.places else Place()
 
     @property
     def engine_endpoints(self) -> list[str]:
         """Where the engine listens: for this machine, and for others where there are some."""
-        far = any(place.host for place in self.places)
+        far = any(place.host != self.head.host for place in self.places)
         return [local_endpoint(), *([f"tcp://{self.head.address}:{self.head.port or '*'}"] if far else [])]
 
     def listens(self, rank: int) -> list[str]:
@@ -99,7 +104,8 @@ class Layout:
         """What each process is handed. endpoints: at which the engine listens."""
         for rank, name in enumerate(self.names):
             place = self.place(rank)
-            engine = next(one for one in endpoints if one.startswith("tcp:" if place.host else "ipc:"))
+            kind = "ipc:" if place.host == self.head.host else "tcp:"
+            engine = next(one for one in endpoints if one.startswith(kind))
             yield Door(name, rank, engine, keys, self.listens(rank), max(_LEAST_PATIENCE_S, 2 * self.silence_s),
                        self.start_timeout), place
 
@@ -110,8 +116,8 @@ class Layout:
         taps = self.endpoint(rank, workers[draft], draft) if rank in self.tapping else ""
         name = self.names[rank]
         return Setup(name, rank, len(self.stages), onward, self.tapping, taps, self.specs[rank],
-                     StationLinks.of(self.links, rank, len(self.stages)), self.pace.get(name), self.threads,
-                     self.beat_s)
+                     StationLinks.of(self.links, rank, len(self.stages)), self.pace.get(name),
+                     self.needs(self.place(rank)).threads, self.beat_s)
 
 
 def start_fleet(layout: Layout, launcher: Launcher, say: Callable[[str], None]) -> Fleet:
@@ -125,7 +131,7 @@ def start_fleet(layout: Layout, launcher: Launcher, say: Callable[[str], None]) 
     deadline = time.monotonic() + layout.start_timeout
     try:
         for door, place in layout.doors(fleet.endpoints, keys):
-            process = launcher.start(door, place.host, layout.threads)
+            process = launcher.start(door, place.host, layout.needs(place))
             fleet.add(Worker(door.name, process, time.monotonic(), place.host))
         _Starting(fleet, layout, deadline).run()
     except BaseException:

@@ -33,7 +33,7 @@ from fullpipe.pipeline.wire import NonsenseError
 from fullpipe.stations.base import TapCount, least
 from fullpipe.stations.spec import StationSpec
 
-_BEAT_S = 1.0
+_BEAT_S = 0.4
 _BEATS = 4  # per time-out at least, so that a late one does not count as none
 
 

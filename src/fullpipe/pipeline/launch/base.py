@@ -7,8 +7,24 @@ writes the station's `Door` into its standard input.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from fullpipe.pipeline.frames import Door
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Says what a station's process takes of its host. threads: it computes with. memory: bytes; 0: nobody knows."""
+
+    threads: int = 1
+    gpus: float = 0.0
+    memory: int = 0
+
+    @property
+    def told(self) -> str:
+        parts = [f"{self.threads} CPU", f"{self.gpus:g} GPU" if self.gpus else "",
+                 f"{self.memory >> 20:,} MiB of memory" if self.memory else ""]
+        return ", ".join(part for part in parts if part)
 
 
 class Process(ABC):
@@ -45,8 +61,8 @@ class Process(ABC):
         """End it."""
 
     @abstractmethod
-    def wait(self, seconds: float) -> bool:
-        """Whether it has ended, after waiting for so long at most."""
+    def wait(self, seconds: float | None) -> bool:
+        """Whether it has ended, after waiting for so long at most; None: until it has."""
 
     @abstractmethod
     def close(self) -> None:
@@ -57,8 +73,8 @@ class Launcher(ABC):
     """Starts the station processes of one pipeline."""
 
     @abstractmethod
-    def start(self, door: Door, host: str, threads: int) -> Process:
-        """Start the process of one station. host: where; "" for this one. threads: that it may compute with.
+    def start(self, door: Door, host: str, needs: Needs) -> Process:
+        """Start the process of one station. host: where; "" for this one. needs: what it takes there.
 
         Returns at once, or after some seconds where a host is far. Raises StationFailed.
         """

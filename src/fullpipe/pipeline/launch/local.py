@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import IO
 
 import msgspec
 
 from fullpipe.pipeline.frames import Door
-from fullpipe.pipeline.launch.base import Launcher, Process
+from fullpipe.pipeline.launch.base import Launcher, Needs, Process
 
 # Hidden states of all sizes come and go for as long as a server runs; left to itself malloc takes ever larger ones from
 # a heap that fragments, and gives nothing back. The user's own settings come first.
@@ -67,7 +68,7 @@ class LocalProcess(Process):
     def kill(self) -> None:
         self._process.kill()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float | None) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return not self.alive()
@@ -80,20 +81,26 @@ class LocalProcess(Process):
         self._log.close()
 
 
+_Order = tuple[Door, Sequence[str], int, "Future[Process]"]
+
+
 class LocalLauncher(Launcher):
     """Starts processes of this machine.
 
     It starts all of them from a thread that lives as long as it does: Linux sends the parent-death signal when the
     *thread* that started a child ends, and a user may well build a pipeline in a thread that does not last.
+
+    prefixes: by host, the command that runs another command there, such as `ssh`; hosts without one are this machine.
     """
 
-    def __init__(self) -> None:
-        self._orders: queue.SimpleQueue[tuple[Door, int, Future[Process]] | None] = queue.SimpleQueue()
+    def __init__(self, prefixes: Mapping[str, Sequence[str]] | None = None) -> None:
+        self._prefixes = prefixes or {}
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="fullpipe-starter", daemon=True).start()
 
-    def start(self, door: Door, host: str, threads: int) -> Process:
+    def start(self, door: Door, host: str, needs: Needs) -> Process:
         started: Future[Process] = Future()
-        self._orders.put((door, threads, started))
+        self._orders.put((door, self._prefixes.get(host, ()), needs.threads, started))
         return started.result()
 
     def close(self) -> None:
@@ -101,21 +108,21 @@ class LocalLauncher(Launcher):
 
     def _work(self) -> None:
         while order := self._orders.get():
-            door, threads, started = order
+            door, prefix, threads, started = order
             try:
-                started.set_result(_start(door, threads))
+                started.set_result(_start(door, prefix, threads))
             except BaseException as error:
                 started.set_exception(error)
 
 
-def _start(door: Door, threads: int) -> LocalProcess:
+def _start(door: Door, prefix: Sequence[str], threads: int) -> LocalProcess:
     log = tempfile.TemporaryFile(prefix="fullpipe-")  # noqa: SIM115 - the process object closes it
     environment = {**ALLOCATION, **os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads))}
     try:
         process = subprocess.Popen(
             # -P: files in the current folder must not shadow modules of the worker.
-            [sys.executable, "-P", "-m", "fullpipe.pipeline.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log,
-            env=environment, start_new_session=True)  # so that Ctrl-C in the terminal reaches the user's process alone
+            [*prefix, sys.executable, "-P", "-m", "fullpipe.pipeline.worker"], stdin=subprocess.PIPE, stdout=log,
+            stderr=log, env=environment, start_new_session=True)  # so that Ctrl-C in the terminal reaches the user's process alone
     except BaseException:
         log.close()
         raise

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import PipelineError, UsageError
@@ -23,11 +23,9 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.checks import check_answered, check_guessed
 from fullpipe.pipeline.fleet import News, Worker
 from fullpipe.pipeline.frames import Answered, Beat, Broken, Cancel, Free, Guessed, Lost, Work
-from fullpipe.pipeline.launch.base import Launcher
-from fullpipe.pipeline.launch.local import LocalLauncher
 from fullpipe.pipeline.legs import Legs
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.starting import Layout, Place, start_fleet
+from fullpipe.pipeline.starting import Hosting, Layout, start_fleet
 from fullpipe.pipeline.watch import UnderWay, Watch
 from fullpipe.pipeline.wire import NonsenseError
 from fullpipe.stations.base import TapCount, least
@@ -48,9 +46,7 @@ class WorkersPipeline(Pipeline):
     pace: paced devices: {station: {rows: seconds}}, stations called "stage 0", ..., "draft". Such a station
         takes at least so long for a flight: it computes, and sleeps for the rest (`CostCurve`).
     threads: compute threads of each process.
-    places: hosts of all stations, the draft last; None: this machine. head: where those hosts reach this process.
-    launcher: starts the processes; None: on this machine. The pipeline closes it.
-    say: told what takes long while it starts.
+    hosting: where the stations run, and who starts them there; None: on this machine.
     heartbeat_timeout: seconds without a sign of life after which a process counts as hung.
     timeout: seconds without any progress, while flights or jobs are under way, after which the station
         that holds the oldest counts as hung.
@@ -67,9 +63,8 @@ class WorkersPipeline(Pipeline):
 
     def __init__(self, stages: Sequence[StationSpec], draft: StationSpec | None = None, *,
                  links: Links | None = None, pace: Mapping[str, Mapping[int, float]] | None = None,
-                 threads: int = 1, places: Sequence[Place] | None = None, head: Place | None = None,
-                 launcher: Launcher | None = None, say: Callable[[str], None] = lambda line: None,
-                 heartbeat_timeout: float = 10.0, timeout: float = 60.0, start_timeout: float = 300.0) -> None:
+                 threads: int = 1, hosting: Hosting | None = None, heartbeat_timeout: float = 10.0,
+                 timeout: float = 60.0, start_timeout: float = 300.0) -> None:
         if not stages:
             raise UsageError("a pipeline needs at least one stage")
         if threads < 1 or min(heartbeat_timeout, timeout, start_timeout) <= 0:
@@ -80,13 +75,13 @@ class WorkersPipeline(Pipeline):
         layout = Layout(stages=stages, draft=draft, links=self._links,
                         pace={name: CostCurve(curve).points for name, curve in (pace or {}).items()}, threads=threads,
                         beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS), silence_s=heartbeat_timeout,
-                        start_timeout=start_timeout, places=places or (), head=head or Place())
+                        start_timeout=start_timeout, hosting=hosting or Hosting())
         self._reads_taps = bool(layout.tapping)
-        self._devices = layout.devices
+        self._devices, self._hosting = layout.devices, layout.hosting
         if unknown := [name for name in layout.pace if name not in layout.names]:
             raise UsageError(f"there is no station {unknown[0]!r} to pace",
                              hint=f"There are: {', '.join(layout.names)}.")
-        self._fleet = start_fleet(layout, launcher or LocalLauncher(), say)
+        self._fleet = start_fleet(layout)
         self.cache_slots = least(worker.cache_slots for worker in self._fleet.workers)
         self._finalizer = weakref.finalize(self, self._fleet.close)
         self._flights = UnderWay(self._fleet.workers[:self.num_stages])
@@ -132,7 +127,8 @@ class WorkersPipeline(Pipeline):
         return time.monotonic()
 
     def machine(self) -> Machine:
-        return Machine(self.num_stages, link_s=self._links.traversal_s, draft_link_s=self._links.draft_s,
+        return Machine(self.num_stages, link_s=self._links.traversal_s + self._hosting.link_s,
+                       draft_link_s=self._links.draft_s + self._hosting.draft_link_s,
                        reads_taps=self._reads_taps, devices=self._devices[: self.num_stages],
                        shared=self.has_draft and self._devices[-1] == self._devices[0])
 

@@ -122,7 +122,8 @@ def _start(door: Door, prefix: Sequence[str], threads: int) -> LocalProcess:
         process = subprocess.Popen(
             # -P: files in the current folder must not shadow modules of the worker.
             [*prefix, sys.executable, "-P", "-m", "fullpipe.pipeline.worker"], stdin=subprocess.PIPE, stdout=log,
-            stderr=log, env=environment, start_new_session=True)  # so that Ctrl-C in the terminal reaches the user's process alone
+            stderr=log, env=environment,
+            start_new_session=True)  # so that Ctrl-C in the terminal reaches the user's process alone
     except BaseException:
         log.close()
         raise

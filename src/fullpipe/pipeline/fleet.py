@@ -89,11 +89,11 @@ class Fleet:
         self._by_name[worker.name.encode()] = worker
         self._poller.register(worker.process.fileno(), zmq.POLLIN)
 
-    def send(self, worker: Worker, frame: Struct) -> None:
-        """Have it sent to a worker that has said hello. Never waits."""
+    def send(self, worker: Worker, frame: Struct, *data: bytes | memoryview) -> None:
+        """Have it sent to a worker that has said hello, with bytes behind it. Never waits."""
         with self._using:
             if not self.closed:
-                self._socket.send_multipart([worker.name.encode(), *worker.outward.number([encode(frame)])])
+                self._socket.send_multipart([worker.name.encode(), *worker.outward.number([encode(frame), *data])])
 
     def receive(self, timeout: float) -> list[tuple[Worker, News]]:
         """Everything that has arrived, after waiting up to `timeout` seconds for the first of it.

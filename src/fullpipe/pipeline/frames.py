@@ -11,6 +11,8 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from fullpipe.messages import Expansion, Flight, Landed
+from fullpipe.models.partial import Manifest
+from fullpipe.models.ranges import Range
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.links import StationLinks
 from fullpipe.stations.spec import StationSpec
@@ -55,11 +57,23 @@ class Door(Struct):
     parent: int = 0
 
 
+class Fetch(Struct):
+    """Names what a station reads of a model that its host does not have. path: on the engine's host. folder: where the
+    copies of all models are kept on this one."""
+
+    path: str
+    folder: str
+    manifest: Manifest
+    ranges: list[Range]
+
+
 class Setup(Struct, tag_field="kind", tag=True):
     """Tells a process what it is to be; the first message that it gets.
 
     stages: how many there are. next: endpoint of the stage behind it; "" for none. tapping: ranks of the stages that
-    send hidden states to the draft. taps: endpoint of the draft, for those. pace: least seconds of work by rows.
+    send hidden states to the draft. taps: endpoint of the draft, for those. paths: where models that the spec names by
+    the engine's host's paths lie on this one. fetch: those that lie nowhere here, and come from there. pace: least
+    seconds of work by rows.
     """
 
     name: str
@@ -69,6 +83,8 @@ class Setup(Struct, tag_field="kind", tag=True):
     tapping: list[int]
     taps: str
     spec: StationSpec
+    paths: dict[str, str]
+    fetch: list[Fetch]
     links: StationLinks
     pace: dict[int, float] | None
     threads: int
@@ -98,7 +114,14 @@ class Stop(Struct, tag_field="kind", tag=True):
     pass
 
 
-ToWorker = Setup | Work | Cancel | Stop
+class Part(Struct, tag_field="kind", tag=True):
+    """Stands before bytes of a model. checksum: of them."""
+
+    range: Range
+    checksum: bytes
+
+
+ToWorker = Setup | Part | Work | Cancel | Stop
 
 
 # ---- from a worker -------------------------------------------------------------------------------------------
@@ -114,6 +137,21 @@ class Up(Struct, tag_field="kind", tag=True):
     """The station is built. cache_slots: for how many slots it has room; None: for as many as anybody names."""
 
     cache_slots: int | None = None
+
+
+class Want(Struct, tag_field="kind", tag=True):
+    """Asks for bytes of a model. path: on the engine's host."""
+
+    path: str
+    range: Range
+
+
+class Fetched(Struct, tag_field="kind", tag=True):
+    """Tells how many bytes of a model are here, of those that are needed."""
+
+    path: str
+    done: int
+    needed: int
 
 
 class Free(Struct, tag_field="kind", tag=True):
@@ -162,7 +200,7 @@ class Broken(Struct, tag_field="kind", tag=True):
     hint: str | None = None
 
 
-FromWorker = Hello | Up | Free | Answered | Guessed | Beat | Lost | Broken
+FromWorker = Hello | Want | Fetched | Up | Free | Answered | Guessed | Beat | Lost | Broken
 
 
 # ---- from worker to worker -----------------------------------------------------------------------------------

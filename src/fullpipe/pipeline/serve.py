@@ -36,6 +36,7 @@ from fullpipe.pipeline.frames import (
     Hello,
     Hop,
     Lost,
+    Part,
     Setup,
     Stay,
     Stop,
@@ -69,11 +70,11 @@ class Lines:
         """Let the engine know by which name it can speak to us."""
         self.heard.send_multipart(Outward().number([encode(hello)]))
 
-    def receive(self) -> ToWorker:
-        """Wait for the next frame."""
-        (body,) = self._in.checked(self.heard.recv_multipart())
+    def receive(self) -> tuple[ToWorker, list[bytes]]:
+        """Wait for the next frame, with the bytes behind it."""
+        body, *data = self._in.checked(self.heard.recv_multipart())
         frame: ToWorker = decode(body, ToWorker)
-        return frame
+        return frame, data
 
     def send(self, frame: FromWorker) -> None:
         with self._lock:
@@ -98,6 +99,7 @@ class Control:
         self._lines, self.links = lines, setup.links
         self.cancelled = Cancelled()
         self.inbox: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self.parts: queue.SimpleQueue[tuple[Part, bytes]] = queue.SimpleQueue()  # of models that come from the engine
         self.reads_taps = False  # then cancels go to the inbox too
         self.waits = False  # for taps, with a job
         self._done = -1
@@ -164,14 +166,17 @@ class Control:
     def _listen(self) -> None:
         try:
             while True:
-                self._obey(self._lines.receive())
+                self._obey(*self._lines.receive())
         except BaseException as error:  # a frame that makes no sense
             self._fail(error)
             self._lines.close()
             leave(1)  # what comes after it cannot be read, "stop" included
 
-    def _obey(self, frame: ToWorker) -> None:
+    def _obey(self, frame: ToWorker, data: list[bytes]) -> None:
         match frame:
+            case Part():
+                (part,) = data
+                self.parts.put((frame, part))
             case Work(flight):
                 arrival = Arrival.now(flight, [], None, 0 if self._wire.link.instant else frame_size(frame))
                 arrival.due = self._wire.arrival(arrival.came, arrival.size)

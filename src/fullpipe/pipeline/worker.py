@@ -21,6 +21,7 @@ from zmq.constants import Event as Happening
 from zmq.utils.monitor import recv_monitor_message
 
 from fullpipe.errors import UsageError
+from fullpipe.pipeline.fetching import localised
 from fullpipe.pipeline.frames import Broken, Door, Hello, Setup, Up
 from fullpipe.pipeline.hops import Before, Outlet, nothing_came
 from fullpipe.pipeline.net import Net, Socket, watched
@@ -55,7 +56,7 @@ def main() -> None:
     if nothing_came(lines.heard, door.start_timeout):
         print(f"nobody at {door.engine} answered for {door.start_timeout:g} s", file=sys.stderr)
         leave(1)
-    setup = lines.receive()
+    setup, _ = lines.receive()
     assert isinstance(setup, Setup)
     sys.setswitchinterval(_SWITCH_S)
     control = Control(lines, setup)
@@ -142,7 +143,7 @@ class Connections:
 
 
 def _build_and_serve(control: Control, setup: Setup, net: Net, inlet: Socket | None, connections: Connections) -> None:
-    station = setup.spec.build()
+    station = localised(setup, control.send, control.parts).build()
     if torch := sys.modules.get("torch"):  # a station without tensors does not need it loaded
         torch.set_num_threads(setup.threads)
     if setup.rank < setup.stages:

@@ -104,6 +104,7 @@ class Doorman:
         with door, bell, suppress(zmq.ContextTerminated):
             while bell not in dict(poller.poll()):
                 door.send_multipart(self._reply(door.recv_multipart()))
+            door.unbind(_DOOR)  # at once; `close` frees the name some time later
 
     def _reply(self, asked: list[bytes]) -> list[bytes]:
         """asked: version, request, domain, address, routing id, mechanism, and for CURVE the key, whose owner will

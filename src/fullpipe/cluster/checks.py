@@ -100,8 +100,10 @@ def _versions(head: HostReport, other: HostReport, needs: Needs) -> Iterator[Pro
 def _differs(head: HostReport, other: HostReport, package: str, title: str, *, stops: bool = True) -> Problem:
     there, here = other.versions.get(package), head.versions.get(package)
     what = f"it has {f'{title} {there}' if there else f'no {title}'}, and {head.name} has {here or 'none'}"
-    same = f"Install the same there: `pip install {package}=={here}`."
-    return Problem(other.name, what, same if here else f"Install {title} on {head.name}.", package, stops)
+    way_out = f"Install {title} on {head.name}."
+    if here:  # what stands behind a + says for which hardware it was built, and no index has it under that name
+        way_out = f"Install the same there: `pip install {package}=={here.partition('+')[0]}`."
+    return Problem(other.name, what, way_out, package, stops)
 
 
 def _models(head: HostReport, other: HostReport, needs: Needs) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ _WAIT_S = 5.0
 
 
 class _Gpu(NamedTuple):
-    index: str
+    number: str
     uuid: str
     title: str
     free_mib: str
@@ -46,7 +46,7 @@ def seen_by_torch(told: str, visible: str | None) -> list[Device]:
 
 def _chosen(there: Sequence[_Gpu], visible: Sequence[str]) -> Iterator[_Gpu]:
     for wanted in map(str.strip, visible):
-        found = next((gpu for gpu in there if wanted and (gpu.index == wanted or gpu.uuid.startswith(wanted))), None)
+        found = next((gpu for gpu in there if wanted and (gpu.number == wanted or gpu.uuid.startswith(wanted))), None)
         if found is None:
             return
         yield found

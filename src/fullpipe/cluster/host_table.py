@@ -1,8 +1,8 @@
-"""All hosts are shown in one table, a line for each and a column for each fact; what is a problem is marked."""
+"""All hosts are shown in one table, with every fact that decides whether they can take part; problems are marked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -11,36 +11,52 @@ from fullpipe.cluster.report import HostReport, Problem
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 STOPS, TOLD = "✗", "!"
 """Marks of a cell: nothing may start because of it; it is told only."""
 
-# What a problem may be about, and the heading of the column that shows it. Models have columns of their own.
+_STYLES = {STOPS: "bold red", TOLD: "yellow", "": ""}
+_GAP = 2  # between columns
+
+# What a problem may be about. Models are facts too, whose heading is their name as it was given.
 _VERSIONS = ("fullpipe", "python", "torch", "ray")
-_COLUMNS = ("host", "address", *_VERSIONS, "kernels", "cores", "devices", "memory", "disk")
-_HEADINGS = {"memory": "FREE MEMORY", "disk": "FREE DISK"}
+_FACTS = ("host", "address", *_VERSIONS, "kernels", "cores", "devices", "memory", "disk", "reaches")
+_HEADINGS = {fact: fact.upper() for fact in _FACTS} | {"memory": "FREE MEMORY", "disk": "FREE DISK"}
 
 
-def host_table(reports: Sequence[HostReport], problems: Sequence[Problem]) -> Table:
-    """For a terminal; in a narrow one cells take several lines. The head comes first."""
+def host_table(reports: Sequence[HostReport], problems: Sequence[Problem], *, needed: Mapping[str, int] | None = None,
+               width: int | None = None) -> Table:
+    """The head's line comes first. needed: bytes of memory by host (`Needs.memory`), told beside what is free.
+    width: of the terminal; where the lines are longer, hosts stand side by side, a line for each fact. None: any."""
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    rows = [dict(_cells(report)) for report in reports]
-    facts = list(dict.fromkeys(fact for row in rows for fact in row))
-    for fact in facts:
-        right = fact in ("cores", "memory", "disk")
-        table.add_column(_HEADINGS.get(fact, fact.upper() if fact in (*_COLUMNS, "reaches") else fact),
-                         justify="right" if right else "left", overflow="fold")
-    marks = _marks(problems)
-    for report, row in zip(reports, rows):
-        mark = {fact: marks.get((report.name, fact), "") for fact in facts}
-        table.add_row(*(Text(f"{mark[fact]} {row.get(fact, '')}".strip(), style=_STYLES[mark[fact]]) for fact in facts))
+    grid = _grid(reports, problems, needed or {})
+    if width is not None and sum(max(map(_longest, column)) + _GAP for column in zip(*grid)) - _GAP > width:
+        grid = [list(line) for line in zip(*grid)]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, _GAP, 0, 0))
+    for heading in grid[0]:
+        table.add_column(heading, overflow="fold")
+    for line in grid[1:]:
+        table.add_row(*line)
     return table
 
 
-_STYLES = {STOPS: "bold red", TOLD: "yellow", "": ""}
+def _grid(reports: Sequence[HostReport], problems: Sequence[Problem], needed: Mapping[str, int]) -> list[list[Text]]:
+    """Headings, and a line for each host."""
+    from rich.text import Text
+
+    rows, marks = [dict(_cells(report, needed.get(report.name))) for report in reports], _marks(problems)
+    facts = list(dict.fromkeys(fact for row in rows for fact in row))
+    grid = [[Text(_HEADINGS.get(fact, fact), style="bold") for fact in facts]]
+    for report, row in zip(reports, rows):
+        mark = {fact: marks.get((report.name, fact), "") for fact in facts}
+        grid.append([Text(f"{mark[fact]} {row.get(fact, '')}".strip(), style=_STYLES[mark[fact]]) for fact in facts])
+    return grid
+
+
+def _longest(cell: Text) -> int:
+    return max(map(len, cell.plain.split("\n")))
 
 
 def problem_lines(problems: Sequence[Problem]) -> list[str]:
@@ -61,7 +77,7 @@ def _marks(problems: Sequence[Problem]) -> dict[tuple[str, str], str]:
     return found
 
 
-def _cells(report: HostReport) -> Iterator[tuple[str, str]]:
+def _cells(report: HostReport, needed: int | None) -> Iterator[tuple[str, str]]:
     yield "host", report.name
     yield "address", report.address or "none"
     for name in _VERSIONS:
@@ -69,7 +85,8 @@ def _cells(report: HostReport) -> Iterator[tuple[str, str]]:
     yield "kernels", report.kernels or "none"
     yield "cores", str(report.cores)
     yield "devices", "\n".join(f"{one.name} ({_short(one.title)})" for one in report.devices)
-    yield "memory", "\n".join(_gib(one.free) for one in report.devices)
+    free = [_gib(one.free) for one in report.devices]
+    yield "memory", "\n".join(free if needed is None else [*free, f"of which {_gib(needed)} are needed"])
     yield "disk", _gib(report.free_disk)
     for model in report.models:
         yield model.name, f"{_gib(model.size)}, {(model.sha256 or '')[:12]}" if model.path else "from the head"

@@ -17,9 +17,8 @@ import zmq
 from zmq.constants import Event as Happening
 
 from fullpipe.errors import UsageError
+from fullpipe.pipeline.bell import Context, Socket
 from fullpipe.pipeline.keys import Doorman, RunKeys
-
-Socket = zmq.Socket[bytes]
 
 _DRAIN_S = 0.2
 _BEATS = 4  # of ZeroMQ's own, in the time after which a silent connection counts as lost
@@ -39,7 +38,7 @@ class Net:
 
     def __init__(self, keys: RunKeys, silence_s: float) -> None:
         self._keys, self._silence_ms = keys, max(100, round(1e3 * silence_s))
-        self._context: zmq.Context[Socket] = zmq.Context()
+        self._context: Context = zmq.Context()
         self._doorman: Doorman | None = None
 
     def bind(self, endpoints: Sequence[str]) -> tuple[Socket, list[str]]:
@@ -49,6 +48,7 @@ class Net:
         """
         if self._doorman is None:
             self._doorman = Doorman(self._context, self._keys)
+            self._doorman.start()
         socket = self._context.socket(zmq.ROUTER)
         self._prepare(socket)
         self._keys.serve(socket)

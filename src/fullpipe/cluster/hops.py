@@ -18,8 +18,9 @@ import numpy as np
 from msgspec import Struct
 
 from fullpipe.errors import PipelineError
+from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.keys import RunKeys
-from fullpipe.pipeline.net import Net, Socket, local_endpoint
+from fullpipe.pipeline.net import Net, local_endpoint
 from fullpipe.pipeline.wire import Bytes, pack, unpack
 
 _WARM_UP = 5  # rounds before the first that counts

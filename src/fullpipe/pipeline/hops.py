@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 import zmq
 from msgspec import Struct
 
+from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.checks import check_rows
 from fullpipe.pipeline.emulation import Arrival, Inbound
 from fullpipe.pipeline.frames import Come, Hop, TapHop
 from fullpipe.pipeline.links import Link
-from fullpipe.pipeline.net import Socket
 from fullpipe.pipeline.wire import Frame, Inward, NonsenseError, Outward, Tensors, decode, encode, pack, unpack
 
 Header = TypeVar("Header", bound=Hop | TapHop)

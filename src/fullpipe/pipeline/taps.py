@@ -17,11 +17,11 @@ from itertools import count
 from typing import TYPE_CHECKING, NoReturn
 
 from fullpipe.messages import Tap
+from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.emulation import Arrival
 from fullpipe.pipeline.frames import TapHop
 from fullpipe.pipeline.hops import Inlet, send_numbered
 from fullpipe.pipeline.links import Link, Wire
-from fullpipe.pipeline.net import Socket
 from fullpipe.pipeline.wire import NonsenseError, Outward, pack
 from fullpipe.stations.base import TapCount, TapReader, drop_rows
 

@@ -21,10 +21,11 @@ from zmq.constants import Event as Happening
 from zmq.utils.monitor import recv_monitor_message
 
 from fullpipe.errors import UsageError
+from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.fetching import localised
 from fullpipe.pipeline.frames import Broken, Door, Hello, Setup, Up
 from fullpipe.pipeline.hops import Before, Outlet, nothing_came
-from fullpipe.pipeline.net import Net, Socket, watched
+from fullpipe.pipeline.net import Net, watched
 from fullpipe.pipeline.serve import Control, Lines, leave, serve_draft, serve_reader, serve_stage
 from fullpipe.pipeline.taps import TapArrival, TapSender, receive_taps
 from fullpipe.stations.base import DraftLike, StageLike, cache_slots, tap_reader

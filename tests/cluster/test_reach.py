@@ -68,7 +68,7 @@ def test_a_port_in_use_is_refused_and_leaves_nothing_behind(echo: Echo) -> None:
     before = threading.active_count()
     with pytest.raises(UsageError, match=rf"port {echo.port} of 127.0.0.2 is in use") as caught:
         Echo("127.0.0.2", echo.port, KEYS)
-    assert "0 takes any that is free" in str(caught.value.hint) and caught.value.param == "port"
+    assert "0 takes any that is free" in str(caught.value.hint)
     assert threading.active_count() == before
 
 

@@ -129,7 +129,7 @@ def _reach(report: HostReport, names: Sequence[str]) -> Iterator[Problem]:
         if reason := report.reaches.get(name):
             yield Problem(report.name, f"it cannot reach {name}: {reason}",
                           f"Let {name}'s data port through its firewall, or give it another address (`host_ip`, "
-                          "`interface`) or `port`.", "reaches")
+                          "`interface`) or another data port.", "reaches")
 
 
 def _minor(version: str | None) -> str | None:

@@ -112,7 +112,7 @@ def _hint(key: str) -> str:
     return {"host": _EXAMPLE, "name": "A name has letters, digits, dots, dashes and underscores.",
             "port": "Ports go up to 65535; 0 takes any that is free.",
             "device": 'Devices are "cpu", "cuda" and "cuda:N".',
-            "host_ip": 'Give an address of the host, such as "10.0.0.2"; by the name of an interface: `interface`.',
+            "host_ip": 'Give an address of the host, such as "10.0.0.2"; or an interface by its name: `interface`.',
             }.get(key, "Correct the file, or leave the line out.")
 
 

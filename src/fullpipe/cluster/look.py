@@ -61,7 +61,7 @@ def _cores(asked: Look, problems: list[Problem]) -> int:
     there = threads.cores()
     if asked.cores is not None and asked.cores > there:
         problems.append(Problem(asked.name, f"{asked.cores} cores are asked of it, and it has {there} to give",
-                                f"Ask for {there} at most, or leave `cores` out of the hosts file.", "cores"))
+                                f"Ask for {there} at most, or say nothing of cores in the hosts file.", "cores"))
     return min(there, asked.cores or there)
 
 

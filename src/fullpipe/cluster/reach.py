@@ -155,13 +155,13 @@ def _bind(socket: Socket, address: str, port: int) -> int:
 
 def _cannot_listen(address: str, port: int, error: zmq.ZMQError) -> UsageError:
     if error.errno == errno.EADDRINUSE:
-        return UsageError(f"port {port} of {address} is in use", param="port",
-                          hint="End what listens there, or give another `port`; 0 takes any that is free.")
+        return UsageError(f"port {port} of {address} is in use",
+                          hint="End what listens there, or give the host another data port; 0 takes any that is free.")
     if error.errno == errno.EACCES:
-        return UsageError(f"port {port} of {address} may not be taken by you", param="port",
-                          hint="Give a `port` above 1023; 0 takes any that is free.")
-    return UsageError(f"nothing can listen at {address}, port {port}: {error.strerror}", param="port",
-                      hint="Give another address (`host_ip`, `interface`) or another `port`.")
+        return UsageError(f"port {port} of {address} may not be taken by you",
+                          hint="Give the host a data port above 1023; 0 takes any that is free.")
+    return UsageError(f"nothing can listen at {address}, port {port}: {error.strerror}",
+                      hint="Give the host another address (`host_ip`, `interface`) or another data port.")
 
 
 def _point(socket: Socket, address: str) -> None:
@@ -208,13 +208,13 @@ class _Asked:
     def _error(self) -> PipelineError:
         if self._events & _REFUSED:
             return PipelineError(f"{self._where}, does not have the keys of this run",
-                                 hint="Another run listens there, or something else: give the host another `port`.")
+                                 hint="Another run listens there, or something else: give the host another data port.")
         if zmq.EVENT_HANDSHAKE_SUCCEEDED in self._events:
             return PipelineError(f"{self._where}, answered first and is now silent for {self._timeout_s:g} s",
                                  hint="Look whether the host and its network are up.")
         if zmq.EVENT_CONNECTED in self._events:
             return PipelineError(f"{self._where}, takes connections and says nothing for {self._timeout_s:g} s",
-                                 hint="Something else listens there, or hangs: give the host another `port`.")
+                                 hint="Something else listens there, or hangs: give the host another data port.")
         if zmq.EVENT_CLOSED in self._events:
             return PipelineError(f"{self._where}, refuses connections: nothing listens there",
                                  hint="Look whether Fullpipe runs on the host, and at this address.")

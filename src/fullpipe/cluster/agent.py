@@ -1,4 +1,4 @@
-"""An agent runs on each host for the head: it looks at the host, measures it, and answers those who measure links to it.
+"""An agent runs on each host for the head: it looks at the host, measures it, and answers who measures links to it.
 
     python -m fullpipe.cluster.agent          takes requests from standard input, and ends with it
 
@@ -52,13 +52,14 @@ class Deafen(Struct, tag=True):
 
 
 class Reach(Struct, tag=True):
-    """Asks for the way from here to another host's agent, which listens."""
+    """Asks for the way from here to another host's agent, which listens. quick: whether there is one, and no more."""
 
     name: str
     address: str
     port: int
     keys: RunKeys
     timeout_s: float
+    quick: bool
 
 
 class Opening(Struct):
@@ -133,8 +134,8 @@ class Agent:
             case Deafen():
                 self._deafen()
                 return Answer()
-            case Reach(name, address, port, keys, timeout_s):
-                return Answer(pair=measure(address, port, keys, name=name, timeout_s=timeout_s))
+            case Reach(name, address, port, keys, timeout_s, quick):
+                return Answer(pair=measure(address, port, keys, name=name, timeout_s=timeout_s, quick=quick))
             case Measure():
                 return Answer(profile=_measured(request).model_dump_json())
 

@@ -28,10 +28,12 @@ class Contact(ABC):
     """Keeps in touch with the hosts.
 
     head: the name of the host that this process is on. entries: what is known of all hosts that are there, by name.
+    by_ray: whether Ray starts what runs there.
     """
 
     head: str
     entries: dict[str, HostEntry]
+    by_ray = False
 
     @abstractmethod
     def begin(self, host: str, request: bytes) -> Future[bytes]:
@@ -162,6 +164,8 @@ class RayContact(Contact):
 
     Raises what `Cluster` raises, and UsageError for hosts that Ray does not know.
     """
+
+    by_ray = True
 
     def __init__(self, address: str | None = None, wanted: Sequence[HostEntry] | None = None) -> None:
         self._cluster = Cluster(address)

@@ -88,11 +88,12 @@ class Echo:
         self.close()
 
 
-def measure(address: str, port: int, keys: RunKeys, *, name: str | None = None, timeout_s: float = 10.0) -> Pair:
+def measure(address: str, port: int, keys: RunKeys, *, name: str | None = None, timeout_s: float = 10.0,
+            quick: bool = False) -> Pair:
     """The way from here to an `Echo`. It takes less than half a second, or some twelve round trips where those take
     longer.
 
-    name: of the host, for errors. timeout_s: for the first answer, and for each one after it.
+    quick: do not measure the bandwidth, which is then 1. name: of the host, for errors. timeout_s: for the first answer, and for each one after it.
 
     Raises PipelineError when there is no answer, with what is known of why.
     """
@@ -105,7 +106,7 @@ def measure(address: str, port: int, keys: RunKeys, *, name: str | None = None, 
             _point(socket, address)
             socket.connect(_endpoint(address, port))
             round_trip = _round_trip(asked)
-            return Pair(round_trip / 2, _bandwidth(asked, round_trip))
+            return Pair(round_trip / 2, 1.0 if quick else _bandwidth(asked, round_trip))
 
 
 def bandwidth_of(gaps: Sequence[float], round_trip: float) -> float:

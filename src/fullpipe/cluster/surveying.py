@@ -18,6 +18,7 @@ from fullpipe.pipeline.keys import RunKeys
 _LOOK_S = 60.0  # a model that was never hashed is read whole
 _MEASURE_S = 600.0
 _REACH_S = 10.0
+_QUICK_REACH_S = 1.5
 
 
 @dataclass(slots=True)
@@ -40,31 +41,34 @@ class Known:
             del self.pairs[pair]
 
 
-def look_at(contact: Contact, models: Sequence[str], known: Known, *, alone: bool) -> None:
-    """Take in the reports of all hosts, looked at once more. Raises what a host raises."""
+def look_at(contact: Contact, models: Sequence[str], known: Known, *, alone: bool,
+            hosts: Sequence[str] | None = None) -> None:
+    """Take in the reports of these hosts, looked at once more; None: of all. Raises what a host raises."""
     head = contact.entries[contact.head].address
     asked: dict[str, Request] = {
-        host: DoLook(Look.at(entry, list(models), head=head, alone=alone)) for host, entry in contact.entries.items()}
+        host: DoLook(Look.at(entry, list(models), head=head, alone=alone)) for host, entry in contact.entries.items()
+        if hosts is None or host in hosts}
     for host, answer in contact.ask_all(asked, _LOOK_S).items():
         assert answer.report and answer.processor
         known.reports[host], known.processors[host] = answer.report, answer.processor
 
 
-def measure_links(contact: Contact, known: Known, timeout_s: float = _REACH_S) -> None:
-    """Take in what lies between the hosts, both ways, where it is not known. Who cannot reach whom goes into the
-    reports. Raises UsageError for a port that is in use, with the host."""
+def measure_links(contact: Contact, known: Known, *, quick: bool = False) -> None:
+    """Take in what lies between the hosts, both ways. Who cannot reach whom goes into the reports. quick: what is known
+    is not measured again, only tried, and with little patience.
+
+    Raises UsageError for a port that is in use, with the host.
+    """
+    timeout_s = _QUICK_REACH_S if quick else _REACH_S
     addresses = {host: report.address for host, report in known.reports.items() if report.address}
-    missing = {(a, b) for a in addresses for b in addresses if a != b and (a, b) not in known.pairs}
-    if not missing:
-        return
     keys = RunKeys.new()
     hearing: dict[str, Request] = {host: Listen(address, contact.entries[host].port, keys)
                                    for host, address in addresses.items()}
     try:
         ports = {host: answer.port or 0 for host, answer in contact.ask_all(hearing, timeout_s).items()}
         for pairs in rounds(list(addresses)):
-            asked: dict[str, Request] = {a: Reach(b, addresses[b], ports[b], keys, timeout_s)
-                                         for a, b in pairs if (a, b) in missing}
+            asked: dict[str, Request] = {a: Reach(b, addresses[b], ports[b], keys, timeout_s,
+                                                  quick and (a, b) in known.pairs) for a, b in pairs}
             _take(asked, contact.try_all(asked, 4 * timeout_s), known)
     finally:
         contact.try_all(dict.fromkeys(hearing, Deafen()), timeout_s)
@@ -78,7 +82,9 @@ def _take(asked: Mapping[str, Request], answers: Mapping[str, Answer | FullpipeE
             reaches[request.name] = answer.message.removeprefix(f"{host}: ")
         else:
             assert answer.pair
-            reaches[request.name], known.pairs[host, request.name] = None, answer.pair
+            reaches[request.name] = None
+            if not request.quick:
+                known.pairs[host, request.name] = answer.pair
         known.reports[host] = structs.replace(known.reports[host], reaches=reaches)
 
 

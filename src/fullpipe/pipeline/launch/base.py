@@ -14,15 +14,17 @@ from fullpipe.pipeline.frames import Door
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Says what a station's process takes of its host. threads: it computes with. memory: bytes; 0: nobody knows."""
+    """Says what a station's process takes of its host. threads: it computes with. cpus: that are reserved for it, fewer
+    where stations take turns; 0: as many as threads. memory: bytes; 0: nobody knows."""
 
     threads: int = 1
+    cpus: float = 0.0
     gpus: float = 0.0
     memory: int = 0
 
     @property
     def told(self) -> str:
-        parts = [f"{self.threads} CPU", f"{self.gpus:g} GPU" if self.gpus else "",
+        parts = [f"{self.cpus or self.threads:g} CPU", f"{self.gpus:g} GPU" if self.gpus else "",
                  f"{self.memory >> 20:,} MiB of memory" if self.memory else ""]
         return ", ".join(part for part in parts if part)
 

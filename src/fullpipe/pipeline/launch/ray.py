@@ -193,7 +193,7 @@ class RayLauncher(Launcher):
         if host not in self._nodes:
             raise StationFailed(door.name, f"Ray has no host {host!r}",
                                 hint=f"It has: {', '.join(sorted(self._nodes))}.")
-        actor = self._cluster.actor(StationActor, self._nodes[host], cpus=needs.threads, gpus=needs.gpus,
+        actor = self._cluster.actor(StationActor, self._nodes[host], cpus=needs.cpus or needs.threads, gpus=needs.gpus,
                                     memory=needs.memory)
         ran = actor.run.remote(msgspec.json.encode(door), needs.threads)
         process = RayProcess(self._cluster, actor, ran, host, needs)

@@ -213,9 +213,10 @@ def fill(copy: Copy, ranges: Iterable[Range], exchange: Exchange, *, window: int
 
     Raises what `exchange` raises; `FetchError` for an answer that is damaged; `CacheError`.
     """
-    require_space(copy.folder, total(copy.missing(ranges)))
+    wanted = merged(ranges)
+    require_space(copy.folder, total(copy.missing(wanted)))
     try:
-        _Filling(copy, merged(ranges), exchange, progress).run(window, size)
+        _Filling(copy, wanted, exchange, progress).run(window, size)
     except BaseException:
         with suppress(CacheError):  # the first error is the one to be told
             copy.flush()

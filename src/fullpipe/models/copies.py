@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Protocol, Self
 
@@ -45,7 +45,8 @@ class _Note(Struct, forbid_unknown_fields=True):
 
 
 class Exchange(Protocol):
-    """The way to the head. Several ranges may have been asked for before the first is taken."""
+    """The way to the head's files of one model. Several ranges are asked for before the first is taken; the order of
+    the answers does not matter, nor whether one comes twice."""
 
     def ask(self, wanted: Range) -> None: ...
 
@@ -63,10 +64,10 @@ class Copy:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self._paths = manifest.paths(folder)
         self._open: dict[int, int] = {}
         self._fresh: list[Range] = []  # written, and not noted
+        self.folder, self.manifest = folder, manifest
+        self._paths = manifest.paths(folder)
         self._noted_at = time.monotonic()
         with writing_in(self.folder):
             for path in self._paths:
@@ -78,8 +79,9 @@ class Copy:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(CacheError) if kind else nullcontext():  # the first error is the one to be told
+            self.close()
 
     def __del__(self) -> None:
         self._shut()
@@ -131,7 +133,7 @@ class Copy:
     def _shut(self) -> None:
         for file in self._open.values():
             os.close(file)
-        self._open.clear()
+        self._open, self._fresh = {}, []
 
     # ---- files ----
 
@@ -209,11 +211,12 @@ def fill(copy: Copy, ranges: Iterable[Range], exchange: Exchange, *, window: int
     window: chunks that are under way at a time: with one, a link of 50 ms would carry ten chunks a second. size: of a
     chunk, at most `CHUNK`. progress: told at the start and after each chunk.
 
-    Raises what `exchange` raises; `FetchError` for an answer that is damaged or that nobody asked for; `CacheError`.
+    Raises what `exchange` raises; `FetchError` for an answer that is damaged; `CacheError`.
     """
-    require_space(copy.folder, total(copy.missing(ranges)))
+    wanted = merged(ranges)
+    require_space(copy.folder, total(copy.missing(wanted)))
     try:
-        _Filling(copy, merged(ranges), exchange, progress).run(window, size)
+        _Filling(copy, wanted, exchange, progress).run(window, size)
     except BaseException:
         with suppress(CacheError):  # the first error is the one to be told
             copy.flush()
@@ -231,26 +234,24 @@ class _Filling:
     def run(self, window: int, size: int) -> None:
         waiting = chunks(self._copy.missing(self._ranges), size)
         self._tell()
-        while self._ask(waiting, window) or self._under_way:
+        while self._ask(waiting, window):
             self._take()
             self._tell()
 
     def _ask(self, waiting: Iterator[Range], window: int) -> bool:
-        """Whether something was asked for. What another process has filled meanwhile is not."""
-        before = len(self._under_way)
+        """Whether something is under way. What another process has filled meanwhile is not asked for."""
         while len(self._under_way) < window and (wanted := next(waiting, None)):
             if self._copy.missing([wanted]):
                 self._under_way.add(wanted)
                 self._exchange.ask(wanted)
-        return len(self._under_way) > before
+        return bool(self._under_way)
 
     def _take(self) -> None:
+        """Put away an answer; one that comes twice, or late to a filling before this one, is left aside."""
         chunk = self._exchange.take()
-        if chunk.range not in self._under_way:
-            raise FetchError(f"the head sent {chunk.range} of {self._copy.manifest.name}, which nobody asked for",
-                             hint="See that all hosts have the same version of Fullpipe, and start again.")
-        self._copy.write(chunk)
-        self._under_way.remove(chunk.range)
+        if chunk.range in self._under_way:
+            self._copy.write(chunk)
+            self._under_way.remove(chunk.range)
 
     def _tell(self) -> None:
         needed = total(self._ranges)

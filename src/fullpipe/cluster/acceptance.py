@@ -50,7 +50,10 @@ class Acceptance:
     @classmethod
     def counted(cls, moves: float, best: float, among: float) -> Acceptance | None:
         """Of the counts of a calibration; None where too few tokens were counted."""
-        return cls(best / moves, among / moves, measured=True) if moves >= _LEAST_MOVES else None
+        if moves < _LEAST_MOVES:
+            return None
+        best = min(best / moves, 1.0)
+        return cls(best, min(max(among / moves, best), 1.0), measured=True)
 
 
 def kind_of(drafts: tuple[str, ...], modules: bool = False) -> Kind:

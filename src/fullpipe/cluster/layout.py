@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fullpipe.cluster.acceptance import Acceptance, Kind
 from fullpipe.cluster.links import Pair, between
 from fullpipe.cluster.modes import WIDTHS, Floats, Modes, fullpipe_modes, in_turn_modes
-from fullpipe.cluster.profile import Profile
+from fullpipe.cluster.profile import Profile, Shape
 from fullpipe.cluster.survey import HostCosts, Survey
 from fullpipe.costs import CostCurve
 
@@ -29,6 +29,12 @@ _NGRAM_CALL_S, _NGRAM_ROW_S = 5e-5, 4e-5
 _LEAST_S = 1e-9  # that a layer takes, whatever was measured
 
 Ints = NDArray[np.intp]
+
+
+def stage_bytes(shape: Shape, layers: int, *, is_first: bool = False, is_last: bool = False) -> int:
+    """Memory of a stage: weights, and cache for a request of usual length."""
+    ends = is_first * shape.embedding_bytes + is_last * shape.head_bytes
+    return ends + layers * (shape.layer_bytes + CACHE_TOKENS * shape.kv_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +58,7 @@ class Guesser:
         shape = profile.draft_model
         if self.kind not in ("model", "model+ngram") or shape is None:
             return 0
-        layers = shape.num_layers * (shape.layer_bytes + CACHE_TOKENS * shape.kv_bytes)
-        return layers + shape.head_bytes + shape.embedding_bytes
+        return stage_bytes(shape, shape.num_layers, is_first=True, is_last=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +159,8 @@ class Skeleton:
         shape, room = host.profile.target, host.room
         if guesser and self.draft_host == self.order[index]:
             room -= guesser.memory(host.profile)
-        room -= shape.embedding_bytes if index == 0 else 0
-        room -= shape.head_bytes if index == len(self.order) - 1 else 0
-        return min(max(room // (shape.layer_bytes + CACHE_TOKENS * shape.kv_bytes), -1), self.num_layers)
+        room -= stage_bytes(shape, 0, is_first=index == 0, is_last=index == len(self.order) - 1)
+        return min(max(room // stage_bytes(shape, 1), -1), self.num_layers)
 
     @property
     def fits(self) -> bool:

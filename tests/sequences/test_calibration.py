@@ -76,7 +76,10 @@ def test_the_likelier_of_too_much_is_believed_and_the_others_share_what_is_left(
 def test_a_draft_that_has_learned_itself_is_taken_at_its_word() -> None:
     one, root = taught([(0, 0.5, False)] * 100 + [(2, 0.5, False)] * 100), node(1)
     own = Expansion(0, [5, 6], [math.log(0.5)] * 2, [-1, 0], learned=True)
-    assert one.take(root, own).logprobs == own.logprobs and not root.said
+    before = one.counts()
+    assert one.take(root, own).logprobs == own.logprobs
+    one.learn(root, node(5))
+    assert one.counts() == before and one.right == (1, 1, 1), "how often it is right is counted all the same"
     assert one.believed(said((5, 0.5, -1), (6, 0.5, 0))).logprobs[0] < math.log(0.1)
 
 
@@ -157,3 +160,18 @@ def test_counts_make_the_same_map_again(seen: list[tuple[int, float, bool]]) -> 
 def test_what_cannot_have_been_counted_is_refused(rows: list[tuple[float, float, float]]) -> None:
     with pytest.raises(ValueError, match="kind 4"):
         check_counts({4: rows})
+
+
+def test_it_counts_how_often_the_best_guess_was_right_and_any() -> None:
+    one = Calibration()
+    for token in (5, 6, 7):
+        root = node(1)
+        one.take(root, said((5, 0.6, -1), (6, 0.3, -1), (7, 0.9, 0)))
+        one.learn(root, node(token))
+    assert one.right == (3, 1, 2), "what follows a guess is no guess of the next token"
+    one.learn(node(1), node(2))
+    assert one.right == (3, 1, 2), "nobody had been asked"
+    silent = node(1)
+    silent.answered = True
+    one.learn(silent, node(2))
+    assert one.right == (4, 1, 2), "the draft had nothing to say"

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from fullpipe.costs import CostCurve, Machine
-from fullpipe.sequences.calibration import Calibration, Counts, check_counts
+from fullpipe.sequences.calibration import Calibration, Counts, Right, check_counts
 
 _Points = list[tuple[int, float]]  # rows and seconds, rising
 
@@ -34,10 +34,12 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class _Fates(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Says what the file of a draft holds. of: which draft, before which model. kinds: see `Calibration.counts`."""
+    """Says what the file of a draft holds. of: which draft, before which model. kinds: see `Calibration.counts`. right:
+    see `Calibration`."""
 
     of: dict[str, Any]
     kinds: Counts
+    right: Right = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,34 @@ class KeptFates:
             check_counts(found.kinds)
         except (OSError, ValueError):
             return Calibration()
-        return Calibration(found.kinds if found.of == self.of_what else None)
+        return Calibration(found.kinds, found.right) if found.of == self.of_what else Calibration()
 
     def save(self, calibration: Calibration) -> bool:
         """Whether it could be written. If not, less is known next time."""
-        return _write(self.path, _Fates(of=self.of_what, kinds=calibration.counts()))
+        return _write(self.path, _Fates(of=self.of_what, kinds=calibration.counts(), right=calibration.right))
+
+
+def kept_right(folder: Path, model: list[Any], drafts: frozenset[str]) -> Right:
+    """What all kept files say of these drafts before this model together, however many stages there were. model: as in
+    `KeptFates.of_what`. drafts: paths of the models or modules among them."""
+    moves = best = among = 0.0
+    for path in sorted(folder.glob("*.fates.json")):
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=_Fates)
+        except (OSError, ValueError):
+            continue
+        if found.of.get("model") == model and _drafts(found.of.get("draft")) == drafts:
+            moves, best, among = (a + b for a, b in zip((moves, best, among), found.right))
+    return moves, best, among
+
+
+def _drafts(spec: Any) -> frozenset[str]:
+    """The paths of models and modules in the spec of a draft station; none of n-gram."""
+    args = spec.get("args", {}) if isinstance(spec, dict) else {}
+    if several := args.get("drafts"):
+        return frozenset().union(*map(_drafts, several))
+    own = args.get("module", args.get("model"))  # a module names its target too
+    return frozenset() if own is None else frozenset((str(own),))
 
 
 def _name(what: dict[str, Any]) -> str:

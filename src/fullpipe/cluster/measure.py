@@ -52,6 +52,7 @@ MESSAGE_BYTES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 _COLD_BYTES = 256 << 20  # of layers: beyond the last cache of most processors (32 MB on the development machine)
 _FANOUT = EngineOptions().fanout
 _HOP_REPEATS = 40  # a hop takes microseconds, and varies more than arithmetic does
+_FREE = Curve(sizes=(1,), costs=(Cost(seconds=0.0, spread=0.0, samples=1),))
 
 
 _Cell = TypeVar("_Cell")
@@ -59,11 +60,13 @@ _Cell = TypeVar("_Cell")
 
 def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS, contexts: Sequence[int] = CONTEXTS,
             repeats: int = 5, threads: int = 1, dtype: str = "auto", quantization: str | None = None,
-            device: str = "cpu", progress: Progress = lambda what, done, total: None) -> Profile:
+            device: str = "cpu", hops: bool = True,
+            progress: Progress = lambda what, done, total: None) -> Profile:
     """This machine's profile for a target, and for a draft model if one is named.
 
     model, draft: names as `fullpipe.hub.resolve` takes them. rows: of a flight. contexts: tokens that stand before
     them. repeats: samples of a cell. threads: of the process that computes, as of a stage's. device: it computes on.
+    hops: measure messages between two processes of this machine too; else they count as free.
 
     Raises UsageError for sizes that are below 1, do not rise, or are beyond a model's context; and what opening a
     model and loading it raise.
@@ -89,7 +92,7 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
     return Profile(target=shapes[0], draft_model=shapes[1], dtype=dtype,  # type: ignore[arg-type]
                    threads=threads, machine={**machine(), **versions(), **device_name(device)}, commit=commit,
                    dirty=dirty, date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), layers=layers, flights=flights,
-                   heads=heads, lookups=lookups, drafts=drafts, messages=_messages(progress))
+                   heads=heads, lookups=lookups, drafts=drafts, messages=_messages(progress) if hops else _FREE)
 
 
 def _check(rows: Sequence[int], contexts: Sequence[int], repeats: int, threads: int) -> None:

@@ -28,11 +28,15 @@ from fullpipe.sequences.tree import Node
 KNOTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92, 0.98, 0.995, 0.9995)
 """Claimed probabilities at which is counted."""
 
+Right = tuple[float, float, float]
+"""Of tokens of which the draft was asked: how many, how many were its best guess, how many were among its guesses."""
+
 Counts = dict[int, list[tuple[float, float, float]]]
 """By kind, for each knot: claims, how many of them were expected to come true, how many did."""
 
 _PRIOR = 64.0  # claims of a knot that came true as they should have, where what was seen is no more than chance
 _MEMORY = 1024.0  # claims of a knot, and then the older ones count half
+_MOST_MOVES = 8192.0  # tokens, likewise
 _LOGS = [math.log(knot) for knot in KNOTS]
 _ODDS = [math.log(knot / (1 - knot)) for knot in KNOTS]
 _LEFT = [_LOGS[0], *_LOGS]  # where the segment before each knot begins; the last one has no end
@@ -46,10 +50,13 @@ _FIRST, _AGAIN, _BEHIND = range(3)  # at first sight of the parent, at another l
 class Calibration:
     """What became of guesses, of all requests of an engine, and what is to be thought of the next.
 
-    counts: of an earlier life (`counts`), which must be as `check_counts` wants them.
+    counts: of an earlier life (`counts`), which must be as `check_counts` wants them. right: likewise; it changes
+    nothing here, and tells a planner what to expect of the draft.
     """
 
-    def __init__(self, counts: Mapping[int, Sequence[tuple[float, float, float]]] | None = None) -> None:
+    def __init__(self, counts: Mapping[int, Sequence[tuple[float, float, float]]] | None = None,
+                 right: Right = (0.0, 0.0, 0.0)) -> None:
+        self.right = right
         self._tables = {kind: _Table(rows) for kind, rows in (counts or {}).items()}
         self.noted = 0  # claims, in this life
 
@@ -73,7 +80,7 @@ class Calibration:
     def take(self, node: Node, expansion: Expansion) -> Expansion:
         """What the draft says of `node` as it is to be believed. Its own words are remembered for `learn`."""
         again = bool(node.said)
-        if expansion.tokens and not expansion.learned:
+        if expansion.tokens:
             node.said = (*node.said, expansion)
         return self.believed(expansion, again)
 
@@ -91,6 +98,7 @@ class Calibration:
     def learn(self, root: Node, following: Node) -> None:
         """The root moves on to `following`: of all that was said to follow it, only that was right."""
         token = following.token
+        self._judge(root, token)
         for again, said in enumerate(root.said):
             true = self._learn(said, -1, _AGAIN if again else _FIRST, token)
             if true in said.parents:
@@ -99,6 +107,17 @@ class Calibration:
         for said, under in root.foretold:
             self._learn(said, under, _BEHIND, token)
 
+    def _judge(self, root: Node, token: int) -> None:
+        """Count whether the first that was said of what follows the root is right."""
+        said, under = (root.said[0], -1) if root.said else root.foretold[0] if root.foretold else (None, -1)
+        if said is None and not root.answered:
+            return
+        guesses = [(logprob, guess) for parent, guess, logprob in zip(said.parents, said.tokens, said.logprobs)
+                   if parent == under] if said else []
+        moves, best, among = (part / 2 if self.right[0] >= _MOST_MOVES else part for part in self.right)
+        self.right = (moves + 1, best + (max(guesses)[1] == token if guesses else 0),
+                      among + any(guess == token for _, guess in guesses))
+
     def _learn(self, said: Expansion, under: int, place: int, token: int) -> int:
         """Note the guesses behind guess `under`, and say which was right; of none a number that is no parent."""
         true = len(said.tokens)
@@ -106,7 +125,7 @@ class Calibration:
             if parent == under:
                 if guess == token:
                     true = at
-                if logprob >= _LEAST:
+                if logprob >= _LEAST and not said.learned:
                     self.note(3 * said.sources[at] + place if said.sources else place, logprob, guess == token)
         return true
 

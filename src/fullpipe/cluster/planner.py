@@ -1,0 +1,315 @@
+"""The planner looks for the layout with the least predicted time per token.
+
+Up to `EXHAUSTIVE` hosts it looks at all: every subset in every order, the draft on any host, every cut. A lower bound
+of each (layers may be split, and all of them cost what the quickest host takes) says in which order to look and when to
+stop, so the answer is that of looking at everything. Of orders with the same ends, which differ in their links alone,
+those are left out whose links are slower for every number of rows.
+
+Beyond that, it takes the best of the hosts that seem quickest, and then adds, exchanges and moves single hosts as long
+as that helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import permutations
+
+import numpy as np
+
+from fullpipe.cluster import cuts
+from fullpipe.cluster.layout import Ground, Guesser, Ints, Layout, Skeleton
+from fullpipe.cluster.modes import PP, Floats, Mode, Modes
+from fullpipe.cluster.survey import Survey
+from fullpipe.errors import UsageError
+
+EXHAUSTIVE = 6
+METHODS = ("auto", "fullpipe", "pp", "chain")
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """Says what is decided already; None: nothing.
+
+    hosts: that have stages, all of these and no other. order: the same, in this order. cut: the name of a cut. layers:
+    how many each host of `order` has. draft_host, width, method: see `plan.Plan`.
+    """
+
+    hosts: tuple[str, ...] | None = None
+    order: tuple[str, ...] | None = None
+    cut: str | None = None
+    layers: tuple[int, ...] | None = None
+    draft_host: str | None = None
+    width: int | None = None
+    method: str = "auto"
+
+    def check(self, survey: Survey) -> None:
+        """Raises UsageError for what cannot be."""
+        named = (*(self.hosts or ()), *(self.order or ()), *((self.draft_host,) if self.draft_host else ()))
+        for name in named:
+            if name not in survey.hosts:
+                raise UsageError(f"there is no host {name}", hint=f"Known are {', '.join(survey.hosts)}.")
+        for names in filter(None, (self.hosts, self.order)):
+            if len(set(names)) < len(names):
+                raise UsageError(f"a host has one stage, and one is named twice: {', '.join(names)}")
+        if self.hosts and self.order and set(self.hosts) != set(self.order):
+            raise UsageError("the order names other hosts than `hosts`", hint="Leave one of them out.")
+        if self.cut is not None and self.cut not in cuts.CUTS:
+            raise UsageError(f"there is no cut {self.cut!r}", hint=f"Known are {', '.join(cuts.CUTS)}.")
+        if self.method not in METHODS:
+            raise UsageError(f"no plan is made for the method {self.method!r}", hint=f"Known are {', '.join(METHODS)}.")
+        if self.width is not None and self.width < 1:
+            raise UsageError(f"a flight has 1 row or more (got {self.width})")
+        if self.layers is not None:
+            self._check_layers(survey.num_layers)
+
+    def _check_layers(self, num_layers: int) -> None:
+        assert self.layers is not None
+        if self.order is None or len(self.layers) != len(self.order):
+            raise UsageError("layers are pinned for hosts whose order is not", hint="Pin the order too, a number of "
+                             "layers for each of its hosts.")
+        if sum(self.layers) != num_layers or min(self.layers) < 0:
+            raise UsageError(f"the model has {num_layers} layers, and {'+'.join(map(str, self.layers))} are pinned")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Is a layout with what it promises. cut: the name of its cut. mode: how it decodes. seconds: per token.
+    pp_seconds: without a draft, on the same layout."""
+
+    layout: Layout
+    cut: str
+    mode: Mode
+    seconds: float
+    pp_seconds: float
+
+    @property
+    def method(self) -> str:
+        return self.mode.method
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """best: of all. by_hosts: the best for each number of stages. by_cut: for each cut, with the hosts and the order of
+    the best. pp: the best without a draft. guessing: the best with one, None without any. here: the best on the head's
+    host alone, None where it has no room, or is not to be asked."""
+
+    best: Candidate
+    by_hosts: tuple[Candidate, ...]
+    by_cut: tuple[Candidate, ...]
+    pp: Candidate
+    guessing: Candidate | None
+    here: Candidate | None
+
+
+def search(survey: Survey, guesser: Guesser | None = None, pins: Pins = Pins()) -> Found:
+    """The best layout, and what stands beside it. Raises UsageError where what is pinned cannot be, or no layout has
+    memory for the model."""
+    pins.check(survey)
+    if pins.method in ("fullpipe", "chain") and guesser is None:
+        raise UsageError(f"the method {pins.method} needs a draft", hint="Name one (a model, or ngram).")
+    search = _Search(Ground(survey, guesser, pins.width), pins)
+    kinds = [kind for kind in ("fullpipe", "chain") if guesser and pins.method in ("auto", kind)]
+    plain, guessing = search.by_hosts(["pp"]), search.by_hosts(kinds)
+    wanted = [*plain, *guessing] if pins.method == "auto" else guessing or plain
+    if not wanted or not plain:
+        raise UsageError("the hosts have no memory for the model together" if not plain else
+                         f"the method {pins.method} has no place with what is pinned", hint=_short_of_memory(survey))
+    best = min(wanted, key=_seconds)
+    sizes = sorted({len(one.layout.order) for one in wanted})
+    by_hosts = tuple(min((one for one in wanted if len(one.layout.order) == size), key=_seconds) for size in sizes)
+    return Found(best, by_hosts, tuple(search.with_cuts(best)), min(plain, key=_seconds),
+                 min(guessing, key=_seconds, default=None), search.best([(survey.head,)], [*kinds, "pp"]))
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.seconds
+
+
+def predict(survey: Survey, layout: Layout, guesser: Guesser | None = None, *, width: int | None = None,
+            method: str = "auto") -> Candidate:
+    """What a layout promises, in its best mode. Raises UsageError where it has no memory for it."""
+    pins = Pins(order=layout.order, layers=layout.layers, draft_host=layout.draft_host, width=width, method=method)
+    return search(survey, guesser, pins).best
+
+
+def _short_of_memory(survey: Survey) -> str:
+    shape = survey.hosts[survey.head].profile.target
+    need = shape.num_layers * shape.layer_bytes + shape.head_bytes + shape.embedding_bytes
+    free = sum(host.room for host in survey.hosts.values())
+    return (f"Its weights take {need / 1e9:.1f} GB, and the hosts have {free / 1e9:.1f} GB to spare. Add hosts, free "
+            "memory, or take a smaller or more quantised model.")
+
+
+@dataclass(slots=True)
+class _Search:
+    """Holds what is searched in. ground: what is known of the hosts."""
+
+    ground: Ground
+    pins: Pins
+    _kept: dict[tuple[tuple[str, ...], str | None], Skeleton] = field(default_factory=dict)
+
+    # ---- what is looked at -----------------------------------------------------------------------------------
+
+    def by_hosts(self, kinds: Sequence[str]) -> list[Candidate]:
+        """The best for each number of stages, with one of these methods."""
+        pins = self.pins
+        names = list(pins.order or pins.hosts or self.ground.survey.hosts)
+        if pins.order or len(names) <= EXHAUSTIVE:
+            sizes = [len(names)] if pins.order or pins.hosts else range(1, len(names) + 1)
+            orders = ([pins.order] if pins.order else self._orders(names, size) for size in sizes)
+            return [found for some in orders if (found := self.best(some, kinds))]
+        grown = self._grown(names, kinds)
+        return [one for one in grown if not pins.hosts or len(one.layout.order) == len(names)]
+
+    def with_cuts(self, candidate: Candidate) -> Iterator[Candidate]:
+        """The same hosts and order with each cut that may be."""
+        if len(candidate.layout.order) == 1 or self.pins.layers or self.pins.cut:
+            return
+        for cut in cuts.CUTS:
+            other = _Search(self.ground, replace(self.pins, cut=cut), self._kept)
+            if found := other.best([candidate.layout.order], [candidate.method]):
+                yield found
+
+    def _orders(self, names: Sequence[str], size: int) -> list[tuple[str, ...]]:
+        """All that may be best of so many hosts."""
+        if size <= 3 or self.pins.cut == cuts.UNIFORM:  # there it matters who is first to have a layer more
+            return list(permutations(names, size))
+        alike: dict[tuple[frozenset[str], str, str], list[tuple[tuple[str, ...], Floats]]] = {}
+        for order in permutations(names, size):
+            same = alike.setdefault((frozenset(order), order[0], order[-1]), [])
+            links = np.concatenate(self.ground.ways(order))
+            if not any((links >= other).all() for _, other in same):
+                same[:] = [one for one in same if not (one[1] >= links).all()]
+                same.append((order, links))
+        return [order for same in alike.values() for order, _ in same]
+
+    def _skeletons(self, order: tuple[str, ...], kind: str) -> Iterator[tuple[Skeleton, Modes]]:
+        """The order with the draft on each host that may have it, and in which modes. kind: the method."""
+        guesser, pins, head = self.ground.guesser, self.pins, self.ground.survey.head
+        if kind == "pp":
+            yield self._skeleton(order, None), PP
+        elif kind == "chain" and order == (head,) and pins.draft_host in (None, head):
+            yield self._skeleton(order, head), self.ground.in_process()
+        elif kind == "fullpipe":
+            assert guesser is not None
+            hosts = [pins.draft_host] if pins.draft_host else [head] if guesser.kind == "ngram" \
+                else list(self.ground.survey.hosts)
+            for host in hosts:
+                if guesser.memory((there := self.ground.survey.hosts[host]).profile) <= there.room:
+                    skeleton = self._skeleton(order, host)
+                    yield skeleton, self.ground.modes(host, skeleton.alone_in_turn)
+
+    def _skeleton(self, order: tuple[str, ...], draft_host: str | None) -> Skeleton:
+        key = order, draft_host
+        if key not in self._kept:
+            self._kept[key] = Skeleton(self.ground, order, draft_host)
+        return self._kept[key]
+
+    # ---- the best of them ------------------------------------------------------------------------------------
+
+    def best(self, orders: Iterable[tuple[str, ...]], kinds: Sequence[str]) -> Candidate | None:
+        """None where there is memory for none."""
+        pairs = (pair for order in orders for kind in kinds for pair in self._skeletons(order, kind))
+        looked = [(float(bounds.min()), number, skeleton, modes, bounds)
+                  for number, (skeleton, modes) in enumerate(pairs)
+                  if len(modes) and skeleton.fits for bounds in [lower_bounds(skeleton, modes)]]
+        found: tuple[float, Ints, Mode, Skeleton] | None = None
+        for bound, _, skeleton, modes, bounds in sorted(looked, key=lambda one: one[:2]):
+            if found and bound >= found[0]:
+                break
+            promising = modes.only(np.flatnonzero(bounds < found[0]).tolist()) if found else modes
+            cut = self._cut(skeleton, promising)
+            if cut and (not found or cut[0] < found[0]):
+                found = cut[0], cut[1], promising.modes[cut[2]], skeleton
+        return self._candidate(*found) if found else None
+
+    def _cut(self, skeleton: Skeleton, modes: Modes) -> tuple[float, Ints, int] | None:
+        """The pinned cut, or the best."""
+        pins = self.pins
+        if pins.layers is None and pins.cut in (None, cuts.BEST):
+            return cuts.best(skeleton, modes)
+        if pins.layers:
+            layers: Ints | None = np.array(pins.layers, dtype=np.intp)
+        else:
+            layers = cuts.uniform(skeleton) if pins.cut == cuts.UNIFORM else cuts.balanced(skeleton)
+        if layers is None or (layers > skeleton.most).any():
+            return None
+        seconds = skeleton.seconds(layers[None], modes)
+        return float(seconds.min()), layers, int(seconds.argmin())
+
+    def _candidate(self, seconds: float, layers: Ints, mode: Mode, skeleton: Skeleton) -> Candidate:
+        layout = Layout(skeleton.order, tuple(map(int, layers)), skeleton.draft_host)
+        return Candidate(layout, self._name(skeleton, layers), mode, seconds,
+                         float(skeleton.seconds(layers[None], PP).min()))
+
+    def _name(self, skeleton: Skeleton, layers: Ints) -> str:
+        """What a cut is called."""
+        if self.pins.layers is not None:
+            return "pinned"
+        if self.pins.cut:
+            return self.pins.cut
+        even = cuts.uniform(skeleton)
+        if even is not None and (layers == even).all():
+            return cuts.UNIFORM
+        return cuts.BALANCED if (layers == cuts.balanced(skeleton)).all() else cuts.BEST
+
+    # ---- many hosts ------------------------------------------------------------------------------------------
+
+    def _grown(self, names: list[str], kinds: Sequence[str]) -> list[Candidate]:
+        """One for each number of hosts, from those that seem quickest to all."""
+        start = self._quickest(names)[:EXHAUSTIVE]
+        sizes = range(1, EXHAUSTIVE + 1)
+        found = [best for size in sizes if (best := self.best(self._orders(start, size), kinds))]
+        order = found[-1].layout.order if found else tuple(start)
+        while len(order) < min(len(names), self.ground.survey.num_layers):
+            others = [name for name in names if name not in order]
+            grown = self.best(((*order[:at], name, *order[at:]) for name in others
+                               for at in range(len(order) + 1)), kinds)
+            if grown:
+                found.append(self._improved(grown, names, kinds))
+            order = found[-1].layout.order if grown else (*order, others[0])  # else not even one more was enough
+        return found
+
+    def _quickest(self, names: Sequence[str]) -> list[str]:
+        """By what a layer takes, and the way from the head and back."""
+        ground, layers = self.ground, self.ground.survey.num_layers
+        return sorted(names, key=lambda name: float(ground.layer[name][0]) * layers / len(names) + ground.way_s(name))
+
+    def _improved(self, candidate: Candidate, names: Sequence[str], kinds: Sequence[str]) -> Candidate:
+        """With two hosts exchanged, or one moved, as long as that helps."""
+        while True:
+            order = candidate.layout.order
+            near = self.best(sorted({*_exchanged(order, names), *_shifted(order)}), kinds)
+            if near is None or near.seconds >= candidate.seconds * (1 - 1e-9):
+                return candidate
+            candidate = near
+
+
+def _exchanged(order: tuple[str, ...], names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """With a host in another's place, which takes its place if it has a stage."""
+    for at, here in enumerate(order):
+        for name in names:
+            if name != here:
+                yield tuple(name if k == at else here if one == name else one for k, one in enumerate(order))
+
+
+def _shifted(order: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """With a host moved to another place."""
+    for at, name in enumerate(order):
+        rest = order[:at] + order[at + 1:]
+        yield from ((*rest[:to], name, *rest[to:]) for to in range(len(order)) if to != at)
+
+
+def lower_bounds(skeleton: Skeleton, modes: Modes) -> Floats:
+    """Seconds per token that no cut goes below, by mode: the longest stage as if layers could be split, the sum as if
+    the quickest host computed all."""
+    cost, layers = skeleton.layer[modes.at], skeleton.num_layers
+    beside = skeleton.beside[modes.at]
+    busy = beside + np.maximum(skeleton.pad, skeleton.shared_with_draft(modes))
+    split = (layers + (busy / cost).sum(-1)) / (1 / cost).sum(-1)
+    period = np.maximum.reduce([split, busy.max(-1), skeleton.occupied[modes.at], modes.chain])
+    first = skeleton.beside[0].sum() + layers * skeleton.layer[0].min() + skeleton.links[0]
+    wide = beside.sum(-1) + layers * cost.min(-1) + skeleton.links[modes.at]
+    found: Floats = modes.period * period + modes.first * first + modes.wide * wide + modes.fixed
+    return found

@@ -93,7 +93,8 @@ def measure(address: str, port: int, keys: RunKeys, *, name: str | None = None, 
     """The way from here to an `Echo`. It takes less than half a second, or some twelve round trips where those take
     longer.
 
-    quick: do not measure the bandwidth, which is then 1. name: of the host, for errors. timeout_s: for the first answer, and for each one after it.
+    name: of the host, for errors. timeout_s: for the first answer, and for each one after it. quick: the bandwidth is
+    not measured, and 1.
 
     Raises PipelineError when there is no answer, with what is known of why.
     """

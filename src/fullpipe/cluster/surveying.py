@@ -36,7 +36,7 @@ class Known:
     def forget(self, host: str) -> None:
         """It has gone, and may come back as another one."""
         for kept in (self.reports, self.processors, self.profiles):
-            kept.pop(host, None)  # type: ignore[attr-defined]
+            kept.pop(host, None)
         for pair in [pair for pair in self.pairs if host in pair]:
             del self.pairs[pair]
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fullpipe.assembly.costs import costs_of, kept_costs, kept_fates, measured
+from fullpipe.assembly.hosts import OnHosts, Tell, contact_of, placing_of
 from fullpipe.assembly.prepare import Prepared, Say, draft_spec, prepare, silent
 from fullpipe.cluster.alone import choose
+from fullpipe.cluster.contact import Contact
 from fullpipe.cluster.kept import KeptFates
 from fullpipe.methods import Method
 from fullpipe.options import Options
@@ -19,40 +21,53 @@ from fullpipe.threads import cores
 
 _HEARTBEAT_TIMEOUT_S = 10.0
 
+Remade = Pipeline | tuple[Pipeline, Method]
+"""Another pipeline, with another method where it is cut in another way."""
+
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
     """A pipeline that runs, and nothing is under way in it. method: made for it. rebuild: starts another one like it,
     where the stations are processes that may die. calibration: how far its draft is believed to begin with.
-    kept: where that is kept; None: nowhere."""
+    kept: where that is kept; None: nowhere. hosts: who starts pipelines on several hosts; None: there is one."""
 
     prepared: Prepared
     pipeline: Pipeline
     method: Method
-    rebuild: Callable[[], Pipeline] | None = None
+    rebuild: Callable[[], Remade] | None = None
     calibration: Calibration = field(default_factory=Calibration)
     kept: KeptFates | None = None
+    hosts: OnHosts | None = None
 
     @classmethod
     def remembering(cls, prepared: Prepared, pipeline: Pipeline, method: Method,
-                    rebuild: Callable[[], Pipeline] | None = None) -> Assembly:
+                    rebuild: Callable[[], Remade] | None = None, hosts: OnHosts | None = None) -> Assembly:
         """One that knows its draft from earlier."""
         kept = kept_fates(prepared)
-        return cls(prepared, pipeline, method, rebuild, kept.load() if kept else Calibration(), kept)
+        return cls(prepared, pipeline, method, rebuild, kept.load() if kept else Calibration(), kept, hosts)
 
     def keep(self) -> None:
         """Keep what was learned of the draft, for those who come after."""
         if self.kept and self.calibration.noted:
             self.kept.save(self.calibration)
 
+    def close(self) -> None:
+        """Leave the hosts; the pipeline has been closed."""
+        if self.hosts:
+            self.hosts.placing.close()
 
-def assemble(options: Options, say: Say = silent) -> Assembly:
+
+def assemble(options: Options, say: Say = silent, *, contact: Contact | None = None,
+             tell: Tell | None = None) -> Assembly:
     """Everything that it takes to answer, checked before the first weight is read. say: told what takes time.
+    contact: the way to several hosts, if it is not the one that the options name. tell: shown the hosts.
 
     Raises UsageError, ModelError and their kin for what cannot be done; StationFailed when a process dies or does not
     start in time.
     """
     prepared = prepare(options, say)
+    if options.pipeline.hosts is not None:
+        return _assemble_on_hosts(prepared, say, contact, tell)
     if options.method.method == "auto" and prepared.options.method.method == "chain":
         said = options.model.draft != "auto" or options.method.depth or options.method.floor is not None
         return _assemble_what_pays(prepared, say, may_do_without=not said)
@@ -64,6 +79,17 @@ def assemble(options: Options, say: Say = silent) -> Assembly:
         raise
     rebuild = (lambda: start(prepared, say)) if prepared.distributed else None
     return Assembly.remembering(prepared, pipeline, method, rebuild)
+
+
+def _assemble_on_hosts(prepared: Prepared, say: Say, contact: Contact | None, tell: Tell | None) -> Assembly:
+    contact = contact or contact_of(prepared.options.pipeline)
+    try:
+        hosts = OnHosts(prepared, placing_of(prepared, contact, say, tell))
+        pipeline, method = hosts.first()
+    except BaseException:
+        contact.close()
+        raise
+    return Assembly.remembering(prepared, pipeline, method, hosts.again, hosts)
 
 
 def start(prepared: Prepared, say: Say = silent) -> Pipeline:

@@ -101,7 +101,7 @@ class Prepared:
     @property
     def distributed(self) -> bool:
         """Whether the stations are processes of their own."""
-        return self.options.pipeline.stages is not None
+        return _distributed(self.options)
 
     @property
     def reads_taps(self) -> bool:
@@ -154,7 +154,7 @@ def prepare(options: Options, say: Say = silent) -> Prepared:
     name, asked, device = options.model.model, options.method, _device(options.pipeline.device)
     names = draft_names(name, options.model.draft)
     if asked.method == "auto":
-        asked = replace(asked, method=_what_auto_means(names, options.pipeline.stages))
+        asked = replace(asked, method=_what_auto_means(names, distributed=_distributed(options)))
     check = make_method(asked.method, width=asked.width, depth=asked.depth, floor=asked.floor, refresh=asked.refresh,
                         prefill_share=asked.prefill_share)
     if check.needs_draft and not names:
@@ -169,7 +169,8 @@ def prepare(options: Options, say: Say = silent) -> Prepared:
     tokenizer = with_template(load_tokenizer(path), options.model.chat_template,
                               options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
-    ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
+    # On hosts the plan cuts, later (`hosts.py`).
+    ends = stage_ends(files.config, options.pipeline.stages or 1 if options.pipeline.hosts is None else 1)
     dtype = pick_dtype(options.model.dtype, device, files, options.model.quantization)
     pick_kv_cache_dtype(options.pipeline.kv_cache_dtype, dtype, device)
     target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib,
@@ -201,12 +202,16 @@ def _length(asked: int | None, most: int) -> int:
     return asked or most
 
 
-def _what_auto_means(names: Sequence[str], stages: int | None) -> str:
+def _distributed(options: Options) -> bool:
+    return options.pipeline.stages is not None or options.pipeline.hosts is not None
+
+
+def _what_auto_means(names: Sequence[str], *, distributed: bool) -> str:
     """Stages that work at the same time want to be filled. A single process does one thing after another: there a text
     that was guessed is verified at once, if guessing pays."""
     if not names:
         return "pp"
-    return "fullpipe" if stages is not None or any(map(module_folder, names)) else "chain"
+    return "fullpipe" if distributed or any(map(module_folder, names)) else "chain"
 
 
 # ---- cutting and describing ------------------------------------------------------------------------------

@@ -40,14 +40,15 @@ _ROWS = (1, 2, 4, 8, 16, 32)
 class Wanted:
     """Says what is to be placed.
 
-    model, draft: their names, as options give them. paths: of the target, and of the draft model if there is one, on
-    the head. guesser: who guesses; None: nobody. describe: the stations of a plan, with the head's paths.
+    model, draft: as plans name them. models: names of the target, and of the draft model if there is one; paths: where
+    they lie on the head. guesser: who guesses; None: nobody. describe: the stations of a plan, with the head's paths.
     dtype, quantization, device: see options. threads: of a station; None: as many as its host has cores. kernels:
     whether stages compute with the native ones.
     """
 
     model: str
     draft: str
+    models: tuple[str, ...]
     paths: tuple[Path, ...]
     guesser: Guesser | None
     describe: Callable[[Plan], tuple[list[StationSpec], StationSpec | None]]
@@ -94,7 +95,7 @@ class Placing:
         """Look at all hosts, measure them, and plan for them. Raises HostsDiffer before anything is measured where a
         host does not fit, and UsageError where the model has no place."""
         with self._lock:
-            look_at(self.contact, self._names, self.known, alone=len(self.contact.entries) == 1)
+            look_at(self.contact, self.wanted.models, self.known, alone=len(self.contact.entries) == 1)
             self._refuse({}, {})
             measure_links(self.contact, self.known)
             self._refuse({}, {})
@@ -137,7 +138,7 @@ class Placing:
         """Look at hosts that have come; those that do not fit are left out."""
         for host in fresh:
             try:
-                look_at(self.contact, self._names, self.known, alone=False, hosts=[host])
+                look_at(self.contact, self.wanted.models, self.known, alone=False, hosts=[host])
                 refuse([one for one in self._problems({}, {}) if one.host == host])
             except PipelineError as error:
                 self._lose(host, error.message)
@@ -188,11 +189,6 @@ class Placing:
 
     # ---- what hosts must have ------------------------------------------------------------------------------------
 
-    @property
-    def _names(self) -> list[str]:
-        """Of the models, as hosts look for them in their own caches."""
-        return [self.wanted.model, *([self.wanted.draft] if len(self.wanted.paths) > 1 else [])]
-
     def _problems(self, memory: Mapping[str, int], weights: Mapping[str, dict[str, int]]) -> list[Problem]:
         reports = dict(self.known.reports)
         head = reports.pop(self.contact.head)
@@ -213,8 +209,8 @@ class Placing:
     def _weights(self, plan: Plan) -> dict[str, dict[str, int]]:
         """Bytes of the target that each host reads, by the model's name."""
         read: dict[str, Counter[str]] = {}
-        for index in range(len(plan.stages)):
-            read.setdefault(plan.stages[index].host, Counter())[self.wanted.model] += total(self._ranges(plan, index))
+        for rank, stage in enumerate(plan.stages):
+            read.setdefault(stage.host, Counter())[self.wanted.models[0]] += total(self._ranges(plan, rank))
         return {host: dict(sizes) for host, sizes in read.items()}
 
     def _measure(self, host: str) -> Measure:
@@ -234,7 +230,7 @@ class Placing:
         """Where a host has the target (0) or the draft model (1); None where it does not."""
         if host == self.contact.head:
             return str(self.wanted.paths[at])
-        return self.known.reports[host].model(self._names[at]).path
+        return self.known.reports[host].model(self.wanted.models[at]).path
 
     # ---- starting ------------------------------------------------------------------------------------------------
 

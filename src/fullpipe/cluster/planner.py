@@ -32,7 +32,7 @@ class Pins:
     """Says what is decided already; None: nothing.
 
     hosts: that have stages, all of these and no other. order: the same, in this order. cut: the name of a cut. layers:
-    how many each host of `order` has. draft_host, width, method: see `plan.Plan`.
+    how many each host of `order` has. draft_host, width, method: see `plan.Plan`. stages: how many there are.
     """
 
     hosts: tuple[str, ...] | None = None
@@ -42,6 +42,7 @@ class Pins:
     draft_host: str | None = None
     width: int | None = None
     method: str = "auto"
+    stages: int | None = None
 
     def check(self, survey: Survey) -> None:
         """Raises UsageError for what cannot be."""
@@ -156,7 +157,8 @@ class _Search:
         pins = self.pins
         names = list(pins.order or pins.hosts or self.ground.survey.hosts)
         if pins.order or len(names) <= EXHAUSTIVE:
-            sizes = [len(names)] if pins.order or pins.hosts else range(1, len(names) + 1)
+            sizes = [len(names)] if pins.order or pins.hosts else list(range(1, len(names) + 1))
+            sizes = [size for size in sizes if pins.stages in (None, size)]
             orders = ([pins.order] if pins.order else self._orders(names, size) for size in sizes)
             return [found for some in orders if (found := self.best(some, kinds))]
         grown = self._grown(names, kinds)

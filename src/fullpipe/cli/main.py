@@ -15,6 +15,7 @@ from fullpipe.cli import (
     generate,
     load,
     models,
+    plan,
     profile,
     pull,
     serve,
@@ -27,8 +28,8 @@ from fullpipe.cli import (
 from fullpipe.cli.verb import verb
 from fullpipe.threads import share_the_machine
 
-_VERBS = (generate.generate, serve.serve, demo.demo, verify.verify, load.load, profile.profile, trace.trace, pull.pull,
-          models.models, show.show)
+_VERBS = (generate.generate, serve.serve, demo.demo, verify.verify, load.load, plan.plan, profile.profile, trace.trace,
+          pull.pull, models.models, show.show)
 
 
 def main() -> None:

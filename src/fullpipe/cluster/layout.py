@@ -21,6 +21,7 @@ from fullpipe.cluster.modes import WIDTHS, Floats, Modes, fullpipe_modes, in_tur
 from fullpipe.cluster.profile import Profile, Shape
 from fullpipe.cluster.survey import HostCosts, Survey
 from fullpipe.costs import CostCurve
+from fullpipe.stations.drafts.names import ModuleSize
 
 CONTEXT = 256  # tokens before the rows, in all predictions
 CACHE_TOKENS = 4096  # for which a stage must have memory
@@ -39,18 +40,21 @@ def stage_bytes(shape: Shape, layers: int, *, is_first: bool = False, is_last: b
 
 @dataclass(frozen=True, slots=True)
 class Guesser:
-    """names: the drafts, as in options. kind: of all together. acceptance: how often they are right."""
+    """names: the drafts, as in options. kind: of all together. acceptance: how often they are right. module: how large
+    it is, for one that reads hidden states."""
 
     names: tuple[str, ...]
     kind: Kind
     acceptance: Acceptance
+    module: ModuleSize | None = None
 
     def call(self, profile: Profile, rows: float) -> float:
         """Seconds of a call with so many rows on a host."""
         if self.kind == "ngram":
             return _NGRAM_CALL_S + rows * _NGRAM_ROW_S
-        if self.kind == "module":  # made of a layer and a head like the target's
-            return profile.flight(rows, CONTEXT) + profile.layer(rows, CONTEXT) + profile.head(rows)
+        if self.module is not None:
+            layers = self.module.layers * profile.layer(rows, CONTEXT)
+            return profile.flight(rows, CONTEXT) + layers + self.module.head * profile.head(rows)
         return profile.draft(rows, CONTEXT)
 
     def memory(self, profile: Profile) -> int:

@@ -112,7 +112,7 @@ def search(survey: Survey, guesser: Guesser | None = None, pins: Pins = Pins()) 
     search = _Search(Ground(survey, guesser, pins.width), pins)
     kinds = [kind for kind in ("fullpipe", "chain") if guesser and pins.method in ("auto", kind)]
     plain, guessing = search.by_hosts(["pp"]), search.by_hosts(kinds)
-    wanted = [*plain, *guessing] if pins.method == "auto" else guessing or plain
+    wanted = plain if pins.method == "pp" else guessing if pins.method != "auto" else [*plain, *guessing]
     if not wanted or not plain:
         raise UsageError("the hosts have no memory for the model together" if not plain else
                          f"the method {pins.method} has no place with what is pinned", hint=_short_of_memory(survey))

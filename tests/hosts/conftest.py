@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray_nodes
 from filelock import FileLock
 
 from fullpipe.cluster.netlab import available
@@ -28,3 +29,10 @@ def hosts_can_be_made() -> Iterator[None]:
         pytest.skip(f"no hosts here: {reason}")
     with FileLock(Path(tempfile.gettempdir()) / "fullpipe-hosts.lock"):
         yield
+
+
+@pytest.fixture(scope="module")
+def ray_can_be_started(hosts_can_be_made: None) -> None:
+    """Skip where Ray is missing."""
+    if (reason := ray_nodes.missing()) is not None:
+        pytest.skip(f"no Ray here: {reason}")

@@ -55,9 +55,9 @@ def available() -> str | None:
         if shutil.which(program) is None:
             return f"the program {program} is not installed (apt-get install iproute2 util-linux)"
     if not netlab_hosts.TUN.exists():
-        return f"there is no {netlab_hosts.TUN} (a container needs --device {netlab_hosts.TUN})"
+        return f"there is no {netlab_hosts.TUN} (a container must be given that device)"
     if missing := [name for name, bit in _CAPABILITIES.items() if not _capabilities() >> bit & 1]:
-        return f"this root has no {' and no '.join(missing)} (a container needs --privileged)"
+        return f"this root has no {' and no '.join(missing)} (a container must be privileged)"
     try:
         with Netlab(1):
             return None
@@ -128,7 +128,8 @@ class Netlab:
     def second_address(self, name: str) -> str:
         """That of eth1, which hosts named in `second` have."""
         if name not in self._second:
-            raise UsageError(f"host {name} has no second address", hint="Name it in `second`.")
+            raise UsageError(f"host {name} has no second address",
+                             hint="Those that have one are named when the lab is made.")
         return f"10.78.{self._net}.{name[1:]}"
 
     def namespace(self, name: str) -> str:

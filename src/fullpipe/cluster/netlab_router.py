@@ -19,9 +19,7 @@ import random
 import select
 import signal
 import socket
-import sys
 import time
-from types import FrameType
 
 import msgspec
 
@@ -122,14 +120,20 @@ class Router:
         return None
 
 
-def serve(control: socket.socket, router: Router) -> None:
-    """Route until the other end of the control connection is closed."""
+def serve(control: socket.socket, router: Router, signalled: int, parent: int) -> None:
+    """Route until the other end of the control connection is closed, the parent is gone, or we are told to end.
+
+    signalled: the descriptor that `signals` made.
+    """
     asked = control.fileno()
-    watched, decoder = [asked, *router.fds], msgspec.msgpack.Decoder(Change | Ask)
+    watched, decoder = [asked, signalled, *router.fds], msgspec.msgpack.Decoder(Change | Ask)
     while True:
         ready, _, _ = select.select(watched, (), (), router.deliver())
         for fd in ready:
-            if fd != asked:
+            if fd == signalled:
+                if _ends(os.read(fd, MOST), parent):
+                    return
+            elif fd != asked:
                 router.take(fd)
             elif request := control.recv(MOST):
                 _answer(control, router, decoder.decode(request))
@@ -143,17 +147,24 @@ def _answer(control: socket.socket, router: Router, request: Change | Ask) -> No
     control.send(msgspec.msgpack.encode(router.counts()))
 
 
-def _end_with(parent: int) -> None:
-    """Have the kernel tell when the parent is gone. It also tells when only the *thread* that started us is, which is
-    nothing to us."""
+def signals(parent: int) -> int:
+    """The descriptor from which SIGTERM can be read, and SIGHUP, by which the kernel tells that the parent is gone.
 
-    def orphaned(number: int = 0, frame: FrameType | None = None) -> None:
-        if os.getppid() != parent:
-            sys.exit()
-
-    signal.signal(signal.SIGHUP, orphaned)
+    They come as bytes and not as exceptions, which could tear what removes the hosts.
+    """
+    ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(theirs)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
-    orphaned()  # before we asked
+    if os.getppid() != parent:  # it was gone before we asked
+        os.kill(os.getpid(), signal.SIGHUP)
+    return ours
+
+
+def _ends(signal_numbers: bytes, parent: int) -> bool:
+    """SIGHUP also comes when only the *thread* that started us is gone, which is nothing to us."""
+    return signal.SIGTERM in signal_numbers or os.getppid() != parent
 
 
 def _hurry() -> None:
@@ -168,26 +179,23 @@ def _hurry() -> None:
 def main() -> None:
     """Make the hosts, route, and remove them, whatever happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     control = socket.socket(fileno=os.dup(0))
     setup = msgspec.msgpack.decode(control.recv(MOST), type=Setup)
+    signalled = signals(setup.parent)
     spaces = {name: netlab_hosts.namespace_of(os.getpid(), name) for name in setup.hosts}
     try:
-        _end_with(setup.parent)
         netlab_hosts.remove_leftovers()
         devices = {name: dict(zip(netlab_hosts.make(spaces[name], own), own)) for name, own in setup.hosts.items()}
         router = Router(devices, setup.lanes)
         control.send(msgspec.msgpack.encode(router.counts()))
         _hurry()
-        serve(control, router)
+        serve(control, router, signalled, setup.parent)
     except (FullpipeError, OSError) as error:
         hint = error.hint if isinstance(error, FullpipeError) else None
         message = error.message if isinstance(error, FullpipeError) else str(error)
         with contextlib.suppress(OSError):
             control.send(msgspec.msgpack.encode(Refused(message, hint)))
     finally:
-        for number in (signal.SIGHUP, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
         netlab_hosts.remove(spaces.values())
 
 

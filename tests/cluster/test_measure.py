@@ -59,7 +59,7 @@ def test_layers_and_ends_have_a_cost_for_every_cell(files: ModelFiles) -> None:
 @pytest.mark.processes
 def test_processes_that_cannot_talk_are_an_error_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hops, "local_endpoint", lambda: "ipc:///no/such/folder/socket")
-    with pytest.raises(PipelineError, match="could not talk: .*cannot listen on"):
+    with pytest.raises(PipelineError, match=r"could not talk: .*cannot listen on"):
         hops.measure_hops((64,), 2, lambda done: None)
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
+import zmq
 from msgspec import Struct
 
-from fullpipe.errors import PipelineError
+from fullpipe.errors import PipelineError, UsageError
 from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.net import Net, local_endpoint
@@ -44,6 +46,7 @@ def measure_hops(sizes: Sequence[int], repeats: int, progress: Callable[[int], N
     """
     task = _Task(local_endpoint(), RunKeys.new(), False, repeats, list(sizes))
     both = [_start(msgspec.structs.replace(task, calls=calls)) for calls in (True, False)]
+    threading.Thread(target=_end_caller_with, args=both, daemon=True).start()
     try:
         return _collect(both, sizes, repeats, progress)
     finally:
@@ -61,6 +64,12 @@ def _start(task: _Task) -> subprocess.Popen[str]:
     return process
 
 
+def _end_caller_with(caller: subprocess.Popen[str], answerer: subprocess.Popen[str]) -> None:
+    """It would wait for an answer for ever."""
+    answerer.wait()
+    caller.kill()
+
+
 def _collect(both: list[subprocess.Popen[str]], sizes: Sequence[int], repeats: int,
              progress: Callable[[int], None]) -> dict[int, list[float]]:
     samples: dict[int, list[float]] = {size: [] for size in sizes}
@@ -71,7 +80,7 @@ def _collect(both: list[subprocess.Popen[str]], sizes: Sequence[int], repeats: i
         progress(sum(map(len, samples.values())))
     if any(len(found) != repeats for found in samples.values()):
         both[1].kill()
-        told = both[0].communicate()[1].strip().splitlines()
+        told = [line for process in both for line in process.communicate()[1].strip().splitlines()]
         raise PipelineError(f"two processes of this machine could not talk: {told[-1] if told else 'no word'}",
                             hint="Try again; the processes may have run out of memory.")
     return samples
@@ -80,10 +89,14 @@ def _collect(both: list[subprocess.Popen[str]], sizes: Sequence[int], repeats: i
 def main() -> None:
     task = msgspec.json.decode(sys.stdin.readline(), type=_Task)
     net = Net(task.keys, _MEET_S)
-    _call(net.connect(task.endpoint, "caller"), task) if task.calls else _answer(net, task)
+    try:
+        _call(net.connect(task.endpoint, "caller"), task) if task.calls else _answer(net, task)
+    except UsageError as error:
+        sys.exit(error.message)
 
 
 def _call(socket: Socket, task: _Task) -> None:
+    socket.setsockopt(zmq.RCVTIMEO, round(1e3 * _MEET_S))
     rows = {size: np.zeros(size, np.uint8) for size in task.sizes}
     for turn in range(_WARM_UP + task.repeats):
         for size in task.sizes:  # in turn, so that a noisy moment hits all alike

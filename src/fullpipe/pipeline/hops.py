@@ -108,7 +108,7 @@ def understood(frames: list[Frame] | Any, kind: type[Header]) -> tuple[Header, M
     if not tensors:
         raise NonsenseError("no rows")
     for rows in tensors.values():
-        check_rows(header.flight, len(rows))
+        check_rows(header.flight, len(rows) if rows.ndim else 0)
     return header, tensors
 
 

@@ -65,13 +65,13 @@ class Net:
         self._prepare(socket)
         self._keys.connect(socket)
         socket.setsockopt_string(zmq.IDENTITY, name)
+        _choose_family(socket, endpoint)
         socket.connect(endpoint)
         return socket
 
     def _prepare(self, socket: Socket) -> None:
         socket.setsockopt(zmq.LINGER, 0)
         socket.set_hwm(0)  # who may send how much is said by credits (`hops`), not by blocking
-        socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.HEARTBEAT_IVL, self._silence_ms // _BEATS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, self._silence_ms)
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -96,7 +96,13 @@ def watched(socket: Socket) -> Socket:
                                      | Happening.HANDSHAKE_FAILED_AUTH)
 
 
+def _choose_family(socket: Socket, endpoint: str) -> None:
+    """An IPv4 address stays one: taken for both families, it would be called [::ffff:10.0.0.1] in all that is told."""
+    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+
+
 def _bind(socket: Socket, endpoint: str) -> None:
+    _choose_family(socket, endpoint)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:

@@ -13,11 +13,11 @@ import struct
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
@@ -39,7 +39,7 @@ class Tensor(Struct, array_like=True):
     name: str
     library: Literal["numpy", "torch"]
     dtype: str
-    shape: list[int]
+    shape: list[Annotated[int, Meta(ge=0)]]
 
 
 class Outward:
@@ -134,4 +134,7 @@ def _restore(told: Tensor, raw: Frame) -> Any:
         return array.view(np.dtype(told.dtype)).reshape(told.shape)
     import torch
 
-    return torch.from_numpy(array).view(getattr(torch, told.dtype)).reshape(told.shape)
+    dtype = getattr(torch, told.dtype)
+    if not array.size:  # torch views no empty array as another type
+        return torch.empty(0, dtype=dtype).reshape(told.shape)
+    return torch.from_numpy(array).view(dtype).reshape(told.shape)

@@ -87,8 +87,7 @@ def _listen(net: Net, lines: Lines, door: Door) -> tuple[Socket | None, list[str
         return None, []
     try:
         return net.bind(door.listen)
-    except UsageError as error:
-        lines.greet(Hello())
+    except UsageError as error:  # without a hello: it comes by another road, and might be the first to arrive
         lines.send(Broken("UsageError", error.message, error.hint))
         lines.close()
         leave(1)

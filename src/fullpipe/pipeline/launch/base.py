@@ -35,7 +35,8 @@ class Process(ABC):
     Promises:
     - `fileno` is a descriptor that can be read from when the process has ended, at once and for ever.
     - `last_words` says how it ended, and what it printed; it may wait for half a second.
-    - `stop` ends it: politely first, then not. After `wait` said so nothing of it is left.
+    - `terminate` asks it to end, `kill` does not ask; both may come late. After `wait` said so nothing of it is left.
+    - `close` has one that runs all the same end by itself.
     """
 
     @abstractmethod

@@ -25,7 +25,7 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.durations import measured_costs
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
-from fullpipe.pipeline.starting import Place
+from fullpipe.pipeline.starting import Hosting, Place
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.sequences.blocks import BlockPool, SlotAllocator
@@ -55,8 +55,8 @@ def _workers(links: Links | None = None, taps: bool = False, places: Sequence[Pl
     source = StationSpec("fullpipe.stations.scripted:EchoDraft", {"delay_s": DRAFT_DELAY})
     checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker",
                           {"truth": TRUTH, "needs": NEEDS, "tell": True})
-    return WorkersPipeline(_specs(taps), checker if taps else source, links=links, places=places,
-                           head=Place("", "127.0.0.1"))
+    return WorkersPipeline(_specs(taps), checker if taps else source, links=links,
+                           hosting=Hosting(places or (), Place("", "127.0.0.1")))
 
 
 def _hosts(*names: str) -> list[Place]:

@@ -206,7 +206,8 @@ def test_nothing_listens_on_the_network_in_a_pipeline_of_one_machine() -> None:
 def test_hosts_listen_on_the_addresses_that_were_asked_for_alone() -> None:
     me, before = psutil.Process(), _listening([psutil.Process()])
     one, two = Place("one", "127.0.0.2"), Place("two", "127.0.0.3")
-    with WorkersPipeline(_stages(3), CHECKER, hosting=Hosting([one, two, two, one], Place("", "127.0.0.4"))) as pipeline:
+    hosting = Hosting([one, two, two, one], Place("", "127.0.0.4"))
+    with WorkersPipeline(_stages(3), CHECKER, hosting=hosting) as pipeline:
         pipeline.launch(_row(0))
         _landings(pipeline, 1)
         assert [ip for ip, _ in _listening([me]) - before] == ["127.0.0.4"]

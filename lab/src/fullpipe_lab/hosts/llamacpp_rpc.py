@@ -73,7 +73,8 @@ class Rival:
 def settings(server: Server) -> dict[str, Any]:
     """What a receipt says of it."""
     return {"mode": server.mode, "words": [word for word in server.words if not word.startswith("/")],
-            "weights": "as in the file (quantised)", "kv_cache": "float16", "threads": 1, **envs.versions_of(ENVIRONMENT)}
+            "weights": "as in the file (quantised)", "kv_cache": "float16", "threads": 1,
+            **envs.versions_of(ENVIRONMENT)}
 
 
 @contextmanager

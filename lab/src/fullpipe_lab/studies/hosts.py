@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from fullpipe.cluster.netlab import Netlab, Shape
+
+from fullpipe.cli.lists import decimals, integers
 from fullpipe.cluster.provenance import commit_of, provenance
 from fullpipe.errors import FullpipeError
-from fullpipe.cli.lists import decimals, integers
 from fullpipe.files import write_whole
 from fullpipe.hub import resolve
 from fullpipe.models.weights import open_model

@@ -11,6 +11,7 @@ server's own count, of which "tbt_ms" is its time per token. The end of this pro
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import json
@@ -32,6 +33,7 @@ def load(setup: Setup) -> tuple[str, Setup, Reply]:
     log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (it is the server's as long as this process lives)
     server = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *setup["command"]], stdin=subprocess.DEVNULL,
                               stdout=log, stderr=log)
+    atexit.register(end, server)
     where = setup["address"], setup["port"]
     until = time.monotonic() + setup["patience_s"]
     while not (healthy(*where) if setup["http"] else listens(*where)):
@@ -41,6 +43,11 @@ def load(setup: Setup) -> tuple[str, Setup, Reply]:
             raise RuntimeError(f"{setup['command'][0]} was not ready in {setup['patience_s']:g} s: {_last_line(log)}")
         time.sleep(_PAUSE_S)
     return "", {}, lambda question: ask(*where, question)
+
+
+def end(server: subprocess.Popen[bytes]) -> None:
+    server.kill()
+    server.wait()
 
 
 def listens(address: str, port: int) -> bool:

@@ -13,6 +13,7 @@ from fullpipe.prompts import choose
 from fullpipe_lab.hosts.llamacpp_rpc import Rival
 from fullpipe_lab.hosts.ours import Running
 from fullpipe_lab.hosts.places import Answer, Places, link_bytes
+from fullpipe_lab.peers.process import RunnerFailed
 from fullpipe_lab.peers.run import Question
 
 AS_IT_COMES = ("pp", "fullpipe")
@@ -64,7 +65,8 @@ def _rows(lab: Places, asked: Sequence[Question], ask: Callable[[Sequence[int]],
     rows = []
     for question in asked:
         before = link_bytes(lab)
-        answer = ask(question.tokens)
+        if not (answer := ask(question.tokens)).tokens:
+            raise RunnerFailed(f"said nothing to {question.id}")
         sent = {link: count - before.get(link, 0) for link, count in link_bytes(lab).items()}
         rows.append({"prompt": question.id, "task": question.task, "tokens": answer.tokens,
                      "times": [round(seconds, 5) for seconds in answer.times], "told": answer.told, "link_bytes": sent})

@@ -21,13 +21,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fullpipe.cluster.netlab import Netlab, Shape
-
 from fullpipe.cli.lists import decimals, integers
+from fullpipe.cluster.netlab import Netlab, Shape
 from fullpipe.cluster.provenance import commit_of, provenance
 from fullpipe.errors import FullpipeError
 from fullpipe.files import write_whole
@@ -66,10 +66,10 @@ class Study:
         delays = decimals(given.delays, "--delays")
         cells: dict[str, Measure] = {}
         for hosts, ms, method in product(integers(given.hosts, "--hosts"), delays, given.methods.split(",")):
-            cells[f"{hosts}/{ms:g}/{method}"] = lambda hosts=hosts, ms=ms, method=method: self._ours(hosts, ms, method)
+            cells[f"{hosts}/{ms:g}/{method}"] = partial(self._ours, hosts, ms, method)
         if given.rival:
             for ms, mode in product(delays, given.modes.split(",")):
-                cells[f"rival/{ms:g}/{mode}"] = lambda ms=ms, mode=mode: self._rival(ms, mode)
+                cells[f"rival/{ms:g}/{mode}"] = partial(self._rival, ms, mode)
         return cells
 
     def _ours(self, hosts: int, ms: float, method: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fullpipe.cluster.placing import Placing, Wanted
 from fullpipe.cluster.plan import Plan
 from fullpipe.cluster.planner import Pins
 from fullpipe.cluster.report import HostReport, Problem
+from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.live_costs import LiveMachine
@@ -24,6 +25,8 @@ from fullpipe.options import PipelineOptions
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.stations.spec import StationSpec
+
+_TYPICAL_ROWS = 4
 
 Tell = Callable[[Sequence[HostReport], Sequence[Problem], Mapping[str, int]], None]
 """Shows the hosts, what is wrong with them, and the bytes of memory that each must have."""
@@ -108,12 +111,13 @@ def _with(spec: StationSpec, placed: dict[str, Any]) -> StationSpec:
 class OnHosts:
     """Starts pipelines on hosts: the first, and others after it.
 
-    machine: what the newest one's method knows of its stations.
+    machine: what the newest one's method knows of its stations; planned: what the plan said of them.
     """
 
     prepared: Prepared
     placing: Placing
     machine: LiveMachine | None = None
+    planned: Machine | None = None
 
     def first(self) -> tuple[Pipeline, Method]:
         return self._started(self.placing.decide())
@@ -121,6 +125,24 @@ class OnHosts:
     def again(self) -> tuple[Pipeline, Method]:
         """Another one, for the hosts that are there now."""
         return self._started(self.placing.decide_again())
+
+    def better(self, gain: float) -> str | None:
+        """Why another pipeline would be better, one that promises a token in at most `gain` of the time; None: there is
+        none."""
+        return self.placing.better(gain)
+
+    def slower(self) -> dict[str, float]:
+        """By how much each host's stages take longer than planned, at a few rows."""
+        plan, live, planned = self.placing.plan, self.machine, self.planned
+        if plan is None or live is None or planned is None or len(live.stages) != len(plan.stages):
+            return {}
+        return {stage.host: now(_TYPICAL_ROWS) / max(then(_TYPICAL_ROWS), 1e-9)
+                for stage, now, then in zip(plan.stages, live.stages, planned.stages)}
+
+    def take_for(self, host: str, factor: float) -> None:
+        """Plan from now on with a host that takes so many times as long as it was planned with."""
+        self.placing.take_for(host, factor)
+        self.planned = self.placing.machine(self.placing.plan) if self.placing.plan else None
 
     def _started(self, plan: Plan) -> tuple[Pipeline, Method]:
         say, asked = self.placing.say, self.prepared.options.pipeline
@@ -130,7 +152,8 @@ class OnHosts:
         pipeline = WorkersPipeline(stages, draft, threads=asked.threads or 1, timeout=asked.timeout,
                                    heartbeat_timeout=asked.host_timeout, start_timeout=asked.start_timeout,
                                    hosting=self.placing.hosting(plan))
-        self.machine = LiveMachine(self.placing.machine(plan))
+        self.planned = self.placing.machine(plan)
+        self.machine = LiveMachine(self.planned)
         return pipeline, self._method(plan)
 
     def _method(self, plan: Plan) -> Method:

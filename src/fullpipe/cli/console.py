@@ -59,6 +59,13 @@ def speak_for(verb: typer.Context) -> None:
     _verb = verb
 
 
+def was_given(option: str) -> bool:
+    """Whether an option of the verb that runs was given, and has not its default."""
+    from click.core import ParameterSource
+
+    return _verb is not None and _verb.get_parameter_source(option) is not ParameterSource.DEFAULT
+
+
 def _flag(name: str, value: str | None) -> str | None:
     """An option of the verb as it is typed; None for what is none."""
     for one in _verb.command.params if _verb else ():

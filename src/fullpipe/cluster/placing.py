@@ -17,7 +17,8 @@ from fullpipe.cluster.contact import Contact
 from fullpipe.cluster.layout import CONTEXT, Guesser
 from fullpipe.cluster.links import Pair, between
 from fullpipe.cluster.plan import Plan, check, memory_of
-from fullpipe.cluster.planner import Found, Pins, search
+from fullpipe.cluster.planner import Found, Pins, predict, search
+from fullpipe.cluster.profile import slower
 from fullpipe.cluster.report import HostReport, Problem
 from fullpipe.cluster.survey import HostCosts, Survey
 from fullpipe.cluster.surveying import Known, look_at, measure_costs, measure_links
@@ -88,6 +89,8 @@ class Placing:
     found: Found | None = None
     lost: dict[str, str] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+    _count: int = 0  # of decisions
+    _taken_for_others: bool = False
 
     # ---- deciding ------------------------------------------------------------------------------------------------
 
@@ -104,6 +107,7 @@ class Placing:
             self._refuse(memory_of(plan, self.survey(plan.hosts).hosts, self.wanted.guesser), self._weights(plan),
                          tell=True)
             self.plan = plan
+            self._count += 1
             return plan
 
     def decide_again(self) -> Plan:
@@ -119,14 +123,41 @@ class Placing:
             self._leave_out_unreachable()
             measure_costs(self.contact, self.known, self._measure, self.say)
             self.plan = self._plan(list(self.known.reports))
+            self._count += 1
             return self.plan
 
-    def changed(self) -> str | None:
-        """Why another plan may be better: who has come, or come back. None: nobody has."""
+    def better(self, gain: float) -> str | None:
+        """Why another plan would be better: one that promises a token in at most `gain` of the time that this one would
+        take now. Hosts that have come are looked at and measured for that. None: none would."""
+        self.contact.refresh()
         with self._lock:
-            self.contact.refresh()
-            fresh = [host for host in self.contact.answering() if host not in self.known.reports]
-            return f"{', '.join(fresh)} can be had" if fresh else None
+            plan, known, count = self.plan, self.known.copy(), self._count
+            fresh = [host for host in self.contact.answering() if host not in known.reports]
+        if plan is None or not (fresh or self._taken_for_others):
+            return None
+        self._taken_for_others = False
+        other = replace(self, known=known, lost=dict(self.lost), _lock=threading.RLock())
+        other._take_in(fresh)
+        measure_links(self.contact, known)
+        other._leave_out_unreachable()
+        measure_costs(self.contact, known, other._measure, self.say)
+        best = other._plan(list(known.reports))
+        with self._lock:
+            if count != self._count:  # the pipeline has failed meanwhile, and all was decided anew
+                return None
+            self.known, self.lost = known, other.lost
+        return _reason(plan, best, fresh, self.promised_ms(plan), gain)
+
+    def promised_ms(self, plan: Plan) -> float:
+        """Milliseconds per token that a plan promises, as the hosts are now."""
+        found = predict(self.survey(plan.hosts), plan.layout, self.wanted.guesser, width=plan.width, method=plan.method)
+        return 1e3 * found.seconds
+
+    def take_for(self, host: str, factor: float) -> None:
+        """Plan from now on with a host that takes so many times as long."""
+        with self._lock:
+            self.known.profiles[host] = slower(self.known.profiles[host], factor)
+            self._taken_for_others = True
 
     def _answering(self) -> list[str]:
         answering = self.contact.answering()
@@ -316,6 +347,16 @@ class Placing:
 
     def close(self) -> None:
         self.contact.close()
+
+
+def _reason(plan: Plan, best: Plan, fresh: Sequence[str], now_ms: float, gain: float) -> str | None:
+    if best.layout == plan.layout and best.method == plan.method:
+        return None
+    promised = best.promise.plan_ms if best.promise else 0.0  # a given plan is kept to, whatever it promises
+    if promised > gain * now_ms:
+        return None
+    why = f"{', '.join(fresh)} can be had" if fresh else "hosts take other times than planned"
+    return f"{why}: {promised:.1f} ms a token instead of {now_ms:.1f}"
 
 
 def _still(pins: Pins, hosts: Sequence[str]) -> Pins:

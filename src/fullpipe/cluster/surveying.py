@@ -33,6 +33,9 @@ class Known:
     profiles: dict[str, Profile] = field(default_factory=dict)
     pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)
 
+    def copy(self) -> Known:
+        return Known(dict(self.reports), dict(self.processors), dict(self.profiles), dict(self.pairs))
+
     def forget(self, host: str) -> None:
         """It has gone, and may come back as another one."""
         for kept in (self.reports, self.processors, self.profiles):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fullpipe.assembly import Assembly
-from fullpipe.assembly.hosts import OnHosts
 from fullpipe.errors import FullpipeError
 from fullpipe.service import Service
+
+if TYPE_CHECKING:
+    from fullpipe.assembly.hosts import OnHosts
 
 log = logging.getLogger(__name__)
 

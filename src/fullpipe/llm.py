@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fullpipe.adapting import adapting
 from fullpipe.assembly import Assembly, Prepared, assemble
-from fullpipe.assembly.hosts import Tell
-from fullpipe.cluster.contact import Contact
 from fullpipe.costs import Machine
 from fullpipe.engine import Engine, Listener
 from fullpipe.errors import FullpipeError, PipelineError, PromptError, StationFailed, UsageError
@@ -34,6 +32,8 @@ from fullpipe.request import SamplingParams
 from fullpipe.service import Asked, Service, Ticket, Update
 
 if TYPE_CHECKING:
+    from fullpipe.assembly.hosts import Tell
+    from fullpipe.cluster.contact import Contact
     from fullpipe.models.generation import Generation
     from fullpipe.models.tokens.tokenizer import Tokenizer
 

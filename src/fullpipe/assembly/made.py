@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from fullpipe.assembly.costs import costs_of, kept_costs, kept_fates, measured
-from fullpipe.assembly.hosts import OnHosts, Tell, contact_of, placing_of
 from fullpipe.assembly.prepare import Prepared, Say, draft_spec, prepare, silent
 from fullpipe.cluster.alone import choose
-from fullpipe.cluster.contact import Contact
 from fullpipe.cluster.kept import KeptFates
 from fullpipe.methods import Method
 from fullpipe.options import Options
@@ -18,6 +17,10 @@ from fullpipe.pipeline.links import Link, Links
 from fullpipe.sequences.calibration import Calibration
 from fullpipe.stations.base import DraftLike, StageLike
 from fullpipe.threads import cores
+
+if TYPE_CHECKING:
+    from fullpipe.assembly.hosts import OnHosts, Tell
+    from fullpipe.cluster.contact import Contact
 
 _HEARTBEAT_TIMEOUT_S = 10.0
 
@@ -82,6 +85,8 @@ def assemble(options: Options, say: Say = silent, *, contact: Contact | None = N
 
 
 def _assemble_on_hosts(prepared: Prepared, say: Say, contact: Contact | None, tell: Tell | None) -> Assembly:
+    from fullpipe.assembly.hosts import OnHosts, contact_of, placing_of
+
     contact = contact or contact_of(prepared.options.pipeline)
     try:
         hosts = OnHosts(prepared, placing_of(prepared, contact, say, tell))

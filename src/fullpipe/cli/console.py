@@ -61,9 +61,8 @@ def speak_for(verb: typer.Context) -> None:
 
 def was_given(option: str) -> bool:
     """Whether an option of the verb that runs was given, and has not its default."""
-    from click.core import ParameterSource
-
-    return _verb is not None and _verb.get_parameter_source(option) is not ParameterSource.DEFAULT
+    source = _verb.get_parameter_source(option) if _verb else None
+    return source is not None and source.name != "DEFAULT"
 
 
 def _flag(name: str, value: str | None) -> str | None:

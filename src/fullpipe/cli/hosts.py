@@ -16,6 +16,6 @@ def print_hosts(reports: Sequence[HostReport], problems: Sequence[Problem], need
     from fullpipe.cluster.host_table import host_table, problem_lines
 
     out = console.error_console()
-    out.print(host_table(reports, problems, needed=needed, width=out.width if out.is_terminal else None))
+    out.print(host_table(reports, problems, needed=needed, width=out.width))
     for line in problem_lines([problem for problem in problems if not problem.stops]):
         console.print_note(line)

@@ -51,6 +51,10 @@ class Contact(ABC):
     def close(self) -> None:
         """End the agents."""
 
+    def cores(self, host: str) -> int | None:
+        """How many of a host's cores may be taken; None: all that it reports."""
+        return self.entries[host].cores
+
     def ask(self, host: str, request: Request, timeout_s: float) -> Answer:
         """What a host's agent answers. Raises what went wrong there, and PipelineError where nothing comes."""
         return self.ask_all({host: request}, timeout_s)[host]
@@ -206,6 +210,10 @@ class RayContact(Contact):
                 self._nodes[host], self.entries[host] = node, entry
                 if node.here:
                     self.head = host
+
+    def cores(self, host: str) -> int | None:
+        ray = max(1, int(self._nodes[host].all.get("CPU", 1)))
+        return min(ray, self.entries[host].cores or ray)
 
     def renew(self, host: str) -> None:
         """Have another agent on a host whose own is gone."""

@@ -209,7 +209,7 @@ class Placing:
         """What is known of these hosts, and of the head."""
         names = list(dict.fromkeys([self.contact.head, *hosts]))
         entries, reports = self.contact.entries, self.known.reports
-        costs = {name: HostCosts(self.known.profiles[name], reports[name].cores, reports[name].free_memory,
+        costs = {name: HostCosts(self.known.profiles[name], self._cores(name), reports[name].free_memory,
                                  processor=self.known.processors[name], device=self._device(entries[name].device))
                  for name in names}
         pairs = {pair: link for pair, link in self.known.pairs.items() if set(pair) <= set(names)}
@@ -254,8 +254,12 @@ class Placing:
 
     def _threads(self, host: str) -> int:
         """Of a stage: all cores, but one of the head's, which has the engine and the draft."""
-        cores = self.known.reports[host].cores
-        return self.wanted.threads or max(1, cores - (host == self.contact.head))
+        return self.wanted.threads or max(1, self._cores(host) - (host == self.contact.head))
+
+    def _cores(self, host: str) -> int:
+        """That stations may have there."""
+        there = self.known.reports[host].cores
+        return min(there, self.contact.cores(host) or there)
 
     def _own_path(self, host: str, at: int) -> str | None:
         """Where a host has the target (0) or the draft model (1); None where it does not."""

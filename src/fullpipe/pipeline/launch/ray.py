@@ -29,13 +29,14 @@ _HOW_TO_START = "Start it: `ray start --head` here, and `ray start --address=HEA
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """Is one machine of the cluster, as Ray knows it. here: this process is on it. free: resources that nobody has
-    reserved: "CPU", "GPU", "memory" in bytes, ..."""
+    """Is one machine of the cluster, as Ray knows it. here: this process is on it. all, free: its resources, and those
+    that nobody has reserved: "CPU", "GPU", "memory" in bytes, ..."""
 
     id: str
     address: str
     name: str
     here: bool
+    all: dict[str, float]
     free: dict[str, float]
 
 
@@ -74,7 +75,7 @@ class Cluster:
         free = self.ray._private.state.available_resources_per_node()
         own = self.ray.get_runtime_context().get_node_id()
         return [Node(one["NodeID"], one["NodeManagerAddress"], one["NodeManagerHostname"], one["NodeID"] == own,
-                     free.get(one["NodeID"], {})) for one in self.ray.nodes() if one["Alive"]]
+                     one["Resources"], free.get(one["NodeID"], {})) for one in self.ray.nodes() if one["Alive"]]
 
     def actor(self, kind: type, node: str, *, cpus: float = 0.0, gpus: float = 0.0, memory: int = 0) -> Any:
         """A handle of a new actor on that node; it is asked for at once, and begins when there is room."""

@@ -23,7 +23,7 @@ from fullpipe.cluster.report import HostReport, Problem
 from fullpipe.cluster.survey import HostCosts, Survey
 from fullpipe.cluster.surveying import Known, look_at, measure_costs, measure_links
 from fullpipe.costs import CostCurve, Machine
-from fullpipe.errors import PipelineError, UsageError
+from fullpipe.errors import HostsDiffer, PipelineError, UsageError
 from fullpipe.hub.cache import from_head_folder, manifest
 from fullpipe.models.partial import Manifest, Source, needed, opening
 from fullpipe.models.ranges import CHUNK, Range, chunks, total
@@ -197,7 +197,7 @@ class Placing:
                 look_at(self.contact, self.wanted.models, self.known, alone=False, hosts=[host])
                 refuse([one for one in self._problems({}, {}) if one.host == host])
             except PipelineError as error:
-                self._lose(host, error.message)
+                self._lose(host, _why(error))
             else:
                 self.lost.pop(host, None)
                 self.say(f"{host} takes part")
@@ -377,6 +377,11 @@ class Placing:
 
     def close(self) -> None:
         self.contact.close()
+
+
+def _why(error: PipelineError) -> str:
+    """A host takes no part."""
+    return ", ".join(what for _, what, _ in error.problems) if isinstance(error, HostsDiffer) else error.message
 
 
 def _reason(plan: Plan, best: Plan, fresh: Sequence[str], now_ms: float, gain: float) -> str | None:

@@ -138,7 +138,7 @@ class Layout:
         kind = "ipc:" if self.hosting.place(rank).host == self.hosting.head.host else "tcp:"
         engine = next(one for one in endpoints if one.startswith(kind))
         return Door(self.names[rank], rank, engine, keys, self.listens(rank),
-                    max(_LEAST_PATIENCE_S, 2 * self.silence_s), self.start_timeout)
+                    max(_LEAST_PATIENCE_S, 2 * self.silence_s), self.start_timeout, silence_s=self.silence_s)
 
     def setup(self, rank: int, workers: Sequence[Worker]) -> Setup:
         """What a station is told; all have said where they listen."""

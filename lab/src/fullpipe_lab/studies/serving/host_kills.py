@@ -283,8 +283,10 @@ def _judge(trial: Trial, strike: Strike, blow: Blow) -> None:
 
 
 def _names(reason: str, trial: Trial, strike: Strike) -> bool:
-    """Whether a failure is told of the host that was struck. The lab's hosts share a name, so Ray has addresses."""
-    return f" on {trial.served.lab.address(strike.where[0])} " in reason
+    """Whether a failure is told of the host that was struck (the lab's hosts share a name, so Ray has addresses), or by
+    a neighbour who lost it: of a whole host nobody else may be left to tell."""
+    return (f" on {trial.served.lab.address(strike.where[0])} " in reason
+            or (strike.kind == "host" and "lost its connection" in reason))
 
 
 def note_texts(blows: Sequence[Blow], texts_at: Sequence[float], end: float) -> None:

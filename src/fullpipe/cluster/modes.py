@@ -31,7 +31,8 @@ from fullpipe.cluster.acceptance import Acceptance
 
 Floats = NDArray[np.float64]
 
-WIDTHS = (1, 2, 4, 8, 16, 32)
+WIDTHS = (1, 2, 4, 8, 16, 32)  # rows of flights that are measured and compared
+CONTEXT = 256  # tokens before the rows, in all predictions
 _LEVELS = (1, 2, 3, 4, 6, 8, 16)
 _DEPTHS = (1, 3, 7)  # guesses that are verified at once; with the root they are rows that were measured
 ENGINE_S = 5e-4  # of the engine itself for a token

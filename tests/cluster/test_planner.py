@@ -77,8 +77,9 @@ def test_it_finds_the_best_of_all(survey: Survey, guesser: Guesser | None) -> No
         with pytest.raises(UsageError, match="no memory for the model"):
             search(survey, guesser)
         return
-    best = search(survey, guesser).best
-    assert best.seconds == pytest.approx(min(found), rel=1e-9)
+    best, *others = (searched := search(survey, guesser)).best, *searched.by_hosts
+    assert min(one.seconds for one in others) == pytest.approx(min(found), rel=1e-9)
+    assert best.seconds <= min(found) * 1.01 * (1 + 1e-9), "of those as good the one with fewest hosts"
     assert predict(survey, best.layout, guesser if best.layout.draft_host else None,
                    method=best.method).seconds == pytest.approx(best.seconds)
 
@@ -87,7 +88,7 @@ def test_it_finds_the_best_of_all(survey: Survey, guesser: Guesser | None) -> No
 @given(surveys(("", "one")))
 def test_where_hosts_share_cores_it_is_near_the_best(survey: Survey) -> None:
     if found := everything(survey, MODEL):
-        assert min(found) <= search(survey, MODEL).best.seconds * (1 + 1e-9) <= min(found) * 1.05
+        assert min(found) <= search(survey, MODEL).best.seconds * (1 + 1e-9) <= min(found) * 1.06
 
 
 @settings(max_examples=40, deadline=None)
@@ -167,6 +168,7 @@ def test_what_is_pinned_stays() -> None:
     assert set(search(survey, MODEL, Pins(hosts=("c", "b"))).best.layout.order) == {"b", "c"}
     assert search(survey, MODEL, Pins(cut=cuts.UNIFORM, hosts=("a", "b"))).best.layout.layers == (14, 14)
     assert search(survey, MODEL, Pins(method="pp")).best.method == "pp"
+    assert search(survey, MODEL, Pins(order=("b",))).here is None
     assert search(survey, MODEL, Pins(method="chain")).best.layout.order == ("a",)
 
 

@@ -2,8 +2,8 @@
 
 Up to `EXHAUSTIVE` hosts it looks at all: every subset in every order, the draft on any host, every cut. A lower bound
 of each (layers may be split, and all of them cost what the quickest host takes) says in which order to look and when to
-stop, so the answer is that of looking at everything. Of orders with the same ends, which differ in their links alone,
-those are left out whose links are slower for every number of rows.
+stop, so the answer is that of looking at everything; of answers within a percent that with the fewest hosts. Of orders
+with the same ends, which differ in their links alone, those are left out whose links are slower for all flights.
 
 Beyond that, it takes the best of the hosts that seem quickest, and then adds, exchanges and moves single hosts as long
 as that helps.
@@ -24,6 +24,7 @@ from fullpipe.cluster.survey import Survey
 from fullpipe.errors import UsageError
 
 EXHAUSTIVE = 6
+_WORTH_A_HOST = 0.01  # a host more may be lost, so it must save more than this share of a token's time
 METHODS = ("auto", "fullpipe", "pp", "chain")
 
 
@@ -115,15 +116,23 @@ def search(survey: Survey, guesser: Guesser | None = None, pins: Pins = Pins()) 
     if not wanted or not plain:
         raise UsageError("the hosts have no memory for the model together" if not plain else
                          f"the method {pins.method} has no place with what is pinned", hint=_short_of_memory(survey))
-    best = min(wanted, key=_seconds)
+    here = search.head_alone([*kinds, "pp"])
+    best = _simplest([*wanted, *([here] if here and here.method in {one.method for one in wanted} else [])])
     sizes = sorted({len(one.layout.order) for one in wanted})
     by_hosts = tuple(min((one for one in wanted if len(one.layout.order) == size), key=_seconds) for size in sizes)
     return Found(best, by_hosts, tuple(search.with_cuts(best)), min(plain, key=_seconds),
-                 min(guessing, key=_seconds, default=None), search.best([(survey.head,)], [*kinds, "pp"]))
+                 min(guessing, key=_seconds, default=None), here)
 
 
 def _seconds(candidate: Candidate) -> float:
     return candidate.seconds
+
+
+def _simplest(candidates: Sequence[Candidate]) -> Candidate:
+    """Of those that are as good as the best, the one with fewest hosts."""
+    least = min(map(_seconds, candidates))
+    good = [one for one in candidates if one.seconds <= least * (1 + _WORTH_A_HOST)]
+    return min(good, key=lambda one: (len({*one.layout.order, one.layout.draft_host} - {None}), one.seconds))
 
 
 def predict(survey: Survey, layout: Layout, guesser: Guesser | None = None, *, width: int | None = None,
@@ -161,6 +170,13 @@ class _Search:
             return [found for some in orders if (found := self.best(some, kinds))]
         grown = self._grown(names, kinds)
         return [one for one in grown if not pins.hosts or len(one.layout.order) == len(names)]
+
+    def head_alone(self, kinds: Sequence[str]) -> Candidate | None:
+        """The best on the head's host, with nothing elsewhere; None where it is not to be asked."""
+        pins, head = self.pins, self.ground.survey.head
+        if {*(pins.hosts or pins.order or [head]), pins.draft_host or head} != {head}:
+            return None
+        return _Search(self.ground, replace(pins, draft_host=head), self._kept).best([(head,)], kinds)
 
     def with_cuts(self, candidate: Candidate) -> Iterator[Candidate]:
         """The same hosts and order with each cut that may be."""

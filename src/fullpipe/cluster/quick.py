@@ -16,7 +16,7 @@ from fullpipe.cluster.provenance import versions
 from fullpipe.errors import FullpipeError
 from fullpipe.hub import cache, resolve
 
-_REPEATS = 3
+_REPEATS = 5
 
 
 def quick_profile(model: str, draft: str | None = None, threads: int = 1, *, dtype: str = "auto",
@@ -39,7 +39,7 @@ def quick_profile(model: str, draft: str | None = None, threads: int = 1, *, dty
     from fullpipe.cluster.measure import measure
 
     found = measure(model, draft, rows=WIDTHS, contexts=(CONTEXT,), repeats=_REPEATS, threads=threads, dtype=dtype,
-                    quantization=quantization, device=device, hops=False)
+                    quantization=quantization, device=device, quick=True)
     try:
         cache.make_folder(path.parent)
         found.save(path)

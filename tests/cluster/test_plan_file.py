@@ -12,8 +12,9 @@ from imagined import MEGA, host, imagined
 
 from fullpipe.cluster.acceptance import Acceptance
 from fullpipe.cluster.layout import Guesser
+from fullpipe.cluster.pins import Pins
 from fullpipe.cluster.plan import Plan, Promise, StagePlan, check
-from fullpipe.cluster.planner import Pins, search
+from fullpipe.cluster.planner import search
 from fullpipe.errors import UsageError
 
 MODEL = Guesser(("m",), "model", Acceptance(0.8, 0.9))

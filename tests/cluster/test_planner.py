@@ -16,7 +16,8 @@ from fullpipe.cluster import cuts
 from fullpipe.cluster.acceptance import Acceptance
 from fullpipe.cluster.layout import Ground, Guesser, Skeleton
 from fullpipe.cluster.modes import PP, Modes
-from fullpipe.cluster.planner import Pins, lower_bounds, predict, search
+from fullpipe.cluster.pins import Pins
+from fullpipe.cluster.planner import lower_bounds, predict, search
 from fullpipe.cluster.survey import Survey
 from fullpipe.cluster.verdict import verdict
 from fullpipe.errors import UsageError

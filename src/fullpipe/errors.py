@@ -13,7 +13,8 @@
     ├── FetchError                        a download that failed
     ├── MissingExtra                      an optional part that is not installed
     ├── PipelineError
-    │   └── StationFailed                 a stage or draft process died or hangs
+    │   ├── StationFailed                 a stage or draft process died or hangs
+    │   └── HostsDiffer                   hosts that cannot run one pipeline together
     └── Unavailable                       a service that takes nothing now
         └── Overloaded                    because its queue is full
 
@@ -28,7 +29,7 @@ from its callers what they cannot give (`without`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _TYPED = re.compile(r"`([^`]+)`")
 _OPTION = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
@@ -130,6 +131,19 @@ class StationFailed(PipelineError):
         super().__init__(f"{station} failed: {reason}", hint=hint)
         self.station = station
         self.reason = reason
+
+
+class HostsDiffer(PipelineError):
+    """Hosts cannot run one pipeline together, and nothing was started.
+
+    `problems`: all of them, each a host, what is wrong with it, and the way out.
+    """
+
+    def __init__(self, problems: Sequence[tuple[str, str, str]]) -> None:
+        hosts = list(dict.fromkeys(host for host, _, _ in problems))
+        super().__init__(f"{', '.join(hosts)} cannot take part, and nothing was started",
+                         hint="\n".join(f"{host}: {what}. {way_out}".rstrip() for host, what, way_out in problems))
+        self.problems = list(problems)
 
 
 class Unavailable(FullpipeError):

@@ -1,12 +1,19 @@
-"""Files that change in one move."""
+"""Files that change in one move, and what the system says against writing in our folders."""
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fullpipe.errors import UsageError
+from fullpipe.errors import CacheError, UsageError
+
+HOME_VARIABLE = "FULLPIPE_HOME"
+# EFBIG is what a file-size limit (`ulimit -f`) says where a full disk says ENOSPC.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -24,3 +31,38 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)  # after the move there is none
+
+
+@contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Turns what the operating system says against writing in a folder of the cache into `CacheError`."""
+    try:
+        yield
+    except OSError as error:
+        raise cache_error(folder, error) from error
+
+
+def cache_error(folder: Path, error: OSError) -> CacheError:
+    """The error for a folder of the cache in which the system would not write."""
+    if error.errno in _FULL:
+        return disk_full(folder, str(error.strerror).lower())
+    return CacheError(
+        f"cannot write in the cache folder {folder}: {error.strerror or error}",
+        hint=f"Make it writable, or set {HOME_VARIABLE} to a folder that is.",
+    )
+
+
+def disk_full(folder: Path, detail: str) -> CacheError:
+    """The error for a folder of the cache whose disk has no room."""
+    return CacheError(
+        f"no room in the cache folder {folder}: {detail}",
+        hint=f"Free some space, or set {HOME_VARIABLE} to a folder on a larger disk. "
+        "What was fetched so far is kept.",
+    )
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raises `CacheError` unless the disk of `folder` (which exists) has `need` bytes to give."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise disk_full(folder, f"{need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free")

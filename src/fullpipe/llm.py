@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from fullpipe.adapting import adapting
 from fullpipe.assembly import Assembly, Prepared, assemble
 from fullpipe.costs import Machine
 from fullpipe.engine import Engine, Listener
@@ -31,6 +32,8 @@ from fullpipe.request import SamplingParams
 from fullpipe.service import Asked, Service, Ticket, Update
 
 if TYPE_CHECKING:
+    from fullpipe.assembly.hosts import Tell
+    from fullpipe.cluster.contact import Contact
     from fullpipe.models.generation import Generation
     from fullpipe.models.tokens.tokenizer import Tokenizer
 
@@ -145,10 +148,12 @@ class LLM:
 
     @classmethod
     def of(cls, options: Options, *, listeners: Iterable[Listener] = (),
-           progress: Callable[[str], None] = lambda line: None) -> Self:
-        """The same, with options that were put together before."""
+           progress: Callable[[str], None] = lambda line: None, tell: Tell | None = None,
+           contact: Contact | None = None) -> Self:
+        """The same, with options that were put together before. tell: shown the hosts, where there are several.
+        contact: the way to them, if it is not the one that the options name."""
         llm = cls.__new__(cls)
-        llm._open(assemble(options, progress), options.engine, "wall", listeners, progress)
+        llm._open(assemble(options, progress, contact=contact, tell=tell), options.engine, "wall", listeners, progress)
         return llm
 
     @classmethod
@@ -173,19 +178,25 @@ class LLM:
                                     listeners=list(listeners), calibration=made.calibration)
         except BaseException:
             made.pipeline.close()
+            made.close()
             raise
         try:
             short = self._service.check_length(made.prepared.options.model.max_model_len)
         except UsageError:
             self._service.close()
+            made.close()
             raise
         if short:
             progress(short)
-        self._keep = made.keep
+        self._made, self._adapting = made, adapting(self._service, made)
         self.tokenizer: Tokenizer = made.prepared.tokenizer
         self.max_model_len = self._service.max_model_len
-        self.num_stages = made.pipeline.num_stages
         atexit.register(self.close)
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline; where there are several hosts this may change."""
+        return self._service.engine.pipeline.num_stages
 
     @property
     def vocab_size(self) -> int:
@@ -291,8 +302,11 @@ class LLM:
 
     def close(self) -> None:
         """Free everything; stage processes are ended. May be called more than once."""
+        if self._adapting:
+            self._adapting.close()
         self._service.close()
-        self._keep()
+        self._made.keep()
+        self._made.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:

@@ -27,8 +27,9 @@ BLOCK = 256
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
-# Options of the pipeline that need no stage processes.
-_ANYWHERE = ("stages", "device", "kv_pool_mib", "kv_cache_dtype", "threads")
+# Options of the pipeline that need no stage processes; those that need several hosts.
+_ANYWHERE = ("stages", "hosts", "device", "kv_pool_mib", "kv_cache_dtype", "threads")
+_OF_HOSTS = ("ray_address", "interface", "host_ip", "data_port", "plan", "adaptive", "host_timeout")
 _LONGEST_S = 86_400.0  # the system's own waits overflow at 24 days
 
 
@@ -100,7 +101,20 @@ class PipelineOptions:
     """Where the model runs."""
 
     stages: int | None = option(None, "Processes on this machine to cut the model over, and one more for the draft. "
-                                "Without any, it runs in this process.")
+                                "Without any, it runs in this process. With `hosts`: how many of them have a stage.")
+    hosts: str | None = option(None, "Run on several hosts: ray (all of a Ray cluster), or a hosts file (TOML) that "
+                               "names those of it that take part.", metavar="ray|FILE")
+    ray_address: str | None = option(None, "Head of the Ray cluster, HOST:PORT. Default: RAY_ADDRESS, else this "
+                                     "machine's Ray.")
+    interface: str | None = option(None, "Network interface of this host by which the others reach it.")
+    host_ip: str | None = option(None, "Address of this host at which the others reach it. Default: that by which it "
+                                 "reaches them.")
+    data_port: int = option(0, "Port of this host at which the others reach it; 0: any that is free.")
+    plan: str | None = option(None, "Who sits where, as `fullpipe plan` wrote it, edited or not. Default: the best "
+                              "plan for these hosts.", metavar="FILE")
+    adaptive: bool = option(True, "Cut the model anew, at a quiet moment, when hosts come or become slower.")
+    host_timeout: float = option(3.0, "Silence of a station on another host after which it counts as lost.",
+                                 metavar="SECONDS")
     device: str = option("cpu", "What stages and draft model compute on: cpu, cuda, or cuda:N for one of several GPUs.")
     kv_pool_mib: int | None = option(None, "Cache memory of each stage, and as much of a draft model, in MiB; it "
                                      "bounds how long texts may be, and how many run at a time. On a GPU it is taken "
@@ -133,13 +147,27 @@ class PipelineOptions:
              f"the links' bandwidth must be above 0 (got {self.link_mbit} Mbit/s)"),
             (self.timeout > 0, f"the time-out must be above 0 (got {self.timeout:g} s)"),
             (0 < self.start_timeout <= _LONGEST_S,
-             f"the time to start must be above 0 and at most a day (got {self.start_timeout:g} s)"))
-        if self.stages is None:
+             f"the time to start must be above 0 and at most a day (got {self.start_timeout:g} s)"),
+            (0 <= self.data_port < 65536, f"data_port must be below 65536 (got {self.data_port})"),
+            (0.5 <= self.host_timeout <= _LONGEST_S,
+             f"host_timeout must be half a second or more (got {self.host_timeout:g} s)"))
+        if self.hosts is None:
+            self._refuse_what_needs_hosts()
+        elif self.link_ms or self.link_mbit:
+            raise UsageError("links between hosts are real, and cannot be emulated",
+                             hint="Leave out `link_ms` and `link_mbit`, or `hosts`.")
+        if self.stages is None and self.hosts is None:
             self._refuse_what_needs_stages()
+
+    def _refuse_what_needs_hosts(self) -> None:
+        for one in fields(self):
+            if one.name in _OF_HOSTS and getattr(self, one.name) != one.default:
+                raise UsageError(f"{one.name} is for several hosts, and there is one", param=one.name,
+                                 hint="Name the hosts: `hosts=ray`.")
 
     def _refuse_what_needs_stages(self) -> None:
         for one in fields(self):
-            if one.name not in _ANYWHERE and getattr(self, one.name) != one.default:
+            if one.name not in (*_ANYWHERE, *_OF_HOSTS) and getattr(self, one.name) != one.default:
                 raise UsageError(f"{one.name} is for stage processes, and there are none",
                                  hint="Say how many there shall be: `stages=2`.")
 

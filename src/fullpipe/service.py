@@ -30,7 +30,7 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe.sequences.calibration import Calibration
 from fullpipe.sequences.sequence import Sequence as Running
-from fullpipe.supervision import Observer, Recovery, Status, guarded, what_failed
+from fullpipe.supervision import Observer, Recovery, Remade, Status, guarded, what_failed
 from fullpipe.text import Detokenizer, Reply
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class Service(Generic[W]):
     """
 
     def __init__(self, pipeline: Pipeline, method: Method, model: Served[W], *, options: EngineOptions | None = None,
-                 rebuild: Callable[[], Pipeline] | None = None, max_waiting: int | None = None,
+                 rebuild: Callable[[], Remade] | None = None, max_waiting: int | None = None,
                  listeners: Sequence[Listener] = (), calibration: Calibration | None = None) -> None:
         options = options or EngineOptions()
         self.model = model
@@ -267,6 +267,11 @@ class Service(Generic[W]):
             done.result()
         except CancelledError:
             raise self._recovery.refusal() from None
+
+    def recut(self, why: str, patience_s: float = 60.0) -> None:
+        """Have the pipeline exchanged for another one, which `rebuild` starts, when nobody waits for an answer, or in
+        so many seconds. Texts do not change, and nothing counts as failed."""
+        self._recovery.recut(why, patience_s)
 
     def check_length(self, asked: int | None) -> str | None:
         """What its owner should know where the cache holds shorter texts than the model does; None: nothing.

@@ -23,11 +23,15 @@ from typing import Literal, ParamSpec, Protocol
 from fullpipe.engine import Engine, RequestStats, Stats
 from fullpipe.errors import FullpipeError, PromptError, StationFailed, Unavailable
 from fullpipe.messages import Event
+from fullpipe.methods import Method
 from fullpipe.pipeline.base import Pipeline
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
+
+Remade = Pipeline | tuple[Pipeline, Method]
+"""Another pipeline, with another method where it is cut in another way."""
 
 State = Literal["ready", "rebuilding", "failed", "draining", "stopped"]
 
@@ -78,6 +82,9 @@ class Observer:
 
     def on_restart(self, station: str, reason: str) -> None:
         """The pipeline is started anew because of `station`: what was under way is lost."""
+
+    def on_recut(self, why: str) -> None:
+        """The pipeline is exchanged for a better one. Nothing has failed."""
 
     def on_engine_time(self, seconds: float) -> None:
         """The service's thread was at work for so long: not waiting for events."""
@@ -170,6 +177,10 @@ def guarded(what: str, act: Callable[P, object], *values: P.args, **named: P.kwa
 class Callers(Protocol):
     """Does for a service's callers what recovery asks for; only `step` raises."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits for an answer."""
+
     def step(self) -> None:
         """Take what callers want, and step the engine. Raises what the engine raises."""
 
@@ -193,7 +204,7 @@ class Recovery:
     without holding it and having called `check_open`. state: what the service says of itself.
     """
 
-    def __init__(self, engine: Engine, rebuild: Callable[[], Pipeline] | None, observers: Sequence[Observer],
+    def __init__(self, engine: Engine, rebuild: Callable[[], Remade] | None, observers: Sequence[Observer],
                  callers: Callers, lock: threading.Lock) -> None:
         self._engine, self._rebuild, self._observers, self._callers = engine, rebuild, observers, callers
         self.supervision = Supervision()
@@ -201,6 +212,7 @@ class Recovery:
         self._lock = lock  # of the state
         self._retry_at = 0.0
         self._stopping = threading.Event()
+        self._recut: tuple[str, float] | None = None  # why, and until when it waits for a quiet moment
 
     # ---- any thread --------------------------------------------------------------------------------------
 
@@ -211,6 +223,10 @@ class Recovery:
                 self.state = state
         if state == "stopped":
             self._stopping.set()
+
+    def recut(self, why: str, patience_s: float) -> None:
+        """Exchange the pipeline for another one, which `rebuild` starts: when nothing runs, or in so many seconds."""
+        self._recut = self._recut or (why, time.monotonic() + patience_s)
 
     @property
     def retry_after_s(self) -> float:
@@ -236,6 +252,7 @@ class Recovery:
             while not self._stopping.is_set():
                 try:
                     self._callers.step()
+                    self._exchange_if_due()
                 except BaseException as error:  # a bug of ours, too, must not leave callers waiting for ever
                     self._start_over(error)
         finally:
@@ -243,8 +260,26 @@ class Recovery:
             guarded("closing the pipeline", self._engine.pipeline.close)
             self._callers.give_up_all("abort")
 
+    def _exchange_if_due(self) -> None:
+        """Requests that run go on with the same text; they only wait for as long as the new pipeline takes to start."""
+        if self._recut is None or self.state != "ready":
+            return
+        why, until = self._recut
+        if self._callers.busy and time.monotonic() < until:
+            return
+        self._recut = None
+        log.info("going over to another pipeline: %s", why)
+        for observer in self._observers:
+            guarded("an observer", observer.on_recut, why)
+        self._callers.tell_news()
+        self._turn_unless_ending("rebuilding")
+        guarded("closing the pipeline", self._engine.pipeline.close)
+        while not (self._stopping.is_set() or self._recover()):
+            pass
+
     def _start_over(self, error: BaseException) -> None:
         self._note(error, built=True)
+        self._recut = None
         guarded("closing the pipeline", self._engine.pipeline.close)
         while not (self._stopping.is_set() or self._recover()):
             pass
@@ -284,8 +319,9 @@ class Recovery:
             return False
         pipeline = None
         try:
-            pipeline = self._rebuild()
-            self._engine.attach(pipeline)
+            made = self._rebuild()
+            pipeline, method = made if isinstance(made, tuple) else (made, None)
+            self._engine.attach(pipeline, method)
             self._end_what_does_not_fit()
         except Exception as error:
             if pipeline is not None:

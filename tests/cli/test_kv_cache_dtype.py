@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from command import Models
 
-from fullpipe.assembly import _kept_costs, prepare
+from fullpipe.assembly import prepare
+from fullpipe.assembly.costs import kept_costs
 from fullpipe.errors import UsageError
 from fullpipe.kernels import load
 from fullpipe.llm import LLM
@@ -33,7 +34,7 @@ def test_stages_and_draft_model_are_told_only_where_it_is_asked_for(models: Mode
     assert asked.draft is not None and not_asked.draft is not None
     assert {spec.args["kv_cache_dtype"] for spec in (*asked.stages, asked.draft)} == {"int8"}
     assert not any("kv_cache_dtype" in spec.args for spec in (*not_asked.stages, not_asked.draft))
-    assert _kept_costs(asked).path != _kept_costs(not_asked).path
+    assert kept_costs(asked).path != kept_costs(not_asked).path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -231,7 +231,7 @@ def test_a_depth_that_was_asked_for_is_not_dropped_where_guessing_would_not_pay(
         asked.append(may_do_without)
         return Choice(drafts, 2, "so it is")
 
-    monkeypatch.setattr("fullpipe.assembly.choose", choose)
+    monkeypatch.setattr("fullpipe.assembly.made.choose", choose)
     for shape in ({}, {"depth": 3}, {"floor": 0.1}):
         with LLM(models.target, **shape) as llm:
             assert llm.method == "chain"

@@ -10,7 +10,8 @@ import torch
 from command import Models, run
 from gguf import GGMLQuantizationType as Kind
 
-from fullpipe.assembly import _kept_costs, _kept_fates, prepare
+from fullpipe.assembly import prepare
+from fullpipe.assembly.costs import kept_costs, kept_fates
 from fullpipe.errors import UsageError
 from fullpipe.kernels import load
 from fullpipe.llm import LLM
@@ -45,8 +46,8 @@ def test_stages_and_draft_model_are_told(models: Models) -> None:
 def test_what_was_measured_with_other_weights_is_not_reused(models: Models) -> None:
     prepared = [prepare(Options.of(model=str(models.target), draft=str(models.draft), quantization=kind))
                 for kind in (None, "int8", "int4")]
-    assert len({_kept_costs(one).path for one in prepared}) == 3
-    assert len({fates.path for one in prepared if (fates := _kept_fates(one))}) == 3
+    assert len({kept_costs(one).path for one in prepared}) == 3
+    assert len({fates.path for one in prepared if (fates := kept_fates(one))}) == 3
 
 
 def test_what_is_quantised_already_is_refused(tmp_path: Path) -> None:

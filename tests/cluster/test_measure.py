@@ -58,8 +58,8 @@ def test_layers_and_ends_have_a_cost_for_every_cell(files: ModelFiles) -> None:
 
 @pytest.mark.processes
 def test_processes_that_cannot_talk_are_an_error_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
-    with pytest.raises(PipelineError, match="could not talk"):
+    monkeypatch.setattr(hops, "local_endpoint", lambda: "ipc:///no/such/folder/socket")
+    with pytest.raises(PipelineError, match=r"could not talk: .*cannot listen on"):
         hops.measure_hops((64,), 2, lambda done: None)
 
 
@@ -69,3 +69,11 @@ def test_where_the_least_counts_what_follows_is_derived_from_the_least_of_each_t
     (apart,) = cells.surface("things", lambda rows, context: next(times), lambda pair: (pair[0] - pair[1],))
     assert apart.at(1, 10) == 4.0, "5 - 1"
     assert apart.costs[0][0].samples == 3
+
+
+@pytest.mark.processes
+def test_processes_that_can_talk_measure_every_size() -> None:
+    told: list[int] = []
+    samples = hops.measure_hops((0, 4096), 2, told.append)
+    assert {size: len(seconds) for size, seconds in samples.items()} == {0: 2, 4096: 2}
+    assert all(0 < second < 10 for seconds in samples.values() for second in seconds) and told == [1, 2, 3, 4]

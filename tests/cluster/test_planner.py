@@ -170,6 +170,8 @@ def test_what_is_pinned_stays() -> None:
     assert search(survey, MODEL, Pins(cut=cuts.UNIFORM, hosts=("a", "b"))).best.layout.layers == (14, 14)
     assert search(survey, MODEL, Pins(method="pp")).best.method == "pp"
     assert search(survey, MODEL, Pins(order=("b",))).here is None
+    two = search(survey, MODEL, Pins(stages=2))
+    assert len(two.best.layout.order) == 2 and two.here is None
     assert search(survey, MODEL, Pins(method="chain")).best.layout.order == ("a",)
 
 
@@ -177,7 +179,7 @@ def test_what_is_pinned_stays() -> None:
     (Pins(hosts=("a", "x")), "there is no host x"), (Pins(draft_host="x"), "there is no host x"),
     (Pins(order=("a", "a")), "named twice"), (Pins(hosts=("a",), order=("b",)), "names other hosts"),
     (Pins(cut="nice"), "no cut 'nice'"), (Pins(method="spd"), "no plan is made for the method 'spd'"),
-    (Pins(width=0), "1 row or more"), (Pins(layers=(28,)), "whose order is not"),
+    (Pins(width=0), "1 row or more"), (Pins(stages=3), "3 stages are pinned"), (Pins(layers=(28,)), "whose order is not"),
     (Pins(order=("a", "b"), layers=(9, 9)), "28 layers, and 9\\+9 are pinned"),
     (Pins(method="chain", order=("a", "b")), "the method chain has no place")])
 def test_pins_that_cannot_be_are_told(pins: Pins, says: str) -> None:

@@ -25,6 +25,7 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.durations import measured_costs
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.links import Link, Links
+from fullpipe.pipeline.starting import Hosting, Place
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.sequences.blocks import BlockPool, SlotAllocator
@@ -50,11 +51,18 @@ def _specs(taps: bool = False) -> list[StationSpec]:
             for index, delay in enumerate(DELAYS)]
 
 
-def _workers(links: Links | None = None, taps: bool = False) -> Pipeline:
+def _workers(links: Links | None = None, taps: bool = False, places: Sequence[Place] | None = None) -> Pipeline:
     source = StationSpec("fullpipe.stations.scripted:EchoDraft", {"delay_s": DRAFT_DELAY})
     checker = StationSpec("fullpipe.stations.drafts.scripted:TapChecker",
                           {"truth": TRUTH, "needs": NEEDS, "tell": True})
-    return WorkersPipeline(_specs(taps), checker if taps else source, links=links)
+    return WorkersPipeline(_specs(taps), checker if taps else source, links=links,
+                           hosting=Hosting(places or (), Place("", "127.0.0.1")))
+
+
+def _hosts(*names: str) -> list[Place]:
+    """Hosts that are all this machine. Their stations are started here, and believe the names: between two of them
+    everything goes over TCP."""
+    return [Place(name, "127.0.0.1") for name in names]
 
 
 def _inprocess(taps: bool = False, **options: object) -> Pipeline:
@@ -88,6 +96,8 @@ PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "virtual-taps-one-device": lambda: _inprocess(taps=True, links=_links(0.1), device_of=lambda station: "only"),
     "wall-taps": lambda: _inprocess(taps=True, clock="wall"),
     "workers-taps": lambda: _workers(taps=True),
+    "workers-hosts": lambda: _workers(places=_hosts("", "far", "", "far")),
+    "workers-hosts-taps": lambda: _workers(taps=True, places=_hosts("one", "one", "two", "draft's")),
     "workers-taps-links": lambda: _workers(_links(0.003, 1e7), taps=True),
 }
 

@@ -223,32 +223,37 @@ def test_outbox_tells_how_long_the_link_held_an_answer() -> None:
 
 
 class _Sender:
-    """A stage before that always has a flight, each of which took it `service` seconds (nodes: computed rows)."""
+    """A stage before that always has a flight, each of which took it `service` seconds (nodes: computed rows). It sends
+    one unasked, and then one whenever it is let."""
 
     def __init__(self, service: float, nodes: list[int]) -> None:
-        self.asked = threading.Semaphore(0)  # once per flight that was let come
+        self.sent = threading.Semaphore(0)
+        self._may_send = threading.Semaphore(1)
+        self.let_come = self._may_send.release
         self._given, self._service, self._nodes = count(1), service, nodes
 
     def receive(self) -> Arrival:
-        self.asked.release()
+        self._may_send.acquire()
+        self.sent.release()
         stay = Stay(0.0, 0.0, self._service, 0.0, self._nodes)
         return Arrival(Flight(next(self._given)), [stay], None, size=10, came=0.0, due=math.nan)
 
 
 @pytest.mark.parametrize(("latency", "service", "nodes", "most"),
-                         [(0.02, 0.005, [1], 4), (0.02, 0.02, [1], 1), (0.0, 0.005, [1], 1), (0.02, 0.005, [], 1)],
+                         [(0.02, 0.005, [1], 5), (0.02, 0.02, [1], 2), (0.0, 0.005, [1], 1), (0.02, 0.005, [], 1)],
                          ids=["pipelines", "slow", "no-latency", "died-out"])
 def test_inbound_lets_come_what_the_window_allows(latency: float, service: float, nodes: list[int],
                                                   most: int) -> None:
-    """One less than the window, for the sender has stamped one more."""
-    sender = _Sender(service, nodes)
-    inbound = Inbound(sender.receive, Link(latency, bandwidth=1e9))
+    """The sender holds no flight that counts as sent, so that all of the window is on the link or waits here."""
+    sender, link = _Sender(service, nodes), Link(latency, bandwidth=1e9)
+    inbound = Inbound(sender.receive, sender.let_come, link)
+    assert not nodes or most == link.window(service)
     for _ in range(most):
-        assert sender.asked.acquire(timeout=5)
+        assert sender.sent.acquire(timeout=5)
     for number in range(1, 21):
-        assert not sender.asked.acquire(blocking=False), "more than the window"
+        assert not sender.sent.acquire(blocking=False), "more than the window"
         assert inbound.next().flight.id == number
-        assert sender.asked.acquire(timeout=5)
+        assert sender.sent.acquire(timeout=5)
 
 
 def test_inbound_raises_in_order_what_went_wrong() -> None:
@@ -260,7 +265,7 @@ def test_inbound_raises_in_order_what_went_wrong() -> None:
             raise ConnectionError("gone")
         return arrival
 
-    inbound = Inbound(receive, Link(0.001))
+    inbound = Inbound(receive, lambda: None, Link(0.001))
     assert inbound.next() is first
     with pytest.raises(ConnectionError, match="gone"):
         inbound.next()
@@ -272,14 +277,14 @@ def test_inbound_raises_in_order_what_went_wrong() -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize(("frame", "reason"), [
     (Up(), "NonsenseError: b'\\x82\\xa4kind\\xa2Up\\xabcache_slots\\xc0', which cannot be read (Invalid value 'Up'"),
-    (Setup("stage 0", 0, 1, 1, [], ECHO, StationLinks.of(Links([]), 0, 1), None, 1, 1.0, 1.0, 0, 0, None),
+    (Setup("stage 0", 0, 1, "", [], "", ECHO, StationLinks.of(Links([]), 0, 1), None, 1, 1.0),
      "PipelineError: a second setup"),
 ])
 def test_frame_that_makes_no_sense_is_reported(frame: Any, reason: str) -> None:
     with WorkersPipeline(_stages(0.0)) as pipeline:
         pipeline.launch(_prompt(1))
         _landings(pipeline, 1)
-        pipeline._fleet.workers[0].channel.send(frame)
+        pipeline._fleet.send(pipeline._fleet.workers[0], frame)
         pipeline.launch(_guess(1))
         (failed,) = [event for event in _events_until(pipeline, Failed, 1) if isinstance(event, Failed)]
     assert failed.station == "stage 0"

@@ -5,10 +5,9 @@ The test plays the workers itself, over the connections that real ones would hav
 
 from __future__ import annotations
 
-import socket
+import os
 import struct
-import subprocess
-import time
+import threading
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -19,11 +18,15 @@ import pytest
 
 from fullpipe.errors import PipelineError, StationFailed
 from fullpipe.messages import Drafted, Event, Expansion, Failed, Flight, Landed, Leg, Opening, Part, Ready
-from fullpipe.pipeline import fleet, launch
-from fullpipe.pipeline.fleet import Worker
-from fullpipe.pipeline.frames import FromWorker, Hop, Setup
-from fullpipe.pipeline.hops import Incoming
-from fullpipe.pipeline.wire import Channel, NonsenseError, pack, packed_size, unpack
+from fullpipe.pipeline import fleet
+from fullpipe.pipeline.bell import Socket
+from fullpipe.pipeline.frames import Door, Hop
+from fullpipe.pipeline.hops import HIDDEN, Inlet, understood
+from fullpipe.pipeline.keys import RunKeys
+from fullpipe.pipeline.launch.base import Launcher, Process
+from fullpipe.pipeline.net import Net, local_endpoint
+from fullpipe.pipeline.starting import Hosting
+from fullpipe.pipeline.wire import NonsenseError, Outward, pack, unpack
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.request import SamplingParams
 from fullpipe.stations.spec import StationSpec
@@ -46,55 +49,93 @@ def _flight(number: int = 0) -> Flight:
     return Flight(number, [part], [Opening(0, 2, SamplingParams())])
 
 
-def _frame(body: bytes) -> bytes:
-    return struct.pack("<I", len(body)) + body
+class Played(Process):
+    """Is a station that the test plays, by the connections that a real one has."""
+
+    def __init__(self, net: Net, door: Door, first: Frame) -> None:
+        self._hears, self._says = net.connect(door.engine, door.name), net.connect(door.engine, f"{door.name} says")
+        self._numbers, self._first, self._running = Outward(), first, True
+        self._end, self._ended = os.pipe()
+        self._thread = threading.Thread(target=self._begin)
+        self._thread.start()
+
+    def _begin(self) -> None:
+        """Say hello, and be up once it is told what to be: all while the pipeline is being made."""
+        self._hears.send_multipart(Outward().number([encode({"kind": "Hello"})]))
+        if self._hears.poll(10_000):
+            self._hears.recv_multipart()
+            self.say([encode(self._first)])
+
+    def say(self, body: list[bytes]) -> None:
+        self.say_raw(self._numbers.number(body))
+
+    def say_raw(self, frames: list[bytes]) -> None:
+        self._says.send_multipart(frames)
+
+    def begun(self) -> None:
+        """Wait until the sockets are the test's."""
+        self._thread.join()
+
+    def fileno(self) -> int:
+        return self._end
+
+    def alive(self) -> bool:
+        return self._running
+
+    def last_words(self) -> str:
+        return "it was played"
+
+    def log_tail(self) -> str:
+        return ""
+
+    def terminate(self) -> None:
+        self._running = False
+
+    def kill(self) -> None:
+        self._running = False
+
+    def wait(self, seconds: float) -> bool:
+        self.begun()
+        return not self._running
+
+    def close(self) -> None:
+        os.close(self._end)
+        os.close(self._ended)
 
 
-class Stage:
-    """A pipeline whose workers the test plays; `ends` are their ends of the connections."""
+class Players(Launcher):
+    """Has the test play all stations. first: what each says when it has been told what to be."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, first: Frame) -> None:
-        self.ends: list[socket.socket] = []
+    def __init__(self, first: Frame) -> None:
+        self.stations: list[Played] = []
         self._first = first
-        monkeypatch.setattr(fleet, "_STOP_S", 0.0)
-        monkeypatch.setattr(launch, "start_process", self._start)
+        self._net: Net | None = None
 
-    def _start(self, setup: Setup) -> Worker:
-        ours, theirs = socket.socketpair()
-        self.ends.append(theirs)
-        log = launch.tempfile.TemporaryFile()  # the fleet closes it
-        theirs.sendall(_frame(encode(self._first)))
-        return Worker(setup.name, subprocess.Popen(["sleep", "60"]), Channel(ours, FromWorker), log, time.monotonic())
+    def start(self, door: Door, host: str, threads: int) -> Process:
+        self._net = self._net or Net(door.keys, 10.0)
+        self.stations.append(Played(self._net, door, self._first))
+        return self.stations[-1]
 
-    def say(self, frame: Frame | bytes, worker: int = 0) -> None:
-        self.ends[worker].sendall(frame if isinstance(frame, bytes) else _frame(encode(frame)))
+    def close(self) -> None:
+        if self._net:
+            self._net.close()
 
 
-Play = Callable[[Frame], Stage]
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stations that never leave by themselves."""
+    monkeypatch.setattr(fleet, "_STOP_S", 0.0)
 
 
-@pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
-    made: list[Stage] = []
-
-    def begin(first: Frame) -> Stage:
-        made.append(Stage(monkeypatch, first))
-        return made[-1]
-
-    yield begin
-    for stage in made:
-        for end in stage.ends:
-            end.close()
-
-
-def _answer(play: Play, frame: Frame | bytes) -> list[Event]:
-    """What a pipeline with a flight and a job under way makes of it."""
-    stage = play({"kind": "Up"})
-    with WorkersPipeline([STAGE], DRAFT) as pipeline:
+def _answer(say: Callable[[Played], None], worker: int = 0) -> list[Event]:
+    """What a pipeline with a flight and a job under way makes of what a station says."""
+    players = Players({"kind": "Up"})
+    with WorkersPipeline([STAGE], DRAFT, hosting=Hosting(launcher=lambda: players)) as pipeline:
         assert isinstance(pipeline.events()[0], Ready)
         pipeline.launch(_flight())
         pipeline.draft(_flight())
-        stage.say(frame, worker=int(isinstance(frame, dict) and frame.get("kind") == "Guessed"))
+        players.stations[worker].begun()
+        say(players.stations[worker])
         events = pipeline.events(10.0)
         if isinstance(events[-1], Failed):
             with pytest.raises(PipelineError, match="has failed"):
@@ -102,22 +143,27 @@ def _answer(play: Play, frame: Frame | bytes) -> list[Event]:
         return events
 
 
-def test_sense_is_understood(play: Play) -> None:
-    (landed,) = _answer(play, LANDED)
+def _answer_to(frame: Frame) -> list[Event]:
+    """The same for a frame, which the draft says if it is of its kinds."""
+    return _answer(lambda station: station.say([encode(frame)]), worker=int(frame.get("kind") == "Guessed"))
+
+
+def test_sense_is_understood() -> None:
+    (landed,) = _answer_to(LANDED)
     assert isinstance(landed, Landed)
     (leg,) = landed.legs
     assert landed == Landed(landed.time, 0, [1], [5], [1.5], [[7]], [[(5, -0.1), (7, -2.5)]],
                             [Leg("stage 0", leg.start, leg.end, [-1, 1])])
     assert leg.start <= leg.end <= landed.time
-    (drafted,) = _answer(play, DRAFTED)
+    (drafted,) = _answer_to(DRAFTED)
     assert isinstance(drafted, Drafted)
     leg = drafted.leg
     assert drafted == Drafted(drafted.time, 0, [Expansion(1, [5, 6], [-0.5, -1.0], [-1, 0])],
                               Leg("draft", leg.start, leg.end, [-1, 1]))
     assert leg.start <= leg.end <= drafted.time
-    (landed,) = _answer(play, _changed(LANDED, ("landed", "logprobs"), MISSING))
+    (landed,) = _answer_to(_changed(LANDED, ("landed", "logprobs"), MISSING))
     assert isinstance(landed, Landed) and landed.logprobs == []
-    (landed,) = _answer(play, _changed(LANDED, ("landed", "margins"), [None]))
+    (landed,) = _answer_to(_changed(LANDED, ("landed", "margins"), [None]))
     assert isinstance(landed, Landed) and landed.margins == [None]
 
 
@@ -137,18 +183,36 @@ def _changed(frame: Frame, path: tuple[str, ...], value: Any) -> Frame:
     return changed
 
 
-@pytest.mark.parametrize("raw", [
-    b"Traceback (most recent call last):\n", struct.pack("<I", (1 << 26) + 1), _frame(b"\x81"), _frame(b"\xff\xfe"),
-    _frame(encode([1, 2])), _frame(b"\x91" * 100_000), _frame(b""), _frame(encode(None)),
-    *(_frame(encode(one)) for one in (
+@pytest.mark.parametrize("body", [
+    b"Traceback (most recent call last):\n", bytes((1 << 26) + 1), b"\x81", b"\xff\xfe", encode([1, 2]),
+    b"\x91" * 100_000, b"", encode(None),
+    *(encode(one) for one in (
         {"kind": "Answered"}, {}, {"kind": []}, {"kind": "End"}, {"kind": "Up"}, {"kind": "Broken"},
         {"kind": "Broken", "error": "OSError", "message": 3}, {"kind": "Lost", "message": None})),
-    _frame(b'{"kind": "Free"}'),
+    b'{"kind": "Free"}',
 ], ids=range(17))
-def test_bytes_that_are_no_message(play: Play, raw: bytes) -> None:
-    (failed,) = _answer(play, raw)
+def test_bytes_that_are_no_message(body: bytes) -> None:
+    (failed,) = _answer(lambda station: station.say([body]))
     assert isinstance(failed, Failed) and failed.station == "stage 0"
-    assert failed.reason.startswith("answers nonsense: ")
+    assert failed.reason.startswith("answers nonsense: ") and len(failed.reason) < 400
+
+
+FREE, DUE = encode({"kind": "Free"}), struct.pack("<Q", 1)  # `Up` was message 0
+
+
+@pytest.mark.parametrize(("frames", "reason"), [
+    ([struct.pack("<Q", 2), FREE], "message 2, and 1 is due: the connection has lost some"),
+    ([struct.pack("<Q", 0), FREE], "message 0, and 1 is due"),
+    ([struct.pack("<Q", (1 << 64) - 1), FREE], "and 1 is due"),
+    ([FREE], "which has no number"),
+    ([b""], "which has no number"),
+    ([DUE], "a message of 0 parts, where there is one"),
+    ([DUE, FREE, FREE], "a message of 2 parts, where there is one"),
+], ids=["skipped", "repeated", "highest", "none", "empty", "no-part", "two-parts"])
+def test_a_message_that_is_not_one_numbered_part(frames: list[bytes], reason: str) -> None:
+    (failed,) = _answer(lambda station: station.say_raw(frames))
+    assert isinstance(failed, Failed) and failed.station == "stage 0"
+    assert failed.reason.startswith("answers nonsense: ") and reason in failed.reason
 
 
 SAID, GUESS = DRAFTED["expansions"][0], "expansions"
@@ -183,39 +247,50 @@ CHANGES: list[tuple[Frame, tuple[str, ...], Any]] = [
 
 @pytest.mark.parametrize(("frame", "path", "value"), CHANGES,
                          ids=[f"{at}-{path[-1]}" for at, (_, path, _) in enumerate(CHANGES)])
-def test_a_field_that_makes_no_sense(play: Play, frame: Frame, path: tuple[str, ...], value: Any) -> None:
+def test_a_field_that_makes_no_sense(frame: Frame, path: tuple[str, ...], value: Any) -> None:
     frame = _changed(frame, path, value)
-    (failed,) = _answer(play, frame)
+    (failed,) = _answer_to(frame)
     assert isinstance(failed, Failed)
     assert failed.station == ("draft" if frame.get("kind") == "Guessed" else "stage 0")
     assert failed.reason.startswith("answers nonsense: ") and len(failed.reason) < 400
 
 
-def test_what_comes_before_the_nonsense_counts(play: Play) -> None:
-    ready = _frame(encode({"kind": "Free"}))
-    first, second = _answer(play, ready + ready)
-    assert isinstance(first, Ready) and isinstance(second, Failed)
-    assert "kind Free" in second.reason
+def test_what_comes_before_the_nonsense_counts() -> None:
+    players = Players({"kind": "Up"})
+    with WorkersPipeline([STAGE], hosting=Hosting(launcher=lambda: players)) as pipeline:
+        pipeline.launch(_flight())
+        players.stations[0].begun()
+        for _ in range(2):
+            players.stations[0].say([FREE])
+        events = pipeline.events()
+        while not isinstance(events[-1], Failed):
+            events += pipeline.events()
+        assert [type(event) for event in events] == [Ready, Ready, Failed]
+        assert isinstance(events[-1], Failed) and "kind Free" in events[-1].reason
 
 
-def test_nonsense_at_the_start(play: Play) -> None:
-    play({"kind": "Hello"})
-    with pytest.raises(StationFailed, match="answers nonsense"):
-        WorkersPipeline([STAGE])
+@pytest.mark.parametrize("first", [{"kind": "Free"}, {"kind": "Hello", "listens": 3}, DRAFTED, {}],
+                         ids=["too-early", "no-list", "of-a-draft", "nothing"])
+def test_nonsense_at_the_start(first: Frame) -> None:
+    with pytest.raises(StationFailed, match="answers nonsense") as caught:
+        WorkersPipeline([STAGE], hosting=Hosting(launcher=lambda: Players(first)))
+    assert caught.value.station == "stage 0"
 
 
 # ---- between workers -------------------------------------------------------------------------------------
 
 
-def _hop(header: Any = None, rows: Any = None) -> Any:
+ROWS = np.zeros((2, 4), np.float32)
+
+
+def _hop(header: Any = None, **tensors: Any) -> Any:
     """What a stage makes of its neighbour's message."""
-    message = pack(Hop(_flight(), []) if header is None else header,
-                   np.zeros((2, 4), np.float32) if rows is None else rows)
-    return Incoming(0, "stage 0", Hop).understood(message)[0]
+    message = pack(Hop(_flight(), []) if header is None else header, tensors or {HIDDEN: ROWS})
+    return understood(message, Hop)[0]
 
 
 def test_a_neighbours_sense_is_understood() -> None:
-    assert _hop() == Hop(_flight(), [])
+    assert _hop() == _hop(hidden=ROWS, residual=ROWS, positions=np.zeros(2)) == Hop(_flight(), [])
 
 
 def _uneven() -> Flight:
@@ -224,34 +299,78 @@ def _uneven() -> Flight:
     return flight
 
 
-@pytest.mark.parametrize(("header", "rows"), [
-    (3, None), ([], None), ([[], []], None), ([_flight()], None), ([_flight(), [[0.0, 0.0, "soon", 0.0, []]]], None),
-    ([[0, [[1, 2]], [], [], "all"], []], None), (Hop(_uneven(), []), None), (None, np.zeros((3, 4), np.float32)),
-], ids=range(8))
-def test_a_neighbours_nonsense(header: Any, rows: Any) -> None:
-    with pytest.raises(NonsenseError, match="a message of stage 0's"):
-        _hop(header, rows)
+NEIGHBOURS: list[tuple[Any, dict[str, Any]]] = [
+    (3, {}), ([], {}), ([[], []], {}), ([_flight()], {}), ([_flight(), [[0.0, 0.0, "soon", 0.0, []]]], {}),
+    ([[0, [[1, 2]], [], [], "all"], []], {}), (Hop(_uneven(), []), {}), (None, {HIDDEN: np.zeros((3, 4), np.float32)}),
+    (None, {HIDDEN: ROWS, "residual": ROWS[:1]}), (None, {HIDDEN: np.zeros((), np.float32)}),
+]
+
+
+@pytest.mark.parametrize(("header", "tensors"), NEIGHBOURS, ids=range(len(NEIGHBOURS)))
+def test_a_neighbours_nonsense(header: Any, tensors: dict[str, Any]) -> None:
+    with pytest.raises(NonsenseError):
+        _hop(header, **tensors)
 
 
 def test_a_neighbour_that_sends_no_rows() -> None:
-    with pytest.raises(NonsenseError, match="a message of stage 0's: no rows"):
-        Incoming(0, "stage 0", Hop).understood(pack(Hop(_flight(), []), None))
+    with pytest.raises(NonsenseError, match="no rows"):
+        understood(pack(Hop(_flight(), []), {}), Hop)
 
 
-@pytest.mark.parametrize("sizes", [(1 << 40, 20), (100, 200), (0, 0)])
-def test_sizes_that_cannot_be(sizes: tuple[int, int]) -> None:
-    message = np.zeros(128, np.uint8)
-    struct.pack_into("<QQ", message.data, 0, *sizes)
-    with pytest.raises(NonsenseError, match="a message of"):
-        packed_size(message)
+Road = tuple[Inlet[Hop], Socket]
 
 
-@pytest.mark.parametrize("described", [["numpy", "|O", [1]], ["torch", "load", [1]], ["torch", "float32", [99]], [3],
-                                       ["jax", "float32", [4]], ["numpy", "float32"]])
+@pytest.fixture
+def road() -> Iterator[Road]:
+    """A stage's inlet, and its neighbour's way there."""
+    keys, endpoint = RunKeys.new(), local_endpoint()
+    stage, neighbour = Net(keys, 10.0), Net(keys, 10.0)
+    socket, _ = stage.bind([endpoint])
+    way = neighbour.connect(endpoint, "stage 0")
+    yield Inlet(socket, Hop), way
+    neighbour.close()
+    stage.close()
+
+
+def test_an_inlet_tells_whose_message_it_is(road: Road) -> None:
+    inlet, way = road
+    numbers, message = Outward(), pack(Hop(_flight(), []), {HIDDEN: ROWS, "residual": ROWS + 1})
+    for _ in range(2):
+        way.send_multipart(numbers.number(message))
+        who, hop, tensors, size = inlet.receive()
+        assert (who, hop) == ("stage 0", Hop(_flight(), []))
+        assert list(tensors) == [HIDDEN, "residual"] and np.array_equal(tensors["residual"], ROWS + 1)
+        assert size == 8 + sum(map(len, message))
+
+
+@pytest.mark.parametrize(("number", "body", "reason"), [
+    (1, pack(Hop(_flight(), []), {HIDDEN: ROWS}), "message 1, and 0 is due"),
+    (0, pack(Hop(_flight(), []), {}), "no rows"),
+    (0, pack(Hop(_flight(), []), {HIDDEN: ROWS})[:1], "0 tensors, and 1 are described"),
+    (0, [*pack(Hop(_flight(), []), {HIDDEN: ROWS}), b"more"], "2 tensors, and 1 are described"),
+    (0, [], "a message without frames"),
+], ids=["skipped", "no-rows", "lacking", "more", "empty"])
+def test_an_inlet_names_the_neighbour_that_sends_nonsense(road: Road, number: int, body: list[bytes],
+                                                          reason: str) -> None:
+    inlet, way = road
+    way.send_multipart([struct.pack("<Q", number), *body])
+    with pytest.raises(NonsenseError, match=f"a message of stage 0's: {reason}"):
+        inlet.receive()
+
+
+@pytest.mark.parametrize("described", [
+    ["rows", "numpy", "|O", [1]], ["rows", "torch", "load", [1]], ["rows", "torch", "float32", [99]], [3],
+    ["rows", "jax", "float32", [4]], ["rows", "numpy", "float32"], ["rows", "numpy", "f4", [-2]],
+    ["rows", "numpy", "nothing", [4]], [3, "numpy", "f4", [4]], ["rows", "torch", "float64", [4]],
+], ids=range(10))
 def test_rows_that_cannot_be(described: Any) -> None:
-    message = pack([1], np.zeros(4, np.float32))
-    head = encode([[1], described])
-    struct.pack_into("<QQ", message.data, 0, len(message), len(head))
-    message[16 : 16 + len(head)] = np.frombuffer(head, np.uint8)
+    _, raw = pack([1], {"rows": np.zeros(4, np.float32)})
     with pytest.raises(NonsenseError, match="cannot be read"):
-        unpack(message, list[int])
+        unpack([encode([[1], [described]]), raw], list[int])
+
+
+def test_rows_that_are_cut_short() -> None:
+    head, raw = pack([1], {"rows": np.zeros(4, np.float32)})
+    for length in (0, 7, 8):
+        with pytest.raises(NonsenseError, match="cannot be read"):
+            unpack([head, raw[:length]], list[int])

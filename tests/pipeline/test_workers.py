@@ -1,7 +1,6 @@
 """Real processes: what happens when they start badly, die, hang, or are left alone.
 
-Pipelines of one stage and no draft need no gloo, so they start quickly; the others cost an
-`import torch` per process.
+Scripted stations need no torch, so that they start quickly.
 """
 
 from __future__ import annotations

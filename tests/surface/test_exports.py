@@ -26,7 +26,6 @@ ERRORS = sorted((value for value in vars(errors).values()
 # Exceptions outside errors.py: why nobody but us ever sees them.
 PRIVATE = {
     ("fullpipe.cli.stopping", "Interrupted"), ("fullpipe.cli.stopping", "Terminated"),  # end the process
-    ("fullpipe.pipeline.hops", "NeighbourLostError"),  # caught in the worker that raises it, and reported
     ("fullpipe.pipeline.wire", "NonsenseError"),  # caught by whoever reads a frame, and becomes a Failed event
     ("fullpipe.server.answer", "ClientGone"),  # nobody is left to see it
     ("fullpipe.server.problems", "Problem"),  # becomes an HTTP answer

@@ -37,6 +37,7 @@ LAYERS = (
     ("assembly",),
     ("supervision",),
     ("service",),
+    ("adapting",),
     ("llm",),
     ("training",),
     ("server",),

@@ -127,5 +127,5 @@ def test_verbs_know_the_options_that_hints_name() -> None:
         known |= {parameter.name for parameter in one.params}
     named = {name for path in MODULES for _, text in hints(path)
              for name in re.findall(r"`([a-z][a-z_]*)(?:=[^`]*)?`", text)}
-    assert named - known <= {"save_pretrained", "jq", "turns", "prompt"}, inspect.cleandoc(
+    assert named - known <= {"save_pretrained", "jq", "turns", "prompt", "host_ip", "interface"}, inspect.cleandoc(
         "an option has one name everywhere; a word in backticks that is none needs no backticks")

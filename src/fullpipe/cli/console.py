@@ -59,6 +59,12 @@ def speak_for(verb: typer.Context) -> None:
     _verb = verb
 
 
+def was_given(option: str) -> bool:
+    """Whether an option of the verb that runs was given, and has not its default."""
+    source = _verb.get_parameter_source(option) if _verb else None
+    return source is not None and source.name != "DEFAULT"
+
+
 def _flag(name: str, value: str | None) -> str | None:
     """An option of the verb as it is typed; None for what is none."""
     for one in _verb.command.params if _verb else ():

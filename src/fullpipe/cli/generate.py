@@ -11,6 +11,7 @@ import typer
 
 from fullpipe.cli import console, options, stopping
 from fullpipe.cli.fetch import fetch_all
+from fullpipe.cli.hosts import print_hosts
 from fullpipe.cli.trace import Traces
 from fullpipe.options import ChatOptions, MethodOptions, ModelOptions, Options, PipelineOptions
 from fullpipe.request import SamplingParams
@@ -45,7 +46,8 @@ def generate(
         from fullpipe.llm import LLM
 
         llm = stack.enter_context(LLM.of(Options(model=model, method=method, pipeline=pipeline),
-                                         listeners=[traces] if traces.wanted else [], progress=console.print_note))
+                                         listeners=[traces] if traces.wanted else [], progress=console.print_note,
+                                         tell=print_hosts))
         where = "1 stage" if llm.num_stages == 1 else f"{llm.num_stages} stages"
         traces.tokenizer, traces.title = llm.tokenizer, f"{llm.method} on {where}, {model.model}"
         params = llm.get_default_sampling_params(**sampling)

@@ -54,6 +54,8 @@ def serve(
     run = _server()
     logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     server = _with_names_and_keys(server, model.model)
+    if pipeline.hosts is not None and not console.was_given("stages"):
+        pipeline = replace(pipeline, stages=None)  # the plan says how many
     options = Options(model=model, method=method, pipeline=pipeline, engine=engine)
     with _bound(server.host, server.port) as door:  # before minutes go into loading
         fetch_all(model, method.method)
@@ -83,7 +85,9 @@ def _with_names_and_keys(server: ServerOptions, model: str) -> ServerOptions:
 def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None:
     import uvicorn
 
+    from fullpipe.adapting import adapting
     from fullpipe.assembly import assemble
+    from fullpipe.cli.hosts import print_hosts
     from fullpipe.server.live import Live
     from fullpipe.server.metrics import Metrics
 
@@ -91,16 +95,20 @@ def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None
     metrics = Metrics(name)
     live = Live(options.pipeline.stages or 1, lambda: service.status(),
                 lambda token: service.model.tokenizer.token_text(token), model_name=name, show_text=not server.api_key)
-    made = assemble(options, console.print_note)
+    made = assemble(options, console.print_note, tell=print_hosts)
     service = _service(made, options, server, metrics, live)
+    watching = adapting(service, made)
     try:
         app = _application(service, server, metrics, live, made.prepared.generation)
         console.print_note(f"{name}: http://{server.host}:{door.getsockname()[1]} (page), /v1 (API), /metrics")
         _run(uvicorn.Config(app, host=server.host, port=server.port, log_level=server.log_level, log_config=None,
                             access_log=False, timeout_graceful_shutdown=server.shutdown_timeout), live, door)
     finally:
+        if watching:
+            watching.close()
         service.close()
         made.keep()
+        made.close()
 
 
 def _service(made: Assembly, options: Options, server: ServerOptions, *listeners: Any) -> Service[Any]:
@@ -112,11 +120,13 @@ def _service(made: Assembly, options: Options, server: ServerOptions, *listeners
                           calibration=made.calibration)
     except BaseException:
         made.pipeline.close()
+        made.close()
         raise
     try:
         short = service.check_length(options.model.max_model_len)
     except UsageError:
         service.close()
+        made.close()
         raise
     told = made.prepared.cache_told(service.status().kv_total)
     for line in (told, short, made.prepared.unshared(options.engine), *made.prepared.generation.told()):

@@ -1,29 +1,42 @@
 """Two processes of this machine send a message to and fro, as stages do, to learn what a hop costs.
 
-    python -m fullpipe.cluster.hops RANK MEETING_FILE REPEATS SIZE...
+    python -m fullpipe.cluster.hops
 
-is one of the two; rank 0 prints a line `SIZE SECONDS` per sample. A sample is half a round trip: packing, gloo, and
-unpacking, both ways. The calling process loads no torch and joins no process group.
+is one of the two, which reads its `_Task` from standard input; the one that calls prints a line `SIZE SECONDS` per
+sample. A sample is half a round trip: packing, ZeroMQ, and unpacking, both ways.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from pathlib import Path
 
+import msgspec
 import numpy as np
+import zmq
+from msgspec import Struct
 
-from fullpipe.errors import PipelineError
+from fullpipe.errors import PipelineError, UsageError
+from fullpipe.pipeline.bell import Socket
+from fullpipe.pipeline.keys import RunKeys
+from fullpipe.pipeline.net import Net, local_endpoint
 from fullpipe.pipeline.wire import Bytes, pack, unpack
 
 _WARM_UP = 5  # rounds before the first that counts
-_MEET_S = 60  # for the two processes to start and find each other; importing torch takes most of it
-_ROUND_S = 1.0  # a round trip takes milliseconds; longer than this is a machine that has stalled
+_MEET_S = 60.0  # for the two processes to start and find each other
+
+
+class _Task(Struct):
+    """Says what one of the two does."""
+
+    endpoint: str
+    keys: RunKeys
+    calls: bool
+    repeats: int
+    sizes: list[int]
 
 
 def measure_hops(sizes: Sequence[int], repeats: int, progress: Callable[[int], None]) -> dict[int, list[float]]:
@@ -31,20 +44,30 @@ def measure_hops(sizes: Sequence[int], repeats: int, progress: Callable[[int], N
 
     Raises PipelineError when the two processes do not come to an end.
     """
-    with tempfile.TemporaryDirectory(prefix="fullpipe-hops-") as folder:
-        both = [_start(rank, Path(folder) / "meeting", sizes, repeats) for rank in (0, 1)]
-        try:
-            return _collect(both, sizes, repeats, progress)
-        finally:
-            for process in both:
-                process.kill()
-                process.communicate()
+    task = _Task(local_endpoint(), RunKeys.new(), False, repeats, list(sizes))
+    both = [_start(msgspec.structs.replace(task, calls=calls)) for calls in (True, False)]
+    threading.Thread(target=_end_caller_with, args=both, daemon=True).start()
+    try:
+        return _collect(both, sizes, repeats, progress)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
 
 
-def _start(rank: int, meeting: Path, sizes: Sequence[int], repeats: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fullpipe.cluster.hops", str(rank), str(meeting), str(repeats), *map(str, sizes)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+def _start(task: _Task) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-m", "fullpipe.cluster.hops"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdin
+    process.stdin.write(msgspec.json.encode(task).decode() + "\n")
+    process.stdin.flush()
+    return process
+
+
+def _end_caller_with(caller: subprocess.Popen[str], answerer: subprocess.Popen[str]) -> None:
+    """It would wait for an answer for ever."""
+    answerer.wait()
+    caller.kill()
 
 
 def _collect(both: list[subprocess.Popen[str]], sizes: Sequence[int], repeats: int,
@@ -57,64 +80,43 @@ def _collect(both: list[subprocess.Popen[str]], sizes: Sequence[int], repeats: i
         progress(sum(map(len, samples.values())))
     if any(len(found) != repeats for found in samples.values()):
         both[1].kill()
-        told = both[0].communicate()[1].strip().splitlines()
+        told = [line for process in both for line in process.communicate()[1].strip().splitlines()]
         raise PipelineError(f"two processes of this machine could not talk: {told[-1] if told else 'no word'}",
-                            hint="Gloo needs the loopback interface; is it up?")
+                            hint="Try again; the processes may have run out of memory.")
     return samples
 
 
 def main() -> None:
-    rank, meeting, repeats, *sizes = sys.argv[1:]
-    import torch
-    import torch.distributed as dist
+    task = msgspec.json.decode(sys.stdin.readline(), type=_Task)
+    net = Net(task.keys, _MEET_S)
+    try:
+        _call(net.connect(task.endpoint, "caller"), task) if task.calls else _answer(net, task)
+    except UsageError as error:
+        sys.exit(error.message)
 
-    torch.set_num_threads(1)
-    wait = timedelta(seconds=_MEET_S + _ROUND_S * int(repeats))
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2, timeout=wait)
-    ends = {int(size): _End(1 - int(rank), int(size)) for size in sizes}
-    for turn in range(_WARM_UP + int(repeats)):
-        for size, end in ends.items():  # in turn, so that a noisy moment hits all alike
-            if rank == "1":
-                end.answer()
-                continue
-            seconds = end.call()
+
+def _call(socket: Socket, task: _Task) -> None:
+    socket.setsockopt(zmq.RCVTIMEO, round(1e3 * _MEET_S))
+    rows = {size: np.zeros(size, np.uint8) for size in task.sizes}
+    for turn in range(_WARM_UP + task.repeats):
+        for size in task.sizes:  # in turn, so that a noisy moment hits all alike
+            start = time.perf_counter()
+            socket.send_multipart(pack(None, {"rows": rows[size]}))
+            _unpacked(socket.recv_multipart(copy=False))
             if turn >= _WARM_UP:
-                print(size, seconds, flush=True)
-    dist.destroy_process_group()
+                print(size, (time.perf_counter() - start) / 2, flush=True)
 
 
-class _End:
-    """Is one end of the way for messages of `size` bytes of hidden rows. other: rank of the other end."""
+def _answer(net: Net, task: _Task) -> None:
+    socket, _ = net.bind([task.endpoint])
+    while True:
+        who, *frames = socket.recv_multipart(copy=False)
+        socket.send_multipart([who, *pack(None, {"rows": _unpacked(frames)})])
 
-    def __init__(self, other: int, size: int) -> None:
-        import torch
 
-        self._other = other
-        self._rows: Bytes = np.zeros(size, np.uint8)
-        self._room = torch.empty(len(pack(None, self._rows)), dtype=torch.uint8)
-
-    def call(self) -> float:
-        """To and fro; half the time that it took, in seconds."""
-        start = time.perf_counter()
-        self._send(self._rows)
-        self._receive()
-        return (time.perf_counter() - start) / 2
-
-    def answer(self) -> None:
-        self._send(self._receive())
-
-    def _send(self, rows: Bytes) -> None:
-        import torch
-        import torch.distributed as dist
-
-        dist.send(torch.from_numpy(pack(None, rows)), dst=self._other)
-
-    def _receive(self) -> Bytes:
-        import torch.distributed as dist
-
-        dist.recv(self._room, src=self._other)
-        rows: Bytes = unpack(self._room.numpy(), None)[1]
-        return rows
+def _unpacked(frames: Sequence[object]) -> Bytes:
+    rows: Bytes = unpack([frame.buffer for frame in frames], None)[1]["rows"]  # type: ignore[attr-defined]
+    return rows
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ class Pins:
     """Says what is decided already; None: nothing.
 
     hosts: that have stages, all of these and no other. order: the same, in this order. cut: the name of a cut. layers:
-    how many each host of `order` has. draft_host, width, method: see `plan.Plan`.
+    how many each host of `order` has. draft_host, width, method: see `plan.Plan`. stages: how many there are.
     """
 
     hosts: tuple[str, ...] | None = None
@@ -26,6 +26,7 @@ class Pins:
     draft_host: str | None = None
     width: int | None = None
     method: str = "auto"
+    stages: int | None = None
 
     def check(self, survey: Survey) -> None:
         """Raises UsageError for what cannot be."""
@@ -44,6 +45,9 @@ class Pins:
             raise UsageError(f"no plan is made for the method {self.method!r}", hint=f"Known are {', '.join(METHODS)}.")
         if self.width is not None and self.width < 1:
             raise UsageError(f"a flight has 1 row or more (got {self.width})")
+        if self.stages is not None and not 1 <= self.stages <= min(len(survey.hosts), survey.num_layers):
+            raise UsageError(f"{self.stages} stages are pinned, and there are {len(survey.hosts)} hosts for them and "
+                             f"{survey.num_layers} layers", hint="A host has one stage. Ask for fewer, or add hosts.")
         if self.layers is not None:
             self._check_layers(survey.num_layers)
 

@@ -200,6 +200,15 @@ def _check_layers(plan: Plan, num_layers: int) -> None:
 
 
 def _check_memory(plan: Plan, hosts: Mapping[str, HostCosts], guesser: Guesser | None) -> None:
+    for name, size in memory_of(plan, hosts, guesser).items():
+        if size > hosts[name].room:
+            raise UsageError(f"the plan wants {size / 1e9:.2f} GB of {name}, which has {hosts[name].room / 1e9:.2f} GB "
+                             "to spare", hint="Give it fewer layers and others more, put the draft elsewhere, or make "
+                                              "a plan anew: `fullpipe plan --write plan.toml`.")
+
+
+def memory_of(plan: Plan, hosts: Mapping[str, HostCosts], guesser: Guesser | None) -> Counter[str]:
+    """Bytes that a plan takes of each host. guesser: whose memory counts too."""
     need: Counter[str] = Counter()
     for index, stage in enumerate(plan.stages):
         shape = hosts[stage.host].profile.target
@@ -207,11 +216,7 @@ def _check_memory(plan: Plan, hosts: Mapping[str, HostCosts], guesser: Guesser |
                                         is_last=index == len(plan.stages) - 1)
     if guesser and plan.draft_host:
         need[plan.draft_host] += guesser.memory(hosts[plan.draft_host].profile)
-    for name, size in need.items():
-        if size > hosts[name].room:
-            raise UsageError(f"the plan wants {size / 1e9:.2f} GB of {name}, which has {hosts[name].room / 1e9:.2f} GB "
-                             "to spare", hint="Give it fewer layers and others more, put the draft elsewhere, or make "
-                                              "a plan anew: `fullpipe plan --write plan.toml`.")
+    return need
 
 
 def _list(what: str, names: list[str]) -> str:

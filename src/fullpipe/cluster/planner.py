@@ -120,16 +120,18 @@ class _Search:
         pins = self.pins
         names = list(pins.order or pins.hosts or self.ground.survey.hosts)
         if pins.order or len(names) <= EXHAUSTIVE:
-            sizes = [len(names)] if pins.order or pins.hosts else range(1, len(names) + 1)
+            sizes = [len(names)] if pins.order or pins.hosts else list(range(1, len(names) + 1))
+            sizes = [size for size in sizes if pins.stages in (None, size)]
             orders = ([pins.order] if pins.order else self._orders(names, size) for size in sizes)
             return [found for some in orders if (found := self.best(some, kinds))]
         grown = self._grown(names, kinds)
-        return [one for one in grown if not pins.hosts or len(one.layout.order) == len(names)]
+        only = len(names) if pins.hosts else pins.stages
+        return [one for one in grown if only in (None, len(one.layout.order))]
 
     def head_alone(self, kinds: Sequence[str]) -> Candidate | None:
         """The best on the head's host, with nothing elsewhere; None where it is not to be asked."""
         pins, head = self.pins, self.ground.survey.head
-        if {*(pins.hosts or pins.order or [head]), pins.draft_host or head} != {head}:
+        if {*(pins.hosts or pins.order or [head]), pins.draft_host or head} != {head} or pins.stages not in (None, 1):
             return None
         return _Search(self.ground, replace(pins, draft_host=head), self._kept).best([(head,)], kinds)
 

@@ -217,6 +217,22 @@ class Profile(_Part):
             raise UsageError(f"{path}: {field}: {first['msg'].removeprefix('Value error, ')}", hint=again) from None
 
 
+def slower(profile: Profile, factor: float) -> Profile:
+    """The profile of a machine that takes so many times as long for everything but messages."""
+    def cost(one: Cost) -> Cost:
+        return one.model_copy(update={"seconds": one.seconds * factor, "spread": one.spread * factor})
+
+    def curve(one: Curve) -> Curve:
+        return Curve(sizes=one.sizes, costs=tuple(map(cost, one.costs)))
+
+    def surface(one: Surface) -> Surface:
+        return Surface(rows=one.rows, contexts=one.contexts, costs=tuple(tuple(map(cost, line)) for line in one.costs))
+
+    return profile.model_copy(update={
+        "layers": surface(profile.layers), "flights": surface(profile.flights), "heads": curve(profile.heads),
+        "lookups": curve(profile.lookups), "drafts": surface(profile.drafts) if profile.drafts else None})
+
+
 def _check_kind(text: str, path: str | Path) -> None:
     """Raises UsageError for what is no profile, or one of another version."""
     try:

@@ -71,7 +71,7 @@ def survey(model: str, draft: str | None = None, hosts: str | None = None, *, th
     if hosts is not None:
         raise UsageError(f"hosts={hosts!r}: this build plans for one machine", hint="Leave out `hosts`.")
     from fullpipe.cluster.quick import quick_profile
-    from fullpipe.models.pool import free_memory
+    from fullpipe.models.memory import free_memory
 
     here = os.uname().nodename or THIS_HOST
     profile = quick_profile(model, draft, threads or cores(), device=device, say=say)

@@ -79,15 +79,18 @@ class Engine(Loop):
         """Admit this request alone from now on; None: everybody again. Those that run go on."""
         self._scheduler.only = request
 
-    def attach(self, pipeline: Pipeline) -> None:
-        """Go on with another pipeline. Every request waits to be admitted there, and goes on from its committed tokens:
-        text is a function of what stands before, so nothing is lost. The caller closes the pipeline before, and ends
-        what does not fit into the new one's cache (`check_fits`).
+    def attach(self, pipeline: Pipeline, method: Method | None = None) -> None:
+        """Go on with another pipeline, and with another method if it needs one. Every request waits to be admitted
+        there, and goes on from its committed tokens: text is a function of what stands before, so nothing is lost. The
+        caller closes the pipeline before, and ends what does not fit into the new one's cache (`check_fits`).
 
         Raises UsageError, and nothing is changed, where that has no room for a block."""
         newest = self.pipeline.newest_flight, self.pipeline.newest_job
         self._scheduler.forget_stations(pipeline.cache_slots)
         self.pipeline = pipeline
+        if method is not None:
+            self.method = self._checked(method)
+            self._memory.for_guesses = self._for_guesses()
         self._begin(*newest)
         self._tell(Attached(self._now))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fullpipe.errors import DamagedModel
+from fullpipe.files import require_space
 from fullpipe.hub import cache
 from fullpipe.hub.catalogue import CatalogueModel, Part
 from fullpipe.hub.fetchers import Fetcher
@@ -97,7 +98,7 @@ def _assemble(model: CatalogueModel, fetcher: Fetcher, progress: Progress, path:
     # Unbuffered: after a full disk, no buffer is left that `truncate` or `close` would try to write again.
     with cache.writing(), partial.open("ab+", buffering=0) as out:
         missing = model.parts[_resume(out, model, progress) :]
-        cache.require_space(folder, _space_for(missing))
+        require_space(folder, _space_for(missing))
         for part in missing:
             _append(out, model, part, fetcher, progress)
         os.fsync(out.fileno())

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -27,6 +28,14 @@ from fullpipe.models.recognise import fetch_again
 BLOCK_NUMBERS = 1 << 17
 
 _ONE_OF_ALL = "model.layers.0.mlp.gate_proj.weight"
+
+
+class Place(NamedTuple):
+    """Bytes of a file."""
+
+    path: Path
+    start: int
+    size: int
 
 
 class ModelFiles(ABC):
@@ -44,6 +53,14 @@ class ModelFiles(ABC):
     @abstractmethod
     def kind(self, name: str) -> Kind:
         """How a tensor is stored. Raises `DamagedModel` when it is not there."""
+
+    @abstractmethod
+    def place(self, name: str) -> Place:
+        """Where a tensor is stored. Raises `DamagedModel` when it is not there."""
+
+    @abstractmethod
+    def opening(self) -> list[Place]:
+        """What is read when the model is opened."""
 
     @abstractmethod
     def raw_rows(self, name: str, first: int, rows: int) -> Tensor:
@@ -66,6 +83,13 @@ class ModelFiles(ABC):
     def matrices(self) -> list[str]:
         """Names of all tensors that are multiplied with."""
         return [name for name, shape in self.wanted_shapes().items() if len(shape) == 2]
+
+    def names_of(self, first: int, last: int, *, has_embedding: bool, has_head: bool) -> list[str]:
+        """Names of all tensors that a slice of layers first..last (exclusive) is made of; see `slice.load_slice`."""
+        names = [name for layer in range(first, last) for name in self.config.layer_shapes(layer)]
+        table = "model.embed_tokens.weight"
+        head = ["model.norm.weight", table if self.config.tied else "lm_head.weight"] if has_head else []
+        return list(dict.fromkeys([*([table] if has_embedding else []), *names, *head]))
 
     def wanted_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors that the model is made of."""

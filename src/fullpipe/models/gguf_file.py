@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from fullpipe.models.dequant import block_shape, dequantise
-from fullpipe.models.files import ModelFiles, read_exactly
+from fullpipe.models.files import ModelFiles, Place, read_exactly
 from fullpipe.models.gguf_config import read_gguf
 from fullpipe.models.gguf_header import Header, read_header
 from fullpipe.models.gguf_parts import check_parts, gguf_parts
@@ -53,8 +53,12 @@ class GGUFTensor:
         return self.shape[-1] // numbers * size
 
     @property
+    def place(self) -> Place:
+        return Place(self.path, self.offset, math.prod(self.shape[:-1]) * self.row_bytes)
+
+    @property
     def end(self) -> int:
-        return self.offset + math.prod(self.shape[:-1]) * self.row_bytes
+        return self.offset + self.place.size
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
@@ -114,6 +118,16 @@ class GGUFFiles(ModelFiles):
 
     def kind(self, name: str) -> GGMLQuantizationType:
         return self._entry(_gguf_name(name), name).kind
+
+    def place(self, name: str) -> Place:
+        return self._entry(_gguf_name(name), name).place
+
+    def opening(self) -> list[Place]:
+        begins = {part: part.stat().st_size for part in gguf_parts(self.path)}  # of one without tensors all
+        for tensor in self._tensors.values():
+            begins[tensor.path] = min(begins[tensor.path], tensor.offset)
+        factors = self._tensors.get("rope_freqs.weight")
+        return [Place(part, 0, end) for part, end in begins.items()] + ([factors.place] if factors else [])
 
     def raw_rows(self, name: str, first: int, rows: int) -> Tensor:
         entry = self._entry(_gguf_name(name), name)

@@ -1,4 +1,4 @@
-"""How many slots the pool of cache memory of a slice has, and what memory there is for it.
+"""How many slots the pool of cache memory of a slice has.
 
 Rows are written once and never moved. Who has which slot the engine decides, for all stations alike.
 """
@@ -6,8 +6,6 @@ Rows are written once and never moved. Who has which slot the engine decides, fo
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,8 +17,6 @@ from fullpipe.options import BLOCK
 
 MOST_SLOTS = 1 << 17
 """Of a pool whose size nobody has said, which also takes no more than a quarter of what is free."""
-
-_GROUP = Path("/sys/fs/cgroup")
 
 LEAST_BLOCKS = 8
 """Of a pool whose size nobody has said, however little is free."""
@@ -51,20 +47,6 @@ def slots_for(slot_bytes: int, pool_bytes: int | None, free: int) -> int:
         raise UsageError(f"a cache pool of {pool_bytes >> 20} MiB has no room for a block of {BLOCK} tokens, which "
                          f"takes {least} MiB", param="kv_pool_mib", hint=f"Give `kv_pool_mib={least}` or more.")
     return pool_bytes // block_bytes * BLOCK
-
-
-def free_memory() -> int:
-    """Bytes that may still be taken on this machine, or in this container, without driving anything out of memory."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        most, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no container, or one without a bound
-        return free
-    return min(free, most - used)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

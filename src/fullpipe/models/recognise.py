@@ -43,6 +43,8 @@ def fetch_again(path: Path) -> str:
     """How to get a good copy, which depends on where this one came from."""
     if path.with_name(f"{path.name}.json").is_file() and path.suffix == ".gguf":  # a stamp of `hub.cache`
         return f"Run `fullpipe pull --verify {path.stem}`: it removes a file that is not what it should be."
+    if path.with_name(f"{path.name}.filled").is_file():  # a note of `models.copies`
+        return f"Delete {path}: it is a copy of the head's, and comes from there again."
     for folder in path.absolute().parents:
         if found := _HUB_CACHE.fullmatch(folder.name):
             name = found[1].replace("--", "/")

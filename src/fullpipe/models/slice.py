@@ -16,7 +16,8 @@ from fullpipe.models.config import ModelConfig
 from fullpipe.models.dtypes import DTYPES, native_kernels, pick_kv_cache_dtype, sizes_in
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.forms import kernels_of
-from fullpipe.models.pool import free_memory, slots_for
+from fullpipe.models.memory import free_memory
+from fullpipe.models.pool import slots_for
 from fullpipe.models.step import Step
 
 

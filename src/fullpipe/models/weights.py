@@ -14,11 +14,12 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
-from fullpipe.models.files import ModelFiles, read_exactly
+from fullpipe.errors import ModelNotFound, UnsupportedModel
+from fullpipe.models.files import ModelFiles, Place, read_exactly
 from fullpipe.models.gguf_file import GGUFFiles
 from fullpipe.models.hf_config import read_hf
-from fullpipe.models.recognise import damaged, fetch_again, no_model_in, strange_folder
+from fullpipe.models.recognise import damaged, strange_folder
+from fullpipe.models.shards import CONFIG, INDEX, read_json, shard_files
 
 
 def open_model(path: Path) -> ModelFiles:
@@ -50,10 +51,11 @@ class SafetensorsFiles(ModelFiles):
         super().__init__(folder)
         if strange := strange_folder(folder):
             raise strange
-        files = _shard_files(folder)
-        self.config = read_hf(_read_json(folder / "config.json"))
+        files = shard_files(folder)
+        self.config = read_hf(read_json(folder / CONFIG))
         self._entries: dict[str, tuple[_Shard, _Entry]] = {}
-        for shard in (_Shard(file) for file in files):
+        self._shards = [_Shard(file) for file in files]
+        for shard in self._shards:
             self._entries |= {name: (shard, entry) for name, entry in shard.entries.items()}
         self._check_shapes()
 
@@ -62,6 +64,15 @@ class SafetensorsFiles(ModelFiles):
 
     def kind(self, name: str) -> Kind:
         return _KINDS[self._entry(name)[1].dtype]
+
+    def place(self, name: str) -> Place:
+        shard, entry = self._entry(name)
+        return Place(shard.path, entry.offset, math.prod(entry.shape) * entry.dtype.itemsize)
+
+    def opening(self) -> list[Place]:
+        small = [file for file in (self.path / CONFIG, self.path / INDEX) if file.is_file()]
+        return [*(Place(file, 0, file.stat().st_size) for file in small),
+                *(Place(shard.path, 0, shard.header_bytes) for shard in self._shards)]
 
     def _entry(self, name: str) -> tuple[_Shard, _Entry]:
         if name not in self._entries:
@@ -114,9 +125,10 @@ class _Shard:
         try:
             if not 2 <= length <= size - 8:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
+            self.header_bytes = 8 + length
             header: dict[str, Any] = json.loads(os.pread(self.file, length, 8))
             header.pop("__metadata__", None)
-            return {name: self._entry(name, value, 8 + length, size) for name, value in header.items()}
+            return {name: self._entry(name, value, self.header_bytes, size) for name, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(self.path, f"the header of {self.path} is damaged: {error}") from error
 
@@ -134,31 +146,3 @@ class _Shard:
             raise damaged(self.path, f"{self.path} is cut short: tensor {name} ends at byte {base + end}, the file at "
                                      f"{file_size}")
         return _Entry(dtype, shape, base + begin)
-
-
-def _shard_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise no_model_in(folder)
-        return [single]
-    names: dict[str, str] = _read_json(index).get("weight_map", {})
-    holder = {file: tensor for tensor, file in names.items()}
-    for file, tensor in holder.items():
-        if not (folder / file).is_file():
-            raise DamagedModel(f"{folder / file} is missing, which model.safetensors.index.json names; it holds tensor "
-                               f"{tensor}, among others", hint=fetch_again(folder / file))
-    return [folder / file for file in sorted(holder)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise no_model_in(path.parent) from error
-    except ValueError as error:
-        raise damaged(path, f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise damaged(path, f"{path} holds no JSON object")
-    return values

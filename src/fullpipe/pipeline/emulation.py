@@ -97,15 +97,15 @@ class Outbox:
 class Inbound:
     """Takes in flights from the stage before, by a thread, while they are on an emulated link.
 
-    Back-pressure: no more is let come than `Link.window` allows to be on the link or to wait here. The sender
-    has one more in its hands, which sets off when a receive waits for it; that one is counted too. Where
-    the link has no latency one flight waits and one is in the sender's hands, as on a real hop.
+    Back-pressure: no more is let come than `Link.window` allows to be on the link or to wait here. Where the link has
+    no latency one flight waits, as on a real hop.
 
-    receive: lets the next flight come, waits for it, returns it; its error is raised by `next`.
+    receive: waits for the next flight and returns it; its error is raised by `next`. let_come: has the sender send
+    another.
     """
 
-    def __init__(self, receive: Callable[[], Arrival], link: Link) -> None:
-        self._receive = receive
+    def __init__(self, receive: Callable[[], Arrival], let_come: Callable[[], None], link: Link) -> None:
+        self._receive, self._let_come = receive, let_come
         self._wire = Wire(link)
         self._most, self._unstarted = 1, 0  # let come at a time; let come and not started
         self._changed = threading.Condition()
@@ -127,13 +127,15 @@ class Inbound:
     def _take_in(self) -> None:
         try:
             while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._unstarted < self._most)
-                    self._unstarted += 1
                 arrival = self._receive()
                 arrival.due = self._wire.arrival(arrival.came, arrival.size)
                 self._note_service(arrival.stays[-1])
+                with self._changed:
+                    self._unstarted += 1
                 self._arrivals.put(arrival)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._unstarted < self._most)
+                self._let_come()
         except BaseException as error:
             self._arrivals.put(error)
 
@@ -141,4 +143,4 @@ class Inbound:
         """Learn how long the sender takes for a flight. Flights that died out tell nothing."""
         if stay.nodes:
             self._services.append(stay.worked)
-            self._most = max(1, self._wire.link.window(statistics.median(self._services)) - 1)
+            self._most = self._wire.link.window(statistics.median(self._services))

@@ -1,25 +1,26 @@
-"""A fleet is the worker processes of one pipeline: it hears from them, and ends them without a trace."""
+"""A fleet is the worker processes of one pipeline: it speaks with them, and ends them without a trace."""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
-import selectors
-import signal
-import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import IO
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import zmq
+from msgspec import Struct
 
 from fullpipe.pipeline.frames import FromWorker, Stop
-from fullpipe.pipeline.wire import Channel, NonsenseError
+from fullpipe.pipeline.launch.base import Launcher, Process
+from fullpipe.pipeline.net import Net
+from fullpipe.pipeline.wire import Inward, NonsenseError, Outward, decode, encode
 
-_STOP_SEND_S = 0.01  # a stopped worker with a full socket is not waited for
 _STOP_S = 1.0  # what a worker gets to leave by itself,
 _TERM_S = 0.4  # and then after SIGTERM, before SIGKILL
-_LOG_LINES, _LOG_BYTES = 24, 4096
+_KILL_S = 5.0  # for a host that is far to have done so
+_SAYS = b" says"
 
 News = FromWorker | EOFError | NonsenseError
 
@@ -28,120 +29,152 @@ News = FromWorker | EOFError | NonsenseError
 class Worker:
     """Is one process as its fleet sees it.
 
-    name: "stage 0", "stage 1", ..., "draft".
+    name: "stage 0", "stage 1", ..., "draft". host: where it is; "" for this one.
     heard: when its last frame arrived, seconds of `time.monotonic`.
     done: id of the last flight or job that it finished; -1 before the first.
-    cache_slots: what it said of its room when it was ready.
+    listens: where the other stations reach it. cache_slots: what it said of its room when it was ready.
     """
 
     name: str
-    process: subprocess.Popen[bytes]
-    channel: Channel[FromWorker]
-    log: IO[bytes]
+    process: Process
     heard: float
+    host: str = ""
     done: int = -1
+    listens: list[str] = field(default_factory=list)
     cache_slots: int | None = None
+    greeted: bool = False
+    ended: bool = False
+    inward: Inward = field(default_factory=Inward)
+    outward: Outward = field(default_factory=Outward)
+
+    @property
+    def label(self) -> str:
+        """By what people know it."""
+        return f"{self.name} on {self.host}" if self.host else self.name
 
     def how_it_ended(self) -> str:
-        """Of a process whose connection closed, with the tail of what it printed."""
-        try:
-            code = self.process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            return "closed its connection but still runs" + self.log_tail()
-        if code >= 0:
-            return f"its process exited with code {code}" + self.log_tail()
-        name = signal.Signals(-code).name
-        memory = " (the system does this when memory runs out)" if name == "SIGKILL" else ""
-        return f"its process was ended by {name}{memory}" + self.log_tail()
+        """With the tail of what it printed."""
+        return self.process.last_words()
 
     def log_tail(self) -> str:
-        """The last lines that the process printed, ready to be appended to a reason; "" if none."""
-        size = os.fstat(self.log.fileno()).st_size
-        text = os.pread(self.log.fileno(), _LOG_BYTES, max(0, size - _LOG_BYTES)).decode(errors="replace")
-        lines = text.strip().splitlines()[-_LOG_LINES:]
-        return "\n".join(["; it printed:", *(f"    {line}" for line in lines)]) if lines else ""
+        return self.process.log_tail()
 
 
 class Fleet:
-    """Holds the worker processes of one pipeline; `launch.start_fleet` starts them.
+    """Holds the worker processes of one pipeline; `starting.start_fleet` starts them.
 
-    starting_done: not set while processes are being started; `close` waits for it. ended: set when all are gone.
+    net: this side's sockets. endpoints: at which workers call. launcher: starts processes. All are closed with it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, net: Net, endpoints: list[str], launcher: Launcher) -> None:
         self.workers: list[Worker] = []
-        self.starting_done, self.ended = threading.Event(), threading.Event()
-        self.starting_done.set()
         self.closed = False
+        self._net, self._launcher = net, launcher
+        try:
+            self._socket, self.endpoints = net.bind(endpoints)
+        except BaseException:
+            net.close()
+            launcher.close()
+            raise
         self._owner = os.getpid()
-        self._closing, self._receiving = threading.RLock(), threading.RLock()
-        self._selector = selectors.DefaultSelector()
+        self._closing, self._using = threading.RLock(), threading.RLock()
+        self._woken, self._wake = os.pipe()
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._woken, zmq.POLLIN)
+        self._by_name: dict[bytes, Worker] = {}
 
     def add(self, worker: Worker) -> None:
         self.workers.append(worker)
-        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
+        self._by_name[worker.name.encode()] = worker
+        self._poller.register(worker.process.fileno(), zmq.POLLIN)
+
+    def send(self, worker: Worker, frame: Struct, *data: bytes | memoryview) -> None:
+        """Have it sent to a worker that has said hello, with bytes behind it. Never waits."""
+        with self._using:
+            if not self.closed:
+                self._socket.send_multipart([worker.name.encode(), *worker.outward.number([encode(frame), *data])])
 
     def receive(self, timeout: float) -> list[tuple[Worker, News]]:
         """Everything that has arrived, after waiting up to `timeout` seconds for the first of it.
 
-        The end of a connection is an `EOFError` in place of a last frame, and bytes that are no frame, behind which
-        nothing can be read, are a `NonsenseError`. Returns early when `close` is called.
+        The end of a process is an `EOFError` in place of a last frame, and what is no frame is a `NonsenseError`.
+        Returns early when `close` is called.
         """
         received: list[tuple[Worker, News]] = []
-        with self._receiving:
-            while not self.closed and (ready := self._selector.select(0.0 if received else timeout)):
-                for key, _ in ready:
-                    received += [(key.data, frame) for frame in self._read(key.data)]
+        with self._using:
+            if self.closed:
+                return received
+            ready = {one for one, _ in self._poller.poll(math.ceil(1e3 * timeout))}
+            if self._socket in ready:
+                received += self._read()
+            if len(ready) > (self._socket in ready):
+                received += self._ends(ready)
         return received
 
-    def _read(self, worker: Worker) -> Sequence[News]:
-        worker.heard = time.monotonic()
-        try:
-            return worker.channel.receive()
-        except (EOFError, NonsenseError) as error:
-            self._selector.unregister(worker.channel)
-            return [error]
+    def _read(self) -> Iterator[tuple[Worker, News]]:
+        while True:
+            try:
+                name, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if worker := self._by_name.get(name.removesuffix(_SAYS)):
+                worker.heard, worker.greeted = time.monotonic(), True
+                yield worker, self._understood(worker, frames, said=name.endswith(_SAYS))
 
-    def set_send_timeout(self, seconds: float) -> None:
-        """After so long, sending to a worker that does not read raises `TimeoutError`."""
+    def _understood(self, worker: Worker, frames: list[bytes], said: bool) -> News:
+        try:
+            checked = worker.inward.checked(frames) if said else frames[1:]  # the other way it only says hello
+            if len(checked) != 1:
+                raise NonsenseError(f"a message of {len(checked)} parts, where there is one")
+            news: FromWorker = decode(checked[0], FromWorker)
+            return news
+        except NonsenseError as error:
+            return error
+
+    def _ends(self, ready: set[object]) -> Iterator[tuple[Worker, News]]:
         for worker in self.workers:
-            worker.channel.set_timeout(seconds)
+            if not worker.ended and worker.process.fileno() in ready:
+                worker.ended = True
+                self._poller.unregister(worker.process.fileno())
+                yield from self._read()  # what it said last
+                yield worker, EOFError()
 
     def close(self) -> None:
-        """End every process and wait until it is gone: at most about two seconds. May be called again,
-        and from any thread."""
+        """End every process and wait until it is gone: at most about two seconds where they are near. May be called
+        again, and from any thread."""
         with self._closing:
             if self.closed or self._owner != os.getpid():  # a fork does not own the processes
                 return
-            self.closed = True
-            self.starting_done.wait()
-            self._end_processes()
-            with self._receiving:  # whoever waits there has been woken by the ends of the processes
-                self._selector.close()
+            os.write(self._wake, b"!")  # whoever waits for news
+            with self._using:
                 for worker in self.workers:
-                    worker.channel.close()
-                    worker.log.close()
-            self.ended.set()
+                    self.send(worker, Stop())
+                self.closed = True
+                self._end_processes()
+                self._net.close()
+                os.close(self._woken)
+                os.close(self._wake)
+                for worker in self.workers:
+                    worker.process.close()
+                self._launcher.close()
 
     def _end_processes(self) -> None:
-        self.set_send_timeout(_STOP_SEND_S)
         for worker in self.workers:
-            with contextlib.suppress(OSError):
-                worker.channel.send(Stop())
+            if not worker.greeted:  # it cannot hear us
+                worker.process.terminate()
         self._wait(_STOP_S)
         for worker in self._running():
             worker.process.terminate()
         self._wait(_TERM_S)
         for worker in self._running():
             worker.process.kill()
-        for worker in self.workers:
-            worker.process.wait()
+        self._wait(_KILL_S)
 
     def _running(self) -> list[Worker]:
-        return [worker for worker in self.workers if worker.process.poll() is None]
+        return [worker for worker in self.workers if worker.process.alive()]
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         for worker in self.workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
+            worker.process.wait(max(0.0, deadline - time.monotonic()))

@@ -11,6 +11,9 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from fullpipe.messages import Expansion, Flight, Landed
+from fullpipe.models.partial import Manifest
+from fullpipe.models.ranges import Range
+from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.links import StationLinks
 from fullpipe.stations.spec import StationSpec
 
@@ -35,28 +38,57 @@ class Stay(Struct, array_like=True):
 # ---- to a worker ---------------------------------------------------------------------------------------------
 
 
-class Setup(Struct, tag_field="kind", tag=True):
-    """Tells a process what it is to be; its first message.
+class Door(Struct):
+    """Is what a launcher hands to the process that it starts: whom to call, and where to listen.
 
-    rank: its number, the draft's behind those of the stages. world: how many there are. tapping: ranks of the stages
-    that send hidden states to the draft. pace: least seconds of work by rows. parent: the engine's process.
-    port, listener: where the workers meet, and the inherited socket that the first one serves it on.
+    name, rank: of the station; the draft's number is behind those of the stages. engine: endpoint of the engine's
+    socket. listen: endpoints of the station's own, for those who bring hidden states; none where nobody does.
+    patience_s: seconds without the engine after which the process ends by itself. start_timeout: seconds for which it
+    waits to be told what it is to be. parent: the process that starts it, without which it ends.
     """
 
     name: str
     rank: int
-    world: int
+    engine: str
+    keys: RunKeys
+    listen: list[str]
+    patience_s: float
+    start_timeout: float
+    parent: int = 0
+
+
+class Fetch(Struct):
+    """Names what a station reads of a model that its host does not have. path: on the engine's host. folder: where the
+    copies of all models are kept on this one."""
+
+    path: str
+    folder: str
+    manifest: Manifest
+    ranges: list[Range]
+
+
+class Setup(Struct, tag_field="kind", tag=True):
+    """Tells a process what it is to be; the first message that it gets.
+
+    stages: how many there are. next: endpoint of the stage behind it; "" for none. tapping: ranks of the stages that
+    send hidden states to the draft. taps: endpoint of the draft, for those. paths: where models that the spec names by
+    the engine's host's paths lie on this one. fetch: those that lie nowhere here, and come from there. pace: least
+    seconds of work by rows.
+    """
+
+    name: str
+    rank: int
     stages: int
+    next: str
     tapping: list[int]
+    taps: str
     spec: StationSpec
+    paths: dict[str, str]
+    fetch: list[Fetch]
     links: StationLinks
     pace: dict[int, float] | None
     threads: int
     beat_s: float
-    start_timeout: float
-    parent: int
-    port: int
-    listener: int | None
 
     @property
     def is_first(self) -> bool:
@@ -82,16 +114,44 @@ class Stop(Struct, tag_field="kind", tag=True):
     pass
 
 
-ToWorker = Setup | Work | Cancel | Stop
+class Part(Struct, tag_field="kind", tag=True):
+    """Stands before bytes of a model. checksum: of them."""
+
+    range: Range
+    checksum: bytes
+
+
+ToWorker = Setup | Part | Work | Cancel | Stop
 
 
 # ---- from a worker -------------------------------------------------------------------------------------------
+
+
+class Hello(Struct, tag_field="kind", tag=True):
+    """The process is there. listens: endpoints at which the other stations can reach it."""
+
+    listens: list[str] = []
 
 
 class Up(Struct, tag_field="kind", tag=True):
     """The station is built. cache_slots: for how many slots it has room; None: for as many as anybody names."""
 
     cache_slots: int | None = None
+
+
+class Want(Struct, tag_field="kind", tag=True):
+    """Asks for bytes of a model. path: on the engine's host."""
+
+    path: str
+    range: Range
+
+
+class Fetched(Struct, tag_field="kind", tag=True):
+    """Tells how many bytes of a model are here, of those that are needed."""
+
+    path: str
+    done: int
+    needed: int
 
 
 class Free(Struct, tag_field="kind", tag=True):
@@ -140,14 +200,15 @@ class Broken(Struct, tag_field="kind", tag=True):
     hint: str | None = None
 
 
-FromWorker = Up | Free | Answered | Guessed | Beat | Lost | Broken
+FromWorker = Hello | Want | Fetched | Up | Free | Answered | Guessed | Beat | Lost | Broken
 
 
 # ---- from worker to worker -----------------------------------------------------------------------------------
 
 
 class Hop(Struct, array_like=True):
-    """Stands before the hidden rows that go to the next stage. stays: at the stages behind it."""
+    """Stands before the tensors that go to the next stage, a row of each for every row of the flight. stays: at the
+    stages that it has passed."""
 
     flight: Flight
     stays: list[Stay]
@@ -158,3 +219,11 @@ class TapHop(Struct, array_like=True):
 
     flight: Flight
     layers: list[int]
+
+
+class Come(Struct, array_like=True):
+    """Lets the next flight come: the one before has been started. held: seconds from its coming to that. worked: what
+    this station took for a flight of late."""
+
+    held: Seconds
+    worked: Seconds

@@ -1,156 +1,155 @@
-"""Hidden rows hop from one worker to the next, over gloo, point to point."""
+"""Hidden rows hop from one station to the next, over ZeroMQ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+import zmq
 from msgspec import Struct
 
+from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.checks import check_rows
 from fullpipe.pipeline.emulation import Arrival, Inbound
-from fullpipe.pipeline.frames import Hop, Setup, TapHop
+from fullpipe.pipeline.frames import Come, Hop, TapHop
 from fullpipe.pipeline.links import Link
-from fullpipe.pipeline.wire import Bytes, NonsenseError, pack, packed_size, unpack
-
-_OPENING = 1 << 15  # bytes: 8 rows of 1536 bf16 numbers, and what describes them, fit
+from fullpipe.pipeline.wire import Frame, Inward, NonsenseError, Outward, Tensors, decode, encode, pack, unpack
 
 Header = TypeVar("Header", bound=Hop | TapHop)
+HIDDEN = "hidden"  # the name of the one tensor that every model hands on
+
+_TRIPS, _SERVICES = 64, 5
 
 
-class NeighbourLostError(Exception):
-    """The connection to the stage before or after broke."""
+class Window:
+    """Says how many flights may be on the way to the next stage, or wait there, at a time.
 
-
-class Outgoing:
-    """Sends to another process over gloo. One thread uses it.
-
-    A message is an opening of fixed size, with as much as it holds, and a second piece if something is left.
-    Gloo moves bytes only when a receive of just that size waits for them, so a size that had to be announced
-    first would cost another round trip; a decoding step's few rows fit the opening.
+    A stage that is ahead waits for its successor instead of piling up flights chosen long ago: one may wait, and as
+    many as the successor starts while a flight travels and the news of its start comes back. That trip's length is the
+    shortest of the newest ones, for on the others a flight may have waited unseen in a socket.
     """
 
-    def __init__(self, rank: int, name: str) -> None:
-        self._rank, self._name = rank, name
-        self._unsent: list[Any] = []  # handles of the sends under way
+    def __init__(self) -> None:
+        self._trips: deque[float] = deque(maxlen=_TRIPS)
+        self._own: deque[float] = deque(maxlen=_SERVICES)
+        self._theirs: deque[float] = deque(maxlen=_SERVICES)
 
-    def finish(self) -> None:
-        """Wait until what was sent has been received. Raises `NeighbourLostError`."""
-        with _gone(self._name):
-            for handle in self._unsent:
-                handle.wait()
-        self._unsent.clear()
+    def note_own(self, worked: float) -> None:
+        """Seconds that the sender took for a flight."""
+        self._own.append(worked)
 
-    def send(self, header: Struct, hidden: Any) -> None:
-        """Start sending (see `wire.pack`); `finish` comes first. Raises `NeighbourLostError`."""
-        import torch
-        import torch.distributed as dist
+    def note(self, trip: float, worked: float) -> None:
+        """trip: seconds to the other end and back. worked: what it took for a flight."""
+        self._trips.append(max(trip, 0.0))
+        if worked > 0:
+            self._theirs.append(worked)
 
-        message = torch.from_numpy(pack(header, hidden, least=_OPENING))
-        with _gone(self._name):
-            self._unsent = [dist.isend(piece, dst=self._rank)
-                            for piece in (message[:_OPENING], message[_OPENING:]) if len(piece)]
+    @property
+    def most(self) -> int:
+        service = max(statistics.median(kept) if kept else 0.0 for kept in (self._own, self._theirs))
+        return 1 + int(min(self._trips) / service) if self._trips and service > 0 else 1
 
 
-class Incoming(Generic[Header]):
-    """Receives what an `Outgoing` sends. name: whose, for words about it. kind: of its messages' headers."""
+class Outlet:
+    """Sends flights to the next stage, as fast as that lets them come. One thread uses it."""
 
-    def __init__(self, rank: int, name: str, kind: type[Header]) -> None:
-        self._rank, self.name, self._kind = rank, name, kind
-        self._opening: tuple[Any, Any] | None = None  # handle of the posted receive, and its tensor
+    def __init__(self, socket: Socket) -> None:
+        self._socket, self._numbers = socket, Outward()
+        self._window = Window()
+        self._sent: deque[float] = deque()  # when those left that have not been started
 
-    def expect(self) -> None:
-        """Let the next message come. Raises `NeighbourLostError`."""
-        import torch
-        import torch.distributed as dist
+    def wait_for_room(self, worked: float) -> None:
+        """Return when another flight may go. worked: seconds that this stage took for it."""
+        self._window.note_own(worked)
+        self._take_credits(0)
+        while len(self._sent) >= self._window.most:
+            self._socket.poll()
+            self._take_credits(1)
 
-        message = torch.empty(_OPENING, dtype=torch.uint8)
-        with _gone(self.name):
-            self._opening = dist.irecv(message, src=self._rank), message
+    def send(self, header: Struct, tensors: Tensors) -> None:
+        self._sent.append(time.monotonic())
+        send_numbered(self._socket, self._numbers, pack(header, tensors))
 
-    def receive(self) -> tuple[Header, Any, int]:
-        """Wait for the message that was let come: its header, its hidden rows and its bytes. Raises
-        `NeighbourLostError`, and `NonsenseError` for what is no message."""
-        import torch
-        import torch.distributed as dist
+    def _take_credits(self, least: int) -> None:
+        while self._sent and (least > 0 or self._socket.poll(0)):
+            come: Come = decode(self._socket.recv(), Come)
+            self._window.note(time.monotonic() - self._sent.popleft() - come.held, come.worked)
+            least -= 1
 
-        assert self._opening is not None, "expect() comes first"
-        handle, message = self._opening
-        with _gone(self.name):
-            handle.wait()
-            size = packed_size(message.numpy())
-            if (missing := size - _OPENING) > 0:
-                message = torch.cat([message, torch.empty(missing, dtype=torch.uint8)])
-                dist.recv(message[_OPENING:], src=self._rank)
-        return *self.understood(message.numpy()), size
 
-    def understood(self, message: Bytes) -> tuple[Header, Any]:
-        """Header and hidden rows of a whole message. Raises `NonsenseError`."""
+class Inlet(Generic[Header]):
+    """Takes in what other stations send. One thread uses it. kind: of its messages' headers."""
+
+    def __init__(self, socket: Socket, kind: type[Header]) -> None:
+        self._socket, self._kind = socket, kind
+        self._numbers: dict[bytes, Inward] = {}
+
+    def receive(self) -> tuple[str, Header, Mapping[str, Any], int]:
+        """Wait for the next message: whose it is, its header, its tensors and its bytes. Raises `NonsenseError`."""
+        who, *frames = self._socket.recv_multipart(copy=False)
+        name = who.bytes.decode(errors="replace")
+        buffers = [frame.buffer for frame in frames]
         try:
-            header, rows = unpack(message, self._kind)
-            if rows is None:
-                raise NonsenseError("no rows")
-            check_rows(header.flight, len(rows))
+            checked = self._numbers.setdefault(who.bytes, Inward()).checked(buffers)
+            return name, *understood(checked, self._kind), sum(map(len, buffers))
         except NonsenseError as error:
-            raise NonsenseError(f"a message of {self.name}'s: {error}") from error
-        return header, rows
+            raise NonsenseError(f"a message of {name}'s: {error}") from error
+
+    def let_come(self, who: str, come: Come) -> None:
+        self._socket.send_multipart([who.encode(), encode(come)])
 
 
-class Neighbours:
-    """Connects a stage with those before and after it.
+def understood(frames: list[Frame] | Any, kind: type[Header]) -> tuple[Header, Mapping[str, Any]]:
+    """Header and tensors of a whole message. Raises `NonsenseError`."""
+    header, tensors = unpack(frames, kind)
+    if not tensors:
+        raise NonsenseError("no rows")
+    for rows in tensors.values():
+        check_rows(header.flight, len(rows) if rows.ndim else 0)
+    return header, tensors
 
-    Each stage lets one flight wait: a receive for it is posted while the one before is computed, so it
-    travels meanwhile. A stage that has a flight to hand on first waits until its last one was received.
-    So a slow stage slows those before it instead of piling up flights chosen long ago.
 
-    An emulated link lets more come (`emulation.Inbound`).
+class Before:
+    """Brings a stage the flights of the one before it.
+
+    It lets one flight wait, which travels while the one before it is computed. An emulated link lets more come
+    (`emulation.Inbound`).
     """
 
-    def __init__(self, rank: int) -> None:
-        self._before = Incoming(rank - 1, f"stage {rank - 1}", Hop)
-        self.after = Outgoing(rank + 1, f"stage {rank + 1}")
+    def __init__(self, socket: Socket) -> None:
+        self._inlet = Inlet(socket, Hop)
+        self._came = (0.0, "")  # when the last one did, and from whom
+        self.worked = 0.0  # seconds that this stage took for its newest flight
 
     def arrivals(self, link: Link) -> Callable[[], Arrival]:
-        """What waits for the next flight and returns it; others are let come meanwhile. It raises
-        `NeighbourLostError`."""
+        """What waits for the next flight and returns it."""
         if not link.instant:
-            return Inbound(self._expect_and_receive, link).next
-        self._before.expect()
-        return self._receive_and_expect
+            return Inbound(self._receive, self._let_come, link).next
+        return self._receive_and_let_come
 
-    def _expect_and_receive(self) -> Arrival:
-        self._before.expect()
-        return self._receive()
-
-    def _receive_and_expect(self) -> Arrival:
+    def _receive_and_let_come(self) -> Arrival:
         arrival = self._receive()
-        self._before.expect()
+        self._let_come()
         return arrival
 
     def _receive(self) -> Arrival:
-        hop, hidden, size = self._before.receive()
-        return Arrival.now(hop.flight, hop.stays, hidden, size)
+        who, hop, tensors, size = self._inlet.receive()
+        arrival = Arrival.now(hop.flight, hop.stays, tensors[HIDDEN], size)
+        self._came = arrival.came, who
+        return arrival
+
+    def _let_come(self) -> None:
+        came, who = self._came
+        self._inlet.let_come(who, Come(time.monotonic() - came, self.worked))
 
 
-@contextmanager
-def _gone(neighbour: str) -> Iterator[None]:
-    """Gloo reports a broken connection as a `RuntimeError` like any other."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise NeighbourLostError(f"lost its connection to {neighbour}") from error
+def send_numbered(socket: Socket, numbers: Outward, frames: list[Frame]) -> None:
+    socket.send_multipart(numbers.number(frames))
 
 
-def join_world(setup: Setup) -> None:
-    """Meet the other workers. The first stage serves the meeting point on a socket it inherited."""
-    import torch.distributed as dist
-
-    first = setup.listener is not None
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", setup.port, is_master=first, timeout=timedelta(seconds=setup.start_timeout),
-        wait_for_workers=False, master_listen_fd=setup.listener)
-    # Gloo's timeout also bounds how long a receive may wait, and a pipeline may be idle for days.
-    dist.init_process_group("gloo", store=store, rank=setup.rank, world_size=setup.world,
-                            timeout=timedelta(days=365))
+def nothing_came(socket: Socket, seconds: float) -> bool:
+    """Whether nothing can be received from a socket after so long."""
+    return not socket.poll(round(1e3 * seconds), zmq.POLLIN)

@@ -33,19 +33,58 @@ from fullpipe.pipeline.frames import (
     Free,
     FromWorker,
     Guessed,
+    Hello,
     Hop,
     Lost,
+    Part,
     Setup,
     Stay,
     Stop,
     ToWorker,
     Work,
 )
-from fullpipe.pipeline.hops import NeighbourLostError, Neighbours
+from fullpipe.pipeline.hops import HIDDEN, Before, Outlet
 from fullpipe.pipeline.links import Wire
+from fullpipe.pipeline.net import Net
 from fullpipe.pipeline.taps import CancelArrival, News, TapInbox, TapSender
-from fullpipe.pipeline.wire import Channel, frame_size
+from fullpipe.pipeline.wire import Inward, Outward, decode, encode, frame_size
 from fullpipe.stations.base import DraftLike, StageLike, TapReader, drop_rows, untapped
+
+_LAST_WORDS_MS = 500
+
+
+class Lines:
+    """Is a worker's connections with the engine: one for what it hears, one for what it says, since a socket must not
+    be read and written at the same time by two threads.
+
+    Raises `NonsenseError` for what is no message.
+    """
+
+    def __init__(self, net: Net, endpoint: str, name: str) -> None:
+        self.net = net
+        self.heard, self._said = net.connect(endpoint, name), net.connect(endpoint, f"{name} says")
+        self._in, self._out = Inward(), Outward()
+        self._lock = threading.Lock()
+
+    def greet(self, hello: Hello) -> None:
+        """Let the engine know by which name it can speak to us."""
+        self.heard.send_multipart(Outward().number([encode(hello)]))
+
+    def receive(self) -> tuple[ToWorker, list[bytes]]:
+        """Wait for the next frame, with the bytes behind it."""
+        body, *data = self._in.checked(self.heard.recv_multipart())
+        frame: ToWorker = decode(body, ToWorker)
+        return frame, data
+
+    def send(self, frame: FromWorker) -> None:
+        with self._lock:
+            self._said.send_multipart(self._out.number([encode(frame)]))
+
+    def close(self) -> None:
+        """Let what was said arrive, if it can in a moment."""
+        with self._lock:
+            self._said.close(linger=_LAST_WORDS_MS)
+        self.net.drain()
 
 
 class Control:
@@ -56,10 +95,11 @@ class Control:
     and which flight it finished last.
     """
 
-    def __init__(self, channel: Channel[ToWorker], setup: Setup) -> None:
-        self.channel, self.links = channel, setup.links
+    def __init__(self, lines: Lines, setup: Setup) -> None:
+        self._lines, self.links = lines, setup.links
         self.cancelled = Cancelled()
         self.inbox: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self.parts: queue.SimpleQueue[tuple[Part, bytes]] = queue.SimpleQueue()  # of models that come from the engine
         self.reads_taps = False  # then cancels go to the inbox too
         self.waits = False  # for taps, with a job
         self._done = -1
@@ -71,9 +111,9 @@ class Control:
         self.send_free = Outbox(self.send, self.links.ready).send
         self.send_answer = Outbox(self.send, self.links.answer).send
 
-    def start_threads(self, unread: list[ToWorker]) -> None:
-        """Listen to the engine and send heartbeats from now on. unread: frames that came already."""
-        threading.Thread(target=self._listen, args=(unread,), name="control", daemon=True).start()
+    def start_threads(self) -> None:
+        """Listen to the engine and send heartbeats from now on."""
+        threading.Thread(target=self._listen, name="control", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def start_thread(self, name: str, work: Callable[[], Any]) -> None:
@@ -83,16 +123,15 @@ class Control:
         """Do what is not expected to end, and tell the engine how it ended."""
         try:
             work()
-        except NeighbourLostError as error:
-            self.send(Lost(str(error)))
         except BaseException as error:
             self._fail(error)
 
     def send(self, frame: FromWorker) -> None:
-        try:
-            self.channel.send(frame)
-        except OSError:
-            leave(0)
+        self._lines.send(frame)
+
+    def lost(self, neighbour: str) -> None:
+        """Say that the connection to a neighbour broke."""
+        self.send(Lost(f"lost its connection to {neighbour}"))
 
     def next(self) -> Arrival:
         """Wait for the next flight or job from the engine, until it has arrived."""
@@ -124,20 +163,20 @@ class Control:
         message = error.message if isinstance(error, FullpipeError) else str(error)
         self.send(Broken(type(error).__name__, message, getattr(error, "hint", None)))
 
-    def _listen(self, unread: list[ToWorker]) -> None:
+    def _listen(self) -> None:
         try:
             while True:
-                for frame in unread:
-                    self._obey(frame)
-                unread = self.channel.receive()
-        except (EOFError, OSError):
-            leave(0)
+                self._obey(*self._lines.receive())
         except BaseException as error:  # a frame that makes no sense
             self._fail(error)
+            self._lines.close()
             leave(1)  # what comes after it cannot be read, "stop" included
 
-    def _obey(self, frame: ToWorker) -> None:
+    def _obey(self, frame: ToWorker, data: list[bytes]) -> None:
         match frame:
+            case Part():
+                (part,) = data
+                self.parts.put((frame, part))
             case Work(flight):
                 arrival = Arrival.now(flight, [], None, 0 if self._wire.link.instant else frame_size(frame))
                 arrival.due = self._wire.arrival(arrival.came, arrival.size)
@@ -159,28 +198,30 @@ class Control:
             self.send(Beat(self._done, self.waits))
 
 
-def serve_stage(control: Control, stage: StageLike, setup: Setup, taps: TapSender | None) -> None:
-    """Run flights for ever. taps: takes what the stage taps; None: nobody reads it. Raises `NeighbourLostError`, and
-    what the stage raises."""
-    neighbours = Neighbours(setup.rank)
-    next_arrival = control.next if setup.is_first else neighbours.arrivals(setup.links.inward)
+def serve_stage(control: Control, stage: StageLike, setup: Setup, before: Before | None, after: Outlet | None,
+                taps: TapSender | None) -> None:
+    """Run flights for ever. before: brings those of the stage before; None at the first. after: takes them to the next;
+    None at the last. taps: takes what the stage taps; None: nobody reads it. Raises what the stage raises."""
+    next_arrival = before.arrivals(setup.links.inward) if before else control.next
     while True:
         arrival = next_arrival()
         control.drop_cancelled(arrival)
         flight = arrival.flight
         answer, stay = control.timed(arrival, partial(stage.run, flight, arrival.hidden))
         result, tap = untapped(flight, answer)
-        ended = time.monotonic()
-        if not setup.is_last:
-            neighbours.after.finish()
-        stay.held = time.monotonic() - ended
-        if setup.is_first:  # said before handing on, so that the engine's answer is on its way meanwhile
+        if before:
+            before.worked = stay.worked
+        if after:
+            ended = time.monotonic()
+            after.wait_for_room(stay.worked)
+            stay.held = time.monotonic() - ended
+        if before is None:  # said before handing on, so that the engine's answer is on its way meanwhile
             control.send_free(Free())
         stays = [*arrival.stays, stay]
-        if setup.is_last:
-            control.send_answer(Answered(cast(Landed, result), stays))
+        if after:
+            after.send(Hop(flight, stays), {HIDDEN: result})
         else:
-            neighbours.after.send(Hop(flight, stays), result)
+            control.send_answer(Answered(cast(Landed, result), stays))
         if tap and taps:  # last of all, so that it delays nobody
             taps.send(tap)
 
@@ -205,5 +246,5 @@ def serve_reader(control: Control, draft: TapReader) -> None:
 
 def leave(code: int) -> NoReturn:
     """End the process at once, from any thread. Python's own way out would wait for, or trip over,
-    threads that sit inside gloo; nothing here needs to be saved."""
+    threads that sit inside a socket; nothing here needs to be saved."""
     os._exit(code)

@@ -1,7 +1,7 @@
 """Hidden states go from the stages' processes to the draft's, beside the way of the flights.
 
-A stage that taps has a thread that sends them, and the draft has one for each such stage, which takes them in. What
-these take in goes to the draft's one thread through its inbox (`TapInbox`).
+A stage that taps has a thread that sends them, and the draft has one that takes them in. What that takes in goes to
+the draft's one thread through its inbox (`TapInbox`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from itertools import count
 from typing import TYPE_CHECKING, NoReturn
 
 from fullpipe.messages import Tap
+from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.emulation import Arrival
 from fullpipe.pipeline.frames import TapHop
-from fullpipe.pipeline.hops import Incoming, Outgoing
+from fullpipe.pipeline.hops import Inlet, send_numbered
 from fullpipe.pipeline.links import Link, Wire
+from fullpipe.pipeline.wire import NonsenseError, Outward, pack
 from fullpipe.stations.base import TapCount, TapReader, drop_rows
 
 if TYPE_CHECKING:
     from fullpipe.pipeline.serve import Control
+
+
+FEATURES = "features"  # the name of the tensor that a tap is
 
 
 @dataclass(slots=True)
@@ -50,13 +55,10 @@ News = Arrival | TapArrival | CancelArrival  # what comes to an inbox
 
 class TapSender:
     """Sends a stage's taps to the draft station from a thread of its own: neither the stage nor the next one waits
-    for them. What piles up here is at most what is in flight, for the draft's end takes them in at any time.
+    for them. What piles up is at most what is in flight, for the draft's end takes them in at any time."""
 
-    Raises `NeighbourLostError` in that thread.
-    """
-
-    def __init__(self, control: Control, draft: int) -> None:
-        self._way = Outgoing(draft, "draft")
+    def __init__(self, control: Control, way: Socket) -> None:
+        self._way, self._numbers = way, Outward()
         self._queue: queue.SimpleQueue[Tap] = queue.SimpleQueue()
         self.send = self._queue.put
         control.start_thread("taps", self._deliver)
@@ -64,17 +66,26 @@ class TapSender:
     def _deliver(self) -> None:
         while True:
             tap = self._queue.get()
-            self._way.send(TapHop(tap.flight, tap.layers), tap.features)
-            self._way.finish()
+            send_numbered(self._way, self._numbers, pack(TapHop(tap.flight, tap.layers), {FEATURES: tap.features}))
 
 
-def receive_taps(stage: int, link: Link, deliver: Callable[[TapArrival], None]) -> NoReturn:
-    """Take in a stage's taps at the draft station, for ever. Raises `NeighbourLostError`."""
-    way, wire = Incoming(stage, f"stage {stage}", TapHop), Wire(link)
+def receive_taps(socket: Socket, links: Callable[[int], Link], deliver: Callable[[TapArrival], None]) -> NoReturn:
+    """Take in the stages' taps at the draft station, for ever. links: by which each stage's come."""
+    inlet, wires = Inlet(socket, TapHop), dict[str, Wire]()
     while True:
-        way.expect()
-        header, features, size = way.receive()
-        deliver(TapArrival(Tap(header.flight, header.layers, features), size, wire.arrival(time.monotonic(), size)))
+        who, header, tensors, size = inlet.receive()
+        if who not in wires:
+            wires[who] = Wire(links(_rank(who)))
+        due = wires[who].arrival(time.monotonic(), size)
+        deliver(TapArrival(Tap(header.flight, header.layers, tensors[FEATURES]), size, due))
+
+
+def _rank(stage: str) -> int:
+    """Of a stage by its name. Raises `NonsenseError`."""
+    _, _, number = stage.rpartition(" ")
+    if not number.isdigit():
+        raise NonsenseError(f"taps of {stage!r}, which is no stage")
+    return int(number)
 
 
 class TapInbox:

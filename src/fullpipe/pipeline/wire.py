@@ -1,49 +1,73 @@
-"""Bytes travel between processes. Torch is imported only when a torch tensor passes.
+"""Messages between processes are lists of frames: a number, a header in msgpack, and the bytes of tensors as they are.
 
-- **Control**: `Channel`, a stream socket with length-prefixed frames, between the engine's process and each worker.
-- **Data**: one hop from worker to worker. `pack` makes a single byte array of a header and the hidden rows, `unpack`
-  reads it back:
+    number, 8 bytes | msgpack of (header, what each tensor is) | bytes of the first tensor | bytes of the second | ...
 
-      uint64 size of all | uint64 size of the header | header, msgpack | zeros up to a multiple of 64 |
-      raw tensor bytes | zeros up to the size that was asked for
-
-  The raw bytes start at a multiple of 64 so that the receiver views them in place, without a copy, whatever their
-  dtype. A receiver that has only the beginning learns from `packed_size` what is missing.
+The number counts the messages of a connection in one direction, so that one that is lost, as it may be when a
+connection breaks and comes back, is noticed. Torch is imported only when a torch tensor passes. Nothing that executes
+on arrival (pickle) ever travels.
 """
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import struct
 import sys
-import threading
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-T = TypeVar("T")
+Tensors = Mapping[str, Any]
+Frame = Any
+"""bytes, or a buffer of such."""
 
-_ALIGN = 64
-_LENGTH = struct.Struct("<I")
-_SIZES = struct.Struct("<QQ")
-_READ = 1 << 16
-_LONGEST = 1 << 26  # bytes of a frame; a prompt of a million tokens is a third of it
-_LARGEST = 1 << 32  # bytes of a hop; hidden rows of the longest prompts and widest models are less
+_NUMBER = struct.Struct("<Q")
+_LONGEST = 1 << 26  # bytes of a header; a prompt of a million tokens is a third of it
 
 
 class NonsenseError(Exception):
     """Is raised where what arrived is no message of ours. Its text completes "station X answers nonsense: "."""
 
 
-def frame_size(frame: Struct) -> int:
-    """How many bytes `Channel.send` writes for a frame."""
-    return _LENGTH.size + len(msgspec.msgpack.encode(frame))
+class Tensor(Struct, array_like=True):
+    """Says what the receiver must know to view raw bytes as a tensor again."""
+
+    name: str
+    library: Literal["numpy", "torch"]
+    dtype: str
+    shape: list[Annotated[int, Meta(ge=0)]]
+
+
+class Outward:
+    """Numbers the messages that leave by one connection."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def number(self, frames: list[Frame]) -> list[Frame]:
+        self._next += 1
+        return [_NUMBER.pack(self._next - 1), *frames]
+
+
+class Inward:
+    """Checks the numbers of those that come by one connection."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def checked(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        """The frames without their number. Raises `NonsenseError` unless it is the one that is due."""
+        if not frames or len(frames[0]) != _NUMBER.size:
+            raise NonsenseError(f"{bytes(frames[0][:40]) if frames else b''!r}, which has no number")
+        (number,) = _NUMBER.unpack(frames[0])
+        if number != self._next:
+            raise NonsenseError(f"message {number}, and {self._next} is due: the connection has lost some")
+        self._next += 1
+        return frames[1:]
 
 
 @cache
@@ -51,135 +75,66 @@ def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(kind)
 
 
-def _read(data: Any, kind: Any) -> Any:
+encode = msgspec.msgpack.Encoder().encode
+
+
+def decode(data: Frame, kind: Any) -> Any:
+    """The struct that `encode` was given. Raises `NonsenseError`."""
+    if len(data) > _LONGEST:
+        raise NonsenseError(f"a header of {len(data)} bytes, when none has more than {_LONGEST}")
     try:
         return _decoder(kind).decode(data)
     except (ValueError, RecursionError) as error:
         raise NonsenseError(f"{bytes(data[:40])!r}, which cannot be read ({error})") from error
 
 
-class Channel(Generic[T]):
-    """Sends and receives frames over a connected stream socket. One thread may receive while any number send.
-
-    kind: of what is received, a struct or a union of tagged ones.
-    """
-
-    def __init__(self, sock: socket.socket, kind: Any) -> None:
-        self._sock, self._kind = sock, kind
-        self._unread = bytearray()
-        self._sending = threading.Lock()
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    def set_timeout(self, seconds: float) -> None:
-        """How long `send` may wait for the other end to read."""
-        self._sock.settimeout(seconds)
-
-    def send(self, frame: Struct) -> None:
-        """Write one frame whole. Raises `OSError` when the other end is gone, and `TimeoutError` (an
-        `OSError` too) when it does not read for as long as the socket's timeout says."""
-        body = msgspec.msgpack.encode(frame)
-        with self._sending:
-            self._sock.sendall(_LENGTH.pack(len(body)) + body)
-
-    def receive(self) -> list[T]:
-        """Wait for bytes and return the frames that are whole by now: maybe none. `EOFError` at the end;
-        `NonsenseError` for bytes that are no frame, after which nothing can be read any more."""
-        try:
-            data = self._sock.recv(_READ)
-        except ConnectionError:
-            data = b""
-        if not data:
-            raise EOFError("the other end closed the connection")
-        self._unread += data
-        frames: list[T] = []
-        at, end = 0, len(self._unread)
-        while end - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._unread, at)
-            if length > _LONGEST:
-                raise NonsenseError(f"a frame of {length} bytes, when none has more than {_LONGEST}")
-            body = at + _LENGTH.size
-            if end - body < length:
-                break
-            at = body + length
-            frames.append(_read(self._unread[body:at], self._kind))
-        del self._unread[:at]
-        return frames
-
-    def close(self) -> None:
-        """Close the socket; a `select` or `receive` waiting on it in another thread wakes."""
-        with contextlib.suppress(OSError):  # the other end went first
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+def frame_size(frame: Struct) -> int:
+    """How many bytes a frame without tensors takes on its way."""
+    return _NUMBER.size + len(encode(frame))
 
 
-class Rows(Struct, array_like=True):
-    """Says what the receiver must know to view raw bytes as hidden rows again."""
-
-    library: Literal["numpy", "torch"]
-    dtype: str
-    shape: list[int]
-
-
-def pack(header: Any, hidden: Any, least: int = 0) -> Bytes:
-    """One hop as bytes, uint8 [n] with n >= least.
+def pack(header: Any, tensors: Tensors) -> list[Frame]:
+    """The frames of a message, without their number. They are copies: the tensors may change.
 
     header: a struct, or anything else that msgpack knows.
-    hidden: a NumPy array or torch tensor of any shape and dtype, zero rows included, or None.
+    tensors: NumPy arrays or torch tensors of any shape and dtype by name, those without rows included.
     """
-    rows, raw = _describe(hidden)
-    head = msgspec.msgpack.encode((header, rows))
-    start = _padded(_SIZES.size + len(head))
-    end = start + raw.nbytes
-    message = np.zeros(max(end, least), dtype=np.uint8)
-    _SIZES.pack_into(message.data, 0, end, len(head))
-    message[_SIZES.size:_SIZES.size + len(head)] = np.frombuffer(head, dtype=np.uint8)
-    message[start:end] = raw
-    return message
+    described = [_describe(name, tensor) for name, tensor in tensors.items()]
+    return [encode((header, [told for told, _ in described])), *(raw.tobytes() for _, raw in described)]
 
 
-def packed_size(message: Bytes) -> int:
-    """How many bytes `pack` needed, read from the first 16 of them; padding is not counted. Raises `NonsenseError` for
-    sizes that cannot be."""
-    size, header = _SIZES.unpack_from(message.data, 0)
-    if not _SIZES.size + header <= size <= _LARGEST:
-        raise NonsenseError(f"a message of {size} bytes with a header of {header}")
-    return int(size)
-
-
-def unpack(message: Bytes, kind: Any) -> tuple[Any, Any]:
-    """The header, of type `kind`, and the hidden rows that `pack` was given; the rows share the message's memory.
-    Raises `NonsenseError` for what `pack` never made."""
-    end, (_, length) = packed_size(message), _SIZES.unpack_from(message.data, 0)
-    header, rows = _read(message[_SIZES.size:_SIZES.size + length].data, tuple[kind, Rows | None])
+def unpack(frames: Sequence[Frame], kind: Any) -> tuple[Any, dict[str, Any]]:
+    """The header, of type `kind`, and the tensors that `pack` was given; they may be written to. Raises `NonsenseError`
+    for what `pack` never made."""
+    if not frames:
+        raise NonsenseError("a message without frames")
+    header, described = decode(frames[0], tuple[kind, list[Tensor]])
+    if len(described) != len(frames) - 1:
+        raise NonsenseError(f"{len(frames) - 1} tensors, and {len(described)} are described")
     try:
-        return header, _restore(rows, message[_padded(_SIZES.size + length):end])
+        return header, {told.name: _restore(told, raw) for told, raw in zip(described, frames[1:])}
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise NonsenseError(f"rows that cannot be read ({type(error).__name__}: {error})") from error
+        raise NonsenseError(f"a tensor that cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _padded(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
-
-
-def _describe(hidden: Any) -> tuple[Rows | None, Bytes]:
+def _describe(name: str, tensor: Any) -> tuple[Tensor, Bytes]:
     """What the receiver must know, and the raw bytes, flat."""
-    if hidden is None:
-        return None, np.zeros(0, dtype=np.uint8)
-    shape = list(hidden.shape)
-    if isinstance(hidden, np.ndarray):
-        return Rows("numpy", hidden.dtype.str, shape), np.ascontiguousarray(hidden).reshape(-1).view(np.uint8)
+    shape = list(tensor.shape)
+    if isinstance(tensor, np.ndarray):
+        return Tensor(name, "numpy", tensor.dtype.str, shape), np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
     torch = sys.modules["torch"]  # whoever made the tensor has imported it
-    flat = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return Rows("torch", str(hidden.dtype).removeprefix("torch."), shape), flat
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return Tensor(name, "torch", str(tensor.dtype).removeprefix("torch."), shape), flat
 
 
-def _restore(rows: Rows | None, raw: Bytes) -> Any:
-    if rows is None:
-        return None
-    if rows.library == "numpy":
-        return raw.view(np.dtype(rows.dtype)).reshape(rows.shape)
+def _restore(told: Tensor, raw: Frame) -> Any:
+    # A copy: what ZeroMQ hands out may lie at any address, and kernels want numbers at addresses that they divide.
+    array = np.frombuffer(raw, np.uint8).copy()
+    if told.library == "numpy":
+        return array.view(np.dtype(told.dtype)).reshape(told.shape)
     import torch
 
-    return torch.from_numpy(raw).view(getattr(torch, rows.dtype)).reshape(rows.shape)
+    dtype = getattr(torch, told.dtype)
+    if not array.size:  # torch views no empty array as another type
+        return torch.empty(0, dtype=dtype).reshape(told.shape)
+    return torch.from_numpy(array).view(dtype).reshape(told.shape)

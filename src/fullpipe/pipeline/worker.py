@@ -1,6 +1,7 @@
-"""One station's process begins: `python -m fullpipe.pipeline.worker`, started by `launch`.
+"""One station's process begins: `python -m fullpipe.pipeline.worker`, started by a launcher.
 
-Standard input is the control connection, a socket; its first message is the `Setup`, which names the station to build.
+Standard input is its `Door`, on one line, and ends with whoever started it. It calls the engine, is told what to be
+(`Setup`), builds the station, and serves.
 """
 
 from __future__ import annotations
@@ -8,17 +9,25 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import sys
 import threading
+import time
 from functools import partial
 from typing import cast
 
-from fullpipe.pipeline.frames import Setup, ToWorker, Up
-from fullpipe.pipeline.hops import join_world
-from fullpipe.pipeline.serve import Control, leave, serve_draft, serve_reader, serve_stage
+import msgspec
+import zmq
+from zmq.constants import Event as Happening
+from zmq.utils.monitor import recv_monitor_message
+
+from fullpipe.errors import UsageError
+from fullpipe.pipeline.bell import Socket
+from fullpipe.pipeline.fetching import localised
+from fullpipe.pipeline.frames import Broken, Door, Hello, Setup, Up
+from fullpipe.pipeline.hops import Before, Outlet, nothing_came
+from fullpipe.pipeline.net import Net, watched
+from fullpipe.pipeline.serve import Control, Lines, leave, serve_draft, serve_reader, serve_stage
 from fullpipe.pipeline.taps import TapArrival, TapSender, receive_taps
-from fullpipe.pipeline.wire import Channel
 from fullpipe.stations.base import DraftLike, StageLike, cache_slots, tap_reader
 
 _PR_SET_PDEATHSIG = 1
@@ -27,63 +36,141 @@ _SWITCH_S = 0.0005  # longest wait for the interpreter lock, so that the side th
 
 def die_with_parent(parent: int) -> None:
     """Have the kernel end this process when its parent is gone, even if it is stopped or cannot listen.
-    Where there is no such service the closing of the control connection must do."""
+    Where there is no such service the end of standard input must do."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone before we asked
         leave(0)
 
 
-def control_connection() -> Channel[ToWorker]:
-    """The socket that standard input is; standard input becomes empty, so that nothing else reads it."""
-    sock = socket.socket(fileno=os.dup(0))
-    empty = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(empty, 0)
-    os.close(empty)
-    return Channel(sock, ToWorker)
-
-
 def main() -> None:
     """Take the setup, build the station, serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel = control_connection()
-    frames: list[ToWorker] = []
-    try:
-        while not frames:
-            frames = channel.receive()
-    except EOFError:
-        leave(0)
-    setup, *unread = frames
+    door = _door()
+    die_with_parent(door.parent)
+    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
+    net = Net(door.keys, door.patience_s)
+    lines = Lines(net, door.engine, door.name)
+    inlet, listens = _listen(net, lines, door)
+    connections = Connections(lines.heard, door.patience_s)
+    lines.greet(Hello(listens))
+    if nothing_came(lines.heard, door.start_timeout):
+        print(f"nobody at {door.engine} answered for {door.start_timeout:g} s", file=sys.stderr)
+        leave(1)
+    setup, _ = lines.receive()
     assert isinstance(setup, Setup)
-    die_with_parent(setup.parent)
     sys.setswitchinterval(_SWITCH_S)
-    control = Control(channel, setup)
-    control.start_threads(unread)
-    control.report(partial(_build_and_serve, control, setup))
+    control = Control(lines, setup)
+    control.start_threads()
+    connections.watch(control)
+    control.report(partial(_build_and_serve, control, setup, net, inlet, connections))
     threading.Event().wait()  # until the engine says stop, or is gone
 
 
-def _build_and_serve(control: Control, setup: Setup) -> None:
-    station = setup.spec.build()
+def _door() -> Door:
+    """What the launcher wrote into standard input."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        leave(0)
+    return msgspec.json.decode(line, type=Door)
+
+
+def _leave_with_parent() -> None:
+    """Standard input ends with the process that holds its other end."""
+    while sys.stdin.buffer.read(1):
+        pass
+    leave(0)
+
+
+def _listen(net: Net, lines: Lines, door: Door) -> tuple[Socket | None, list[str]]:
+    if not door.listen:
+        return None, []
+    try:
+        return net.bind(door.listen)
+    except UsageError as error:  # without a hello: it comes by another road, and might be the first to arrive
+        lines.send(Broken("UsageError", error.message, error.hint))
+        lines.close()
+        leave(1)
+
+
+class Connections:
+    """Watches a worker's connections: it ends the process when the engine is gone for `patience_s` seconds, and tells
+    the engine when a neighbour is."""
+
+    def __init__(self, engine: Socket, patience_s: float) -> None:
+        self._engine = watched(engine)
+        self._patience_s = patience_s
+        self._neighbours: dict[Socket, str] = {}
+        self._gone: float | None = None  # since when the engine is
+
+    def add(self, neighbour: str, socket: Socket) -> Socket:
+        """Watch the connection to a neighbour too: before `watch` begins, or after."""
+        self._neighbours[watched(socket)] = neighbour
+        return socket
+
+    def watch(self, control: Control) -> None:
+        threading.Thread(target=self._watch, args=(control,), name="connections", daemon=True).start()
+
+    def _watch(self, control: Control) -> None:
+        poller = zmq.Poller()
+        poller.register(self._engine, zmq.POLLIN)
+        known: set[Socket] = set()
+        while True:
+            for socket in self._neighbours.keys() - known:
+                poller.register(socket, zmq.POLLIN)
+                known.add(socket)
+            for socket, _ in poller.poll(self._patience()):
+                event = recv_monitor_message(socket)["event"]
+                if socket is self._engine:
+                    self._note_engine(event)
+                elif event == Happening.DISCONNECTED:
+                    control.lost(self._neighbours[socket])
+            if self._gone is not None and time.monotonic() - self._gone >= self._patience_s:
+                leave(0)
+
+    def _note_engine(self, event: int) -> None:
+        if event == Happening.DISCONNECTED:
+            self._gone = self._gone or time.monotonic()
+        elif event == Happening.HANDSHAKE_SUCCEEDED:
+            self._gone = None
+        elif event == Happening.HANDSHAKE_FAILED_AUTH:
+            print("the engine does not know our key", file=sys.stderr)
+            leave(1)
+
+    def _patience(self) -> int:
+        """Milliseconds until there may be something to do."""
+        return 1000 if self._gone is None else 50
+
+
+def _build_and_serve(control: Control, setup: Setup, net: Net, inlet: Socket | None, connections: Connections) -> None:
+    station = localised(setup, control.send, control.parts).build()
     if torch := sys.modules.get("torch"):  # a station without tensors does not need it loaded
         torch.set_num_threads(setup.threads)
-    if setup.world > 1:
-        join_world(setup)
     if setup.rank < setup.stages:
-        control.send(Up(cache_slots(cast(StageLike, station))))
-        taps = TapSender(control, setup.stages) if setup.rank in setup.tapping else None
-        serve_stage(control, cast(StageLike, station), setup, taps)
+        _serve_stage(control, cast(StageLike, station), setup, net, inlet, connections)
     else:
-        _serve_draft_station(control, cast(DraftLike, station), setup.tapping)
+        _serve_draft_station(control, cast(DraftLike, station), inlet)
 
 
-def _serve_draft_station(control: Control, draft: DraftLike, tapping: list[int]) -> None:
+def _serve_stage(control: Control, stage: StageLike, setup: Setup, net: Net, inlet: Socket | None,
+                 connections: Connections) -> None:
+    after = taps = None
+    if setup.next:
+        way = connections.add(f"stage {setup.rank + 1}", net.connect(setup.next, setup.name))
+        after = Outlet(way)
+    if setup.taps:
+        taps = TapSender(control, connections.add("draft", net.connect(setup.taps, setup.name)))
+    control.send(Up(cache_slots(stage)))
+    serve_stage(control, stage, setup, Before(inlet) if inlet else None, after, taps)
+
+
+def _serve_draft_station(control: Control, draft: DraftLike, inlet: Socket | None) -> None:
     reader = tap_reader(draft)
     control.reads_taps = reader is not None  # from before the first cancel
     control.send(Up(cache_slots(draft)))
-    for stage in tapping:  # someone must take them in even where nobody reads them
+    if inlet:  # someone must take them in even where nobody reads them
         deliver = control.inbox.put if reader else _ignore
-        control.start_thread(f"taps of stage {stage}", partial(receive_taps, stage, control.links.tap(stage), deliver))
+        control.start_thread("taps", partial(receive_taps, inlet, control.links.tap, deliver))
     serve_reader(control, reader) if reader else serve_draft(control, draft)
 
 

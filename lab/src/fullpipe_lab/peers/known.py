@@ -10,6 +10,8 @@ from typing import Any, Literal
 _RUNNERS = Path(__file__).parent / "runners"
 CONVERTER = _RUNNERS / "convert_gguf.py"
 STEPS_RUNNER = _RUNNERS / "llamacpp_steps.py"
+SERVER_RUNNER = _RUNNERS / "server_on_host.py"
+HEAD_RUNNER = _RUNNERS / "hosts_head.py"
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ from fullpipe.models.dtypes import pick_dtype
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.slice import load_slice
 from fullpipe.models.weights import open_model
-from fullpipe.pipeline.launch import ALLOCATION
+from fullpipe.pipeline.launch.local import ALLOCATION
 from fullpipe_lab.ending import run
 from fullpipe_lab.files import Journal
 from fullpipe_lab.receipts import HERE, STUDIES, save_receipt, study_receipt

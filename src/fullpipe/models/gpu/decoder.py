@@ -28,7 +28,8 @@ from fullpipe.models.gpu.pool import SCRATCH, Pool
 from fullpipe.models.gpu.rows import Rows
 from fullpipe.models.linear import Linear
 from fullpipe.models.loading import Layer, Loader
-from fullpipe.models.pool import free_memory, slots_for
+from fullpipe.models.memory import free_memory
+from fullpipe.models.pool import slots_for
 from fullpipe.models.step import Step
 
 ROWS = (16, 32, 64)

@@ -27,7 +27,8 @@ from torch import Tensor
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part, Tap
 from fullpipe.models.dtypes import torch_dtype
-from fullpipe.models.pool import empty, free_memory, slots_for
+from fullpipe.models.memory import free_memory
+from fullpipe.models.pool import empty, slots_for
 from fullpipe.models.spd_checkpoint import ModuleConfig, check_parity, load_checkpoint
 from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.models.weights import open_model

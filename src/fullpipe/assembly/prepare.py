@@ -1,40 +1,23 @@
-"""From names and options to a running pipeline: resolve, check, cut, describe every station, start them, measure them.
-
-    prepared = prepare(Options.of(model="smollm2-135m", stages=4))   # nothing heavy has been read yet
-    pipeline = start(prepared)
-    method = prepared.method(measured(prepared, pipeline))
-
-`assemble` does all of it.
-"""
+"""Names and options become a description of every station: resolve, check, cut. Nothing heavy is read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import to_builtins
 
-from fullpipe.cluster.alone import choose
-from fullpipe.cluster.calibrate import measure_machine
-from fullpipe.cluster.kept import KeptCosts, KeptFates
 from fullpipe.cluster.partition import cut
-from fullpipe.cluster.provenance import versions
 from fullpipe.costs import Machine
 from fullpipe.errors import DraftMismatch, UsageError
-from fullpipe.hub import CATALOGUE, cache, resolve
-from fullpipe.live_costs import LiveMachine
+from fullpipe.hub import CATALOGUE, resolve
 from fullpipe.methods import Method, make_method, options_of
-from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.options import EngineOptions, Options
-from fullpipe.pipeline.base import Pipeline
-from fullpipe.pipeline.links import Link, Links
-from fullpipe.sequences.calibration import Calibration
 from fullpipe.stations.base import DraftLike, StageLike
 from fullpipe.stations.drafts.names import module_folder
 from fullpipe.stations.spec import StationSpec
-from fullpipe.threads import cores
 
 if TYPE_CHECKING:
     from fullpipe.models.config import ModelConfig
@@ -46,12 +29,8 @@ _NGRAM = "fullpipe.stations.drafts.ngram:build_ngram"
 # Beside a model, a match of a single token only displaces better guesses (docs/log).
 MIXED_MIN_N = 2
 
-_HEARTBEAT_TIMEOUT_S = 10.0
-_ROWS = (1, 2, 4, 8, 16, 32)  # of the flights that are measured
-_WORTH_KEEPING_S = 0.1  # a stage that is through with those sooner is measured again
 
-
-def _silent(line: str) -> None:
+def silent(line: str) -> None:
     pass
 
 
@@ -122,7 +101,7 @@ class Prepared:
     @property
     def distributed(self) -> bool:
         """Whether the stations are processes of their own."""
-        return self.options.pipeline.stages is not None
+        return _distributed(self.options)
 
     @property
     def reads_taps(self) -> bool:
@@ -165,53 +144,7 @@ class Prepared:
         return [spec.build() for spec in self.stages], self.draft.build() if self.draft else None  # type: ignore
 
 
-@dataclass(frozen=True, slots=True)
-class Assembly:
-    """A pipeline that runs, and nothing is under way in it. method: made for it. rebuild: starts another one like it,
-    where the stations are processes that may die. calibration: how far its draft is believed to begin with.
-    kept: where that is kept; None: nowhere."""
-
-    prepared: Prepared
-    pipeline: Pipeline
-    method: Method
-    rebuild: Callable[[], Pipeline] | None = None
-    calibration: Calibration = field(default_factory=Calibration)
-    kept: KeptFates | None = None
-
-    @classmethod
-    def remembering(cls, prepared: Prepared, pipeline: Pipeline, method: Method,
-                    rebuild: Callable[[], Pipeline] | None = None) -> Assembly:
-        """One that knows its draft from earlier."""
-        kept = _kept_fates(prepared)
-        return cls(prepared, pipeline, method, rebuild, kept.load() if kept else Calibration(), kept)
-
-    def keep(self) -> None:
-        """Keep what was learned of the draft, for those who come after."""
-        if self.kept and self.calibration.noted:
-            self.kept.save(self.calibration)
-
-
-def assemble(options: Options, say: Say = _silent) -> Assembly:
-    """Everything that it takes to answer, checked before the first weight is read. say: told what takes time.
-
-    Raises UsageError, ModelError and their kin for what cannot be done; StationFailed when a process dies or does not
-    start in time.
-    """
-    prepared = prepare(options, say)
-    if options.method.method == "auto" and prepared.options.method.method == "chain":
-        said = options.model.draft != "auto" or options.method.depth or options.method.floor is not None
-        return _assemble_what_pays(prepared, say, may_do_without=not said)
-    pipeline = start(prepared, say)
-    try:
-        method = prepared.method(measured(prepared, pipeline, say))
-    except BaseException:
-        pipeline.close()
-        raise
-    rebuild = (lambda: start(prepared, say)) if prepared.distributed else None
-    return Assembly.remembering(prepared, pipeline, method, rebuild)
-
-
-def prepare(options: Options, say: Say = _silent) -> Prepared:
+def prepare(options: Options, say: Say = silent) -> Prepared:
     """Find the models, check that they fit together and with the options, and cut the target into stages."""
     from fullpipe.models.dtypes import pick_dtype, pick_kv_cache_dtype
     from fullpipe.models.generation import sampling_of
@@ -221,7 +154,7 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
     name, asked, device = options.model.model, options.method, _device(options.pipeline.device)
     names = draft_names(name, options.model.draft)
     if asked.method == "auto":
-        asked = replace(asked, method=_what_auto_means(names, options.pipeline.stages))
+        asked = replace(asked, method=_what_auto_means(names, distributed=_distributed(options)))
     check = make_method(asked.method, width=asked.width, depth=asked.depth, floor=asked.floor, refresh=asked.refresh,
                         prefill_share=asked.prefill_share)
     if check.needs_draft and not names:
@@ -236,7 +169,8 @@ def prepare(options: Options, say: Say = _silent) -> Prepared:
     tokenizer = with_template(load_tokenizer(path), options.model.chat_template,
                               options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
-    ends = stage_ends(files.config, 1 if options.pipeline.stages is None else options.pipeline.stages)
+    # On hosts the plan cuts, later (`hosts.py`).
+    ends = stage_ends(files.config, options.pipeline.stages or 1 if options.pipeline.hosts is None else 1)
     dtype = pick_dtype(options.model.dtype, device, files, options.model.quantization)
     pick_kv_cache_dtype(options.pipeline.kv_cache_dtype, dtype, device)
     target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib,
@@ -268,117 +202,16 @@ def _length(asked: int | None, most: int) -> int:
     return asked or most
 
 
-def _what_auto_means(names: Sequence[str], stages: int | None) -> str:
+def _distributed(options: Options) -> bool:
+    return options.pipeline.stages is not None or options.pipeline.hosts is not None
+
+
+def _what_auto_means(names: Sequence[str], *, distributed: bool) -> str:
     """Stages that work at the same time want to be filled. A single process does one thing after another: there a text
     that was guessed is verified at once, if guessing pays."""
     if not names:
         return "pp"
-    return "fullpipe" if stages is not None or any(map(module_folder, names)) else "chain"
-
-
-def start(prepared: Prepared, say: Say = _silent) -> Pipeline:
-    """All stations: processes, or one stage and a draft that take turns in this one."""
-    options = prepared.options.pipeline
-    where = "in this process" if options.stages is None else \
-        "as 1 stage" if len(prepared.stages) == 1 else f"as {len(prepared.stages)} stages"
-    on = "" if prepared.target.device == "cpu" else f" on {prepared.target.device}"
-    say(f"loading {prepared.target.path.name} {where}{on} {prepared.target.numbers}")
-    if options.stages is None:
-        return _in_this_process(*prepared.build(), options.threads)
-    from fullpipe.pipeline.workers import WorkersPipeline
-
-    links = Links.even(len(prepared.stages), Link.of(options.link_ms, options.link_mbit))
-    return WorkersPipeline(prepared.stages, prepared.draft, links=links, threads=options.threads or 1,
-                               timeout=options.timeout, heartbeat_timeout=min(_HEARTBEAT_TIMEOUT_S, options.timeout),
-                               start_timeout=options.start_timeout)
-
-
-def _in_this_process(stages: Sequence[StageLike], draft: DraftLike | None, threads: int | None) -> Pipeline:
-    import torch
-
-    from fullpipe.pipeline.inprocess import InProcessPipeline
-
-    torch.set_num_threads(threads or cores())
-    return InProcessPipeline(stages, draft, clock="wall")
-
-
-# ---- what rows cost here ---------------------------------------------------------------------------------
-
-
-def measured(prepared: Prepared, pipeline: Pipeline, say: Say = _silent) -> Machine:
-    """What a method is to know of these stations, and how it goes on learning. Rows are measured for the one that
-    weighs what they cost; a file keeps what took a while."""
-    if prepared.options.method.method != "fullpipe":
-        return LiveMachine(pipeline.machine())
-    return LiveMachine(_costs(prepared, pipeline, say))
-
-
-def _costs(prepared: Prepared, pipeline: Pipeline, say: Say) -> Machine:
-    kept = _kept_costs(prepared)
-    if machine := kept.load():
-        say(f"what rows cost: from {kept.path}; remove it to have it measured again")
-        return machine
-    say("measuring what rows cost")
-    machine = measure_machine(pipeline, _ROWS, draft=not prepared.reads_taps)
-    if machine.stage and sum(machine.stage.seconds) > _WORTH_KEEPING_S and kept.save(machine):
-        say(f"kept in {kept.path}")
-    return machine
-
-
-def _kept_costs(prepared: Prepared) -> KeptCosts:
-    options, target = prepared.options.pipeline, prepared.target
-    kept_in = {} if target.kv_cache_dtype == "auto" else {"kv_cache_dtype": target.kv_cache_dtype}
-    return KeptCosts.of(cache.home() / "profiles", {
-        "versions": [versions().get(name) for name in ("fullpipe", "torch")],
-        "model": [str(target.path), _fingerprint(target.path)], "draft": ",".join(prepared.drafts),
-        "dtype": target.dtype, "stages": options.stages, "device": target.device, **kept_in,
-        "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
-
-
-def _kept_fates(prepared: Prepared) -> KeptFates | None:
-    """Whether guesses come true is a matter of model and draft, not of the machine or the stages."""
-    if prepared.draft is None:
-        return None
-    target = prepared.target
-    folders = [folder for name in prepared.drafts if (folder := module_folder(name))]
-    return KeptFates.of(cache.home() / "profiles", {
-        "version": versions().get("fullpipe"), "model": [str(target.path), _fingerprint(target.path)],
-        "dtype": target.dtype, "draft": to_builtins(prepared.draft),
-        "modules": [_fingerprint(folder) for folder in folders]})
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """Changes when a model's files do: sizes and moments of the last change."""
-    files = sorted(path.iterdir()) if path.is_dir() else gguf_parts(path)
-    return [number for file in files for number in (file.stat().st_size, int(file.stat().st_mtime))]
-
-
-def _assemble_what_pays(prepared: Prepared, say: Say, may_do_without: bool) -> Assembly:
-    """In one process: guess with the draft, or with n-gram alone, or not at all, whatever is quickest here."""
-    stages: list[StageLike] | None = None
-    machine = _kept_costs(prepared).load()
-    if machine is None:
-        say(f"loading {prepared.target.path.name} in this process {prepared.target.numbers}")
-        stages, draft = prepared.build()
-        machine = _costs(prepared, _in_this_process(stages, draft, prepared.options.pipeline.threads), say)
-    best = choose(machine, prepared.drafts, may_do_without=may_do_without)
-    say(best.why)
-    chosen = _with_draft(prepared, best.drafts, best.depth)
-    if stages is None:
-        return Assembly.remembering(chosen, start(chosen, say), chosen.method())
-    if best.drafts != prepared.drafts:
-        draft = chosen.draft.build() if chosen.draft else None  # type: ignore[assignment]
-    pipeline = _in_this_process(stages, draft, prepared.options.pipeline.threads)
-    return Assembly.remembering(chosen, pipeline, chosen.method())
-
-
-def _with_draft(prepared: Prepared, drafts: tuple[str, ...], depth: int) -> Prepared:
-    """The same with other drafts, and so many tokens guessed at a time unless the options say how many."""
-    own = prepared.options.method
-    name = "chain" if drafts else "pp"
-    method = replace(own, method=name, depth=(own.depth or depth) if drafts else None)
-    return replace(prepared, drafts=drafts, draft=draft_spec(drafts, prepared.target, _silent),
-                   options=replace(prepared.options, method=method))
+    return "fullpipe" if distributed or any(map(module_folder, names)) else "chain"
 
 
 # ---- cutting and describing ------------------------------------------------------------------------------

@@ -1,0 +1,174 @@
+"""The stations sit on several hosts: a plan says where, and another one when a host has gone or come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fullpipe.assembly.prepare import Prepared, Say, draft_spec, silent, stage_specs, taps_of
+from fullpipe.cluster.contact import Contact, RayContact
+from fullpipe.cluster.guesser import draft_model, guesser_of
+from fullpipe.cluster.hosts import HostEntry, read_hosts
+from fullpipe.cluster.pins import Pins
+from fullpipe.cluster.placing import Placing, Wanted
+from fullpipe.cluster.plan import Plan
+from fullpipe.cluster.report import HostReport, Problem
+from fullpipe.costs import Machine
+from fullpipe.errors import UsageError
+from fullpipe.hub import resolve
+from fullpipe.live_costs import LiveMachine
+from fullpipe.methods import Method
+from fullpipe.options import PipelineOptions
+from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.workers import WorkersPipeline
+from fullpipe.stations.spec import StationSpec
+
+_TYPICAL_ROWS = 4
+
+Tell = Callable[[Sequence[HostReport], Sequence[Problem], Mapping[str, int]], None]
+"""Shows the hosts, what is wrong with them, and the bytes of memory that each must have."""
+
+
+def contact_of(asked: PipelineOptions) -> Contact:
+    """The way to the hosts that the options name. Raises UsageError, and MissingExtra without Ray."""
+    assert asked.hosts is not None
+    wanted = None if asked.hosts == "ray" else read_hosts(Path(asked.hosts))
+    contact = RayContact(asked.ray_address, wanted)
+    try:
+        contact.entries[contact.head] = _own_entry(contact.entries[contact.head], asked)
+    except BaseException:
+        contact.close()
+        raise
+    return contact
+
+
+def _own_entry(entry: HostEntry, asked: PipelineOptions) -> HostEntry:
+    """The head's, with what the options say of it."""
+    said = {"interface": asked.interface, "host_ip": asked.host_ip, "port": asked.data_port or None}
+    return entry.model_copy(update={name: value for name, value in said.items() if value is not None})
+
+
+def placing_of(prepared: Prepared, contact: Contact, say: Say = silent, tell: Tell | None = None) -> Placing:
+    """Who will decide where the stations of a model sit. Raises what reading a plan raises."""
+    options, target = prepared.options, prepared.target
+    guesses = draft_model(prepared.drafts)
+    models = tuple(name for name in (options.model.model, guesses) if name)
+    given = Plan.load(options.pipeline.plan) if options.pipeline.plan else None
+    if given and given.model != options.model.model:
+        raise UsageError(f"the plan {options.pipeline.plan} is for {given.model}, not {options.model.model}",
+                         hint="Name its model, or make a plan for yours: `fullpipe plan`.")
+    wanted = Wanted(
+        model=options.model.model, draft=",".join(prepared.drafts) or "none", models=models,
+        paths=tuple(Path(path) for path in (target.path, *([resolve(guesses)] if guesses else []))),
+        guesser=guesser_of(options.model.model, prepared.drafts), describe=_Described(prepared).of,
+        dtype=options.model.dtype, quantization=options.model.quantization, device=target.device,
+        threads=options.pipeline.threads, kernels=target.device == "cpu")
+    placing = Placing(contact, wanted, _pins(prepared, contact), given, say)
+    if tell:
+        placing.tell = tell
+    return placing
+
+
+def _pins(prepared: Prepared, contact: Contact) -> Pins:
+    """What the options leave to the planner, and what they do not."""
+    own, stages = prepared.options.method, prepared.options.pipeline.stages
+    if stages is not None and stages > len(contact.entries):
+        raise UsageError(f"{stages} stages are asked for, and there are {len(contact.entries)} hosts",
+                         hint="A host has one stage. Start more hosts, or ask for fewer stages.")
+    method = own.method if own.method in ("fullpipe", "pp", "chain") else "fullpipe"
+    return Pins(width=own.width, method="auto" if method == "fullpipe" and not own.width else method, stages=stages)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Describes the stations of any plan for one model. prepared: for one stage."""
+
+    prepared: Prepared
+
+    def of(self, plan: Plan) -> tuple[list[StationSpec], StationSpec | None]:
+        target = replace(self.prepared.target, ends=tuple(stage.last for stage in plan.stages))
+        stages = stage_specs(target, margins=self.prepared.options.model.margins, taps=taps_of(self.prepared.drafts))
+        there = Counter([stage.host for stage in plan.stages])
+        described = [_with(spec, _placed(stage.device, there[stage.host] + (rank == 0)))
+                     for rank, (spec, stage) in enumerate(zip(stages, plan.stages))]
+        return described, draft_spec(self.prepared.drafts, target, silent) if plan.method != "pp" else None
+
+
+def _placed(device: str, sharing: int) -> dict[str, Any]:
+    """What a builder is told of its device: those of one host share its memory, with a draft beside the first."""
+    return {"sharing": sharing} if device == "cpu" else {"device": device}
+
+
+def _with(spec: StationSpec, placed: dict[str, Any]) -> StationSpec:
+    return StationSpec(spec.builder, {key: value for key, value in spec.args.items()
+                                      if key not in ("sharing", "device")} | placed)
+
+
+@dataclass(slots=True)
+class OnHosts:
+    """Starts pipelines on hosts: the first, and others after it.
+
+    machine: what the newest one's method knows of its stations; planned: what the plan said of them.
+    """
+
+    prepared: Prepared
+    placing: Placing
+    machine: LiveMachine | None = None
+    planned: Machine | None = None
+
+    def first(self) -> tuple[Pipeline, Method]:
+        return self._started(self.placing.decide())
+
+    def again(self) -> tuple[Pipeline, Method]:
+        """Another one, for the hosts that are there now."""
+        return self._started(self.placing.decide_again())
+
+    def better(self, gain: float) -> str | None:
+        """Why another pipeline would be better, one that promises a token in at most `gain` of the time; None: there is
+        none."""
+        return self.placing.better(gain)
+
+    def slower(self) -> dict[str, float]:
+        """By how much each host's stages take longer than planned, at a few rows."""
+        plan, live, planned = self.placing.plan, self.machine, self.planned
+        if plan is None or live is None or planned is None or len(live.stages) != len(plan.stages):
+            return {}
+        return {stage.host: now(_TYPICAL_ROWS) / max(then(_TYPICAL_ROWS), 1e-9)
+                for stage, now, then in zip(plan.stages, live.stages, planned.stages)}
+
+    def take_for(self, host: str, factor: float) -> None:
+        """Plan from now on with a host that takes so many times as long as it was planned with."""
+        self.placing.take_for(host, factor)
+        self.planned = self.placing.machine(self.placing.plan) if self.placing.plan else None
+
+    def _started(self, plan: Plan) -> tuple[Pipeline, Method]:
+        say, asked = self.placing.say, self.prepared.options.pipeline
+        for line in told(plan):
+            say(line)
+        stages, draft = self.placing.wanted.describe(plan)
+        pipeline = WorkersPipeline(stages, draft, threads=asked.threads or 1, timeout=asked.timeout,
+                                   heartbeat_timeout=asked.host_timeout, start_timeout=asked.start_timeout,
+                                   hosting=self.placing.hosting(plan))
+        self.planned = self.placing.machine(plan)
+        self.machine = LiveMachine(self.planned)
+        return pipeline, self._method(plan)
+
+    def _method(self, plan: Plan) -> Method:
+        own = self.prepared.options.method.method
+        name = own if own not in ("fullpipe", "auto") else plan.method if plan.method != "auto" else "fullpipe"
+        return self.prepared.method(self.machine, name, width=plan.width if name == "fullpipe" else None)
+
+
+def told(plan: Plan) -> list[str]:
+    """What a user should know of a plan."""
+    where = ", ".join(f"{stage.host} layers {stage.first} to {stage.last - 1}" if stage.num_layers else
+                      f"{stage.host} the head" for stage in plan.stages)
+    draft = f"; draft on {plan.draft_host}" if plan.draft_host and plan.method != "pp" else ""
+    lines = [f"plan: {where}{draft}"]
+    if plan.promise:
+        lines.append(f"predicted: {plan.promise.plan_ms:.1f} ms a token with {plan.method}, {plan.promise.pp_ms:.1f} "
+                     "ms without a draft")
+    return lines

@@ -1,0 +1,394 @@
+"""A model is placed on hosts: they are looked at, measured, planned for, and given their stages. And again when one has
+gone, or come."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+from fullpipe.cluster.agent import Measure, Opening
+from fullpipe.cluster.checks import Needs, compare, refuse
+from fullpipe.cluster.contact import Contact
+from fullpipe.cluster.layout import Guesser
+from fullpipe.cluster.links import Pair, between
+from fullpipe.cluster.modes import CONTEXT
+from fullpipe.cluster.pins import Pins
+from fullpipe.cluster.plan import Plan, check, memory_of
+from fullpipe.cluster.planner import Found, predict, search
+from fullpipe.cluster.profile import slower
+from fullpipe.cluster.report import HostReport, Problem
+from fullpipe.cluster.survey import HostCosts, Survey
+from fullpipe.cluster.surveying import Known, look_at, measure_costs, measure_links
+from fullpipe.costs import CostCurve, Machine
+from fullpipe.errors import PipelineError
+from fullpipe.hub.cache import from_head_folder, manifest
+from fullpipe.models.partial import Manifest, Source, needed, opening
+from fullpipe.models.ranges import CHUNK, Range, chunks, total
+from fullpipe.models.weights import open_model
+from fullpipe.pipeline.frames import Fetch
+from fullpipe.pipeline.launch.base import Needs as StationNeeds
+from fullpipe.pipeline.starting import Hosting, Place
+from fullpipe.stations.spec import StationSpec
+
+Say = Callable[[str], None]
+_ROWS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Says what is to be placed.
+
+    model, draft: as plans name them. models: names of the target, and of the draft model if there is one; paths: where
+    they lie on the head. guesser: who guesses; None: nobody. describe: the stations of a plan, with the head's paths.
+    dtype, quantization, device: see options. threads: of a station; None: as many as its host has cores. kernels:
+    whether stages compute with the native ones.
+    """
+
+    model: str
+    draft: str
+    models: tuple[str, ...]
+    paths: tuple[Path, ...]
+    guesser: Guesser | None
+    describe: Callable[[Plan], tuple[list[StationSpec], StationSpec | None]]
+    dtype: str = "auto"
+    quantization: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    kernels: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """Is a host as pages and tables show it. state: "ready", or "lost". stations: that it has now."""
+
+    name: str
+    address: str
+    state: str
+    stations: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Placing:
+    """Holds what is known of the hosts, and who sits where.
+
+    pins: what the planner is not to decide. given: a plan to be kept to as long as its hosts are there. say: told what
+    takes time. tell: shown the hosts, and what is wrong with them.
+    """
+
+    contact: Contact
+    wanted: Wanted
+    pins: Pins = field(default_factory=Pins)
+    given: Plan | None = None
+    say: Say = lambda line: None
+    tell: Callable[[Sequence[HostReport], Sequence[Problem], Mapping[str, int]], None] = lambda *_: None
+    known: Known = field(default_factory=Known)
+    plan: Plan | None = None
+    found: Found | None = None
+    lost: dict[str, str] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _count: int = 0  # of decisions
+    _taken_for_others: bool = False
+
+    # ---- deciding ------------------------------------------------------------------------------------------------
+
+    def decide(self) -> Plan:
+        """Look at all hosts, measure them, and plan for them. Raises HostsDiffer before anything is measured where a
+        host does not fit, and UsageError where the model has no place."""
+        with self._lock:
+            look_at(self.contact, self.wanted.models, self.known, alone=len(self.contact.entries) == 1)
+            self._refuse({}, {})
+            measure_links(self.contact, self.known)
+            self._refuse({}, {})
+            measure_costs(self.contact, self.known, self._measure, self.say)
+            plan = self._plan(list(self.known.reports))
+            self._refuse(memory_of(plan, self.survey(plan.hosts).hosts, self.wanted.guesser), self._weights(plan),
+                         tell=True)
+            self.plan = plan
+            self._count += 1
+            return plan
+
+    def decide_again(self) -> Plan:
+        """Plan for the hosts that answer now and reach each other; those that have come are looked at first. A host
+        that does not fit is left out, and why is said."""
+        with self._lock:
+            self.contact.refresh()
+            answering = self._answering()
+            for host in [host for host in self.known.reports if host not in answering]:
+                self._lose(host, "it does not answer")
+            self._take_in([host for host in answering if host not in self.known.reports])
+            measure_links(self.contact, self.known, quick=True)
+            self._leave_out_unreachable()
+            measure_costs(self.contact, self.known, self._measure, self.say)
+            self.plan = self._plan(list(self.known.reports))
+            self._count += 1
+            return self.plan
+
+    def better(self, gain: float) -> str | None:
+        """Why another plan would be better: one that promises a token in at most `gain` of the time that this one would
+        take now. Hosts that have come are looked at and measured for that. None: none would."""
+        self.contact.refresh()
+        with self._lock:
+            plan, known, count = self.plan, self.known.copy(), self._count
+            fresh = [host for host in self.contact.answering() if host not in known.reports]
+        if plan is None or not (fresh or self._taken_for_others):
+            return None
+        self._taken_for_others = False
+        other = replace(self, known=known, lost=dict(self.lost), _lock=threading.RLock())
+        other._take_in(fresh)
+        measure_links(self.contact, known)
+        other._leave_out_unreachable()
+        measure_costs(self.contact, known, other._measure, self.say)
+        best = other._plan(list(known.reports))
+        with self._lock:
+            if count != self._count:  # the pipeline has failed meanwhile, and all was decided anew
+                return None
+            self.known, self.lost = known, other.lost
+        return _reason(plan, best, fresh, self.promised_ms(plan), gain)
+
+    def promised_ms(self, plan: Plan) -> float:
+        """Milliseconds per token that a plan promises, as the hosts are now."""
+        found = predict(self.survey(plan.hosts), plan.layout, self.wanted.guesser, width=plan.width, method=plan.method)
+        return 1e3 * found.seconds
+
+    def take_for(self, host: str, factor: float) -> None:
+        """Plan from now on with a host that takes so many times as long."""
+        with self._lock:
+            self.known.profiles[host] = slower(self.known.profiles[host], factor)
+            self._taken_for_others = True
+
+    def _answering(self) -> list[str]:
+        answering = self.contact.answering()
+        if self.contact.head not in answering:
+            raise PipelineError("the agent on this host does not answer", hint="Start again.")
+        return answering
+
+    def _take_in(self, fresh: Sequence[str]) -> None:
+        """Look at hosts that have come; those that do not fit are left out."""
+        for host in fresh:
+            try:
+                look_at(self.contact, self.wanted.models, self.known, alone=False, hosts=[host])
+                refuse([one for one in self._problems({}, {}) if one.host == host])
+            except PipelineError as error:
+                self._lose(host, error.message)
+            else:
+                self.lost.pop(host, None)
+                self.say(f"{host} takes part")
+
+    def _leave_out_unreachable(self) -> None:
+        """Hosts that cannot reach each other cannot be in one pipeline. The head stays; of two others the one goes that
+        fewer can reach."""
+        while True:
+            faults = Counter[str]()
+            for host, report in self.known.reports.items():
+                for other, reason in report.reaches.items():
+                    if reason and other in self.known.reports:
+                        faults.update(one for one in (host, other) if one != self.contact.head)
+            if not faults:
+                return
+            self._lose(faults.most_common(1)[0][0], "it cannot be reached, or cannot reach others")
+
+    def _lose(self, host: str, why: str) -> None:
+        self.known.forget(host)
+        self.lost[host] = why
+        self.say(f"going on without {host}: {why}")
+
+    def _plan(self, hosts: Sequence[str]) -> Plan:
+        """The given one while its hosts are there, else the best."""
+        survey, wanted = self.survey(hosts), self.wanted
+        if self.given and (self.plan is None or set(self.given.hosts) <= set(hosts)):
+            check(self.given, survey.hosts, survey.num_layers, wanted.guesser)
+            return self.given
+        pins = self.pins if self.plan is None else _still(self.pins, hosts)
+        self.found = search(survey, wanted.guesser, pins)
+        return Plan.of(self.found.best, survey, wanted.model, wanted.draft, self.pins.width)
+
+    def survey(self, hosts: Sequence[str]) -> Survey:
+        """What is known of these hosts, and of the head."""
+        names = list(dict.fromkeys([self.contact.head, *hosts]))
+        entries, reports = self.contact.entries, self.known.reports
+        costs = {name: HostCosts(self.known.profiles[name], reports[name].cores, reports[name].free_memory,
+                                 processor=self.known.processors[name], device=self._device(entries[name].device))
+                 for name in names}
+        pairs = {pair: link for pair, link in self.known.pairs.items() if set(pair) <= set(names)}
+        return Survey(costs, self.contact.head, pairs)
+
+    def _device(self, own: str) -> str:
+        return self.wanted.device if own == "cpu" else own
+
+    # ---- what hosts must have ------------------------------------------------------------------------------------
+
+    def _problems(self, memory: Mapping[str, int], weights: Mapping[str, dict[str, int]]) -> list[Problem]:
+        reports = dict(self.known.reports)
+        head = reports.pop(self.contact.head)
+        devices = {host: [self._device(self.contact.entries[host].device)] for host in self.known.reports}
+        needs = Needs(devices=devices, memory=dict(memory), weights=dict(weights), kernels=self.wanted.kernels,
+                      ray=self.contact.by_ray)
+        return compare(head, list(reports.values()), needs)
+
+    def _refuse(self, memory: Mapping[str, int], weights: Mapping[str, dict[str, int]], *, tell: bool = False) -> None:
+        """Raises HostsDiffer where something is wrong with a host; shows all hosts then, or if asked to."""
+        problems = self._problems(memory, weights)
+        if tell or any(problem.stops for problem in problems):
+            head = self.contact.head
+            ordered = sorted(self.known.reports.values(), key=lambda report: report.name != head)
+            self.tell(ordered, problems, memory)
+        refuse(problems)
+
+    def _weights(self, plan: Plan) -> dict[str, dict[str, int]]:
+        """Bytes of the target that each host reads, by the model's name."""
+        read: dict[str, Counter[str]] = {}
+        for rank, stage in enumerate(plan.stages):
+            read.setdefault(stage.host, Counter())[self.wanted.models[0]] += total(self._ranges(plan, rank))
+        return {host: dict(sizes) for host, sizes in read.items()}
+
+    def _measure(self, host: str) -> Measure:
+        """What a host is asked to measure: with its own files, or with models of zeros laid out like the head's."""
+        wanted = self.wanted
+        models: list[str | Opening] = [self._own_path(host, at) or _opening(path)
+                                       for at, path in enumerate(wanted.paths)]
+        return Measure(models=models, threads=self._threads(host), dtype=wanted.dtype,
+                       quantization=wanted.quantization, device=self._device(self.contact.entries[host].device))
+
+    def _threads(self, host: str) -> int:
+        """Of a stage: all cores, but one of the head's, which has the engine and the draft."""
+        cores = self.known.reports[host].cores
+        return self.wanted.threads or max(1, cores - (host == self.contact.head))
+
+    def _own_path(self, host: str, at: int) -> str | None:
+        """Where a host has the target (0) or the draft model (1); None where it does not."""
+        if host == self.contact.head:
+            return str(self.wanted.paths[at])
+        return self.known.reports[host].model(self.wanted.models[at]).path
+
+    # ---- starting ------------------------------------------------------------------------------------------------
+
+    def hosting(self, plan: Plan) -> Hosting:
+        """Where the stations of a plan run."""
+        survey = self.survey(plan.hosts)
+        stations = [stage.host for stage in plan.stages]
+        drafts = [plan.draft_host or self.contact.head] if plan.method != "pp" and self.wanted.guesser else []
+        places = [self._place(plan, survey, rank, host, [*stations, *drafts])
+                  for rank, host in enumerate([*stations, *drafts])]
+        sources = {str(path): Source(path, _manifest(path)) for path in self.wanted.paths}
+        head = self._where(self.contact.head)
+        way = [(head.host, stations[0]), *pairwise(stations), (stations[-1], head.host)]
+        draft_way = [(head.host, drafts[0]), (drafts[0], head.host)] if drafts else []
+        return Hosting(places, head, self.contact.launcher, link_s=_seconds(survey, way),
+                       draft_link_s=_seconds(survey, draft_way), sources=sources, say=self.say)
+
+    def _place(self, plan: Plan, survey: Survey, rank: int, host: str, all_hosts: Sequence[str]) -> Place:
+        is_draft = rank == len(plan.stages)
+        threads = (self.wanted.threads or 1) if is_draft else plan.stages[rank].threads
+        there = [one for one in all_hosts if _processor(survey, one) == _processor(survey, host)]
+        costs = survey.hosts[host]
+        gpus = 1.0 / sum(one == host for one in all_hosts) if costs.device != "cpu" else 0.0
+        cpus = min(float(threads), costs.cores / sum(one == host for one in all_hosts))
+        paths, fetch = {}, []
+        for at, path in enumerate(self.wanted.paths):
+            if own := self._own_path(host, at):
+                paths[str(path)] = own
+            elif is_draft or at == 0:
+                ranges = _everything(path) if is_draft else self._ranges(plan, rank)
+                fetch.append(Fetch(str(path), str(self._folder(host)), _manifest(path), ranges))
+        return replace(self._where(host), needs=StationNeeds(threads, cpus, gpus), paths=paths, fetch=fetch,
+                       device=_processor(survey, host) if len(there) > costs.slots else "")
+
+    def _where(self, host: str) -> Place:
+        return Place(host, self.known.reports[host].address or "", self.contact.entries[host].port)
+
+    def _folder(self, host: str) -> Path:
+        """Where a host keeps copies of what it gets from the head."""
+        return Path(self.known.reports[host].cache) / from_head_folder("x").parent.name
+
+    def _ranges(self, plan: Plan, rank: int) -> list[Range]:
+        """What a stage reads of the target."""
+        stage = plan.stages[rank]
+        return needed(open_model(self.wanted.paths[0]), stage.first, stage.last, has_embedding=rank == 0,
+                      has_head=rank == len(plan.stages) - 1)
+
+    def machine(self, plan: Plan) -> Machine:
+        """What a method is to know of a plan's stations, as measured on their hosts."""
+        survey, hosting, last = self.survey(plan.hosts), self.hosting(plan), len(plan.stages) - 1
+        stages = []
+        for rank, stage in enumerate(plan.stages):
+            profile = survey.hosts[stage.host].profile
+            stages.append(CostCurve({rows: profile.stage(stage.num_layers, rows, CONTEXT, is_first=rank == 0,
+                                                         is_last=rank == last) for rows in _ROWS}))
+        draft_host, guesser, draft = plan.draft_host or self.contact.head, self.wanted.guesser, None
+        if guesser and plan.method != "pp":
+            profile = survey.hosts[draft_host].profile
+            draft = CostCurve({rows: guesser.call(profile, rows) for rows in _ROWS})
+        devices = [place.device or f"core of stage {rank}" for rank, place in enumerate(hosting.places)]
+        return Machine(len(stages), draft=draft, link_s=hosting.link_s, draft_link_s=hosting.draft_link_s,
+                       stages=stages, devices=devices[: len(stages)],
+                       shared=draft is not None and devices[-1] == devices[0],
+                       reads_taps=guesser is not None and guesser.kind == "module")
+
+    # ---- showing -------------------------------------------------------------------------------------------------
+
+    def view(self) -> list[HostView]:
+        """All hosts that take part, or did."""
+        plan, head = self.plan, self.contact.head
+        stations: dict[str, list[str]] = {}
+        for rank, stage in enumerate(plan.stages if plan else ()):
+            stations.setdefault(stage.host, []).append(f"stage {rank}")
+        if plan and plan.method != "pp":
+            stations.setdefault(plan.draft_host or head, []).append("draft")
+        here = [HostView(name, report.address or "", "ready", tuple(stations.get(name, ())))
+                for name, report in self.known.reports.items()]
+        return here + [HostView(name, "", "lost", ()) for name in self.lost]
+
+    def links(self) -> dict[tuple[str, str], Pair]:
+        """What was measured between the hosts."""
+        return dict(self.known.pairs)
+
+    def close(self) -> None:
+        self.contact.close()
+
+
+def _reason(plan: Plan, best: Plan, fresh: Sequence[str], now_ms: float, gain: float) -> str | None:
+    if best.layout == plan.layout and best.method == plan.method:
+        return None
+    promised = best.promise.plan_ms if best.promise else 0.0  # a given plan is kept to, whatever it promises
+    if promised > gain * now_ms:
+        return None
+    why = f"{', '.join(fresh)} can be had" if fresh else "hosts take other times than planned"
+    return f"{why}: {promised:.1f} ms a token instead of {now_ms:.1f}"
+
+
+def _still(pins: Pins, hosts: Sequence[str]) -> Pins:
+    """What of the pins can still be after hosts have gone."""
+    gone = any(name not in hosts for name in (*(pins.hosts or ()), *(pins.order or ())))
+    draft_host = pins.draft_host if pins.draft_host in hosts else None
+    return replace(pins, hosts=None, order=None, layers=None, draft_host=draft_host) if gone \
+        else replace(pins, draft_host=draft_host)
+
+
+def _processor(survey: Survey, host: str) -> str:
+    return survey.hosts[host].processor or f"host {host}"
+
+
+def _seconds(survey: Survey, way: Sequence[tuple[str, str]]) -> float:
+    return sum(between(survey.pairs, a, b).latency_s for a, b in way)
+
+
+@cache
+def _manifest(path: Path) -> Manifest:
+    return manifest(path)
+
+
+def _everything(path: Path) -> list[Range]:
+    files = open_model(path)
+    return needed(files, 0, files.config.num_layers, has_embedding=True, has_head=True)
+
+
+def _opening(path: Path) -> Opening:
+    """What a host needs to open a model of zeros."""
+    source = Source(path, _manifest(path))
+    parts = [source.read(part) for part in chunks(opening(open_model(path)), CHUNK)]
+    return Opening(_manifest(path), [(one.range, bytes(one.data), one.checksum) for one in parts])

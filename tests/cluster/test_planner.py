@@ -179,7 +179,8 @@ def test_what_is_pinned_stays() -> None:
     (Pins(hosts=("a", "x")), "there is no host x"), (Pins(draft_host="x"), "there is no host x"),
     (Pins(order=("a", "a")), "named twice"), (Pins(hosts=("a",), order=("b",)), "names other hosts"),
     (Pins(cut="nice"), "no cut 'nice'"), (Pins(method="spd"), "no plan is made for the method 'spd'"),
-    (Pins(width=0), "1 row or more"), (Pins(stages=3), "3 stages are pinned"), (Pins(layers=(28,)), "whose order is not"),
+    (Pins(width=0), "1 row or more"), (Pins(stages=3), "3 stages are pinned"),
+    (Pins(layers=(28,)), "whose order is not"),
     (Pins(order=("a", "b"), layers=(9, 9)), "28 layers, and 9\\+9 are pinned"),
     (Pins(method="chain", order=("a", "b")), "the method chain has no place")])
 def test_pins_that_cannot_be_are_told(pins: Pins, says: str) -> None:

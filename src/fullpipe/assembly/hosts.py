@@ -12,9 +12,9 @@ from fullpipe.assembly.prepare import Prepared, Say, draft_spec, silent, stage_s
 from fullpipe.cluster.contact import Contact, RayContact
 from fullpipe.cluster.guesser import draft_model, guesser_of
 from fullpipe.cluster.hosts import HostEntry, read_hosts
+from fullpipe.cluster.pins import Pins
 from fullpipe.cluster.placing import Placing, Wanted
 from fullpipe.cluster.plan import Plan
-from fullpipe.cluster.planner import Pins
 from fullpipe.cluster.report import HostReport, Problem
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError

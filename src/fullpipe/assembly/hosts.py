@@ -116,7 +116,8 @@ def _with(spec: StationSpec, placed: dict[str, Any]) -> StationSpec:
 class OnHosts:
     """Starts pipelines on hosts: the first, and others after it.
 
-    auto: the plan says which method fills them. machine: what the newest one's method knows of its stations; planned: what the plan said of them.
+    auto: the plan says which method fills them. machine: what the newest one's method knows of its stations; planned:
+    what the plan said of them.
     """
 
     prepared: Prepared

@@ -61,7 +61,8 @@ class Target:
     def placed(self) -> dict[str, Any]:
         """What a builder of a station is told of its device and its cache. The machine's memory is for all stages, and
         for a draft model."""
-        where: dict[str, Any] = {"sharing": self.sharing or len(self.ends) + 1} if self.device == "cpu" else {"device": self.device}
+        sharing = self.sharing or len(self.ends) + 1
+        where: dict[str, Any] = {"sharing": sharing} if self.device == "cpu" else {"device": self.device}
         if self.kv_pool_mib is not None:
             where["kv_pool_mib"] = self.kv_pool_mib
         if self.kv_cache_dtype != "auto":

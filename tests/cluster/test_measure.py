@@ -63,6 +63,14 @@ def test_processes_that_cannot_talk_are_an_error_with_a_reason(monkeypatch: pyte
         hops.measure_hops((64,), 2, lambda done: None)
 
 
+def test_where_the_least_counts_what_follows_is_derived_from_the_least_of_each_time() -> None:
+    times = iter([(9.0, 9.0), (5.0, 4.0), (8.0, 1.0), (6.0, 4.0)])
+    cells = _Cells((1,), (10,), 3, lambda *news: None, least=True)
+    (apart,) = cells.surface("things", lambda rows, context: next(times), lambda pair: (pair[0] - pair[1],))
+    assert apart.at(1, 10) == 4.0, "5 - 1"
+    assert apart.costs[0][0].samples == 3
+
+
 @pytest.mark.processes
 def test_processes_that_can_talk_measure_every_size() -> None:
     told: list[int] = []

@@ -11,9 +11,9 @@ from imagined import host, imagined
 
 from driving import TellingEngine
 from fullpipe.cluster.acceptance import Acceptance
-from fullpipe.cluster.layout import CONTEXT, Ground, Guesser, Layout, Skeleton
+from fullpipe.cluster.layout import Ground, Guesser, Layout, Skeleton
 from fullpipe.cluster.links import between
-from fullpipe.cluster.modes import ENGINE_S, PP, WIDTHS, Mode, Modes
+from fullpipe.cluster.modes import CONTEXT, ENGINE_S, PP, WIDTHS, Mode, Modes
 from fullpipe.cluster.planner import predict
 from fullpipe.cluster.survey import Survey
 from fullpipe.costs import CostCurve, Machine

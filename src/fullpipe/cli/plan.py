@@ -47,8 +47,9 @@ def plan(
     from fullpipe.assembly import draft_names
     from fullpipe.cli.fetch import fetch_all
     from fullpipe.cluster.guesser import draft_model, guesser_of
+    from fullpipe.cluster.pins import Pins
     from fullpipe.cluster.plan import Plan
-    from fullpipe.cluster.planner import Pins, search
+    from fullpipe.cluster.planner import search
     from fullpipe.cluster.survey import survey
     from fullpipe.cluster.verdict import verdict
 

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from fullpipe.cluster.acceptance import Acceptance, Kind
 from fullpipe.cluster.links import Pair, between
-from fullpipe.cluster.modes import WIDTHS, Floats, Modes, fullpipe_modes, in_turn_modes
+from fullpipe.cluster.modes import CONTEXT, WIDTHS, Floats, Modes, fullpipe_modes, in_turn_modes
 from fullpipe.cluster.profile import Profile, Shape
 from fullpipe.cluster.survey import HostCosts, Survey
 from fullpipe.costs import CostCurve
 from fullpipe.stations.drafts.names import ModuleSize
 
-CONTEXT = 256  # tokens before the rows, in all predictions
 CACHE_TOKENS = 4096  # for which a stage must have memory
 _ROW_BYTES, _MESSAGE_BYTES = 64, 128  # of a row beside its hidden state, of a flight beside its rows
 _NGRAM_CALL_S, _NGRAM_ROW_S = 5e-5, 4e-5

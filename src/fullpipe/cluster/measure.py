@@ -56,17 +56,18 @@ _FREE = Curve(sizes=(1,), costs=(Cost(seconds=0.0, spread=0.0, samples=1),))
 
 
 _Cell = TypeVar("_Cell")
+Derive = Callable[[tuple[float, ...]], tuple[float, ...]]
 
 
 def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS, contexts: Sequence[int] = CONTEXTS,
             repeats: int = 5, threads: int = 1, dtype: str = "auto", quantization: str | None = None,
-            device: str = "cpu", hops: bool = True,
+            device: str = "cpu", quick: bool = False,
             progress: Progress = lambda what, done, total: None) -> Profile:
     """This machine's profile for a target, and for a draft model if one is named.
 
     model, draft: names as `fullpipe.hub.resolve` takes them. rows: of a flight. contexts: tokens that stand before
     them. repeats: samples of a cell. threads: of the process that computes, as of a stage's. device: it computes on.
-    hops: measure messages between two processes of this machine too; else they count as free.
+    quick: of a few samples the least counts, and messages between two processes of this machine count as free.
 
     Raises UsageError for sizes that are below 1, do not rise, or are beyond a model's context; and what opening a
     model and loading it raise.
@@ -80,7 +81,7 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
         if files is not None and files.config.max_positions < contexts[-1] + max(rows):
             raise UsageError(f"{name} takes {files.config.max_positions} tokens; {max(rows)} rows after "
                              f"{contexts[-1]} are more", hint="Choose smaller `contexts`.")
-    cells = _Cells(rows, contexts, repeats, progress)
+    cells = _Cells(rows, contexts, repeats, progress, least=quick)
     with _threads(threads), torch.inference_mode():
         layers, flights = _layers(target, dtype, cells, device)
         heads, lookups = _ends(target, dtype, cells, device)
@@ -92,7 +93,7 @@ def measure(model: str, draft: str | None = None, *, rows: Sequence[int] = ROWS,
     return Profile(target=shapes[0], draft_model=shapes[1], dtype=dtype,  # type: ignore[arg-type]
                    threads=threads, machine={**machine(), **versions(), **device_name(device)}, commit=commit,
                    dirty=dirty, date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), layers=layers, flights=flights,
-                   heads=heads, lookups=lookups, drafts=drafts, messages=_messages(progress) if hops else _FREE)
+                   heads=heads, lookups=lookups, drafts=drafts, messages=_FREE if quick else _messages(progress))
 
 
 def _check(rows: Sequence[int], contexts: Sequence[int], repeats: int, threads: int) -> None:
@@ -127,28 +128,38 @@ def _threads(number: int) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Cells:
-    """Works in turn through the sizes to measure, as often as it is told."""
+    """Works in turn through the sizes to measure, as often as it is told. least: the least of the samples counts, not
+    the median: what disturbs a machine only ever adds, and a few samples have no median worth the name."""
 
     rows: Sequence[int]
     contexts: Sequence[int]
     repeats: int
     progress: Progress
+    least: bool = False
 
-    def surface(self, what: str, sample: Callable[[int, int], tuple[float, ...]]) -> list[Surface]:
-        """sample(rows, context): some times, in seconds; a surface for each."""
+    def surface(self, what: str, sample: Callable[[int, int], tuple[float, ...]],
+                derive: Derive = lambda times: times) -> list[Surface]:
+        """sample(rows, context): some times, in seconds. derive: what is to be known of them; a surface for each."""
         grid = [(rows, context) for rows in self.rows for context in self.contexts]
-        found = self._rounds(what, grid, lambda cell: sample(*cell))
+        costs = {cell: self._costs(times, derive)
+                 for cell, times in self._rounds(what, grid, lambda cell: sample(*cell)).items()}
         return [Surface(rows=tuple(self.rows), contexts=tuple(self.contexts),
-                        costs=tuple(tuple(Cost.of([times[k] for times in found[rows, context]])
-                                          for context in self.contexts) for rows in self.rows))
-                for k in range(len(found[grid[0]][0]))]
+                        costs=tuple(tuple(costs[rows, context][k] for context in self.contexts) for rows in self.rows))
+                for k in range(len(costs[grid[0]]))]
 
     def curves(self, what: str, sample: Callable[[int], tuple[float, ...]]) -> list[Curve]:
         """The same by rows alone."""
-        found = self._rounds(what, self.rows, sample)
-        return [Curve(sizes=tuple(self.rows),
-                      costs=tuple(Cost.of([times[k] for times in found[rows]]) for rows in self.rows))
-                for k in range(len(found[self.rows[0]][0]))]
+        costs = {rows: self._costs(times) for rows, times in self._rounds(what, self.rows, sample).items()}
+        return [Curve(sizes=tuple(self.rows), costs=tuple(costs[rows][k] for rows in self.rows))
+                for k in range(len(costs[self.rows[0]]))]
+
+    def _costs(self, samples: list[tuple[float, ...]], derive: Derive = lambda times: times) -> list[Cost]:
+        """The median of what follows from each sample, or what follows from the least of each time."""
+        costs = [Cost.of(times) for times in zip(*map(derive, samples))]
+        if not self.least:
+            return costs
+        return [cost.model_copy(update={"seconds": max(seconds, 0.0)})
+                for cost, seconds in zip(costs, derive(tuple(map(min, zip(*samples)))))]
 
     def _rounds(self, what: str, cells: Sequence[_Cell],
                 sample: Callable[[_Cell], tuple[float, ...]]) -> dict[_Cell, list[tuple[float, ...]]]:
@@ -199,13 +210,16 @@ def _layers(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -
     def sample(rows: int, context: int) -> tuple[float, float]:
         hidden = torch.randn(rows, config.hidden, generator=torch.Generator().manual_seed(rows)).to(kind)
         long = _timed(many.forward, many.flight(rows, context), hidden)
-        short = _timed(one.forward, one.flight(rows, context), hidden)
+        return long, _timed(one.forward, one.flight(rows, context), hidden)
+
+    def apart(times: tuple[float, ...]) -> tuple[float, float]:
+        long, short = times
         if number == 1:
             return long, 0.0
         layer = (long - short) / (number - 1)
         return layer, short - layer
 
-    return cells.surface("layers", sample)
+    return cells.surface("layers", sample, apart)
 
 
 def _ends(files: ModelFiles, dtype: str, cells: _Cells, device: str = "cpu") -> list[Curve]:

@@ -14,10 +14,12 @@ from pathlib import Path
 from fullpipe.cluster.agent import Measure, Opening
 from fullpipe.cluster.checks import Needs, compare, refuse
 from fullpipe.cluster.contact import Contact
-from fullpipe.cluster.layout import CONTEXT, Guesser
+from fullpipe.cluster.layout import Guesser
 from fullpipe.cluster.links import Pair, between
+from fullpipe.cluster.modes import CONTEXT
+from fullpipe.cluster.pins import Pins
 from fullpipe.cluster.plan import Plan, check, memory_of
-from fullpipe.cluster.planner import Found, Pins, predict, search
+from fullpipe.cluster.planner import Found, predict, search
 from fullpipe.cluster.profile import slower
 from fullpipe.cluster.report import HostReport, Problem
 from fullpipe.cluster.survey import HostCosts, Survey

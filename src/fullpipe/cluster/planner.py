@@ -2,8 +2,8 @@
 
 Up to `EXHAUSTIVE` hosts it looks at all: every subset in every order, the draft on any host, every cut. A lower bound
 of each (layers may be split, and all of them cost what the quickest host takes) says in which order to look and when to
-stop, so the answer is that of looking at everything. Of orders with the same ends, which differ in their links alone,
-those are left out whose links are slower for every number of rows.
+stop, so the answer is that of looking at everything; of answers within a percent that with the fewest hosts. Of orders
+with the same ends, which differ in their links alone, those are left out whose links are slower for all flights.
 
 Beyond that, it takes the best of the hosts that seem quickest, and then adds, exchanges and moves single hosts as long
 as that helps.
@@ -20,57 +20,12 @@ import numpy as np
 from fullpipe.cluster import cuts
 from fullpipe.cluster.layout import Ground, Guesser, Ints, Layout, Skeleton
 from fullpipe.cluster.modes import PP, Floats, Mode, Modes
+from fullpipe.cluster.pins import FREE, Pins
 from fullpipe.cluster.survey import Survey
 from fullpipe.errors import UsageError
 
 EXHAUSTIVE = 6
-METHODS = ("auto", "fullpipe", "pp", "chain")
-
-
-@dataclass(frozen=True, slots=True)
-class Pins:
-    """Says what is decided already; None: nothing.
-
-    hosts: that have stages, all of these and no other. order: the same, in this order. cut: the name of a cut. layers:
-    how many each host of `order` has. draft_host, width, method: see `plan.Plan`. stages: how many there are.
-    """
-
-    hosts: tuple[str, ...] | None = None
-    order: tuple[str, ...] | None = None
-    cut: str | None = None
-    layers: tuple[int, ...] | None = None
-    draft_host: str | None = None
-    width: int | None = None
-    method: str = "auto"
-    stages: int | None = None
-
-    def check(self, survey: Survey) -> None:
-        """Raises UsageError for what cannot be."""
-        named = (*(self.hosts or ()), *(self.order or ()), *((self.draft_host,) if self.draft_host else ()))
-        for name in named:
-            if name not in survey.hosts:
-                raise UsageError(f"there is no host {name}", hint=f"Known are {', '.join(survey.hosts)}.")
-        for names in filter(None, (self.hosts, self.order)):
-            if len(set(names)) < len(names):
-                raise UsageError(f"a host has one stage, and one is named twice: {', '.join(names)}")
-        if self.hosts and self.order and set(self.hosts) != set(self.order):
-            raise UsageError("the order names other hosts than `hosts`", hint="Leave one of them out.")
-        if self.cut is not None and self.cut not in cuts.CUTS:
-            raise UsageError(f"there is no cut {self.cut!r}", hint=f"Known are {', '.join(cuts.CUTS)}.")
-        if self.method not in METHODS:
-            raise UsageError(f"no plan is made for the method {self.method!r}", hint=f"Known are {', '.join(METHODS)}.")
-        if self.width is not None and self.width < 1:
-            raise UsageError(f"a flight has 1 row or more (got {self.width})")
-        if self.layers is not None:
-            self._check_layers(survey.num_layers)
-
-    def _check_layers(self, num_layers: int) -> None:
-        assert self.layers is not None
-        if self.order is None or len(self.layers) != len(self.order):
-            raise UsageError("layers are pinned for hosts whose order is not", hint="Pin the order too, a number of "
-                             "layers for each of its hosts.")
-        if sum(self.layers) != num_layers or min(self.layers) < 0:
-            raise UsageError(f"the model has {num_layers} layers, and {'+'.join(map(str, self.layers))} are pinned")
+_WORTH_A_HOST = 0.01  # a host more may be lost, so it must save more than this share of a token's time
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +58,7 @@ class Found:
     here: Candidate | None
 
 
-def search(survey: Survey, guesser: Guesser | None = None, pins: Pins = Pins()) -> Found:
+def search(survey: Survey, guesser: Guesser | None = None, pins: Pins = FREE) -> Found:
     """The best layout, and what stands beside it. Raises UsageError where what is pinned cannot be, or no layout has
     memory for the model."""
     pins.check(survey)
@@ -116,15 +71,23 @@ def search(survey: Survey, guesser: Guesser | None = None, pins: Pins = Pins()) 
     if not wanted or not plain:
         raise UsageError("the hosts have no memory for the model together" if not plain else
                          f"the method {pins.method} has no place with what is pinned", hint=_short_of_memory(survey))
-    best = min(wanted, key=_seconds)
+    here = search.head_alone([*kinds, "pp"])
+    best = _simplest([*wanted, *([here] if here and here.method in {one.method for one in wanted} else [])])
     sizes = sorted({len(one.layout.order) for one in wanted})
     by_hosts = tuple(min((one for one in wanted if len(one.layout.order) == size), key=_seconds) for size in sizes)
     return Found(best, by_hosts, tuple(search.with_cuts(best)), min(plain, key=_seconds),
-                 min(guessing, key=_seconds, default=None), search.best([(survey.head,)], [*kinds, "pp"]))
+                 min(guessing, key=_seconds, default=None), here)
 
 
 def _seconds(candidate: Candidate) -> float:
     return candidate.seconds
+
+
+def _simplest(candidates: Sequence[Candidate]) -> Candidate:
+    """Of those that are as good as the best, the one with fewest hosts."""
+    least = min(map(_seconds, candidates))
+    good = [one for one in candidates if one.seconds <= least * (1 + _WORTH_A_HOST)]
+    return min(good, key=lambda one: (len({*one.layout.order, one.layout.draft_host} - {None}), one.seconds))
 
 
 def predict(survey: Survey, layout: Layout, guesser: Guesser | None = None, *, width: int | None = None,
@@ -162,7 +125,15 @@ class _Search:
             orders = ([pins.order] if pins.order else self._orders(names, size) for size in sizes)
             return [found for some in orders if (found := self.best(some, kinds))]
         grown = self._grown(names, kinds)
-        return [one for one in grown if not pins.hosts or len(one.layout.order) == len(names)]
+        only = len(names) if pins.hosts else pins.stages
+        return [one for one in grown if only in (None, len(one.layout.order))]
+
+    def head_alone(self, kinds: Sequence[str]) -> Candidate | None:
+        """The best on the head's host, with nothing elsewhere; None where it is not to be asked."""
+        pins, head = self.pins, self.ground.survey.head
+        if {*(pins.hosts or pins.order or [head]), pins.draft_host or head} != {head} or pins.stages not in (None, 1):
+            return None
+        return _Search(self.ground, replace(pins, draft_host=head), self._kept).best([(head,)], kinds)
 
     def with_cuts(self, candidate: Candidate) -> Iterator[Candidate]:
         """The same hosts and order with each cut that may be."""

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fullpipe.cluster.modes import CONTEXT, WIDTHS
 from fullpipe.cluster.profile import Profile
 from fullpipe.cluster.provenance import versions
 from fullpipe.errors import FullpipeError
 from fullpipe.hub import cache, resolve
 
-ROWS = (1, 2, 4, 8, 16, 32)
-CONTEXT = 256  # tokens before the rows, in all predictions
-_REPEATS = 3
+_REPEATS = 5
 
 
 def quick_profile(model: str, draft: str | None = None, threads: int = 1, *, dtype: str = "auto",
@@ -39,8 +38,8 @@ def quick_profile(model: str, draft: str | None = None, threads: int = 1, *, dty
     say("measuring what stations cost here")
     from fullpipe.cluster.measure import measure
 
-    found = measure(model, draft, rows=ROWS, contexts=(CONTEXT,), repeats=_REPEATS, threads=threads, dtype=dtype,
-                    quantization=quantization, device=device, hops=False)
+    found = measure(model, draft, rows=WIDTHS, contexts=(CONTEXT,), repeats=_REPEATS, threads=threads, dtype=dtype,
+                    quantization=quantization, device=device, quick=True)
     try:
         cache.make_folder(path.parent)
         found.save(path)
@@ -54,7 +53,7 @@ def kept_at(model: str, draft: str | None, threads: int, **how: Any) -> Path:
     """The file of a profile: another one for each version, model file, number of threads, device and machine."""
     what = {"versions": [versions().get(name) for name in ("fullpipe", "torch")],
             "models": [[str(path := resolve(name)), fingerprint(path)] for name in (model, draft) if name],
-            "threads": threads, "rows": ROWS, "context": CONTEXT, **how,
+            "threads": threads, "rows": WIDTHS, "context": CONTEXT, **how,
             "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores"}
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return cache.home() / "profiles" / f"{name}.quick.json"

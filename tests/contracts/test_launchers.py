@@ -17,7 +17,7 @@ import pytest
 
 from fullpipe.pipeline.frames import Door, FromWorker, Hello, Setup, Stop, Up
 from fullpipe.pipeline.keys import RunKeys
-from fullpipe.pipeline.launch.base import Launcher, Process
+from fullpipe.pipeline.launch.base import Launcher, Needs, Process
 from fullpipe.pipeline.launch.local import LocalLauncher, LocalProcess
 from fullpipe.pipeline.links import Links, StationLinks
 from fullpipe.pipeline.net import Net, Socket, local_endpoint
@@ -67,7 +67,7 @@ class Run:
         return Door(f"stage {rank}", rank, engine or self.endpoint, self.keys, [], 5.0, start_timeout)
 
     def start(self, door: Door) -> Process:
-        return self.launcher.start(door, self.kind.host, 1)
+        return self.launcher.start(door, self.kind.host, Needs(1))
 
     def receive(self) -> FromWorker:
         assert self.socket.poll(1e3 * SOON), "nobody calls"
@@ -159,11 +159,11 @@ def test_a_worker_that_nobody_answers_ends_by_itself_with_words(run: Run) -> Non
 @pytest.mark.parametrize("which", ["ours", "the engine's"])
 def test_a_worker_with_another_key_is_not_heard_and_ends_with_words(run: Run, which: str) -> None:
     """Both ends refuse: the engine one whose key it does not know, the worker an engine that has another."""
-    other, door = RunKeys.new(), run.door(start_timeout=0.5)
+    other, door = RunKeys.new(), run.door()
     door.keys = other if which == "ours" else RunKeys(other.public, run.keys.secret)
     process = run.start(door)
     assert _readable(process, SOON) and not run.socket.poll(0)
-    assert "exited with code 1" in process.last_words() and "answered for 0.5 s" in process.last_words()
+    assert "exited with code 1" in process.last_words() and "does not have our key" in process.last_words()
     process.close()
 
 
@@ -177,7 +177,7 @@ def test_a_worker_ends_when_whoever_started_it_lets_go(run: Run) -> None:
 def test_a_worker_is_told_what_to_be_and_stops_when_told(run: Run, process: Process) -> None:
     links = StationLinks.of(Links([]), 0, 1)
     outward = Outward()
-    setup = Setup("stage 0", 0, 1, "", [], "", STAGE, links, None, 1, 10.0)
+    setup = Setup("stage 0", 0, 1, "", [], "", STAGE, {}, [], links, None, 1, 10.0)
     run.socket.send_multipart([b"stage 0", *outward.number([encode(setup)])])
     assert run.receive() == Up()
     assert psutil.Process(run.kind.pid(process)).environ()["OMP_NUM_THREADS"] == "1"
@@ -209,7 +209,7 @@ def test_nothing_is_left_when_all_is_closed(kind: Kind) -> None:
     gc.collect()
     descriptors, threads = psutil.Process().num_fds(), threading.active_count()
     launcher = kind.make()
-    process = launcher.start(Door("stage 0", 0, local_endpoint(), RunKeys.new(), [], 5.0, 60.0), kind.host, 1)
+    process = launcher.start(Door("stage 0", 0, local_endpoint(), RunKeys.new(), [], 5.0, 60.0), kind.host, Needs(1))
     pid = kind.pid(process)
     process.kill()
     assert process.wait(SOON)

@@ -31,8 +31,8 @@ _PROMISE = """
 # What was predicted of this plan when it was made, in milliseconds per token. pp_ms: with the same stages and no draft.
 """
 _SAYS = {
-    "model": "by name or file, as after `--model`",
-    "draft": "by name, as after `--draft`; none: nobody guesses",
+    "model": "by name or file, as everywhere",
+    "draft": "by name, as everywhere; none: nobody guesses",
     "method": "fullpipe, pp, chain (all in one process on one host), or auto",
     "width": "tree nodes of a request in a flight, at most; without this line as many as pay",
     "draft_host": "a name of the hosts, with or without a stage; without this line the head's",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from fullpipe.pipeline.frames import Door, FromWorker, Hello, Setup, Stop, Up
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch.base import Launcher, Needs, Process
 from fullpipe.pipeline.launch.local import LocalLauncher, LocalProcess
+from fullpipe.pipeline.launch.ray import Cluster, RayLauncher, RayProcess
 from fullpipe.pipeline.links import Links, StationLinks
 from fullpipe.pipeline.net import Net, Socket, local_endpoint
 from fullpipe.pipeline.wire import Outward, decode, encode
 from fullpipe.stations.spec import StationSpec
+from ray_here import ray_here
 
 pytestmark = pytest.mark.processes
 
@@ -49,7 +52,28 @@ def _local_pid(process: Process) -> int:
     return process.pid
 
 
-KINDS = {"local": Kind(LocalLauncher, "", _local_pid)}
+def _ray_pid(process: Process) -> int:
+    assert isinstance(process, RayProcess)
+    return int(process._ray.get(process._actor.pid.remote(), timeout=SOON))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with ray_here() as ray:
+        ours = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        cluster = Cluster(ray.address)
+        yield cluster
+        cluster.close()
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == ours
+
+
+@pytest.fixture(params=["local", "ray"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    if request.param == "local":
+        return Kind(LocalLauncher, "", _local_pid)
+    cluster: Cluster = request.getfixturevalue("cluster")
+    (node,) = cluster.nodes()
+    return Kind(lambda: RayLauncher(cluster, {"here": node.id}), "here", _ray_pid)
 
 
 @dataclass
@@ -75,9 +99,8 @@ class Run:
         return news
 
 
-@pytest.fixture(params=KINDS)
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    kind = KINDS[request.param]
+@pytest.fixture
+def run(kind: Kind) -> Iterator[Run]:
     keys = RunKeys.new()
     net = Net(keys, 10.0)
     socket, (endpoint,) = net.bind([local_endpoint()])
@@ -170,8 +193,9 @@ def test_a_worker_with_another_key_is_not_heard_and_ends_with_words(run: Run, wh
 def test_a_worker_ends_when_whoever_started_it_lets_go(run: Run) -> None:
     process = run.start(run.door())
     assert run.receive() == Hello()
+    pid = run.kind.pid(process)
     process.close()
-    assert process.wait(AT_ONCE) and _gone(run.kind.pid(process), AT_ONCE)
+    assert process.wait(AT_ONCE) and _gone(pid, AT_ONCE)
 
 
 def test_a_worker_is_told_what_to_be_and_stops_when_told(run: Run, process: Process) -> None:
@@ -204,7 +228,6 @@ def test_threads_may_start_processes_at_once_and_end(run: Run) -> None:
         process.close()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 def test_nothing_is_left_when_all_is_closed(kind: Kind) -> None:
     gc.collect()
     descriptors, threads = psutil.Process().num_fds(), threading.active_count()

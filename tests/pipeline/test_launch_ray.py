@@ -188,7 +188,7 @@ def test_a_worker_whose_actor_is_out_of_reach_is_not_waited_for(cluster: Cluster
     net = Net(keys, 10.0)
     socket, (endpoint,) = net.bind(["tcp://127.0.0.1:*"])
     launcher = _hosting(cluster, HEAD).launcher()
-    process = launcher.start(Door("stage 0", 0, endpoint, keys, [], 0.5, 60.0), "head", Needs())
+    process = launcher.start(Door("stage 0", 0, endpoint, keys, [], 0.5, 0.5, 60.0), "head", Needs())
     assert isinstance(process, launch_ray.RayProcess) and socket.poll(10_000)
     worker = psutil.Process(cluster.ray.get(process._actor.pid.remote()))
     actor = worker.parent()
@@ -203,5 +203,8 @@ def test_a_worker_whose_actor_is_out_of_reach_is_not_waited_for(cluster: Cluster
     process.close()
     launcher.close()
     net.close()
-    worker.wait(5.0)  # by itself, without an engine
+    deadline = time.monotonic() + 5.0
+    while worker.status() != psutil.STATUS_ZOMBIE:  # it has ended by itself, without an engine
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     actor.resume()

@@ -147,7 +147,7 @@ def test_a_listener_is_not_believed_without_the_key() -> None:
 def test_every_run_has_keys_of_its_own_and_they_travel_as_text() -> None:
     one, other = RunKeys.new(), RunKeys.new()
     assert len({one.public, one.secret, other.public, other.secret}) == 4
-    door = Door("stage 0", 0, "ipc://@x", one, [], 5.0, 60.0)
+    door = Door("stage 0", 0, "ipc://@x", one, [], 5.0, 5.0, 60.0)
     line = msgspec.json.encode(door)
     assert b"\n" not in line and msgspec.json.decode(line, type=Door) == door
 
@@ -360,7 +360,7 @@ def test_a_worker_ends_soon_after_an_engine_that_is_not_its_parent(fate: str, se
         engine.stdin.write(encode((keys, setup)).hex().encode() + b"\n")
         engine.stdin.flush()
         endpoint = engine.stdout.readline().decode().strip()
-        worker = launcher.start(Door("stage 0", 0, endpoint, keys, [], patience, 60.0), "far", Needs())
+        worker = launcher.start(Door("stage 0", 0, endpoint, keys, [], patience, patience, 60.0), "far", Needs())
         assert engine.stdout.readline() == b"up\n"
         if fate == "stopped":
             psutil.Process(engine.pid).suspend()

@@ -141,8 +141,8 @@ class Layout:
         """What a process is handed. endpoints: at which the engine listens."""
         kind = "ipc:" if self.hosting.place(rank).host == self.hosting.head.host else "tcp:"
         engine = next(one for one in endpoints if one.startswith(kind))
-        return Door(self.names[rank], rank, engine, keys, self.listens(rank),
-                    max(_LEAST_PATIENCE_S, 2 * self.silence_s), self.start_timeout)
+        return Door(self.names[rank], rank, engine, keys, self.listens(rank), self.silence_s,
+                    max(_LEAST_PATIENCE_S, self.silence_s), self.start_timeout)
 
     def setup(self, rank: int, workers: Sequence[Worker]) -> Setup:
         """What a station is told; all have said where they listen."""

@@ -175,7 +175,8 @@ class LLM:
             if unshared:
                 raise UsageError(unshared, hint="Leave `enable_prefix_caching` out, or use another draft.")
             self._service = Service(made.pipeline, made.method, made.prepared, options=engine, rebuild=made.rebuild,
-                                    listeners=list(listeners), calibration=made.calibration)
+                                    listeners=list(listeners), calibration=made.calibration,
+                                    patience_s=made.patience_s)
         except BaseException:
             made.pipeline.close()
             made.close()

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _LEAST_PATIENCE_S = 5.0
 _TOLD_EVERY_S = 2.0
+_HELLO_S = 60.0  # for a process on another host to come to be; what takes long comes later
+_LOOK_S = 1.0
+_SILENT_S = 15.0  # one that builds its station may be busy for a while without a sign of life, but not so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,24 +187,40 @@ class _Starting:
     def __init__(self, fleet: Fleet, layout: Layout, deadline: float) -> None:
         self._fleet, self._layout, self._deadline = fleet, layout, deadline
         self._told_at: dict[str, float] = {}
+        self._begun = self._told = time.monotonic()
 
     def run(self) -> None:
         self._await(Hello)
         for rank, worker in enumerate(self._fleet.workers):
             self._fleet.send(worker, self._layout.setup(rank, self._fleet.workers))
+        self._told = time.monotonic()
         self._await(Up)
 
     def _await(self, kind: type[Hello] | type[Up]) -> None:
         """Return when all have said that."""
         missing = {worker.name for worker in self._fleet.workers}
         while missing:
-            remaining = self._deadline - time.monotonic()
+            remaining = self._until(kind) - time.monotonic()
             if remaining <= 0:
                 self._give_up([worker for worker in self._fleet.workers if worker.name in missing], kind)
-            for worker, news in self._fleet.receive(remaining):
+            if kind is Up:
+                self._check_signs_of_life()
+            for worker, news in self._fleet.receive(min(remaining, _LOOK_S)):
                 self._take(worker, news)
                 if isinstance(news, kind):
                     missing.discard(worker.name)
+
+    def _until(self, kind: type[Hello] | type[Up]) -> float:
+        """Until when all must have said that."""
+        far = kind is Hello and any(worker.host for worker in self._fleet.workers)
+        return min(self._deadline, self._begun + _HELLO_S) if far else self._deadline
+
+    def _check_signs_of_life(self) -> None:
+        """They beat from when they were told what to be."""
+        limit = max(_SILENT_S, 3 * self._layout.silence_s)
+        for worker in self._fleet.workers:
+            if time.monotonic() - max(worker.heard, self._told) > limit:
+                raise StationFailed(worker.label, f"no sign of life for {limit:g} s while it was started")
 
     def _take(self, worker: Worker, news: News) -> None:
         """Raises unless it is something that a worker says while all goes well."""
@@ -244,7 +263,7 @@ class _Starting:
 
     def _give_up(self, missing: Sequence[Worker], kind: type[Hello] | type[Up]) -> None:
         names = ", ".join(worker.label for worker in missing)
-        seconds = self._layout.start_timeout
+        seconds = self._until(kind) - self._begun
         if kind is Hello and any(worker.host for worker in missing):
             raise StationFailed(names, f"did not reach the engine at {self._fleet.endpoints[-1]} within {seconds:g} s"
                                 f"{missing[0].log_tail()}",

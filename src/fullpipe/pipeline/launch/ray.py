@@ -84,6 +84,10 @@ class Cluster:
             num_cpus=cpus, num_gpus=gpus, memory=memory or None, max_concurrency=8, max_restarts=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
 
+    def is_dead(self, error: Exception) -> bool:
+        """Whether this says of an actor that it has ended, for ever."""
+        return isinstance(error, self.ray.exceptions.ActorDiedError)
+
     def close(self) -> None:
         """Leave the cluster. Actors that are left end."""
         with _own_signals():

@@ -51,8 +51,10 @@ def _own_entry(entry: HostEntry, asked: PipelineOptions) -> HostEntry:
     return entry.model_copy(update={name: value for name, value in said.items() if value is not None})
 
 
-def placing_of(prepared: Prepared, contact: Contact, say: Say = silent, tell: Tell | None = None) -> Placing:
-    """Who will decide where the stations of a model sit. Raises what reading a plan raises."""
+def placing_of(prepared: Prepared, contact: Contact, auto: bool, say: Say = silent,
+               tell: Tell | None = None) -> Placing:
+    """Who will decide where the stations of a model sit. auto: and by which method they are filled. Raises what reading
+    a plan raises."""
     options, target = prepared.options, prepared.target
     guesses = draft_model(prepared.drafts)
     models = tuple(name for name in (options.model.model, guesses) if name)
@@ -63,42 +65,45 @@ def placing_of(prepared: Prepared, contact: Contact, say: Say = silent, tell: Te
     wanted = Wanted(
         model=options.model.model, draft=",".join(prepared.drafts) or "none", models=models,
         paths=tuple(Path(path) for path in (target.path, *([resolve(guesses)] if guesses else []))),
-        guesser=guesser_of(options.model.model, prepared.drafts), describe=_Described(prepared).of,
+        guesser=guesser_of(options.model.model, prepared.drafts), describe=_Described(prepared, contact.head).of,
         dtype=options.model.dtype, quantization=options.model.quantization, device=target.device,
         threads=options.pipeline.threads, kernels=target.device == "cpu")
-    placing = Placing(contact, wanted, _pins(prepared, contact), given, say)
+    placing = Placing(contact, wanted, _pins(prepared, contact, auto), given, say)
     if tell:
         placing.tell = tell
     return placing
 
 
-def _pins(prepared: Prepared, contact: Contact) -> Pins:
-    """What the options leave to the planner, and what they do not."""
+def _pins(prepared: Prepared, contact: Contact, auto: bool) -> Pins:
+    """What the options leave to the planner, and what they do not. A method that the planner does not know is placed as
+    `fullpipe` is."""
     own, stages = prepared.options.method, prepared.options.pipeline.stages
     if stages is not None and stages > len(contact.entries):
         raise UsageError(f"{stages} stages are asked for, and there are {len(contact.entries)} hosts",
                          hint="A host has one stage. Start more hosts, or ask for fewer stages.")
-    method = own.method if own.method in ("fullpipe", "pp", "chain") else "fullpipe"
-    return Pins(width=own.width, method="auto" if method == "fullpipe" and not own.width else method, stages=stages)
+    return Pins(width=own.width, method="auto" if auto else "pp" if own.method == "pp" else "fullpipe", stages=stages)
 
 
 @dataclass(frozen=True)
 class _Described:
-    """Describes the stations of any plan for one model. prepared: for one stage."""
+    """Describes the stations of any plan for one model. prepared: for one stage. head: the engine's host."""
 
     prepared: Prepared
+    head: str
 
     def of(self, plan: Plan) -> tuple[list[StationSpec], StationSpec | None]:
         target = replace(self.prepared.target, ends=tuple(stage.last for stage in plan.stages))
         stages = stage_specs(target, margins=self.prepared.options.model.margins, taps=taps_of(self.prepared.drafts))
-        there = Counter([stage.host for stage in plan.stages])
-        described = [_with(spec, _placed(stage.device, there[stage.host] + (rank == 0)))
-                     for rank, (spec, stage) in enumerate(zip(stages, plan.stages))]
-        return described, draft_spec(self.prepared.drafts, target, silent) if plan.method != "pp" else None
+        guesses = plan.method != "pp"
+        draft_host = plan.draft_host or self.head
+        there = Counter([*(stage.host for stage in plan.stages), *([draft_host] if guesses else [])])
+        described = [_with(spec, _placed(stage.device, there[stage.host])) for spec, stage in zip(stages, plan.stages)]
+        beside = replace(target, sharing=there[draft_host])
+        return described, draft_spec(self.prepared.drafts, beside, silent) if guesses else None
 
 
 def _placed(device: str, sharing: int) -> dict[str, Any]:
-    """What a builder is told of its device: those of one host share its memory, with a draft beside the first."""
+    """What a builder is told of its device: stations of one host share its memory."""
     return {"sharing": sharing} if device == "cpu" else {"device": device}
 
 
@@ -111,11 +116,13 @@ def _with(spec: StationSpec, placed: dict[str, Any]) -> StationSpec:
 class OnHosts:
     """Starts pipelines on hosts: the first, and others after it.
 
-    machine: what the newest one's method knows of its stations; planned: what the plan said of them.
+    auto: the plan says which method fills them. machine: what the newest one's method knows of its stations; planned:
+    what the plan said of them.
     """
 
     prepared: Prepared
     placing: Placing
+    auto: bool
     machine: LiveMachine | None = None
     planned: Machine | None = None
 
@@ -158,7 +165,7 @@ class OnHosts:
 
     def _method(self, plan: Plan) -> Method:
         own = self.prepared.options.method.method
-        name = own if own not in ("fullpipe", "auto") else plan.method if plan.method != "auto" else "fullpipe"
+        name = plan.method if self.auto and plan.method != "auto" else own
         return self.prepared.method(self.machine, name, width=plan.width if name == "fullpipe" else None)
 
 

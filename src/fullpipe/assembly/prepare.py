@@ -37,7 +37,8 @@ def silent(line: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Target:
     """The model that is to be served. ends: layers finished after each stage. vocab: number of real tokens. device:
-    what stages and draft model compute on, "cpu" or "cuda:N". kv_pool_mib, kv_cache_dtype: see `PipelineOptions`."""
+    what stages and draft model compute on, "cpu" or "cuda:N". kv_pool_mib, kv_cache_dtype: see `PipelineOptions`.
+    sharing: stations that share the memory of a machine; 0: all of them do."""
 
     path: Path
     config: ModelConfig
@@ -48,6 +49,7 @@ class Target:
     device: str = "cpu"
     kv_pool_mib: int | None = None
     kv_cache_dtype: str = "auto"
+    sharing: int = 0
 
     @property
     def numbers(self) -> str:
@@ -59,7 +61,8 @@ class Target:
     def placed(self) -> dict[str, Any]:
         """What a builder of a station is told of its device and its cache. The machine's memory is for all stages, and
         for a draft model."""
-        where: dict[str, Any] = {"sharing": len(self.ends) + 1} if self.device == "cpu" else {"device": self.device}
+        sharing = self.sharing or len(self.ends) + 1
+        where: dict[str, Any] = {"sharing": sharing} if self.device == "cpu" else {"device": self.device}
         if self.kv_pool_mib is not None:
             where["kv_pool_mib"] = self.kv_pool_mib
         if self.kv_cache_dtype != "auto":

@@ -41,7 +41,7 @@ def best_size(on: Running, prompt: Sequence[int], method: str, sizes: Sizes, tok
         return None
 
     def taken(size: int) -> float:
-        return on.ask(prompt, tokens, size).tbt_s or 0.0
+        return on.ask(prompt, tokens, method, size).tbt_s or 0.0
 
     return min(sizes["depth" if method in WITH_DEPTH else "width"], key=taken)
 
@@ -49,9 +49,9 @@ def best_size(on: Running, prompt: Sequence[int], method: str, sizes: Sizes, tok
 def ask_ours(on: Running, lab: Places, method: str, asked: Sequence[Question], other: Sequence[int], sizes: Sizes,
              tokens: int) -> list[dict[str, Any]]:
     """A row for each question."""
-    on.ask(other, _SHORT)
+    on.ask(other, _SHORT, method)
     size = best_size(on, other, method, sizes, tokens // 2)
-    rows = _rows(lab, asked, lambda prompt: on.ask(prompt, tokens, size))
+    rows = _rows(lab, asked, lambda prompt: on.ask(prompt, tokens, method, size))
     return [row | {"size": size} for row in rows]
 
 

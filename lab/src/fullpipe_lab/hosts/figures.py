@@ -30,7 +30,8 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     speedup: of pp's time between tokens over the method's on the same hosts and links, geometric mean over the prompts,
     and the range. tokens_per_s: from the question to the last token, all prompts together. overlap: share of the time
     between the first and the last token in which two or more stages computed. bytes_per_token: of each link, both ways,
-    with packets' headers. promise_ms: predicted. identical: to what the first cell said, on every prompt.
+    with packets' headers. promise_ms: predicted, with the
+    draft as it was counted until then. identical: to what the first cell said, on every prompt.
     """
     said = texts(cells[0]) if cells else {}
     return [_row(cell, _plain(cells, cell), said) for cell in cells]
@@ -55,7 +56,8 @@ def _row(cell: Cell, plain: Mapping[str, float], said: Mapping[str, list[int]]) 
     mine, samples = times(cell), cell["samples"]
     tbt_ms = 1e3 * fmean(mine.values())
     over = [plain[prompt] / seconds for prompt, seconds in mine.items() if prompt in plain]
-    promise = cell["settings"].get("promise_ms")
+    promises = [one["told"].get("promise_ms") for one in samples]
+    promise = None if None in promises else round(fmean(promises), 2)
     hits, misses = (sum(one["told"][name] for one in samples) for name in ("hits", "misses"))
     tokens = sum(len(one["tokens"]) for one in samples)
     return {"hosts": cell["hosts"], "delay_ms": cell["delay_ms"], "method": cell["method"], "size": samples[0]["size"],

@@ -3,11 +3,12 @@
     python -m fullpipe_lab.studies.hosts [--hosts 2,3,4] [--delays 0.1,10,50,100] [--sets FILE ...] [--prompts 5]
         [--methods pp,chain,static-tree,pipedec,fullpipe] [--tokens 64] [--rival] [--quick] [--write [NAME]]
 
-Hosts are network namespaces that share this machine's cores, links have the delay of --delays one way. In each cell one
-method runs on the hosts, all prompts in turn, greedily. `pp` and `fullpipe` run as they come; any other method has its
-best of --widths (or --depths) on a prompt that is not counted, tried in the same cell before. With --rival llama.cpp is
-asked the same prompts by token ids, on two hosts with one core each, half of its layers on the second, in each of
---modes. Whoever is asked, the asker sits on the first host, and its clock counts.
+Hosts are network namespaces that share this machine's cores, links have the delay of --delays one way. Every host has
+a stage, cut by the planner; all methods run on the same stages, one after another, all prompts in turn, greedily. `pp`
+and `fullpipe` run as they come; any other method has its best of --widths (or --depths) on a prompt that is not
+counted, tried before. With --rival llama.cpp is asked the same prompts by token ids, on two hosts with one core each,
+half of its layers on the second, in each of --modes. Whoever is asked, the asker sits on the first host, and its clock
+counts.
 
 Cells that are done are in --out/journal.jsonl: the same command goes on where it was, with the same code; one that
 fails is told and left for the next time. --out/report.md is the table. Ends with 1 when texts differ or a cell failed.
@@ -20,7 +21,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,7 +39,7 @@ from fullpipe_lab.files import Journal
 from fullpipe_lab.hosts.asking import Sizes, ask_ours, ask_rival, questions
 from fullpipe_lab.hosts.figures import MESH_LLM, beside, rival_rows, rows_of
 from fullpipe_lab.hosts.llamacpp_rpc import Server, llamacpp_rpc, settings
-from fullpipe_lab.hosts.ours import Cluster, start_cluster
+from fullpipe_lab.hosts.ours import Cluster, Running, start_cluster
 from fullpipe_lab.hosts.places import Places
 from fullpipe_lab.peers.process import RunnerFailed
 from fullpipe_lab.peers.run import Question
@@ -57,6 +58,8 @@ class Study:
 
     def __init__(self, given: argparse.Namespace, asked: list[Question], other: list[int]) -> None:
         self._given, self._asked, self._other = given, asked, other
+        self._open = ExitStack()
+        self._stands: tuple[tuple[int, float], Places, Running] | None = None
         self._sizes: Sizes = {"width": tuple(integers(given.widths, "--widths")),
                               "depth": tuple(integers(given.depths, "--depths"))}
 
@@ -73,16 +76,35 @@ class Study:
         return cells
 
     def _ours(self, hosts: int, ms: float, method: str) -> dict[str, Any]:
-        given = self._given
-        cluster = Cluster(given.model, given.draft, hosts, ms, given.dtype)
-        with opened(hosts, ms) as lab, start_cluster(lab, cluster, method) as running:
-            samples = ask_ours(running, lab, method, self._asked, self._other, self._sizes, given.tokens)
-            return {"hosts": hosts, "delay_ms": ms, "method": method, "settings": running.settings, "samples": samples}
+        lab, running = self._cluster(hosts, ms)
+        try:
+            samples = ask_ours(running, lab, method, self._asked, self._other, self._sizes, self._given.tokens)
+        except BaseException:
+            self.close()
+            raise
+        return {"hosts": hosts, "delay_ms": ms, "method": method, "settings": running.settings, "samples": samples}
+
+    def _cluster(self, hosts: int, ms: float) -> tuple[Places, Running]:
+        """The one that stands, if it is of this kind: all methods are asked on the same stages."""
+        if self._stands is None or self._stands[0] != (hosts, ms):
+            self.close()
+            given = self._given
+            lab = self._open.enter_context(opened(hosts, ms))
+            cluster = Cluster(given.model, given.draft, hosts, given.dtype)
+            running = self._open.enter_context(start_cluster(lab, cluster))
+            self._stands = (hosts, ms), lab, running
+        return self._stands[1], self._stands[2]
+
+    def close(self) -> None:
+        """End the cluster that stands."""
+        self._stands = None
+        self._open.close()
 
     def _rival(self, ms: float, mode: str) -> dict[str, Any]:
         path = resolve(self._given.model)
         draft = resolve(self._given.rival_draft) if mode == "draft" else None
         server = Server(path, open_model(path).config.num_layers, mode, draft)
+        self.close()
         with opened(2, ms) as lab, llamacpp_rpc(lab, server) as rival:
             samples = ask_rival(rival, lab, self._asked, self._other, self._given.tokens)
             return {"hosts": 2, "delay_ms": ms, "mode": mode, "settings": settings(server), "samples": samples}
@@ -111,8 +133,7 @@ def tell(results: dict[str, Any]) -> str:
 def figures(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ours = [cell for cell in cells if "method" in cell]
     rivals = [cell for cell in cells if "mode" in cell]
-    return {"cells": rows_of(ours), "beside": beside(ours, rivals), "rivals": rival_rows(ours, rivals),
-            "emulated": any(cell["settings"].get("links") == "emulated" for cell in ours)}
+    return {"cells": rows_of(ours), "beside": beside(ours, rivals), "rivals": rival_rows(ours, rivals)}
 
 
 def main() -> None:
@@ -124,8 +145,9 @@ def main() -> None:
             "depths": given.depths}
     journal = Journal(given.out / "journal.jsonl")
     journal.bind(plan)
-    wanted = Study(given, asked, other).wanted()
-    failed = measure_missing(journal, wanted)
+    with closing(Study(given, asked, other)) as study:
+        wanted = study.wanted()
+        failed = measure_missing(journal, wanted)
     cells = [journal.rows[key] for key in wanted if key in journal]
     receipt = study_receipt("hosts", plan | figures(cells), cells)
     report = tell(receipt)

@@ -1,48 +1,69 @@
-"""Fullpipe's head, on a host of a lab: an engine of our own, with every event in reach.
+"""Fullpipe's head, on a host of a lab: an engine of our own, with every event in reach. Its stages are on the hosts.
 
-    in   {"options": {...}}     as `Options.of` takes them, the method among them
+    in   {"options": {...}, "hosts": {name: address}, "commands": {name: [...]}}
     out  {"version": ..., "load_s": ..., "settings": {...}}
-    in   {"prompt": [token ids], "max_tokens": n, "size": width, or depth, or null}
+    in   {"prompt": [token ids], "max_tokens": n, "method": ..., "size": width, or depth, or null}
     out  {"tokens": [...], "times": [...], "told": {...}}
 
-told: what `hosts.meter.Meter` tells, and the request's hits, misses and rows.
+options: as `Options.of` takes them. commands: what runs a command on each host but this one, h1. told: what
+`hosts.meter.Meter` tells, and the request's hits, misses and rows.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 from typing import Any
 
 from peer_protocol import Reply, Setup, converse  # type: ignore[import-not-found]
 
 
 def load(setup: Setup) -> tuple[str, Setup, Reply]:
-    from fullpipe.assembly import measured, prepare, start
+    from fullpipe.assembly import assemble
+    from fullpipe.cluster.acceptance import Acceptance
+    from fullpipe.cluster.contact import CommandContact
+    from fullpipe.cluster.hosts import HostEntry
+    from fullpipe.cluster.planner import predict
     from fullpipe.methods import WITH_DEPTH
     from fullpipe.options import Options
     from fullpipe.request import SamplingParams
     from fullpipe_lab.asking import Asker
     from fullpipe_lab.hosts.meter import Meter
 
-    options, meter = Options.of(**setup["options"]), Meter()
-    prepared = prepare(options)
-    pipeline = start(prepared)
-    asker = Asker(prepared, pipeline, machine=measured(prepared, pipeline), listeners=[meter])
-    method = options.method.method
-    size_of = "depth" if method in WITH_DEPTH else "width"
+    entries = [HostEntry(name=name, address=address) for name, address in setup["hosts"].items()]
+    contact = CommandContact(entries[0].name, entries, setup["commands"])
+    made = assemble(Options.of(**setup["options"], hosts="ray"), contact=contact)  # the contact says which hosts
+    assert made.hosts and made.hosts.placing.plan
+    placing, plan, meter = made.hosts.placing, made.hosts.placing.plan, Meter()
+    prepared = replace(made.prepared, stages=made.prepared.stages * made.pipeline.num_stages)
+    asker = Asker(prepared, made.pipeline, machine=made.hosts.machine, listeners=[meter])
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
-        size = question["size"]
+        size, method = question["size"], question["method"]
+        size_of = "depth" if method in WITH_DEPTH else "width"
         asker.use(method, **({} if size is None else {size_of: size}))
         meter.begin()
         (said,) = asker.ask([question["prompt"]], SamplingParams(max_tokens=question["max_tokens"]))
         stats = said.stats
         return {"tokens": said.tokens, "times": meter.times, "told": meter.told() | {
             "hits": stats.hits, "misses": stats.misses, "rows": stats.launched_rows, "wasted": stats.wasted_rows,
-            "steps_per_token": stats.steps_per_token, "fill": stats.fill(asker.num_stages)}}
+            "steps_per_token": stats.steps_per_token, "fill": stats.fill(asker.num_stages),
+            "promise_ms": promised(method)}}
 
+    def promised(method: str) -> float | None:
+        """What the planner's formula makes of this layout, with the draft as it was counted here so far."""
+        if method not in ("pp", "fullpipe"):
+            return None
+        guesser, counted = placing.wanted.guesser, Acceptance.counted(*asker.engine.calibration.right)
+        if guesser and counted:
+            guesser = replace(guesser, acceptance=counted)
+        return 1e3 * predict(placing.survey(plan.hosts), plan.layout, guesser, method=method).seconds
+
+    links = {f"{a}-{b}": {"latency_ms": 1e3 * pair.latency_s, "mbit": pair.bandwidth * 8e-6}
+             for (a, b), pair in placing.links().items()}
     return importlib.metadata.version("fullpipe"), {
-        "stages": asker.num_stages, "dtype": prepared.target.dtype, "promise_ms": None}, answer
+        "stages": asker.num_stages, "dtype": prepared.target.dtype, "plan": plan.model_dump(mode="json"),
+        "links": links}, answer
 
 
 if __name__ == "__main__":

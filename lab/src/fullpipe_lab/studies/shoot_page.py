@@ -2,8 +2,8 @@
 
     python -m fullpipe_lab.studies.shoot_page http://127.0.0.1:8000/ docs/server-page.png
 
-Types a question, waits until the answer has begun and tokens are shown, and saves what headless Chromium shows. On
-several hosts see tests/hosts/shoot_hosts_page.py.
+Types a question, waits until the answer has begun and tokens are shown, and saves what headless Chromium shows.
+`shoot_hosts_page` takes one of several hosts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A picture of the server's page while it serves from several hosts, one of which is lost.
 
-    python tests/hosts/shoot_hosts_page.py docs/hosts-page.png
+    python -m fullpipe_lab.studies.shoot_hosts_page docs/hosts-page.png
 
 Three hosts of a `Netlab` have a Ray node each, and h1 runs `fullpipe serve --hosts ray` with SmolLM2. A question is
 typed in a browser on h1, everything on h2 is killed, and the picture is taken when the answer goes on without it. With
@@ -18,9 +18,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from ray_nodes import RayNodes
-
 from fullpipe.cluster.netlab import Netlab, Shape
+from fullpipe_lab.hosts.ray_nodes import RayNodes
+from fullpipe_lab.studies.shoot_page import ask, page, shoot, until
 
 URL = "http://127.0.0.1:8000/"
 SERVE = ["serve", "--hosts", "ray", "-m", "smollm2-135m", "--stages", "3", "--host-timeout", "3", "--port", "8000"]
@@ -34,7 +34,7 @@ def main(lost: str, back: str = "") -> None:
     with Netlab(3, links=LINKS) as lab, RayNodes(lab, cpus=1) as ray:
         server = lab.popen("h1", [sys.executable, "-m", "fullpipe", *SERVE], core=0, env=ray.environment("h1"))
         try:
-            visitor = lab.popen("h1", [sys.executable, __file__, "--visit", lost, back], core=1, text=True,
+            visitor = lab.popen("h1", [sys.executable, "-m", __spec__.name, "--visit", lost, back], core=1, text=True,
                                 stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=ray.environment("h1"))
             expect(visitor, "asked")
             lab.kill("h2")
@@ -59,8 +59,6 @@ def expect(visitor: subprocess.Popen[str], word: str) -> None:
 
 
 def visit(lost: str, back: str = "") -> None:
-    from fullpipe_lab.studies.shoot_page import ask, page, shoot, until
-
     until_ready()
     Thread(target=load, daemon=True).start()
     with page(URL, _HEIGHT) as driver:
@@ -92,12 +90,15 @@ def until_ready() -> None:
 
 
 def load() -> None:
-    """One request after another."""
+    """One request after another, whatever becomes of them."""
     body: dict[str, Any] = {"model": "smollm2-135m", "prompt": BESIDE, "max_tokens": 120, "temperature": 0}
     while True:
         asked = urllib.request.Request(f"{URL}v1/completions", json.dumps(body).encode(),
                                        {"Content-Type": "application/json"})
-        urllib.request.urlopen(asked, timeout=120).close()
+        try:
+            urllib.request.urlopen(asked, timeout=120).close()
+        except OSError:
+            time.sleep(1)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_hosts_are_shown_and_how_one_is_lost_and_comes_back(page: Any, server: S
     until(page, lambda: read(page, ".host.lost b") == "h2")
     assert "it does not answer" in read(page, ".host.lost") and not all_of(page, "[data-way='h1 h2']")
     lines = page.execute_script("return [...document.querySelectorAll('#happened li')].map(e => e.lastChild.data)")
-    assert lines == ["going on on h1, h3 after 0.0 s: 31.0 ms a token planned", "lost h2: it does not answer",
+    assert lines == ["going on with h1, h3 after 0.0 s: 31.0 ms a token planned", "lost h2: it does not answer",
                      f"stage 1 on h2 failed: {EVIL}"]
     placed.gain("h2")
     placed.replan("h1", "h2", "h3")

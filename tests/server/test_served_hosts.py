@@ -84,7 +84,7 @@ def test_a_lost_host_is_told_step_by_step() -> None:
     stand.tell(Attached(0))
     assert stand.hosts.picture()["happened"] == [
         [1000.0, "bad", SILENT], [1001.0, "bad", "lost h2: it does not answer"],
-        [1003.5, "good", "going on on h1, h3 after 3.5 s: 31.0 ms a token planned"]]
+        [1003.5, "good", "going on with h1, h3 after 3.5 s: 31.0 ms a token planned"]]
     assert {(a, b) for a, b, *_ in stand.hosts.picture()["links"]} == {("h1", "h3"), ("h3", "h1")}
 
 
@@ -96,7 +96,7 @@ def test_a_host_whose_process_died_is_ready_again_with_the_next_pipeline() -> No
     stand.now += 4
     stand.tell(Attached(0))
     assert set(stand.states().values()) == {"ready"}
-    assert stand.told()[-1] == "going on on h1, h2, h3 after 4.0 s: 23.0 ms a token planned"
+    assert stand.told()[-1] == "going on with h1, h2, h3 after 4.0 s: 23.0 ms a token planned"
 
 
 def test_a_host_that_comes_back_is_there_and_then_used() -> None:
@@ -110,7 +110,7 @@ def test_a_host_that_comes_back_is_there_and_then_used() -> None:
     stand.now += 2
     stand.tell(Attached(0))
     assert stand.told()[2:] == ["going over to another plan: h2 can be had: 23.0 ms a token instead of 31.0",
-                                "going on on h1, h2, h3 after 2.0 s"]
+                                "going on with h1, h2, h3 after 2.0 s"]
     assert stand.hosts.picture()["planned_ms"] is None
 
 

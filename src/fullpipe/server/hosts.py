@@ -106,9 +106,9 @@ class Hosts(Observer):
         took = "" if self._stopped is None else f" after {self._clock() - self._stopped:.1f} s"
         self._stopped = None
         plan = self._placing.plan
-        where = ", ".join(dict.fromkeys(stage.host for stage in plan.stages)) if plan else ""
+        where = ", ".join(host.name for host in self._placing.view() if host.stations)
         promised = f": {plan.promise.plan_ms:.1f} ms a token planned" if plan and plan.promise else ""
-        self._say("good", f"going on on {where}{took}{promised}")
+        self._say("good", f"going on with {where}{took}{promised}")
 
     def _look(self) -> None:
         """Take in who has gone and come since the last look."""

@@ -2,7 +2,7 @@
 
     python -m fullpipe_lab.studies.shoot_hosts_page docs/hosts-page.png
 
-Three hosts of a `Netlab` have a Ray node each, and h1 runs `fullpipe serve --hosts ray` with SmolLM2. A question is
+Three hosts of a `Netlab` have a Ray node each, and h1 runs `fullpipe serve --hosts FILE` with SmolLM2. A question is
 typed in a browser on h1, everything on h2 is killed, and the picture is taken when the answer goes on without it. With
 a second file another picture is taken there when h2 has come back and has a stage again.
 """
@@ -23,7 +23,7 @@ from fullpipe_lab.hosts.ray_nodes import RayNodes
 from fullpipe_lab.studies.shoot_page import ask, page, shoot, until
 
 URL = "http://127.0.0.1:8000/"
-SERVE = ["serve", "--hosts", "ray", "-m", "smollm2-135m", "--stages", "3", "--host-timeout", "3", "--port", "8000"]
+SERVE = ["serve", "-m", "smollm2-135m", "--stages", "3", "--host-timeout", "3", "--port", "8000", "--hosts"]
 LINKS = {("h1", "h2"): Shape(delay_ms=5), ("h2", "h3"): Shape(delay_ms=8, mbit=300), ("h1", "h3"): Shape(delay_ms=12)}
 QUESTION = "Count from one to two hundred in English words, one on each line."
 BESIDE = "Once upon a time, in a small town by the sea,"  # the little load
@@ -32,7 +32,11 @@ _HEIGHT, _START_S = 1180, 240.0
 
 def main(lost: str, back: str = "") -> None:
     with Netlab(3, links=LINKS) as lab, RayNodes(lab, cpus=1) as ray:
-        server = lab.popen("h1", [sys.executable, "-m", "fullpipe", *SERVE], core=0, env=ray.environment("h1"))
+        hosts = ray.folder / "hosts.toml"
+        hosts.write_text("".join(f'[[host]]\nname = "{name}"\naddress = "{lab.address(name)}"\n'
+                                 for name in lab.names))
+        server = lab.popen("h1", [sys.executable, "-m", "fullpipe", *SERVE, str(hosts)], core=0,
+                           env=ray.environment("h1"))
         try:
             visitor = lab.popen("h1", [sys.executable, "-m", __spec__.name, "--visit", lost, back], core=1, text=True,
                                 stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=ray.environment("h1"))
@@ -65,12 +69,12 @@ def visit(lost: str, back: str = "") -> None:
         ask(driver, QUESTION)
         print("asked", flush=True)
         news = "return [...document.querySelectorAll('#happened li')].some(e => e.textContent.includes(arguments[0]))"
-        until(driver, news, "going on on h1, h3")
+        until(driver, news, "going on with h1, h3")
         time.sleep(3)
         shoot(driver, lost)
         print("lost", flush=True)
         if back:
-            until(driver, news, "going on on h1, h2, h3")
+            until(driver, news, "going on with h1, h2, h3")
             ask(driver, QUESTION)
             time.sleep(3)
             shoot(driver, back)

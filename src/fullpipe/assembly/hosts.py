@@ -51,8 +51,10 @@ def _own_entry(entry: HostEntry, asked: PipelineOptions) -> HostEntry:
     return entry.model_copy(update={name: value for name, value in said.items() if value is not None})
 
 
-def placing_of(prepared: Prepared, contact: Contact, say: Say = silent, tell: Tell | None = None) -> Placing:
-    """Who will decide where the stations of a model sit. Raises what reading a plan raises."""
+def placing_of(prepared: Prepared, contact: Contact, say: Say = silent, tell: Tell | None = None, *,
+               method: str = "auto") -> Placing:
+    """Who will decide where the stations of a model sit, for the method that was asked for. Raises what reading a plan
+    raises."""
     options, target = prepared.options, prepared.target
     guesses = draft_model(prepared.drafts)
     models = tuple(name for name in (options.model.model, guesses) if name)
@@ -66,20 +68,22 @@ def placing_of(prepared: Prepared, contact: Contact, say: Say = silent, tell: Te
         guesser=guesser_of(options.model.model, prepared.drafts), describe=_Described(prepared).of,
         dtype=options.model.dtype, quantization=options.model.quantization, device=target.device,
         threads=options.pipeline.threads, kernels=target.device == "cpu")
-    placing = Placing(contact, wanted, _pins(prepared, contact), given, say)
+    placing = Placing(contact, wanted, _pins(prepared, contact, method), given, say)
     if tell:
         placing.tell = tell
     return placing
 
 
-def _pins(prepared: Prepared, contact: Contact) -> Pins:
-    """What the options leave to the planner, and what they do not."""
+def _pins(prepared: Prepared, contact: Contact, method: str) -> Pins:
+    """What the options leave to the planner, and what they do not. A method that guesses, and that somebody asked for,
+    has a draft."""
     own, stages = prepared.options.method, prepared.options.pipeline.stages
     if stages is not None and stages > len(contact.entries):
         raise UsageError(f"{stages} stages are asked for, and there are {len(contact.entries)} hosts",
                          hint="A host has one stage. Start more hosts, or ask for fewer stages.")
-    method = own.method if own.method in ("fullpipe", "pp", "chain") else "fullpipe"
-    return Pins(width=own.width, method="auto" if method == "fullpipe" and not own.width else method, stages=stages)
+    planned = own.method if own.method in ("fullpipe", "pp", "chain") else "fullpipe"
+    left = planned == "fullpipe" and method == "auto" and not own.width
+    return Pins(width=own.width, method="auto" if left else planned, stages=stages)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def assemble(options: Options, say: Say = silent, *, contact: Contact | None = N
     """
     prepared = prepare(options, say)
     if options.pipeline.hosts is not None:
-        return _assemble_on_hosts(prepared, say, contact, tell)
+        return _assemble_on_hosts(prepared, options.method.method, say, contact, tell)
     if options.method.method == "auto" and prepared.options.method.method == "chain":
         said = options.model.draft != "auto" or options.method.depth or options.method.floor is not None
         return _assemble_what_pays(prepared, say, may_do_without=not said)
@@ -84,12 +84,13 @@ def assemble(options: Options, say: Say = silent, *, contact: Contact | None = N
     return Assembly.remembering(prepared, pipeline, method, rebuild)
 
 
-def _assemble_on_hosts(prepared: Prepared, say: Say, contact: Contact | None, tell: Tell | None) -> Assembly:
+def _assemble_on_hosts(prepared: Prepared, wanted: str, say: Say, contact: Contact | None,
+                       tell: Tell | None) -> Assembly:
     from fullpipe.assembly.hosts import OnHosts, contact_of, placing_of
 
     contact = contact or contact_of(prepared.options.pipeline)
     try:
-        hosts = OnHosts(prepared, placing_of(prepared, contact, say, tell))
+        hosts = OnHosts(prepared, placing_of(prepared, contact, say, tell, method=wanted))
         pipeline, method = hosts.first()
     except BaseException:
         contact.close()

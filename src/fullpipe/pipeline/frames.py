@@ -57,7 +57,6 @@ class Door(Struct):
     patience_s: float
     start_timeout: float
     parent: int = 0
-    silence_s: float = 0.0
 
 
 class Fetch(Struct):

@@ -153,7 +153,7 @@ class _Piped:
         assert self._process.stdin and self._process.stdout
         write(self._process.stdin, request)
         if (answer := read(self._process.stdout)) is None:
-            raise PipelineError("its agent has ended")
+            raise ConnectionError("its agent has ended")
         return answer
 
     def close(self) -> None:

@@ -64,12 +64,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class HostView:
-    """Is a host as pages and tables show it. state: "ready", or "lost". stations: that it has now."""
+    """Is a host as pages and tables show it. state: "ready", or "lost", and why. stations: that it has now. head: the
+    engine is there."""
 
     name: str
     address: str
     state: str
     stations: tuple[str, ...]
+    why: str = ""
+    head: bool = False
 
 
 @dataclass(slots=True)
@@ -362,16 +365,16 @@ class Placing:
     # ---- showing -------------------------------------------------------------------------------------------------
 
     def view(self) -> list[HostView]:
-        """All hosts that take part, or did."""
-        plan, head = self.plan, self.contact.head
+        """All hosts that take part, or did. It waits for nobody, so what is decided meanwhile may show in part."""
+        plan, head, reports, lost = self.plan, self.contact.head, dict(self.known.reports), dict(self.lost)
         stations: dict[str, list[str]] = {}
         for rank, stage in enumerate(plan.stages if plan else ()):
             stations.setdefault(stage.host, []).append(f"stage {rank}")
-        if plan and plan.method != "pp":
+        if plan and plan.method != "pp" and self.wanted.guesser:
             stations.setdefault(plan.draft_host or head, []).append("draft")
-        here = [HostView(name, report.address or "", "ready", tuple(stations.get(name, ())))
-                for name, report in self.known.reports.items()]
-        return here + [HostView(name, "", "lost", ()) for name in self.lost]
+        here = [HostView(name, report.address or "", "ready", tuple(stations.get(name, ())), head=name == head)
+                for name, report in reports.items()]
+        return here + [HostView(name, "", "lost", (), why) for name, why in lost.items() if name not in reports]
 
     def links(self) -> dict[tuple[str, str], Pair]:
         """What was measured between the hosts."""

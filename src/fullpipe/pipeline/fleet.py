@@ -19,7 +19,7 @@ from fullpipe.pipeline.wire import Inward, NonsenseError, Outward, decode, encod
 
 _STOP_S = 1.0  # what a worker gets to leave by itself,
 _TERM_S = 0.4  # and then after SIGTERM, before SIGKILL
-_KILL_S = 5.0  # for a host that is far to have done so
+_KILL_S = 2.0  # for a host that is far to have done so
 _SILENT_S = 2.0  # who has said nothing for so long does not hear us either: it gets SIGKILL at once,
 _CUT_OFF_S = 1.0  # and if it outlives that, its host cannot be reached: it ends by itself, for want of an engine
 _SAYS = b" says"

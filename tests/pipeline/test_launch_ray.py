@@ -17,8 +17,8 @@ from fullpipe.messages import Failed, Flight, Landed, Opening, Part
 from fullpipe.pipeline.frames import Door
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch import ray as launch_ray
-from fullpipe.pipeline.launch.base import Needs
-from fullpipe.pipeline.launch.ray import Cluster, RayLauncher
+from fullpipe.pipeline.launch.base import Needs, Process
+from fullpipe.pipeline.launch.ray import Cluster, RayLauncher, RayProcess
 from fullpipe.pipeline.net import Net
 from fullpipe.pipeline.starting import Hosting, Place
 from fullpipe.pipeline.workers import WorkersPipeline
@@ -57,6 +57,11 @@ def _hosting(cluster: Cluster, *places: Place) -> Hosting:
         [HEAD, *(place for place in places if place.host != "head")],
         sorted(cluster.nodes(), key=lambda node: not node.here))}
     return Hosting(places, HEAD, lambda: RayLauncher(cluster, nodes))
+
+
+def _pid(cluster: Cluster, process: Process) -> int:
+    assert isinstance(process, RayProcess)
+    return int(cluster.ray.get(process._actor.pid.remote()))
 
 
 def _prompt() -> Flight:
@@ -129,16 +134,16 @@ def test_what_ray_says_becomes_words_with_a_way_out(said: str, words: str, way_o
 def test_a_pipeline_runs_behind_actors(cluster: Cluster) -> None:
     with WorkersPipeline(_stages(2), hosting=_hosting(cluster, HEAD, HEAD)) as pipeline:
         pipeline.launch(_prompt())
-        landed = next(event for event in pipeline.events() + pipeline.events() + pipeline.events()
-                      if isinstance(event, Landed))
+        events = pipeline.events()
+        while not isinstance(landed := events[-1], Landed):
+            events = pipeline.events()
         assert landed.tokens == [hash_token([7], 50, 3)]
-    assert not [one for one in psutil.process_iter(["cmdline"])
-                if "fullpipe.pipeline.worker" in (one.info["cmdline"] or ()) and _of_an_actor(one)]
-
-
-def _of_an_actor(process: psutil.Process) -> bool:
-    parent = process.parent()
-    return parent is not None and "StationActor" in parent.name() + " ".join(parent.cmdline())
+        pids = [_pid(cluster, worker.process) for worker in pipeline._fleet.workers]
+        assert all(map(psutil.pid_exists, pids))
+    deadline = time.monotonic() + 5.0
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker is left"
+        time.sleep(0.02)
 
 
 def test_what_no_host_of_ours_has_is_told_at_once(cluster: Cluster) -> None:
@@ -177,7 +182,7 @@ def test_a_node_that_is_lost_ends_its_processes_soon(here: RayHere, cluster: Clu
         while not isinstance(failed, Failed):
             failed = pipeline.events(10.0)[-1]
         assert failed.station == "stage 1 on other" and time.monotonic() - lost < 5
-        assert "Ray lost it or other" in failed.reason
+        assert "Ray lost it or other" in failed.reason or "no sign of life" in failed.reason, "whoever sees it first"
         closing = time.monotonic()
     assert time.monotonic() - closing < 2.5
 
@@ -189,8 +194,8 @@ def test_a_worker_whose_actor_is_out_of_reach_is_not_waited_for(cluster: Cluster
     socket, (endpoint,) = net.bind(["tcp://127.0.0.1:*"])
     launcher = _hosting(cluster, HEAD).launcher()
     process = launcher.start(Door("stage 0", 0, endpoint, keys, [], 0.5, 0.5, 60.0), "head", Needs())
-    assert isinstance(process, launch_ray.RayProcess) and socket.poll(10_000)
-    worker = psutil.Process(cluster.ray.get(process._actor.pid.remote()))
+    assert socket.poll(10_000)
+    worker = psutil.Process(_pid(cluster, process))
     actor = worker.parent()
     assert actor
     actor.suspend()

@@ -154,13 +154,24 @@ def test_what_no_host_of_ours_has_is_told_at_once(cluster: Cluster) -> None:
     assert "head does not have what it asks for: 64 CPU, 2 GPU" in caught.value.reason
 
 
-def test_what_others_have_taken_is_told_at_the_start_timeout(cluster: Cluster) -> None:
-    places = [Place("head", "127.0.0.1", needs=Needs(1, cpus=CPUS - 1)),
-              Place("head", "127.0.0.1", needs=Needs(1, cpus=2))]
-    with pytest.raises(StationFailed) as caught:
-        WorkersPipeline(_stages(2), hosting=_hosting(cluster, *places), start_timeout=3.0)
-    assert caught.value.station == "stage 1 on head"
-    assert "Ray has not started it yet" in caught.value.reason and "it asks for 2 CPU there" in caught.value.reason
+def test_what_others_have_taken_is_told_while_a_station_waits_for_it(cluster: Cluster) -> None:
+    keys = RunKeys.new()
+    net = Net(keys, 10.0)
+    socket, (endpoint,) = net.bind(["tcp://127.0.0.1:*"])
+    door = Door("stage 0", 0, endpoint, keys, [], 10.0, 10.0, 60.0)
+    launcher = _hosting(cluster, HEAD).launcher()
+    first = launcher.start(door, "head", Needs(1, cpus=CPUS - 1))
+    assert socket.poll(10_000) and first.log_tail() == ""
+    second = launcher.start(door, "head", Needs(1, cpus=2))
+    assert "Ray has not started it yet" in second.log_tail() and "it asks for 2 CPU there" in second.log_tail()
+    second.kill()
+    assert second.wait(3.0), "it never began"
+    first.kill()
+    assert first.wait(5.0)
+    for process in (first, second):
+        process.close()
+    launcher.close()
+    net.close()
 
 
 def test_a_host_that_ray_does_not_know_is_named(cluster: Cluster) -> None:

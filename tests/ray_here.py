@@ -22,7 +22,7 @@ import pytest
 
 _UP_S = 30.0
 _STARTED = "Ray runtime started"
-# Nothing is kept in store, and there is no dashboard: tests/hosts/ray_nodes.py says what each of these is worth.
+# Nothing is kept in store, and there is no dashboard: fullpipe_lab.hosts.ray_nodes says what each of these is worth.
 _LIGHT = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 _FLAGS = ("--block", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false",
           "--node-ip-address=127.0.0.1")

@@ -12,7 +12,7 @@ from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.models.partial import Source
 from fullpipe.models.ranges import Range
 from fullpipe.pipeline.fleet import Fleet, News, Worker
-from fullpipe.pipeline.frames import Beat, Broken, Door, Fetch, Fetched, Hello, Part, Setup, Up, Want
+from fullpipe.pipeline.frames import Beat, Broken, Door, Fetch, Fetched, Hello, Lost, Part, Setup, Up, Want
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch.base import Launcher, Needs
 from fullpipe.pipeline.launch.local import LocalLauncher
@@ -239,6 +239,8 @@ class _Starting:
                 raise _as_error(worker, error, message, hint)
             case EOFError():
                 raise StationFailed(worker.label, worker.how_it_ended())
+            case Lost(message):
+                raise StationFailed(worker.label, message)
             case _:
                 raise StationFailed(worker.label, f"answers nonsense: {news!s:.200}{worker.log_tail()}")
 

@@ -132,8 +132,8 @@ class Hosts(Observer):
     # ---- what is said ----------------------------------------------------------------------------------------
 
     def hosts(self) -> list[HostView]:
-        """All of them. One is "failed" from a failure of its station until there is a pipeline again, which shows
-        whether it is lost."""
+        """All of them. One is "failed" from when its station complained, or was complained of, until there is a
+        pipeline again. Whether it is lost, or the next one that it lost its connection to, shows meanwhile."""
         with self._lock:
             self._look()
             failed = dict(self._failed)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fullpipe_lab.studies.serving import kills, soak
-from fullpipe_lab.studies.serving.kills import Blow, Strike, asks, note_first_texts, plan
+from fullpipe_lab.studies.serving.kills import Blow, Strike, note_first_texts, plan
 from fullpipe_lab.studies.serving.processes import Footprint, Reply, _take, station_names
 from fullpipe_lab.studies.serving.soak import (
     bad_requests,
@@ -19,6 +19,7 @@ from fullpipe_lab.studies.serving.soak import (
     memory_fault,
     status_fault,
 )
+from fullpipe_lab.studies.serving.under_load import COMMON, asks
 
 NAMES = station_names(2)
 
@@ -59,7 +60,7 @@ def test_what_is_asked_is_the_same_at_any_time_and_of_many_kinds() -> None:
     bodies = [one.body for one in asks(20)]
     assert {body["temperature"] == 0 for body in bodies} == {True, False}
     assert {bool(body.get("stream")) for body in bodies} == {True, False}
-    assert sum(kills._COMMON in json.dumps(body) for body in bodies) > 2
+    assert sum(COMMON in json.dumps(body) for body in bodies) > 2
 
 
 def blow(at_s: float, unready_s: float | None) -> Blow:

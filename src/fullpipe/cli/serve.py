@@ -120,7 +120,7 @@ def _service(made: Assembly, options: Options, server: ServerOptions, *listeners
     try:
         service = Service(made.pipeline, made.method, made.prepared, rebuild=made.rebuild, listeners=listeners,
                           options=made.prepared.engine_options(options.engine), max_waiting=server.max_waiting,
-                          calibration=made.calibration)
+                          calibration=made.calibration, patience_s=made.patience_s)
     except BaseException:
         made.pipeline.close()
         made.close()

@@ -74,7 +74,7 @@ def measure_links(contact: Contact, known: Known, *, quick: bool = False) -> Non
                                                   quick and (a, b) in known.pairs) for a, b in pairs}
             _take(asked, contact.try_all(asked, 4 * timeout_s), known)
     finally:
-        contact.try_all(dict.fromkeys(hearing, Deafen()), timeout_s)
+        contact.try_all(dict.fromkeys(hearing, Deafen(keys.public)), timeout_s)
 
 
 def _take(asked: Mapping[str, Request], answers: Mapping[str, Answer | FullpipeError], known: Known) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fullpipe import errors
-from fullpipe.errors import FullpipeError, StationFailed
+from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.models.partial import Source
+from fullpipe.models.ranges import Range
 from fullpipe.pipeline.fleet import Fleet, News, Worker
 from fullpipe.pipeline.frames import Beat, Broken, Door, Fetch, Fetched, Hello, Part, Setup, Up, Want
 from fullpipe.pipeline.keys import RunKeys
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _LEAST_PATIENCE_S = 5.0
 _TOLD_EVERY_S = 2.0
+_HELLO_S = 60.0  # for a process on another host to come to be; what takes long comes later
+_LOOK_S = 1.0
+_SILENT_S = 15.0  # one that builds its station may be busy for a while without a sign of life, but not so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,13 @@ class Layout:
         bringers = [rank - 1] if 0 < rank < len(self.stages) else self.tapping if rank == len(self.stages) else []
         here = self.hosting.place(rank)
         hosts = {self.hosting.place(one).host for one in bringers}
-        return [*([local_endpoint()] if here.host in hosts else []), *([_tcp(here)] if hosts - {here.host} else [])]
+        return [*([local_endpoint()] if here.host in hosts else []),
+                *([_tcp(self._addressed(here))] if hosts - {here.host} else [])]
+
+    def _addressed(self, place: Place) -> Place:
+        """With an address: of the engine's host there is one in any case."""
+        head = self.hosting.head
+        return place if place.address or place.host != head.host else replace(place, address=head.address)
 
     def endpoint(self, bringer: int, worker: Worker, rank: int) -> str:
         """Where one station reaches another one."""
@@ -134,8 +144,8 @@ class Layout:
         """What a process is handed. endpoints: at which the engine listens."""
         kind = "ipc:" if self.hosting.place(rank).host == self.hosting.head.host else "tcp:"
         engine = next(one for one in endpoints if one.startswith(kind))
-        return Door(self.names[rank], rank, engine, keys, self.listens(rank),
-                    max(_LEAST_PATIENCE_S, 2 * self.silence_s), self.start_timeout)
+        return Door(self.names[rank], rank, engine, keys, self.listens(rank), self.silence_s,
+                    max(_LEAST_PATIENCE_S, self.silence_s), self.start_timeout)
 
     def setup(self, rank: int, workers: Sequence[Worker]) -> Setup:
         """What a station is told; all have said where they listen."""
@@ -177,24 +187,40 @@ class _Starting:
     def __init__(self, fleet: Fleet, layout: Layout, deadline: float) -> None:
         self._fleet, self._layout, self._deadline = fleet, layout, deadline
         self._told_at: dict[str, float] = {}
+        self._begun = self._told = time.monotonic()
 
     def run(self) -> None:
         self._await(Hello)
         for rank, worker in enumerate(self._fleet.workers):
             self._fleet.send(worker, self._layout.setup(rank, self._fleet.workers))
+        self._told = time.monotonic()
         self._await(Up)
 
     def _await(self, kind: type[Hello] | type[Up]) -> None:
         """Return when all have said that."""
         missing = {worker.name for worker in self._fleet.workers}
         while missing:
-            remaining = self._deadline - time.monotonic()
+            remaining = self._until(kind) - time.monotonic()
             if remaining <= 0:
                 self._give_up([worker for worker in self._fleet.workers if worker.name in missing], kind)
-            for worker, news in self._fleet.receive(remaining):
+            if kind is Up:
+                self._check_signs_of_life()
+            for worker, news in self._fleet.receive(min(remaining, _LOOK_S)):
                 self._take(worker, news)
                 if isinstance(news, kind):
                     missing.discard(worker.name)
+
+    def _until(self, kind: type[Hello] | type[Up]) -> float:
+        """Until when all must have said that."""
+        far = kind is Hello and any(worker.host for worker in self._fleet.workers)
+        return min(self._deadline, self._begun + _HELLO_S) if far else self._deadline
+
+    def _check_signs_of_life(self) -> None:
+        """They beat from when they were told what to be."""
+        limit = max(_SILENT_S, 3 * self._layout.silence_s)
+        for worker in self._fleet.workers:
+            if time.monotonic() - max(worker.heard, self._told) > limit:
+                raise StationFailed(worker.label, f"no sign of life for {limit:g} s while it was started")
 
     def _take(self, worker: Worker, news: News) -> None:
         """Raises unless it is something that a worker says while all goes well."""
@@ -204,8 +230,7 @@ class _Starting:
             case Up(slots):
                 worker.cache_slots = slots
             case Want(path, wanted):
-                chunk = self._layout.hosting.sources[path].read(wanted)
-                self._fleet.send(worker, Part(chunk.range, chunk.checksum), chunk.data)
+                self._give(worker, path, wanted)
             case Fetched(path, done, needed):
                 self._tell(worker, path, done, needed)
             case Beat():
@@ -216,6 +241,16 @@ class _Starting:
                 raise StationFailed(worker.label, worker.how_it_ended())
             case _:
                 raise StationFailed(worker.label, f"answers nonsense: {news!s:.200}{worker.log_tail()}")
+
+    def _give(self, worker: Worker, path: str, wanted: Range) -> None:
+        """Send a host bytes of a model. Raises DamagedModel when its files were changed meanwhile."""
+        try:
+            chunk = self._layout.hosting.sources[path].read(wanted)
+        except (KeyError, UsageError):
+            raise StationFailed(worker.label, f"asks for bytes {wanted.start} to {wanted.stop} of {path}, file "
+                                f"{wanted.file}, which it has no reason to{worker.log_tail()}",
+                                hint="Does its host have the same version of Fullpipe?") from None
+        self._fleet.send(worker, Part(chunk.range, chunk.checksum), chunk.data)
 
     def _tell(self, worker: Worker, path: str, done: int, needed: int) -> None:
         """Say how far a host has its weights, now and then. Loading has time for as long as they come."""
@@ -228,7 +263,7 @@ class _Starting:
 
     def _give_up(self, missing: Sequence[Worker], kind: type[Hello] | type[Up]) -> None:
         names = ", ".join(worker.label for worker in missing)
-        seconds = self._layout.start_timeout
+        seconds = self._until(kind) - self._begun
         if kind is Hello and any(worker.host for worker in missing):
             raise StationFailed(names, f"did not reach the engine at {self._fleet.endpoints[-1]} within {seconds:g} s"
                                 f"{missing[0].log_tail()}",

@@ -167,7 +167,7 @@ class Placing:
         self._taken_for_others = False
         other = replace(self, known=known, lost=dict(self.lost), _lock=threading.RLock())
         other._take_in(fresh)
-        measure_links(self.contact, known)
+        measure_links(self.contact, known, busy=self._with_ports_taken(plan))
         other._leave_out_unreachable()
         measure_costs(self.contact, known, other._measure, self.say)
         best = other._plan(list(known.reports))
@@ -178,6 +178,11 @@ class Placing:
         if (stages := self._missing_stages(plan, best)) is not None:
             return f"{', '.join(fresh)} can be had: {stages} stages, as asked for"
         return _reason(plan, best, fresh, self.promised_ms(plan), gain)
+
+    def _with_ports_taken(self, plan: Plan) -> list[str]:
+        """The hosts that have one data port only, which the pipeline of this plan uses."""
+        return [host for host, entry in self.contact.entries.items()
+                if entry.port and host in (self.contact.head, *plan.hosts)]
 
     def _missing_stages(self, plan: Plan, best: Plan) -> int | None:
         """How many stages the better plan has, if the number is pinned and this plan has too few."""

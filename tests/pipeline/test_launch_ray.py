@@ -117,8 +117,16 @@ def test_an_address_where_no_ray_is(address: str, words: str) -> None:
     assert caught.value.hint
 
 
+def test_a_ray_of_this_machine_that_is_gone_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.utils.read_ray_address", lambda folder: "127.0.0.1:1")
+    with pytest.raises(UsageError, match=r"no Ray answers at .*:1: Connection refused"):
+        Cluster()
+
+
 @pytest.mark.parametrize(("said", "words", "way_out"), [
     ("Could not find any running Ray instance.", "no Ray runs at h:1", "ray start --head"),
+    ("Found multiple active Ray instances: {...}", "several Rays run at h:1", "ray_address"),
     ("Version mismatch: The cluster was started with:\n    Ray: 2.9", "of another version: Version mismatch",
      "one version of Ray"),
     ("Failed to connect to Ray cluster at h:1", "does not take us: Failed to connect", "RAY_AUTH_TOKEN"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,14 @@ import pytest
 
 from fullpipe.pipeline.frames import Door, FromWorker, Hello, Setup, Stop, Up
 from fullpipe.pipeline.keys import RunKeys
-from fullpipe.pipeline.launch.base import Launcher, Process
+from fullpipe.pipeline.launch.base import Launcher, Needs, Process
 from fullpipe.pipeline.launch.local import LocalLauncher, LocalProcess
+from fullpipe.pipeline.launch.ray import Cluster, RayLauncher, RayProcess
 from fullpipe.pipeline.links import Links, StationLinks
 from fullpipe.pipeline.net import Net, Socket, local_endpoint
 from fullpipe.pipeline.wire import Outward, decode, encode
 from fullpipe.stations.spec import StationSpec
+from ray_here import ray_here
 
 pytestmark = pytest.mark.processes
 
@@ -49,7 +52,28 @@ def _local_pid(process: Process) -> int:
     return process.pid
 
 
-KINDS = {"local": Kind(LocalLauncher, "", _local_pid)}
+def _ray_pid(process: Process) -> int:
+    assert isinstance(process, RayProcess)
+    return int(process._ray.get(process._actor.pid.remote(), timeout=SOON))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with ray_here() as ray:
+        ours = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        cluster = Cluster(ray.address)
+        yield cluster
+        cluster.close()
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == ours
+
+
+@pytest.fixture(params=["local", "ray"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    if request.param == "local":
+        return Kind(LocalLauncher, "", _local_pid)
+    cluster: Cluster = request.getfixturevalue("cluster")
+    (node,) = cluster.nodes()
+    return Kind(lambda: RayLauncher(cluster, {"here": node.id}), "here", _ray_pid)
 
 
 @dataclass
@@ -67,7 +91,7 @@ class Run:
         return Door(f"stage {rank}", rank, engine or self.endpoint, self.keys, [], 5.0, start_timeout)
 
     def start(self, door: Door) -> Process:
-        return self.launcher.start(door, self.kind.host, 1)
+        return self.launcher.start(door, self.kind.host, Needs(1))
 
     def receive(self) -> FromWorker:
         assert self.socket.poll(1e3 * SOON), "nobody calls"
@@ -75,9 +99,8 @@ class Run:
         return news
 
 
-@pytest.fixture(params=KINDS)
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    kind = KINDS[request.param]
+@pytest.fixture
+def run(kind: Kind) -> Iterator[Run]:
     keys = RunKeys.new()
     net = Net(keys, 10.0)
     socket, (endpoint,) = net.bind([local_endpoint()])
@@ -159,25 +182,26 @@ def test_a_worker_that_nobody_answers_ends_by_itself_with_words(run: Run) -> Non
 @pytest.mark.parametrize("which", ["ours", "the engine's"])
 def test_a_worker_with_another_key_is_not_heard_and_ends_with_words(run: Run, which: str) -> None:
     """Both ends refuse: the engine one whose key it does not know, the worker an engine that has another."""
-    other, door = RunKeys.new(), run.door(start_timeout=0.5)
+    other, door = RunKeys.new(), run.door()
     door.keys = other if which == "ours" else RunKeys(other.public, run.keys.secret)
     process = run.start(door)
     assert _readable(process, SOON) and not run.socket.poll(0)
-    assert "exited with code 1" in process.last_words() and "answered for 0.5 s" in process.last_words()
+    assert "exited with code 1" in process.last_words() and "does not have our key" in process.last_words()
     process.close()
 
 
 def test_a_worker_ends_when_whoever_started_it_lets_go(run: Run) -> None:
     process = run.start(run.door())
     assert run.receive() == Hello()
+    pid = run.kind.pid(process)
     process.close()
-    assert process.wait(AT_ONCE) and _gone(run.kind.pid(process), AT_ONCE)
+    assert process.wait(AT_ONCE) and _gone(pid, AT_ONCE)
 
 
 def test_a_worker_is_told_what_to_be_and_stops_when_told(run: Run, process: Process) -> None:
     links = StationLinks.of(Links([]), 0, 1)
     outward = Outward()
-    setup = Setup("stage 0", 0, 1, "", [], "", STAGE, links, None, 1, 10.0)
+    setup = Setup("stage 0", 0, 1, "", [], "", STAGE, {}, [], links, None, 1, 10.0)
     run.socket.send_multipart([b"stage 0", *outward.number([encode(setup)])])
     assert run.receive() == Up()
     assert psutil.Process(run.kind.pid(process)).environ()["OMP_NUM_THREADS"] == "1"
@@ -204,12 +228,11 @@ def test_threads_may_start_processes_at_once_and_end(run: Run) -> None:
         process.close()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 def test_nothing_is_left_when_all_is_closed(kind: Kind) -> None:
     gc.collect()
     descriptors, threads = psutil.Process().num_fds(), threading.active_count()
     launcher = kind.make()
-    process = launcher.start(Door("stage 0", 0, local_endpoint(), RunKeys.new(), [], 5.0, 60.0), kind.host, 1)
+    process = launcher.start(Door("stage 0", 0, local_endpoint(), RunKeys.new(), [], 5.0, 60.0), kind.host, Needs(1))
     pid = kind.pid(process)
     process.kill()
     assert process.wait(SOON)

@@ -277,7 +277,7 @@ def test_inbound_raises_in_order_what_went_wrong() -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize(("frame", "reason"), [
     (Up(), "NonsenseError: b'\\x82\\xa4kind\\xa2Up\\xabcache_slots\\xc0', which cannot be read (Invalid value 'Up'"),
-    (Setup("stage 0", 0, 1, "", [], "", ECHO, StationLinks.of(Links([]), 0, 1), None, 1, 1.0),
+    (Setup("stage 0", 0, 1, "", [], "", ECHO, {}, [], StationLinks.of(Links([]), 0, 1), None, 1, 1.0),
      "PipelineError: a second setup"),
 ])
 def test_frame_that_makes_no_sense_is_reported(frame: Any, reason: str) -> None:

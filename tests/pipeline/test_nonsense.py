@@ -10,6 +10,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,12 +19,14 @@ import pytest
 
 from fullpipe.errors import PipelineError, StationFailed
 from fullpipe.messages import Drafted, Event, Expansion, Failed, Flight, Landed, Leg, Opening, Part, Ready
+from fullpipe.models.partial import File, Manifest, Source
 from fullpipe.pipeline import fleet
 from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.frames import Door, Hop
-from fullpipe.pipeline.hops import HIDDEN, Inlet, understood
+from fullpipe.pipeline.hops import HIDDEN, Before, Inlet, understood
 from fullpipe.pipeline.keys import RunKeys
-from fullpipe.pipeline.launch.base import Launcher, Process
+from fullpipe.pipeline.launch.base import Launcher, Needs, Process
+from fullpipe.pipeline.links import Link
 from fullpipe.pipeline.net import Net, local_endpoint
 from fullpipe.pipeline.starting import Hosting
 from fullpipe.pipeline.wire import NonsenseError, Outward, pack, unpack
@@ -111,7 +114,7 @@ class Players(Launcher):
         self._first = first
         self._net: Net | None = None
 
-    def start(self, door: Door, host: str, threads: int) -> Process:
+    def start(self, door: Door, host: str, needs: Needs) -> Process:
         self._net = self._net or Net(door.keys, 10.0)
         self.stations.append(Played(self._net, door, self._first))
         return self.stations[-1]
@@ -269,6 +272,17 @@ def test_what_comes_before_the_nonsense_counts() -> None:
         assert isinstance(events[-1], Failed) and "kind Free" in events[-1].reason
 
 
+@pytest.mark.parametrize(("path", "wanted"), [
+    ("/other", [0, 0, 4]), ("/known", [1, 0, 4]), ("/known", [0, 0, 10**9]), ("/known", [0, 4, 0])])
+def test_bytes_of_a_model_that_nobody_has(path: str, wanted: list[int], tmp_path: Path) -> None:
+    known = tmp_path / "model.gguf"
+    known.write_bytes(b"GGUF")
+    sources = {"/known": Source(known, Manifest("model.gguf", (File("model.gguf", 4, "0" * 64),)))}
+    players = Players({"kind": "Want", "path": path, "range": wanted})
+    with pytest.raises(StationFailed, match=f"asks for bytes .* of {path}, file .*, which it has no reason to"):
+        WorkersPipeline([STAGE], hosting=Hosting(launcher=lambda: players, sources=sources))
+
+
 @pytest.mark.parametrize("first", [{"kind": "Free"}, {"kind": "Hello", "listens": 3}, DRAFTED, {}],
                          ids=["too-early", "no-list", "of-a-draft", "nothing"])
 def test_nonsense_at_the_start(first: Frame) -> None:
@@ -341,6 +355,13 @@ def test_an_inlet_tells_whose_message_it_is(road: Road) -> None:
         assert (who, hop) == ("stage 0", Hop(_flight(), []))
         assert list(tensors) == [HIDDEN, "residual"] and np.array_equal(tensors["residual"], ROWS + 1)
         assert size == 8 + sum(map(len, message))
+
+
+def test_a_stage_needs_the_hidden_rows(road: Road) -> None:
+    _, way = road
+    way.send_multipart(Outward().number(pack(Hop(_flight(), []), {"residual": ROWS})))
+    with pytest.raises(NonsenseError, match="a message of stage 0's: 'residual', and no 'hidden'"):
+        Before(road[0]._socket).arrivals(Link())()
 
 
 @pytest.mark.parametrize(("number", "body", "reason"), [

@@ -15,10 +15,11 @@ import pytest
 import zmq
 
 from fullpipe.errors import StationFailed, UsageError
-from fullpipe.messages import Failed, Flight, Landed, Opening, Part
+from fullpipe.messages import Failed, Flight, Landed, Opening, Part, Ready
 from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.frames import Broken, Door, Setup, Up
 from fullpipe.pipeline.keys import RunKeys
+from fullpipe.pipeline.launch.base import Needs
 from fullpipe.pipeline.launch.local import LocalLauncher
 from fullpipe.pipeline.links import Links, StationLinks
 from fullpipe.pipeline.net import Net, local_endpoint, watched
@@ -182,6 +183,15 @@ def _listening(processes: Sequence[psutil.Process]) -> set[tuple[str, int]]:
             if one.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)}
 
 
+@pytest.mark.processes
+def test_a_station_beside_the_engine_is_reached_by_the_engines_address() -> None:
+    hosting = Hosting([Place("far", "127.0.0.2"), Place("here")], Place("here", "127.0.0.4"))
+    with WorkersPipeline(_stages(2), hosting=hosting) as pipeline:
+        pipeline.launch(_row(0))
+        _landings(pipeline, 1)
+        assert [one.rpartition(":")[0] for one in pipeline._fleet.workers[1].listens] == ["tcp://127.0.0.4"]
+
+
 def _name(process: psutil.Process) -> str:
     """Of its station: workers start in order."""
     return dict(zip(sorted(one.pid for one in _workers()), ["stage 0", "stage 1", "stage 2", "draft"]))[process.pid]
@@ -275,7 +285,7 @@ def test_an_engine_that_no_host_reaches_is_named_within_the_start_timeout() -> N
 @pytest.mark.processes
 def test_flights_land_alike_whatever_carries_them() -> None:
     landed = []
-    for places in (None, [Place(), FAR, Place("third", "127.0.0.1")]):
+    for places in ([], [Place(), FAR, Place("third", "127.0.0.1")]):
         with WorkersPipeline(_stages(2), CHECKER, hosting=Hosting(places, Place("", "127.0.0.1"))) as pipeline:
             for number in range(30):
                 pipeline.launch(_row(number))
@@ -294,6 +304,25 @@ def test_a_station_of_another_host_that_is_killed_is_named_with_its_host() -> No
         assert isinstance(failed, Failed) and failed.station == "stage 1 on far" and "SIGKILL" in failed.reason
 
 
+# ---- silence ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+def test_silence_on_a_host_is_told_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="fullpipe.pipeline")
+    with WorkersPipeline(_stages(2), hosting=Hosting([Place(), FAR], Place("", "127.0.0.1"))) as pipeline:
+        assert isinstance(pipeline.events(0.0)[0], Ready)
+        for near in _workers():
+            if _name(near) == "stage 1":
+                near.suspend()
+                assert pipeline.events(1.5) == []
+                near.resume()
+        assert pipeline.events(0.6) == []
+    silence, end = caplog.records
+    assert (silence.levelname, silence.message) == ("WARNING", "stage 1 on far has been silent for 1 s")
+    assert end.levelname == "INFO" and end.message.startswith("stage 1 on far is heard again, after ")
+
+
 # ---- without an engine -----------------------------------------------------------------------------------
 
 
@@ -308,28 +337,30 @@ ENGINE = textwrap.dedent("""
     socket, (endpoint,) = Net(keys, {silence}).bind(["tcp://127.0.0.1:*"])
     print(endpoint, flush=True)
     name, *_ = socket.recv_multipart()
-    socket.send_multipart([name, *Outward().number([encode(setup)])])
-    socket.recv_multipart()
+    if {sets_up}:
+        socket.send_multipart([name, *Outward().number([encode(setup)])])
+        socket.recv_multipart()
     print("up", flush=True)
     time.sleep(600)
 """)
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("sets_up", [True, False], ids=["at-work", "before-the-setup"])
 @pytest.mark.parametrize("fate", ["killed", "stopped"])
-def test_a_worker_ends_soon_after_an_engine_that_is_not_its_parent(fate: str) -> None:
+def test_a_worker_ends_soon_after_an_engine_that_is_not_its_parent(fate: str, sets_up: bool) -> None:
     """Between hosts no signal tells of the engine's death, and of one that hangs nothing but its silence does."""
     keys, patience = RunKeys.new(), 0.5
-    setup = Setup("stage 0", 0, 1, "", [], "", _stages(1)[0], StationLinks.of(Links([]), 0, 1), None, 1, 0.1)
-    engine = subprocess.Popen([sys.executable, "-c", ENGINE.format(silence=patience)], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)
+    setup = Setup("stage 0", 0, 1, "", [], "", _stages(1)[0], {}, [], StationLinks.of(Links([]), 0, 1), None, 1, 0.1)
+    engine = subprocess.Popen([sys.executable, "-c", ENGINE.format(silence=patience, sets_up=sets_up)],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     launcher = LocalLauncher()
     assert engine.stdin and engine.stdout
     with engine, engine.stdin, engine.stdout:
         engine.stdin.write(encode((keys, setup)).hex().encode() + b"\n")
         engine.stdin.flush()
         endpoint = engine.stdout.readline().decode().strip()
-        worker = launcher.start(Door("stage 0", 0, endpoint, keys, [], patience, 60.0), "far", 1)
+        worker = launcher.start(Door("stage 0", 0, endpoint, keys, [], patience, 60.0), "far", Needs())
         assert engine.stdout.readline() == b"up\n"
         if fate == "stopped":
             psutil.Process(engine.pid).suspend()

@@ -19,7 +19,7 @@ from fullpipe.pipeline.wire import Inward, NonsenseError, Outward, decode, encod
 
 _STOP_S = 1.0  # what a worker gets to leave by itself,
 _TERM_S = 0.4  # and then after SIGTERM, before SIGKILL
-_KILL_S = 5.0  # for a host that is far to have done so
+_KILL_S = 0.6  # until one counts as out of reach: its host will end it when it hears nothing of us
 _SAYS = b" says"
 
 News = FromWorker | EOFError | NonsenseError
@@ -141,7 +141,7 @@ class Fleet:
                 yield worker, EOFError()
 
     def close(self) -> None:
-        """End every process and wait until it is gone: at most about two seconds where they are near. May be called
+        """End every process and wait until it is gone: at most about two seconds. May be called
         again, and from any thread."""
         with self._closing:
             if self.closed or self._owner != os.getpid():  # a fork does not own the processes

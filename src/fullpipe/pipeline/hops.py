@@ -137,6 +137,8 @@ class Before:
 
     def _receive(self) -> Arrival:
         who, hop, tensors, size = self._inlet.receive()
+        if HIDDEN not in tensors:
+            raise NonsenseError(f"a message of {who}'s: {', '.join(map(repr, tensors))}, and no {HIDDEN!r}")
         arrival = Arrival.now(hop.flight, hop.stays, tensors[HIDDEN], size)
         self._came = arrival.came, who
         return arrival

@@ -61,12 +61,22 @@ class Net:
 
     def connect(self, endpoint: str, name: str) -> Socket:
         """A socket to one other. name: by which that one knows us, and answers."""
+        socket = self._dealer(name)
+        _connect(socket, endpoint)
+        return socket
+
+    def connect_watched(self, endpoint: str, name: str) -> tuple[Socket, Socket]:
+        """The same, and a socket that tells from the beginning when the connection is made, refused and lost."""
+        socket = self._dealer(name)
+        news = watched(socket)
+        _connect(socket, endpoint)
+        return socket, news
+
+    def _dealer(self, name: str) -> Socket:
         socket = self._context.socket(zmq.DEALER)
         self._prepare(socket)
         self._keys.connect(socket)
         socket.setsockopt_string(zmq.IDENTITY, name)
-        _choose_family(socket, endpoint)
-        socket.connect(endpoint)
         return socket
 
     def _prepare(self, socket: Socket) -> None:
@@ -91,9 +101,14 @@ class Net:
 
 
 def watched(socket: Socket) -> Socket:
-    """A socket that tells when the connection of another is made and lost (see `is_lost`)."""
+    """A socket that tells when the connection of another is made, refused and lost."""
     return socket.get_monitor_socket(Happening.HANDSHAKE_SUCCEEDED | Happening.DISCONNECTED
-                                     | Happening.HANDSHAKE_FAILED_AUTH)
+                                     | Happening.HANDSHAKE_FAILED_AUTH | Happening.HANDSHAKE_FAILED_NO_DETAIL)
+
+
+def _connect(socket: Socket, endpoint: str) -> None:
+    _choose_family(socket, endpoint)
+    socket.connect(endpoint)
 
 
 def _choose_family(socket: Socket, endpoint: str) -> None:

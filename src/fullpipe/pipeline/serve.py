@@ -57,12 +57,15 @@ class Lines:
     """Is a worker's connections with the engine: one for what it hears, one for what it says, since a socket must not
     be read and written at the same time by two threads.
 
+    news: of the first one (`Net.connect_watched`).
+
     Raises `NonsenseError` for what is no message.
     """
 
     def __init__(self, net: Net, endpoint: str, name: str) -> None:
         self.net = net
-        self.heard, self._said = net.connect(endpoint, name), net.connect(endpoint, f"{name} says")
+        self.heard, self.news = net.connect_watched(endpoint, name)
+        self._said = net.connect(endpoint, f"{name} says")
         self._in, self._out = Inward(), Outward()
         self._lock = threading.Lock()
 

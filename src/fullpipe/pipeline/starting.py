@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fullpipe import errors
-from fullpipe.errors import FullpipeError, StationFailed
+from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.models.partial import Source
+from fullpipe.models.ranges import Range
 from fullpipe.pipeline.fleet import Fleet, News, Worker
 from fullpipe.pipeline.frames import Beat, Broken, Door, Fetch, Fetched, Hello, Part, Setup, Up, Want
 from fullpipe.pipeline.keys import RunKeys
@@ -123,7 +124,13 @@ class Layout:
         bringers = [rank - 1] if 0 < rank < len(self.stages) else self.tapping if rank == len(self.stages) else []
         here = self.hosting.place(rank)
         hosts = {self.hosting.place(one).host for one in bringers}
-        return [*([local_endpoint()] if here.host in hosts else []), *([_tcp(here)] if hosts - {here.host} else [])]
+        return [*([local_endpoint()] if here.host in hosts else []),
+                *([_tcp(self._addressed(here))] if hosts - {here.host} else [])]
+
+    def _addressed(self, place: Place) -> Place:
+        """With an address: of the engine's host there is one in any case."""
+        head = self.hosting.head
+        return place if place.address or place.host != head.host else replace(place, address=head.address)
 
     def endpoint(self, bringer: int, worker: Worker, rank: int) -> str:
         """Where one station reaches another one."""
@@ -204,8 +211,7 @@ class _Starting:
             case Up(slots):
                 worker.cache_slots = slots
             case Want(path, wanted):
-                chunk = self._layout.hosting.sources[path].read(wanted)
-                self._fleet.send(worker, Part(chunk.range, chunk.checksum), chunk.data)
+                self._give(worker, path, wanted)
             case Fetched(path, done, needed):
                 self._tell(worker, path, done, needed)
             case Beat():
@@ -216,6 +222,16 @@ class _Starting:
                 raise StationFailed(worker.label, worker.how_it_ended())
             case _:
                 raise StationFailed(worker.label, f"answers nonsense: {news!s:.200}{worker.log_tail()}")
+
+    def _give(self, worker: Worker, path: str, wanted: Range) -> None:
+        """Send a host bytes of a model. Raises DamagedModel when its files were changed meanwhile."""
+        try:
+            chunk = self._layout.hosting.sources[path].read(wanted)
+        except (KeyError, UsageError):
+            raise StationFailed(worker.label, f"asks for bytes {wanted.start} to {wanted.stop} of {path}, file "
+                                f"{wanted.file}, which it has no reason to{worker.log_tail()}",
+                                hint="Does its host have the same version of Fullpipe?") from None
+        self._fleet.send(worker, Part(chunk.range, chunk.checksum), chunk.data)
 
     def _tell(self, worker: Worker, path: str, done: int, needed: int) -> None:
         """Say how far a host has its weights, now and then. Loading has time for as long as they come."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -12,6 +13,9 @@ from fullpipe.pipeline.checks import Expected, check_beat
 from fullpipe.pipeline.fleet import Worker
 from fullpipe.pipeline.frames import Beat
 
+log = logging.getLogger(__name__)
+
+_SILENT_S = 1.0  # after which it is told of a station on a host: the way there may be broken
 _GRACE_S = 1.0  # between losing a neighbour and that neighbour's own end being seen
 
 
@@ -63,6 +67,7 @@ class Watch:
     def __init__(self, flights: UnderWay, jobs: UnderWay, *, heartbeat_timeout: float, timeout: float) -> None:
         self._flights, self._jobs = flights, jobs
         self._heartbeat_timeout, self._timeout = heartbeat_timeout, timeout
+        self._silent: dict[str, float] = {}  # stations of which it was told, and when they were heard last
         self._lost: tuple[float, Worker, str] | None = None  # since when, who lost a neighbour, words
 
     def note_beat(self, worker: Worker, beat: Beat) -> None:
@@ -82,6 +87,7 @@ class Watch:
     def complaint(self) -> tuple[Worker, str] | None:
         """Who has failed, and what is wrong."""
         now = time.monotonic()
+        self._tell_of_silence(now)
         for worker in self._workers:
             if now - worker.heard > self._heartbeat_timeout:
                 return worker, f"no sign of life for {self._heartbeat_timeout:g} s"
@@ -96,14 +102,30 @@ class Watch:
     def patience(self) -> float:
         """Seconds until there may be a complaint."""
         until = [worker.heard + self._heartbeat_timeout for worker in self._workers]
+        until += [worker.heard + _SILENT_S for worker in self._far if worker.name not in self._silent]
         until += [under_way.deadline(self._timeout) for under_way in (self._flights, self._jobs)]
         if self._lost:
             until.append(self._lost[0] + _GRACE_S)
         return max(0.0, min(until) - time.monotonic())
 
+    def _tell_of_silence(self, now: float) -> None:
+        for worker in self._far:
+            since = self._silent.get(worker.name)
+            if since is None and now - worker.heard >= _SILENT_S:
+                self._silent[worker.name] = worker.heard
+                log.warning("%s has been silent for %.0f s", worker.label, now - worker.heard)
+            elif since is not None and worker.heard > since:
+                del self._silent[worker.name]
+                log.info("%s is heard again, after %.1f s", worker.label, worker.heard - since)
+
     @property
     def _workers(self) -> list[Worker]:
         return [*self._flights.workers, *self._jobs.workers]
+
+    @property
+    def _far(self) -> list[Worker]:
+        """Those on hosts. A process of a pipeline on this machine alone is silent when it is busy."""
+        return [worker for worker in self._workers if worker.host]
 
     def _waits_for_a_stage(self) -> bool:
         """Whether what the oldest job waits for may still be with the stages, so that the draft is not to blame.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import NoReturn, cast
 
 import msgspec
 import zmq
@@ -25,12 +27,13 @@ from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.fetching import localised
 from fullpipe.pipeline.frames import Broken, Door, Hello, Setup, Up
 from fullpipe.pipeline.hops import Before, Outlet, nothing_came
-from fullpipe.pipeline.net import Net, watched
+from fullpipe.pipeline.net import Net
 from fullpipe.pipeline.serve import Control, Lines, leave, serve_draft, serve_reader, serve_stage
 from fullpipe.pipeline.taps import TapArrival, TapSender, receive_taps
 from fullpipe.stations.base import DraftLike, StageLike, cache_slots, tap_reader
 
 _PR_SET_PDEATHSIG = 1
+_REFUSALS = 3
 _SWITCH_S = 0.0005  # longest wait for the interpreter lock, so that the side threads are prompt
 
 
@@ -52,17 +55,15 @@ def main() -> None:
     net = Net(door.keys, door.patience_s)
     lines = Lines(net, door.engine, door.name)
     inlet, listens = _listen(net, lines, door)
-    connections = Connections(lines.heard, door.patience_s)
+    connections = Connections(lines.news, door.patience_s)
     lines.greet(Hello(listens))
     if nothing_came(lines.heard, door.start_timeout):
-        print(f"nobody at {door.engine} answered for {door.start_timeout:g} s", file=sys.stderr)
-        leave(1)
+        _say_and_leave(f"nobody at {door.engine} answered for {door.start_timeout:g} s")
     setup, _ = lines.receive()
     assert isinstance(setup, Setup)
     sys.setswitchinterval(_SWITCH_S)
     control = Control(lines, setup)
     control.start_threads()
-    connections.watch(control)
     control.report(partial(_build_and_serve, control, setup, net, inlet, connections))
     threading.Event().wait()  # until the engine says stop, or is gone
 
@@ -94,52 +95,62 @@ def _listen(net: Net, lines: Lines, door: Door) -> tuple[Socket | None, list[str
 
 
 class Connections:
-    """Watches a worker's connections: it ends the process when the engine is gone for `patience_s` seconds, and tells
-    the engine when a neighbour is."""
+    """Watches a worker's connections, from a thread of its own. It ends the process when the engine will not have it,
+    or is gone for `patience_s` seconds, and tells when a neighbour is gone.
+
+    engine: news of the connection with it.
+    """
 
     def __init__(self, engine: Socket, patience_s: float) -> None:
-        self._engine = watched(engine)
-        self._patience_s = patience_s
-        self._neighbours: dict[Socket, str] = {}
+        self._engine, self._patience_s = engine, patience_s
+        self._fresh: queue.SimpleQueue[tuple[Socket, Callable[[], None]]] = queue.SimpleQueue()
         self._gone: float | None = None  # since when the engine is
+        self._refusals = 0  # in a row
+        threading.Thread(target=self._watch, name="connections", daemon=True).start()
 
-    def add(self, neighbour: str, socket: Socket) -> Socket:
-        """Watch the connection to a neighbour too: before `watch` begins, or after."""
-        self._neighbours[watched(socket)] = neighbour
-        return socket
+    def add(self, news: Socket, lost: Callable[[], None]) -> None:
+        """Watch the connection to a neighbour too. lost: called when it breaks."""
+        self._fresh.put((news, lost))
 
-    def watch(self, control: Control) -> None:
-        threading.Thread(target=self._watch, args=(control,), name="connections", daemon=True).start()
-
-    def _watch(self, control: Control) -> None:
+    def _watch(self) -> None:
         poller = zmq.Poller()
         poller.register(self._engine, zmq.POLLIN)
-        known: set[Socket] = set()
+        neighbours: dict[Socket, Callable[[], None]] = {}
         while True:
-            for socket in self._neighbours.keys() - known:
-                poller.register(socket, zmq.POLLIN)
-                known.add(socket)
+            while not self._fresh.empty():
+                news, lost = self._fresh.get()
+                poller.register(news, zmq.POLLIN)
+                neighbours[news] = lost
             for socket, _ in poller.poll(self._patience()):
                 event = recv_monitor_message(socket)["event"]
                 if socket is self._engine:
                     self._note_engine(event)
                 elif event == Happening.DISCONNECTED:
-                    control.lost(self._neighbours[socket])
+                    neighbours[socket]()
             if self._gone is not None and time.monotonic() - self._gone >= self._patience_s:
                 leave(0)
 
     def _note_engine(self, event: int) -> None:
-        if event == Happening.DISCONNECTED:
-            self._gone = self._gone or time.monotonic()
-        elif event == Happening.HANDSHAKE_SUCCEEDED:
-            self._gone = None
-        elif event == Happening.HANDSHAKE_FAILED_AUTH:
-            print("the engine does not know our key", file=sys.stderr)
-            leave(1)
+        match event:
+            case Happening.DISCONNECTED:
+                self._gone = self._gone or time.monotonic()
+            case Happening.HANDSHAKE_SUCCEEDED:
+                self._gone, self._refusals = None, 0
+            case Happening.HANDSHAKE_FAILED_AUTH:
+                _say_and_leave("the engine does not know our key")
+            case Happening.HANDSHAKE_FAILED_NO_DETAIL:  # whoever listens hung up; once, it may just have ended
+                self._refusals += 1
+                if self._refusals == _REFUSALS:
+                    _say_and_leave("whoever listens where the engine should be does not have our key")
 
     def _patience(self) -> int:
         """Milliseconds until there may be something to do."""
         return 1000 if self._gone is None else 50
+
+
+def _say_and_leave(words: str) -> NoReturn:
+    print(words, file=sys.stderr, flush=True)
+    leave(1)
 
 
 def _build_and_serve(control: Control, setup: Setup, net: Net, inlet: Socket | None, connections: Connections) -> None:
@@ -154,12 +165,13 @@ def _build_and_serve(control: Control, setup: Setup, net: Net, inlet: Socket | N
 
 def _serve_stage(control: Control, stage: StageLike, setup: Setup, net: Net, inlet: Socket | None,
                  connections: Connections) -> None:
-    after = taps = None
-    if setup.next:
-        way = connections.add(f"stage {setup.rank + 1}", net.connect(setup.next, setup.name))
-        after = Outlet(way)
-    if setup.taps:
-        taps = TapSender(control, connections.add("draft", net.connect(setup.taps, setup.name)))
+    def way(endpoint: str, neighbour: str) -> Socket:
+        socket, news = net.connect_watched(endpoint, setup.name)
+        connections.add(news, partial(control.lost, neighbour))
+        return socket
+
+    after = Outlet(way(setup.next, f"stage {setup.rank + 1}")) if setup.next else None
+    taps = TapSender(control, way(setup.taps, "draft")) if setup.taps else None
     control.send(Up(cache_slots(stage)))
     serve_stage(control, stage, setup, Before(inlet) if inlet else None, after, taps)
 

@@ -7,10 +7,12 @@ says how that ended. Ray carries nothing of a token's way. What is sent through 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,9 @@ from fullpipe.pipeline.launch.base import Launcher, Needs, Process
 from fullpipe.pipeline.launch.local import LocalLauncher, LocalProcess
 
 _CONNECT_S = 5.0
-_WORDS_S = 1.0
+_WORDS_S = 0.5
+_KILL_S = 0.3  # until an actor whose worker was to be killed goes too
+_GLANCE_S = 0.5
 _HOW_TO_START = "Start it: `ray start --head` here, and `ray start --address=HEAD:6379` on every other host."
 
 
@@ -59,16 +63,11 @@ class Cluster:
         try:
             self.ray.init(address=address or "auto", namespace="fullpipe", log_to_driver=False,
                           configure_logging=False, logging_level="ERROR")
-        except ConnectionError:
-            raise UsageError(f"no Ray runs at {where}", hint=_HOW_TO_START) from None
-        except RuntimeError as error:
-            what = str(error).strip().partition("\n")[0]
-            if "ersion mismatch" in str(error):
-                raise UsageError(f"the Ray at {where} is of another version: {what}",
-                                 hint="All hosts need one version of Ray and of Python.") from None
-            raise UsageError(f"the Ray at {where} does not take us: {what}",
-                             hint="With token authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN must be the same here "
-                                  "as where Ray was started.") from None
+        except BaseException as error:
+            self.ray.shutdown()  # of what has been begun
+            if isinstance(error, (ConnectionError, RuntimeError)):
+                raise _refusal(where, str(error).strip()) from None
+            raise
 
     def nodes(self) -> list[Node]:
         """The machines that are there now."""
@@ -86,7 +85,7 @@ class Cluster:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
 
     def close(self) -> None:
-        """Leave the cluster. Actors that are left end with it."""
+        """Leave the cluster. Actors that are left end."""
         with _own_signals():
             self.ray.shutdown()
 
@@ -99,15 +98,15 @@ class StationActor:
         self._process: LocalProcess | None = None
         self._told_to_end = threading.Event()
 
-    def run(self, door: bytes, threads: int) -> str:
-        """Start the worker, wait until it has ended, and return its last words."""
+    def run(self, door: bytes, threads: int) -> tuple[str, str]:
+        """Start the worker, wait until it has ended, and return its last words, and the tail of its log."""
         process = self._launcher.start(msgspec.json.decode(door, type=Door), "", Needs(threads))
         assert isinstance(process, LocalProcess)
         self._process = process
         if self._told_to_end.is_set():
             process.kill()
         process.wait(None)
-        words = process.last_words()
+        words = process.last_words(), process.log_tail()
         self._process = None
         process.close()
         return words
@@ -115,35 +114,61 @@ class StationActor:
     def log_tail(self) -> str:
         return self._process.log_tail() if self._process else ""
 
+    def pid(self) -> int:
+        """Of the worker; 0: there is none now."""
+        return self._process.pid if self._process else 0
+
     def terminate(self) -> None:
         self._told_to_end.set()
         if process := self._process:
             process.terminate()
 
+    def kill(self) -> None:
+        self._told_to_end.set()
+        if process := self._process:
+            process.kill()
+
 
 class RayProcess(Process):
-    """Is a worker behind an actor."""
+    """Is a worker behind an actor.
+
+    ran: what Ray has when the worker has ended.
+    """
 
     def __init__(self, cluster: Cluster, actor: Any, ran: Any, host: str, needs: Needs) -> None:
-        self._ray, self._actor, self._ran, self._host, self._needs = cluster.ray, actor, ran, host, needs
+        self.ran = ran
+        self._ray, self._actor, self._host, self._needs = cluster.ray, actor, host, needs
         self._readable, self._write = os.pipe()
-        self._ended = threading.Event()
-        self._words = ""
-
-    @property
-    def ran(self) -> Any:
-        """What Ray has when it has ended."""
-        return self._ran
+        self._ending = threading.Lock()
+        self._ended, self._closed = threading.Event(), False
+        self._words = self._tail = ""
+        self._killed_at = math.inf
 
     def note_end(self) -> None:
         """Take in how it ended; it has."""
         try:
-            self._words = self._ray.get(self._ran)
+            self._words, self._tail = self._ray.get(self.ran)
         except Exception as error:  # Ray has a dozen kinds of them for an actor that is gone
-            self._words = f"Ray lost it or its host ({type(error).__name__})"
-        self._ended.set()
-        with contextlib.suppress(OSError):
-            os.write(self._write, b"!")
+            self._words = self._lost(type(error).__name__)
+        with self._ending:
+            self._ended.set()
+            if not self._closed:
+                os.write(self._write, b"!")
+
+    def _lost(self, kind: str) -> str:
+        if "Unschedulable" in kind:
+            return (f"{self._host} does not have what it asks for: {self._needs.told} (`ray status` shows what hosts "
+                    "have, and what is free)")
+        return f"Ray lost it or {self._host} ({kind})"
+
+    def see_to_its_end(self) -> float:
+        """End the actor too if the worker was to be killed and still runs. Returns the seconds until there may be
+        something to do."""
+        left = self._killed_at + _KILL_S - time.monotonic()
+        if left <= 0:
+            self._killed_at = math.inf
+            self._ray.kill(self._actor)
+        return left if 0 < left < math.inf else math.inf
 
     def fileno(self) -> int:
         return self._readable
@@ -153,11 +178,11 @@ class RayProcess(Process):
 
     def last_words(self) -> str:
         self._ended.wait(_WORDS_S)
-        return self._words or "its connection is gone but it may still run" + self.log_tail()
+        return self._words or "closed its connection but still runs, as far as Ray knows" + self.log_tail()
 
     def log_tail(self) -> str:
         if self._ended.is_set():
-            return ""
+            return self._tail
         try:
             return str(self._ray.get(self._actor.log_tail.remote(), timeout=_WORDS_S))
         except Exception:
@@ -168,7 +193,10 @@ class RayProcess(Process):
         self._actor.terminate.remote()
 
     def kill(self) -> None:
-        self._ray.kill(self._actor)
+        """By its actor, who can say then how it ended; with its actor where that does not help (`see_to_its_end`)."""
+        if self.alive():
+            self._actor.kill.remote()
+            self._killed_at = min(self._killed_at, time.monotonic())
 
     def wait(self, seconds: float | None) -> bool:
         return self._ended.wait(seconds)
@@ -176,8 +204,11 @@ class RayProcess(Process):
     def close(self) -> None:
         with contextlib.suppress(Exception):
             self._ray.kill(self._actor)
-        os.close(self._readable)
-        os.close(self._write)
+        with self._ending:
+            if not self._closed:
+                self._closed = True
+                os.close(self._readable)
+                os.close(self._write)
 
 
 class RayLauncher(Launcher):
@@ -209,26 +240,40 @@ class RayLauncher(Launcher):
             self._changed.notify()
 
     def _watch(self) -> None:
-        """Wait for ends, with no polling: Ray wakes us, and a new process is seen when the next second begins."""
+        """Wait for ends, with no polling: Ray wakes us. What is new, or to be killed, is seen at the next glance."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or any(one.alive() for one in self._processes))
                 if self._closed:
                     return
                 running = {one.ran: one for one in self._processes if one.alive()}
-            ended, _ = self._cluster.ray.wait(list(running), num_returns=1, timeout=1.0, fetch_local=True)
+            patience = min([_GLANCE_S, *(one.see_to_its_end() for one in running.values())])
+            ended, _ = self._cluster.ray.wait(list(running), num_returns=1, timeout=patience, fetch_local=True)
             for ran in ended:
                 running[ran].note_end()
 
 
 def _ray() -> Any:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of its own future
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # else one that refuses us is asked for 20 s
     try:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of its own future
         import ray
     except ImportError as error:
         raise MissingExtra("several hosts need Ray, which is not installed",
                            hint="pip install 'fullpipe[ray]', the same version on every host") from error
     return ray
+
+
+def _refusal(where: str, what: str) -> UsageError:
+    """The error for what Ray says when it does not connect."""
+    if "not find any running Ray" in what:
+        return UsageError(f"no Ray runs at {where}", hint=_HOW_TO_START)
+    if "ersion mismatch" in what:
+        return UsageError(f"the Ray at {where} is of another version: {what.partition(chr(10))[0]}",
+                          hint="All hosts need one version of Ray and of Python.")
+    return UsageError(f"the Ray at {where} does not take us: {what.partition(chr(10))[0]}",
+                      hint="With token authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN must be the same here as where "
+                           "Ray was started. Whether it still runs `ray status` tells.")
 
 
 def _check_reachable(address: str | None) -> None:

@@ -1,0 +1,207 @@
+"""What Ray alone does: it refuses, has no room, or loses a node. What all launchers promise is in the contracts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from fullpipe.errors import StationFailed, UsageError
+from fullpipe.messages import Failed, Flight, Landed, Opening, Part
+from fullpipe.pipeline.frames import Door
+from fullpipe.pipeline.keys import RunKeys
+from fullpipe.pipeline.launch import ray as launch_ray
+from fullpipe.pipeline.launch.base import Needs
+from fullpipe.pipeline.launch.ray import Cluster, RayLauncher
+from fullpipe.pipeline.net import Net
+from fullpipe.pipeline.starting import Hosting, Place
+from fullpipe.pipeline.workers import WorkersPipeline
+from fullpipe.request import SamplingParams
+from fullpipe.stations.scripted import hash_token
+from fullpipe.stations.spec import StationSpec
+from ray_here import RayHere, ray_here
+
+pytestmark = pytest.mark.processes
+
+CPUS = 4
+TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
+HEAD = Place("head", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[RayHere]:
+    with ray_here(CPUS) as here:
+        yield here
+
+
+@pytest.fixture(scope="module")
+def cluster(here: RayHere) -> Iterator[Cluster]:
+    cluster = Cluster(here.address)
+    yield cluster
+    cluster.close()
+
+
+def _stages(count: int) -> list[StationSpec]:
+    return [StationSpec("fullpipe.stations.scripted:ScriptedStage",
+                        {"index": index, "num_stages": count, "truth": TRUTH}) for index in range(count)]
+
+
+def _hosting(cluster: Cluster, *places: Place) -> Hosting:
+    nodes = {place.host: node.id for place, node in zip(
+        [HEAD, *(place for place in places if place.host != "head")],
+        sorted(cluster.nodes(), key=lambda node: not node.here))}
+    return Hosting(places, HEAD, lambda: RayLauncher(cluster, nodes))
+
+
+def _prompt() -> Flight:
+    return Flight(0, [Part(0, [0], [0], [7], [0], [0], [[]], [True])], [Opening(0, 1, SamplingParams())])
+
+
+# ---- connecting --------------------------------------------------------------------------------------------------
+
+
+CONNECT = """
+import sys, time
+from fullpipe.errors import UsageError
+from fullpipe.pipeline.launch.ray import Cluster
+print("now", flush=True)
+begun = time.monotonic()
+try:
+    Cluster(sys.argv[1])
+except UsageError as error:
+    print(time.monotonic() - begun, error)
+"""
+
+
+def _connecting(address: str, **environment: str) -> subprocess.Popen[str]:
+    """A process that connects; in this one Ray has read its token already."""
+    return subprocess.Popen([sys.executable, "-c", CONNECT, address], env={**os.environ, **environment},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_wrong_token_is_told_soon(here: RayHere) -> None:
+    said, _ = _connecting(here.address, RAY_AUTH_TOKEN="0" * 64).communicate(timeout=30)
+    _, answer = said.split("\n", 1)
+    seconds, _, words = answer.partition(" ")
+    assert float(seconds) < 8, "Ray asks for 20 s"
+    assert words.startswith(f"the Ray at {here.address} does not take us") and "RAY_AUTH_TOKEN" in words
+
+
+def test_ctrl_c_while_connecting_ends_it(here: RayHere) -> None:
+    process = _connecting(here.address, RAY_AUTH_TOKEN="0" * 64)
+    assert process.stdout and process.stdout.readline() == "now\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=10)
+    assert told.rstrip().endswith("KeyboardInterrupt") and process.returncode in (1, -signal.SIGINT)
+
+
+@pytest.mark.parametrize(("address", "words"), [
+    ("127.0.0.1:1", "no Ray answers at 127.0.0.1:1: Connection refused"),
+    ("127.0.0.1:ray", "'127.0.0.1:ray' is no address of a Ray head"),
+])
+def test_an_address_where_no_ray_is(address: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        Cluster(address)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(("said", "words", "way_out"), [
+    ("Could not find any running Ray instance.", "no Ray runs at h:1", "ray start --head"),
+    ("Version mismatch: The cluster was started with:\n    Ray: 2.9", "of another version: Version mismatch",
+     "one version of Ray"),
+    ("Failed to connect to Ray cluster at h:1", "does not take us: Failed to connect", "RAY_AUTH_TOKEN"),
+])
+def test_what_ray_says_becomes_words_with_a_way_out(said: str, words: str, way_out: str) -> None:
+    error = launch_ray._refusal("h:1", said)
+    assert words in error.message and error.hint and way_out in error.hint
+
+
+# ---- placing -----------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_runs_behind_actors(cluster: Cluster) -> None:
+    with WorkersPipeline(_stages(2), hosting=_hosting(cluster, HEAD, HEAD)) as pipeline:
+        pipeline.launch(_prompt())
+        landed = next(event for event in pipeline.events() + pipeline.events() + pipeline.events()
+                      if isinstance(event, Landed))
+        assert landed.tokens == [hash_token([7], 50, 3)]
+    assert not [one for one in psutil.process_iter(["cmdline"])
+                if "fullpipe.pipeline.worker" in (one.info["cmdline"] or ()) and _of_an_actor(one)]
+
+
+def _of_an_actor(process: psutil.Process) -> bool:
+    parent = process.parent()
+    return parent is not None and "StationActor" in parent.name() + " ".join(parent.cmdline())
+
+
+def test_what_no_host_of_ours_has_is_told_at_once(cluster: Cluster) -> None:
+    places = [HEAD, Place("head", "127.0.0.1", needs=Needs(1, cpus=CPUS + 60, gpus=2))]
+    with pytest.raises(StationFailed) as caught:
+        WorkersPipeline(_stages(2), hosting=_hosting(cluster, *places), start_timeout=30.0)
+    assert caught.value.station == "stage 1 on head"
+    assert "head does not have what it asks for: 64 CPU, 2 GPU" in caught.value.reason
+
+
+def test_what_others_have_taken_is_told_at_the_start_timeout(cluster: Cluster) -> None:
+    places = [Place("head", "127.0.0.1", needs=Needs(1, cpus=CPUS - 1)),
+              Place("head", "127.0.0.1", needs=Needs(1, cpus=2))]
+    with pytest.raises(StationFailed) as caught:
+        WorkersPipeline(_stages(2), hosting=_hosting(cluster, *places), start_timeout=3.0)
+    assert caught.value.station == "stage 1 on head"
+    assert "Ray has not started it yet" in caught.value.reason and "it asks for 2 CPU there" in caught.value.reason
+
+
+def test_a_host_that_ray_does_not_know_is_named(cluster: Cluster) -> None:
+    hosting = Hosting([Place("moon", "127.0.0.1")], HEAD, lambda: RayLauncher(cluster, {"head": "x"}))
+    with pytest.raises(StationFailed, match="Ray has no host 'moon'") as caught:
+        WorkersPipeline(_stages(1), hosting=hosting)
+    assert caught.value.hint == "It has: head."
+
+
+# ---- losing ------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_is_lost_ends_its_processes_soon(here: RayHere, cluster: Cluster) -> None:
+    number = here.start(CPUS)
+    with WorkersPipeline(_stages(2), hosting=_hosting(cluster, HEAD, Place("other", "127.0.0.1"))) as pipeline:
+        here.lose(number)
+        lost = time.monotonic()
+        failed = pipeline.events(10.0)[-1]
+        while not isinstance(failed, Failed):
+            failed = pipeline.events(10.0)[-1]
+        assert failed.station == "stage 1 on other" and time.monotonic() - lost < 5
+        assert "Ray lost it or other" in failed.reason
+        closing = time.monotonic()
+    assert time.monotonic() - closing < 2.5
+
+
+def test_a_worker_whose_actor_is_out_of_reach_is_not_waited_for(cluster: Cluster) -> None:
+    """Ray says nothing for a minute when a host falls silent."""
+    keys = RunKeys.new()
+    net = Net(keys, 10.0)
+    socket, (endpoint,) = net.bind(["tcp://127.0.0.1:*"])
+    launcher = _hosting(cluster, HEAD).launcher()
+    process = launcher.start(Door("stage 0", 0, endpoint, keys, [], 0.5, 60.0), "head", Needs())
+    assert isinstance(process, launch_ray.RayProcess) and socket.poll(10_000)
+    worker = psutil.Process(cluster.ray.get(process._actor.pid.remote()))
+    actor = worker.parent()
+    assert actor
+    actor.suspend()
+    process.terminate()
+    assert not process.wait(0.2)
+    assert "cannot reach head" in process.log_tail()
+    process.kill()
+    assert process.wait(3.0), "its actor is ended instead"
+    assert "Ray lost it or head" in process.last_words()
+    process.close()
+    launcher.close()
+    net.close()
+    worker.wait(5.0)  # by itself, without an engine
+    actor.resume()

@@ -182,9 +182,11 @@ class RayContact(Contact):
         try:
             self.refresh()
             if wanted and (missing := [entry for entry in wanted if entry.name not in self.entries]):
-                raise UsageError(f"Ray knows no host at {', '.join(entry.address for entry in missing)}",
-                                 hint=f"It has {', '.join(node.address for node in self._cluster.nodes())}. Start it "
-                                      "there: `ray start --address=HEAD:6379`.")
+                raise UsageError("Ray has no host at the address of "
+                                 f"{', '.join(f'{entry.name} ({entry.address})' for entry in missing)}",
+                                 hint=f"It has {', '.join(node.address for node in self._cluster.nodes())}. Start Ray "
+                                      "on what is missing: `ray start --address=HEAD:6379`; or leave it out of the "
+                                      "hosts file.")
             if not self.head:
                 raise UsageError("this machine is none of the hosts", hint="Run it on one of them, and name that in "
                                  "the hosts file too.")

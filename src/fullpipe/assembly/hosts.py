@@ -27,17 +27,20 @@ from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.stations.spec import StationSpec
 
 _TYPICAL_ROWS = 4
+_AGENTS_S = 30.0  # Ray says after a minute that it cannot reach a host
 
 Tell = Callable[[Sequence[HostReport], Sequence[Problem], Mapping[str, int]], None]
 """Shows the hosts, what is wrong with them, and the bytes of memory that each must have."""
 
 
 def contact_of(asked: PipelineOptions) -> Contact:
-    """The way to the hosts that the options name. Raises UsageError, and MissingExtra without Ray."""
+    """The way to the hosts that the options name, which all answer. Raises UsageError, MissingExtra without Ray, and
+    PipelineError for a host that cannot be reached."""
     assert asked.hosts is not None
     wanted = None if asked.hosts == "ray" else read_hosts(Path(asked.hosts))
     contact = RayContact(asked.ray_address, wanted)
     try:
+        contact.await_agents(min(asked.start_timeout, _AGENTS_S))
         contact.entries[contact.head] = _own_entry(contact.entries[contact.head], asked)
     except BaseException:
         contact.close()

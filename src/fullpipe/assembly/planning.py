@@ -57,7 +57,7 @@ def _on_hosts(options: Options, pins: Pins, guesser: Guesser | None, say: Say, t
     prepared = prepare(options, say)
     contact = contact or contact_of(options.pipeline)
     try:
-        placing = placing_of(prepared, contact, say, tell)
+        placing = placing_of(prepared, contact, True, say, tell)
         placing.pins = replace(pins, stages=pins.stages or options.pipeline.stages)
         placing.wanted = replace(placing.wanted, guesser=guesser)
         plan = placing.decide()

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from fullpipe.cluster.agent import Agent, Answer, Ping, Request, read, told, write
+from fullpipe.cluster.agent import SAME_EVERYWHERE, Agent, Answer, Ping, Request, read, told, write
 from fullpipe.cluster.hosts import HostEntry
 from fullpipe.errors import FullpipeError, PipelineError, UsageError
 from fullpipe.pipeline.launch.base import Launcher
@@ -78,15 +78,35 @@ class Contact(ABC):
                 found[host] = error
             except TooLate:
                 found[host] = PipelineError(f"{host} has not answered within {timeout_s:g} s",
-                                            hint="Is it up, and does it have a free core?")
+                                            hint="Look whether it is up, has a free core, and can be reached from "
+                                                 "here.")
             except Exception as error:
-                found[host] = PipelineError(f"{host} is lost ({type(error).__name__}: {error})")
+                found[host] = _lost(host, error)
         return found
+
+    def await_agents(self, timeout_s: float) -> None:
+        """Return when all hosts answer. Raises PipelineError, which names those that do not."""
+        found = self.try_all({host: Ping() for host in self.entries}, timeout_s)
+        silent = {host: error for host, error in found.items() if isinstance(error, FullpipeError)}
+        if len(silent) == 1:
+            raise next(iter(silent.values()))
+        if silent:
+            raise PipelineError(f"{', '.join(silent)} have not answered within {timeout_s:g} s",
+                                hint="Look whether they are up, have a free core, and can be reached from here.")
 
     def answering(self, timeout_s: float = _PING_S) -> list[str]:
         """The hosts whose agents answer at once."""
         found = self.try_all({host: Ping() for host in self.entries}, timeout_s)
         return [host for host, answer in found.items() if isinstance(answer, Answer)]
+
+
+def _lost(host: str, error: Exception) -> PipelineError:
+    """The error for an agent that is gone, or speaks what nobody here understands."""
+    what = str(error).strip().partition("\n")[0]
+    if isinstance(error, msgspec.MsgspecError) or "ModuleNotFoundError" in str(error):
+        return PipelineError(f"{host} is not understood here: {what}", hint=SAME_EVERYWHERE)
+    return PipelineError(f"{host} is lost: {what or type(error).__name__}",
+                         hint="Look whether it is up and can be reached from here.")
 
 
 # ---- by commands ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from fullpipe.cluster.agent import Agent, Answer, Measure, Ping, told
 from fullpipe.cluster.contact import CommandContact
 from fullpipe.cluster.hosts import HostEntry
+from fullpipe.cluster.links import between
 from fullpipe.cluster.surveying import Known, look_at, measure_costs, measure_links, rounds
-from fullpipe.errors import FullpipeError, ModelNotFound, PipelineError
+from fullpipe.errors import FullpipeError, ModelNotFound, PipelineError, UsageError
 from fullpipe.hub import resolve
 from fullpipe.pipeline.launch.local import LocalLauncher
 
@@ -68,6 +70,19 @@ def test_hosts_are_looked_at_and_what_lies_between_them_is_measured(contact: Com
     assert known.pairs == before, "it was only tried"
     known.forget("b")
     assert set(known.reports) == {"a"} and not known.pairs
+
+
+@pytest.mark.processes
+def test_a_host_whose_data_port_a_pipeline_has_is_measured_the_other_way(contact: CommandContact) -> None:
+    known = Known()
+    look_at(contact, [], known, alone=True)
+    with socket.create_server(("127.0.0.1", 0)) as pipeline:
+        contact.entries["a"] = contact.entries["a"].model_copy(update={"port": pipeline.getsockname()[1]})
+        with pytest.raises(UsageError, match="in use"):
+            measure_links(contact, known)
+        measure_links(contact, known, busy=["a"])
+    assert set(known.pairs) == {("a", "b")} and between(known.pairs, "b", "a") == known.pairs["a", "b"]
+    assert [known.reports[name].reaches for name in "ab"] == [{"b": None}, {}]
 
 
 @pytest.mark.processes

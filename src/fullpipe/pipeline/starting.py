@@ -267,8 +267,9 @@ class _Starting:
         names = ", ".join(worker.label for worker in missing)
         seconds = self._until(kind) - self._begun
         if kind is Hello and any(worker.host for worker in missing):
+            tail = next(filter(None, (worker.log_tail() for worker in missing)), "")
             raise StationFailed(names, f"did not reach the engine at {self._fleet.endpoints[-1]} within {seconds:g} s"
-                                f"{missing[0].log_tail()}",
+                                f"{tail}",
                                 hint="Can those hosts reach this address and port? `host_ip` and `interface` choose "
                                      "another address.")
         raise StationFailed(names, f"not ready after {seconds:g} s",

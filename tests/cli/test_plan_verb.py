@@ -27,7 +27,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Survey:
 
 
 def test_it_shows_layouts_beside_each_other_and_says_why(models: Models, hosts: Survey) -> None:
-    result = run("plan", "--model", models.target, "--draft", f"{models.draft},ngram", "--hosts", "a,b")
+    result = run("plan", "--model", models.target, "--draft", f"{models.draft},ngram")
     assert result.exit_code == 0, result.output
     for part in ("STAGES", "MS A TOKEN", "PP THERE", "best", "1 host", "uniform", "no draft", "a token", "hits"):
         assert part in result.stdout

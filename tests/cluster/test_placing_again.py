@@ -27,12 +27,14 @@ from fullpipe.pipeline.launch.base import Launcher
 @dataclass
 class Imagined(Contact):
     """Agents answer at once, or never. silent: hosts whose agents do not answer. cut: pairs that do not reach each
-    other. falling: those that become silent when they are asked that. asked: what was, by host."""
+    other. falling: those that become silent when they are asked that. in_use: hosts whose port is. asked: what
+    was, by host."""
 
     head: str = "a"
     silent: set[str] = field(default_factory=set)
     cut: set[frozenset[str]] = field(default_factory=set)
     falling: dict[str, type] = field(default_factory=dict)
+    in_use: set[str] = field(default_factory=set)
     other_code: set[str] = field(default_factory=set)
     asked: list[tuple[str, type]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -64,8 +66,10 @@ class Imagined(Contact):
                 code = "other" if host in self.other_code else "0123456789ab"
                 seen = report(host, address=self.entries[host].address, code=code)
                 return Answer(report=seen, processor=f"id {host}")
-            case Listen():
-                return Answer(port=5000)
+            case Listen(port=port):
+                if port and host in self.in_use:
+                    return Answer(Failed("UsageError", f"something else listens on {port} already", None))
+                return Answer(port=port or 5000)
             case Reach(name):
                 if frozenset((host, name)) in self.cut:
                     return Answer(Failed("PipelineError", "no answer", None))
@@ -184,6 +188,18 @@ def test_a_host_that_does_not_fit_is_left_out_and_why_is_said_once() -> None:
     assert placing.better(0.95) is None and placing.better(0.95) is None
     (line,) = said
     assert line.startswith("going on without c: its Fullpipe 0.1.0 has other sources")
+
+
+def test_ports_that_the_pipeline_has_do_not_keep_a_host_from_coming_back() -> None:
+    """Nobody can listen there to be measured; the way from there must do."""
+    placing, contact, _ = placed()
+    contact.there = {name: entry.model_copy(update={"port": 5600}) for name, entry in contact.there.items()}
+    contact.silent.add("c")
+    placing.decide_again()
+    contact.silent.clear()
+    contact.in_use |= {"a", "b"}
+    assert placing.better(0.95) == "c can be had: 3 stages, as asked for"
+    assert ("c", "a") in placing.known.pairs and ("a", "c") in placing.known.pairs
 
 
 def test_an_agent_that_is_gone_is_told_to_the_contact() -> None:

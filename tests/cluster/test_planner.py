@@ -191,7 +191,7 @@ def test_pins_that_cannot_be_are_told(pins: Pins, says: str) -> None:
 def test_a_model_that_fits_nowhere_is_told_with_what_it_needs() -> None:
     with pytest.raises(UsageError, match="no memory for the model") as told:
         search(imagined({"a": host(free=100 * MEGA), "b": host(free=100 * MEGA)}), MODEL)
-    assert told.value.hint and "0.9 GB" in told.value.hint
+    assert told.value.hint and "0.94 GB" in told.value.hint
 
 
 # ---- many hosts --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from fullpipe.errors import StationFailed, UsageError
-from fullpipe.messages import Failed, Flight, Landed, Opening, Part, Ready
+from fullpipe.messages import Failed, Flight, Landed, Opening, Part
 from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.frames import Broken, Door, Setup, Up
 from fullpipe.pipeline.keys import RunKeys
@@ -302,25 +302,6 @@ def test_a_station_of_another_host_that_is_killed_is_named_with_its_host() -> No
         pipeline._fleet.workers[1].process.kill()
         failed = pipeline.events(10.0)[-1]
         assert isinstance(failed, Failed) and failed.station == "stage 1 on far" and "SIGKILL" in failed.reason
-
-
-# ---- silence ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.processes
-def test_silence_on_a_host_is_told_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="fullpipe.pipeline")
-    with WorkersPipeline(_stages(2), hosting=Hosting([Place(), FAR], Place("", "127.0.0.1"))) as pipeline:
-        assert isinstance(pipeline.events(0.0)[0], Ready)
-        for near in _workers():
-            if _name(near) == "stage 1":
-                near.suspend()
-                assert pipeline.events(1.5) == []
-                near.resume()
-        assert pipeline.events(0.6) == []
-    silence, end = caplog.records
-    assert (silence.levelname, silence.message) == ("WARNING", "stage 1 on far has been silent for 1 s")
-    assert end.levelname == "INFO" and end.message.startswith("stage 1 on far is heard again, after ")
 
 
 # ---- without an engine -----------------------------------------------------------------------------------

@@ -114,6 +114,12 @@ def test_a_host_that_comes_back_is_there_and_then_used() -> None:
     assert stand.hosts.picture()["planned_ms"] is None
 
 
+def test_hosts_stand_in_the_order_of_their_names_lost_or_not() -> None:
+    stand = Stand(Placed(spare=("h10", "h9", "a")))
+    stand.placed.lose("h2")
+    assert list(stand.states()) == ["a", "h1", "h2", "h3", "h9", "h10"]
+
+
 def test_only_the_newest_lines_are_shown() -> None:
     stand = Stand()
     for k in range(100):
@@ -190,4 +196,4 @@ def test_the_picture_follows_a_pipeline_whose_number_of_stages_changes() -> None
     live(Attached(0))
     picture = live.picture()
     assert [stage["name"] for stage in picture["stages"]] == ["stage 0", "stage 1"]
-    assert picture["hosts"]["hosts"][-1]["why"] == "it does not answer"
+    assert picture["hosts"]["hosts"][1]["why"] == "it does not answer"

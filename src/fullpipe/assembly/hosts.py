@@ -14,7 +14,7 @@ from fullpipe.cluster.guesser import draft_model, guesser_of
 from fullpipe.cluster.hosts import HostEntry, read_hosts
 from fullpipe.cluster.pins import Pins
 from fullpipe.cluster.placing import Placing, Wanted
-from fullpipe.cluster.plan import Plan
+from fullpipe.cluster.plan import Plan, check_shape
 from fullpipe.cluster.report import HostReport, Problem
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
@@ -27,17 +27,20 @@ from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.stations.spec import StationSpec
 
 _TYPICAL_ROWS = 4
+_AGENTS_S = 30.0  # Ray says after a minute that it cannot reach a host
 
 Tell = Callable[[Sequence[HostReport], Sequence[Problem], Mapping[str, int]], None]
 """Shows the hosts, what is wrong with them, and the bytes of memory that each must have."""
 
 
 def contact_of(asked: PipelineOptions) -> Contact:
-    """The way to the hosts that the options name. Raises UsageError, and MissingExtra without Ray."""
+    """The way to the hosts that the options name, which all answer. Raises UsageError, MissingExtra without Ray, and
+    PipelineError for a host that cannot be reached."""
     assert asked.hosts is not None
     wanted = None if asked.hosts == "ray" else read_hosts(Path(asked.hosts))
     contact = RayContact(asked.ray_address, wanted)
     try:
+        contact.await_agents(min(asked.start_timeout, _AGENTS_S))
         contact.entries[contact.head] = _own_entry(contact.entries[contact.head], asked)
     except BaseException:
         contact.close()
@@ -62,6 +65,8 @@ def placing_of(prepared: Prepared, contact: Contact, auto: bool, say: Say = sile
     if given and given.model != options.model.model:
         raise UsageError(f"the plan {options.pipeline.plan} is for {given.model}, not {options.model.model}",
                          hint="Name its model, or make a plan for yours: `fullpipe plan`.")
+    if given:
+        check_shape(given, list(contact.entries), target.config.num_layers)
     wanted = Wanted(
         model=options.model.model, draft=",".join(prepared.drafts) or "none", models=models,
         paths=tuple(Path(path) for path in (target.path, *([resolve(guesses)] if guesses else []))),
@@ -78,9 +83,10 @@ def _pins(prepared: Prepared, contact: Contact, auto: bool) -> Pins:
     """What the options leave to the planner, and what they do not. A method that the planner does not know is placed as
     `fullpipe` is."""
     own, stages = prepared.options.method, prepared.options.pipeline.stages
-    if stages is not None and stages > len(contact.entries):
+    if stages is not None and not 1 <= stages <= len(contact.entries):
         raise UsageError(f"{stages} stages are asked for, and there are {len(contact.entries)} hosts",
-                         hint="A host has one stage. Start more hosts, or ask for fewer stages.")
+                         hint="A host has one stage. Start more hosts, or ask for fewer stages; without `stages` the "
+                              "planner says how many.")
     return Pins(width=own.width, method="auto" if auto else "pp" if own.method == "pp" else "fullpipe", stages=stages)
 
 

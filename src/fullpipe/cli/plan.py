@@ -24,7 +24,6 @@ _TASKS = one_of("mixed", "chat", "code", "edit")
 
 def plan(
     model: Annotated[ModelOptions, Only("model", "draft")],
-    hosts: Annotated[str | None, typer.Option("--hosts", help="Hosts to plan for. Default: this machine.")] = None,
     write: Annotated[Path | None, typer.Option("--write", "-w", help="Write the best plan to this file, for "
                                                "--plan.")] = None,
     order: Annotated[str | None, typer.Option("--order", help="Pin which hosts have stages, in this order: A,B,...")
@@ -37,34 +36,31 @@ def plan(
                       ] = _AUTO,
     task: Annotated[_TASKS | None, typer.Option("--task", help="What texts will be like. Default: as counted, where "  # type: ignore[valid-type]
                                                 "there was anything to count.")] = None,
-    pipeline: Annotated[PipelineOptions, Only("device", "threads")] = PipelineOptions(),
+    pipeline: Annotated[PipelineOptions, Only("hosts", "stages", "ray_address", "interface", "host_ip", "data_port",
+                                              "device", "threads")] = PipelineOptions(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Measure hosts and links, and say which layout of the model is quickest."""
+    """Measure hosts and links, and say which layout of the model is quickest. Without --hosts: on this machine."""
     if write is not None and not write.parent.is_dir():
         raise UsageError(f"cannot write {write}: there is no folder {write.parent}",
                          hint="Name a file in one that exists.")
-    from fullpipe.assembly import draft_names
+    from fullpipe.assembly.planning import plan_for
     from fullpipe.cli.fetch import fetch_all
-    from fullpipe.cluster.guesser import draft_model, guesser_of
+    from fullpipe.cli.hosts import print_hosts
     from fullpipe.cluster.pins import Pins
-    from fullpipe.cluster.plan import Plan
-    from fullpipe.cluster.planner import search
-    from fullpipe.cluster.survey import survey
     from fullpipe.cluster.verdict import verdict
 
-    names = draft_names(model.model, model.draft)
-    guesses = draft_model(names)
+    if pipeline.stages is not None and pipeline.hosts is None:
+        raise UsageError("stages of a plan are hosts, and there is one", param="stages",
+                         hint="Name the hosts: `hosts=ray`.")
     pins = Pins(order=tuple(order.split(",")) if order else None, cut=cut and str(cut), draft_host=draft_host,
                 layers=tuple(integers(layers, "--layers", least=0)) if layers else None, width=width,
                 method=str(method))
     fetch_all(model, "fullpipe")
-    guesser = guesser_of(model.model, names, task and str(task))  # type: ignore[arg-type]
-    found_hosts = survey(model.model, guesses, hosts, threads=pipeline.threads, device=pipeline.device,
-                         say=console.print_note)
-    found = search(found_hosts, guesser, pins)
-    best = Plan.of(found.best, found_hosts, model.model, ",".join(names) or "none", width)
-    lines = verdict(found, found_hosts, guesser)
+    planned = plan_for(model, pipeline, pins, task and str(task), say=console.print_note,  # type: ignore[arg-type]
+                       tell=print_hosts)
+    found, best = planned.found, planned.plan
+    lines = verdict(found, planned.survey, planned.guesser)
     if as_json:
         console.print_json(_json(found) | {"verdict": lines, "plan": best.model_dump(by_alias=True, mode="json")})
     else:

@@ -26,8 +26,12 @@ from fullpipe.models.partial import Chunk, Manifest
 from fullpipe.models.ranges import Range
 from fullpipe.pipeline.keys import RunKeys
 
+SAME_EVERYWHERE = "Its Fullpipe seems to be another one: install the same commit on all hosts."
+"""The way out where hosts do not understand each other."""
+
 _SIZE = struct.Struct("<Q")
 _MOST_ECHOES = 4
+_STRANGERS = ("ValidationError", "DecodeError", "ImportError", "ModuleNotFoundError")  # of an agent with other words
 
 
 class Ping(Struct, tag=True):
@@ -181,6 +185,8 @@ def told(answer: bytes, host: str) -> Answer:
     kind = getattr(errors, failed.kind, None)
     if isinstance(kind, type) and issubclass(kind, FullpipeError) and kind is not errors.StationFailed:
         raise kind(f"{host}: {failed.message}", hint=failed.hint)
+    if failed.kind in _STRANGERS:
+        raise PipelineError(f"{host} does not understand this host: {failed.message}", hint=SAME_EVERYWHERE)
     raise PipelineError(f"{host}: {failed.kind}: {failed.message}", hint=failed.hint)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from fullpipe.cluster.agent import Agent, Answer, Ping, Request, read, told, write
+from fullpipe.cluster.agent import SAME_EVERYWHERE, Agent, Answer, Ping, Request, read, told, write
 from fullpipe.cluster.hosts import HostEntry
 from fullpipe.errors import FullpipeError, PipelineError, UsageError
 from fullpipe.pipeline.launch.base import Launcher
@@ -81,20 +81,40 @@ class Contact(ABC):
                 found[host] = error
             except TooLate:
                 found[host] = PipelineError(f"{host} has not answered within {timeout_s:g} s",
-                                            hint="Is it up, and does it have a free core?")
+                                            hint="Look whether it is up, has a free core, and can be reached from "
+                                                 "here.")
             except Exception as error:
                 self.note_lost(host, error)
-                found[host] = PipelineError(f"{host} is lost ({type(error).__name__}: {error})")
+                found[host] = _lost(host, error)
         return found
 
     def note_lost(self, host: str, error: Exception) -> None:
         """An agent has not answered, and will not: see to it that there is one again, if the host is there."""
         log.debug("the agent on %s is lost: %s", host, error)
 
+    def await_agents(self, timeout_s: float) -> None:
+        """Return when all hosts answer. Raises PipelineError, which names those that do not."""
+        found = self.try_all({host: Ping() for host in self.entries}, timeout_s)
+        silent = {host: error for host, error in found.items() if isinstance(error, FullpipeError)}
+        if len(silent) == 1:
+            raise next(iter(silent.values()))
+        if silent:
+            raise PipelineError(f"{', '.join(silent)} have not answered within {timeout_s:g} s",
+                                hint="Look whether they are up, have a free core, and can be reached from here.")
+
     def answering(self, timeout_s: float = _PING_S) -> list[str]:
         """The hosts whose agents answer at once."""
         found = self.try_all({host: Ping() for host in self.entries}, timeout_s)
         return [host for host, answer in found.items() if isinstance(answer, Answer)]
+
+
+def _lost(host: str, error: Exception) -> PipelineError:
+    """The error for an agent that is gone, or speaks what nobody here understands."""
+    what = str(error).strip().partition("\n")[0]
+    if isinstance(error, msgspec.MsgspecError) or "ModuleNotFoundError" in str(error):
+        return PipelineError(f"{host} is not understood here: {what}", hint=SAME_EVERYWHERE)
+    return PipelineError(f"{host} is lost: {what or type(error).__name__}",
+                         hint="Look whether it is up and can be reached from here.")
 
 
 # ---- by commands ------------------------------------------------------------------------------------------------
@@ -190,9 +210,11 @@ class RayContact(Contact):
         try:
             self.refresh()
             if wanted and (missing := [entry for entry in wanted if entry.name not in self.entries]):
-                raise UsageError(f"Ray knows no host at {', '.join(entry.address for entry in missing)}",
-                                 hint=f"It has {', '.join(node.address for node in self._cluster.nodes())}. Start it "
-                                      "there: `ray start --address=HEAD:6379`.")
+                raise UsageError("Ray has no host at the address of "
+                                 f"{', '.join(f'{entry.name} ({entry.address})' for entry in missing)}",
+                                 hint=f"It has {', '.join(node.address for node in self._cluster.nodes())}. Start Ray "
+                                      "on what is missing: `ray start --address=HEAD:6379`; or leave it out of the "
+                                      "hosts file.")
             if not self.head:
                 raise UsageError("this machine is none of the hosts", hint="Run it on one of them, and name that in "
                                  "the hosts file too.")

@@ -75,7 +75,8 @@ def _table(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read the hosts file {path}: {error.strerror or error}", hint=_EXAMPLE) from error
+        raise UsageError(f"cannot read the hosts file {path}: {error.strerror or error}",
+                         hint=f"{_EXAMPLE} All hosts of a Ray cluster are `hosts=ray`.") from error
     except ValueError as error:  # no TOML, or no text
         raise UsageError(f"the hosts file {path} is not TOML: {error}", hint=_EXAMPLE) from error
 

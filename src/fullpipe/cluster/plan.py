@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -161,8 +161,15 @@ def _known(kind: str, where: tuple[int | str, ...]) -> str | None:
 
 
 def check(plan: Plan, hosts: Mapping[str, HostCosts], num_layers: int, guesser: Guesser | None = None) -> None:
-    """Raises UsageError for a plan that cannot be: hosts that are not there, layers that do not fit together, a method
-    that lacks a draft, more than the memory of a host allows. guesser: whose memory counts too."""
+    """Raises UsageError for a plan that cannot be: see `check_shape`, and one that takes more than the memory of a host
+    allows. guesser: whose memory counts too."""
+    check_shape(plan, list(hosts), num_layers)
+    _check_memory(plan, hosts, guesser)
+
+
+def check_shape(plan: Plan, hosts: Sequence[str], num_layers: int) -> None:
+    """Raises UsageError for hosts that are not there, layers that do not fit together, a method that lacks a draft.
+    Of hosts it takes nothing but their names, so this can be told before anything is measured."""
     missing = [name for name in plan.hosts if name not in hosts]
     if missing:
         raise UsageError(f"the plan names {_list('host', missing)} that {'is' if len(missing) == 1 else 'are'} not "
@@ -176,7 +183,6 @@ def check(plan: Plan, hosts: Mapping[str, HostCosts], num_layers: int, guesser: 
     if plan.method == "chain" and len(plan.stages) > 1:
         raise UsageError(f"the plan has the method chain, which is for one process, and {len(plan.stages)} stages",
                          hint="Take fullpipe, or one stage.")
-    _check_memory(plan, hosts, guesser)
 
 
 def _check_layers(plan: Plan, num_layers: int) -> None:

@@ -69,8 +69,8 @@ def search(survey: Survey, guesser: Guesser | None = None, pins: Pins = FREE) ->
     plain, guessing = search.by_hosts(["pp"]), search.by_hosts(kinds)
     wanted = plain if pins.method == "pp" else guessing if pins.method != "auto" else [*plain, *guessing]
     if not wanted or not plain:
-        raise UsageError("the hosts have no memory for the model together" if not plain else
-                         f"the method {pins.method} has no place with what is pinned", hint=_short_of_memory(survey))
+        raise _no_room(pins, survey) if not plain else UsageError(
+            f"the method {pins.method} has no place with what is pinned", hint="Pin less, or another method.")
     here = search.head_alone([*kinds, "pp"])
     best = _simplest([*wanted, *([here] if here and here.method in {one.method for one in wanted} else [])])
     sizes = sorted({len(one.layout.order) for one in wanted})
@@ -97,12 +97,23 @@ def predict(survey: Survey, layout: Layout, guesser: Guesser | None = None, *, w
     return search(survey, guesser, pins).best
 
 
-def _short_of_memory(survey: Survey) -> str:
+def _no_room(pins: Pins, survey: Survey) -> UsageError:
     shape = survey.hosts[survey.head].profile.target
     need = shape.num_layers * shape.layer_bytes + shape.head_bytes + shape.embedding_bytes
-    free = sum(host.room for host in survey.hosts.values())
-    return (f"Its weights take {need / 1e9:.1f} GB, and the hosts have {free / 1e9:.1f} GB to spare. Add hosts, free "
-            "memory, or take a smaller or more quantised model.")
+    free = ", ".join(f"{name} {host.room / 1e9:.2f}" for name, host in survey.hosts.items())
+    hint = (f"Its weights take {need / 1e9:.2f} GB. To spare have, in GB: {free}. Add hosts, free memory, or take a "
+            "smaller or more quantised model.")
+    if pins.stages is not None and _has_room(replace(pins, stages=None), survey):
+        return UsageError(f"{pins.stages} stages have no room on these hosts; another number has",
+                          hint=f"Leave the number to the planner. {hint}")
+    where = ", ".join(pins.order or pins.hosts or ())
+    return UsageError(f"the model has no room on {where}" if where else
+                      "the hosts have no memory for the model together", hint=hint)
+
+
+def _has_room(pins: Pins, survey: Survey) -> bool:
+    """Whether the model has a place, as it is pinned."""
+    return bool(_Search(Ground(survey, None, pins.width), pins).by_hosts(["pp"]))
 
 
 @dataclass(slots=True)

@@ -64,12 +64,10 @@ class Survey:
         return self.hosts[self.head].profile.num_layers
 
 
-def survey(model: str, draft: str | None = None, hosts: str | None = None, *, threads: int | None = None,
-           device: str = "cpu", say: Callable[[str], None] = lambda line: None) -> Survey:
-    """What there is. draft: a model, or None. hosts: None means this machine alone. threads: of a station; None: all
-    cores. say: told what takes time."""
-    if hosts is not None:
-        raise UsageError(f"hosts={hosts!r}: this build plans for one machine", hint="Leave out `hosts`.")
+def survey(model: str, draft: str | None = None, *, threads: int | None = None, device: str = "cpu",
+           say: Callable[[str], None] = lambda line: None) -> Survey:
+    """This machine alone. draft: a model, or None. threads: of a station; None: all cores. say: told what takes
+    time."""
     from fullpipe.cluster.quick import quick_profile
     from fullpipe.models.memory import free_memory
 

@@ -12,7 +12,7 @@ from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.models.partial import Source
 from fullpipe.models.ranges import Range
 from fullpipe.pipeline.fleet import Fleet, News, Worker
-from fullpipe.pipeline.frames import Beat, Broken, Door, Fetch, Fetched, Hello, Part, Setup, Up, Want
+from fullpipe.pipeline.frames import Beat, Broken, Door, Fetch, Fetched, Hello, Lost, Part, Setup, Up, Want
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch.base import Launcher, Needs
 from fullpipe.pipeline.launch.local import LocalLauncher
@@ -239,6 +239,8 @@ class _Starting:
                 raise _as_error(worker, error, message, hint)
             case EOFError():
                 raise StationFailed(worker.label, worker.how_it_ended())
+            case Lost(message):
+                raise StationFailed(worker.label, message)
             case _:
                 raise StationFailed(worker.label, f"answers nonsense: {news!s:.200}{worker.log_tail()}")
 
@@ -265,8 +267,9 @@ class _Starting:
         names = ", ".join(worker.label for worker in missing)
         seconds = self._until(kind) - self._begun
         if kind is Hello and any(worker.host for worker in missing):
+            tail = next(filter(None, (worker.log_tail() for worker in missing)), "")
             raise StationFailed(names, f"did not reach the engine at {self._fleet.endpoints[-1]} within {seconds:g} s"
-                                f"{missing[0].log_tail()}",
+                                f"{tail}",
                                 hint="Can those hosts reach this address and port? `host_ip` and `interface` choose "
                                      "another address.")
         raise StationFailed(names, f"not ready after {seconds:g} s",

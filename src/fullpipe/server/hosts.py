@@ -7,6 +7,7 @@ plan promised and what came of it, and what has happened.
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -64,7 +65,7 @@ class Hosts(Observer):
         self._placing, self._clock = placing, clock
         self._lock = threading.Lock()
         self._lines: deque[Line] = deque(maxlen=_KEPT)
-        self._states = {host.name: host.state for host in placing.view()}
+        self._states = {host.name: host.state for host in self._views()}
         self._failed: dict[str, str] = {}  # hosts that a failure came from, and its reason, until there is a pipeline
         self._stopped: float | None = None  # since when there is none
         self._newest: dict[int, float] = {}  # when each request's newest token came
@@ -106,13 +107,18 @@ class Hosts(Observer):
         took = "" if self._stopped is None else f" after {self._clock() - self._stopped:.1f} s"
         self._stopped = None
         plan = self._placing.plan
-        where = ", ".join(host.name for host in self._placing.view() if host.stations)
+        where = ", ".join(host.name for host in self._views() if host.stations)
         promised = f": {plan.promise.plan_ms:.1f} ms a token planned" if plan and plan.promise else ""
         self._say("good", f"going on with {where}{took}{promised}")
 
+    def _views(self) -> list[HostView]:
+        """By their names, host 10 after host 9: one that is lost stays in its place."""
+        return sorted(self._placing.view(), key=lambda host: [
+            (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.findall(r"\d+|\D+", host.name)])
+
     def _look(self) -> None:
         """Take in who has gone and come since the last look."""
-        for host in self._placing.view():
+        for host in self._views():
             before = self._states.get(host.name)
             self._states[host.name] = host.state
             if host.state == "lost" and before != "lost":
@@ -126,13 +132,13 @@ class Hosts(Observer):
     # ---- what is said ----------------------------------------------------------------------------------------
 
     def hosts(self) -> list[HostView]:
-        """All of them. One is "failed" from a failure of its station until there is a pipeline again, which shows
-        whether it is lost."""
+        """All of them. One is "failed" from when its station complained, or was complained of, until there is a
+        pipeline again. Whether it is lost, or the next one that it lost its connection to, shows meanwhile."""
         with self._lock:
             self._look()
             failed = dict(self._failed)
         return [HostView(host.name, host.address, "failed", host.stations, failed[host.name], host.head)
-                if host.state == "ready" and host.name in failed else host for host in self._placing.view()]
+                if host.state == "ready" and host.name in failed else host for host in self._views()]
 
     def links(self) -> Mapping[tuple[str, str], Pair]:
         """What was measured between them."""
@@ -140,7 +146,7 @@ class Hosts(Observer):
 
     def ways(self) -> set[tuple[str, str]]:
         """Where a token's hidden states go, from host to host, and back."""
-        views = self._placing.view()
+        views = self._views()
         plan, head = self._placing.plan, next((host.name for host in views if host.head), "")
         if plan is None:
             return set()

@@ -278,10 +278,9 @@ class Metrics(Observer, Collector):
 
 
 def _of_hosts(hosts: Hosts) -> Iterator[Metric]:
-    up = GaugeMetricFamily("host_up", "1 for a host that takes part, 0 for one that is lost or whose station has just "
-                           "failed.", labels=["host"])
+    up = GaugeMetricFamily("host_up", "1 for a host that can take part, 0 for one that is lost.", labels=["host"])
     for host in hosts.hosts():
-        up.add_metric([host.name], float(host.state == "ready"))
+        up.add_metric([host.name], float(host.state != "lost"))
     latency = GaugeMetricFamily("link_latency_seconds", "From one host to another, one way, as measured.",
                                 labels=["from", "to"])
     bandwidth = GaugeMetricFamily("link_bandwidth_bytes_per_second", "From one host to another, as measured (+Inf: "

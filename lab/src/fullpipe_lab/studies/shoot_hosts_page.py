@@ -25,7 +25,7 @@ from fullpipe_lab.studies.shoot_page import ask, page, shoot, until
 URL = "http://127.0.0.1:8000/"
 SERVE = ["serve", "-m", "smollm2-135m", "--stages", "3", "--host-timeout", "3", "--port", "8000", "--hosts"]
 LINKS = {("h1", "h2"): Shape(delay_ms=5), ("h2", "h3"): Shape(delay_ms=8, mbit=300), ("h1", "h3"): Shape(delay_ms=12)}
-QUESTION = "Count from one to two hundred in English words, one on each line."
+QUESTION = "Write a long story about a lighthouse keeper, a storm and a lost ship, with a happy end."
 BESIDE = "Once upon a time, in a small town by the sea,"  # the little load
 _HEIGHT, _START_S = 1180, 240.0
 

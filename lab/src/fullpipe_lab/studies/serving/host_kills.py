@@ -247,7 +247,7 @@ async def _bring_back(served: Served, host: str) -> None:
 async def _watch(trial: Trial, blow: Blow, before: Readiness) -> None:
     """Until it is noticed, or need not be any more."""
     struck = trial.started + blow.at_s
-    limit = LASTS_S + _SETTLE_S if blow.kind == "loss" else _NOTICE_S
+    limit = _NOTICE_S if _must_be_noticed(blow) else LASTS_S + _SETTLE_S
     while (now := await trial.look()).restarts == before.restarts:
         if time.monotonic() - struck > limit:
             return
@@ -276,10 +276,15 @@ async def _get_over(trial: Trial, strike: Strike, blow: Blow) -> None:
 def _judge(trial: Trial, strike: Strike, blow: Blow) -> None:
     """Whether it was noticed, and for what it is."""
     if blow.noticed_s is None:
-        if strike.kind != "loss":
+        if _must_be_noticed(blow):
             trial.fault(f"strike {strike.number} ({strike.kind} {blow.where}) is not noticed")
     elif strike.kind in ("kill", "stop", "host") and not strike.early and not _names(blow.reason, trial, strike):
         trial.fault(f"strike {strike.number} ({strike.kind} {blow.where}) is taken for another: {blow.reason}")
+
+
+def _must_be_noticed(blow: Blow) -> bool:
+    """A link may do without some packets; and what is struck early may not be in use yet, or not any more."""
+    return blow.kind != "loss" and not blow.early
 
 
 def _names(reason: str, trial: Trial, strike: Strike) -> bool:

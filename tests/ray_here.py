@@ -22,11 +22,13 @@ import pytest
 
 _UP_S = 30.0
 _STARTED = "Ray runtime started"
-# Nothing is kept in store, and there is no dashboard: tests/hosts/ray_nodes.py says what each of these is worth.
+# Nothing is kept in store, and there is no dashboard: fullpipe_lab.hosts.ray_nodes says what each of these is worth.
 _LIGHT = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 _FLAGS = ("--block", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false",
           "--node-ip-address=127.0.0.1")
 _HEAD_FLAGS = ("--head", "--include-dashboard=false", "--no-monitor")
+# A test run that is killed takes its nodes along: `ray start --block` ends them when it is told to end itself.
+_WITH_US = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
 _TOKEN = secrets.token_hex(32)  # a process reads it once, however many clusters it joins
 
 
@@ -45,7 +47,7 @@ class RayHere:
             f"--address={self.address}"]
         with where.with_suffix(".log").open("wb") as log:
             self._nodes.append(subprocess.Popen(
-                [str(_program()), "start", *_FLAGS, *flags, f"--num-cpus={cpus}", f"--temp-dir={where}"],
+                [*_WITH_US, str(_program()), "start", *_FLAGS, *flags, f"--num-cpus={cpus}", f"--temp-dir={where}"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
         _await(self._nodes[-1], where.with_suffix(".log"))
         return len(self._nodes) - 1

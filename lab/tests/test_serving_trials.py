@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
 
-from fullpipe_lab.studies.serving import kills, soak
-from fullpipe_lab.studies.serving.kills import Blow, Strike, asks, note_first_texts, plan
+from fullpipe_lab.receipts import study_receipt
+from fullpipe_lab.report import render
+from fullpipe_lab.studies.serving import host_kills, kills, soak
+from fullpipe_lab.studies.serving.kills import Blow, Strike, note_first_texts, plan
 from fullpipe_lab.studies.serving.processes import Footprint, Reply, _take, station_names
 from fullpipe_lab.studies.serving.soak import (
     bad_requests,
@@ -19,6 +21,7 @@ from fullpipe_lab.studies.serving.soak import (
     memory_fault,
     status_fault,
 )
+from fullpipe_lab.studies.serving.under_load import COMMON, asks
 
 NAMES = station_names(2)
 
@@ -59,7 +62,7 @@ def test_what_is_asked_is_the_same_at_any_time_and_of_many_kinds() -> None:
     bodies = [one.body for one in asks(20)]
     assert {body["temperature"] == 0 for body in bodies} == {True, False}
     assert {bool(body.get("stream")) for body in bodies} == {True, False}
-    assert sum(kills._COMMON in json.dumps(body) for body in bodies) > 2
+    assert sum(COMMON in json.dumps(body) for body in bodies) > 2
 
 
 def blow(at_s: float, unready_s: float | None) -> Blow:
@@ -144,3 +147,54 @@ def test_bad_input_is_of_many_sorts_and_good_input_is_good() -> None:
     for _ in range(60):
         what = good_ask(draw)
         (ChatRequest if what.chat else CompletionRequest).model_validate(what.body)
+
+
+# ---- hosts that are lost ---------------------------------------------------------------------------------
+
+HOSTS = ["h1", "h2", "h3"]
+
+
+def test_hosts_are_struck_in_every_way_in_each_round_and_the_head_is_never_lost() -> None:
+    strikes = host_kills.plan(60, HOSTS, seed=1)
+    assert strikes == host_kills.plan(60, HOSTS, seed=1) != host_kills.plan(60, HOSTS, seed=2)
+    for place in range(0, 60, 5):
+        assert {one.kind for one in strikes[place:place + 5]} == set(host_kills.KINDS)
+    assert {one.where for one in strikes if one.kind == "host"} == {("h2",), ("h3",)}
+    assert {one.where for one in strikes if one.kind == "cut"} == {("h1", "h2"), ("h1", "h3"), ("h2", "h3")}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hosts_are_never_struck_early_twice_in_a_row_nor_stopped_while_they_start(seed: int) -> None:
+    strikes = host_kills.plan(200, HOSTS, early=0.9, seed=seed)
+    early = [one.early for one in strikes]
+    assert any(early) and not early[0] and not any(a and b for a, b in pairwise(early))
+    assert all(one.kind in host_kills.EARLY for one in strikes if one.early)
+    assert not any(one.early for one in host_kills.plan(200, HOSTS, early=0.0, seed=seed))
+
+
+def test_a_stall_is_the_longest_time_without_text_before_the_next_strike() -> None:
+    blows = [host_kills.Blow(0, "kill", "h2", False, "ready", 10.0, 4, 4, noticed_s=0.5, ready_s=4.0),
+             host_kills.Blow(1, "loss", "h1-h2", False, "ready", 20.0, 4, 4)]
+    host_kills.note_texts(blows, [9.9, 10.1, 15.0, 15.5, 20.5, 21.0, 24.0], end=30.0)
+    assert [one.stall_s for one in blows] == pytest.approx([4.9, 3.0])
+    assert [one.token_s for one in blows] == [5.0, None]
+
+
+def test_only_strikes_that_must_be_noticed_are_faults_where_they_are_not() -> None:
+    kinds = {kind: host_kills.Blow(0, kind, "h2", False, "ready", 0.0, 1, 1) for kind in host_kills.KINDS}
+    assert [kind for kind, blow in kinds.items() if not host_kills._must_be_noticed(blow)] == ["loss"]
+    assert not host_kills._must_be_noticed(host_kills.Blow(0, "cut", "h1-h2", True, "rebuilding", 0.0, 1, 1))
+
+
+def test_the_page_of_lost_hosts_tells_medians_and_worst_cases() -> None:
+    blows = [host_kills.Blow(0, "kill", "h2", False, "ready", 0.0, 4, 4, noticed_s=at, ready_s=4.0) for at in (1, 2, 9)]
+    found = [host_kills._of_kind(kind, [one for one in blows if one.kind == kind]) for kind in host_kills.KINDS]
+    heads, rows = host_kills.table_of({"kinds": found})
+    assert rows[0][:4] == ["kill", "3", "3", "2.0 / 9.0"] and len(heads) == len(rows[0])
+    results = {"strikes": 3, "early": 0, "requests": 9, "tokens": 99, "struck_requests": 3,
+               "most_strikes_of_a_request": 1, "different_or_failed": 0, "faults": []}
+    receipt = study_receipt("serving_host_kills", results, [])
+    page = render("host_kills.md.j2", receipt=receipt, heads=heads, rows=rows)
+    assert "| kill | 3 | 3 | 2.0 / 9.0 |" in page and "No faults" in page
+    results["faults"] = ["strike 2 is not noticed"]
+    assert "**fault**: strike 2" in render("host_kills.md.j2", receipt=receipt, heads=heads, rows=rows)

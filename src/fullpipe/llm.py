@@ -34,6 +34,7 @@ from fullpipe.service import Asked, Service, Ticket, Update
 if TYPE_CHECKING:
     from fullpipe.assembly.hosts import Tell
     from fullpipe.cluster.contact import Contact
+    from fullpipe.cluster.placing import Placing
     from fullpipe.models.generation import Generation
     from fullpipe.models.tokens.tokenizer import Tokenizer
 
@@ -175,7 +176,8 @@ class LLM:
             if unshared:
                 raise UsageError(unshared, hint="Leave `enable_prefix_caching` out, or use another draft.")
             self._service = Service(made.pipeline, made.method, made.prepared, options=engine, rebuild=made.rebuild,
-                                    listeners=list(listeners), calibration=made.calibration)
+                                    listeners=list(listeners), calibration=made.calibration,
+                                    patience_s=made.patience_s)
         except BaseException:
             made.pipeline.close()
             made.close()
@@ -217,6 +219,11 @@ class LLM:
     def method(self) -> str:
         """The name of the method."""
         return self._service.engine.method.name
+
+    @property
+    def placing(self) -> Placing | None:
+        """Who knows the hosts, and decided where the stations sit; None: there is one host."""
+        return self._made.hosts.placing if self._made.hosts else None
 
     # ---- asking ------------------------------------------------------------------------------------------
 

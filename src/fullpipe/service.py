@@ -176,6 +176,7 @@ class Service(Generic[W]):
 
     pipeline: nothing is under way in it; the service closes it.
     rebuild: starts another one like it, after a failure; None: the first failure is the end.
+    patience_s: of failures in a row, before it gives up; it tries some times in any case.
     max_waiting: requests that wait, beyond those that run, before new ones are turned away; None: as many as come.
     listeners: told of every event; an `Observer` also of what no event tells.
     calibration: how far the draft is believed to begin with; the engine's thread teaches it more.
@@ -185,7 +186,8 @@ class Service(Generic[W]):
 
     def __init__(self, pipeline: Pipeline, method: Method, model: Served[W], *, options: EngineOptions | None = None,
                  rebuild: Callable[[], Remade] | None = None, max_waiting: int | None = None,
-                 listeners: Sequence[Listener] = (), calibration: Calibration | None = None) -> None:
+                 listeners: Sequence[Listener] = (), calibration: Calibration | None = None,
+                 patience_s: float = 0.0) -> None:
         options = options or EngineOptions()
         self.model = model
         self._observers = [one for one in listeners if isinstance(one, Observer)]
@@ -195,7 +197,7 @@ class Service(Generic[W]):
         self.capacity = (sys.maxsize if max_waiting is None or options.max_num_seqs is None
                          else options.max_num_seqs + max_waiting)
         self._lock = threading.Lock()  # of what callers change: _clients' keys, _calls, the state of recovery
-        self._recovery = Recovery(self.engine, rebuild, self._observers, self, self._lock)
+        self._recovery = Recovery(self.engine, rebuild, self._observers, self, self._lock, patience_s)
         self._counts = (0, 0, 0)  # running, waiting, cache slots
         self._ids = count()
         self._clients: dict[int, _Client] = {}

@@ -93,10 +93,14 @@ class Observer:
 class Supervision:
     """Counts failures, and says what follows from them: when to try again, when to give up, and who is the cause.
 
+    patience_s: it does not give up before so many seconds of failures; hosts that are lost may come back.
+
     suspect: the request that is to run alone. restarts: failures so far. last_failure: in one line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 0.0) -> None:
+        self._patience_s = patience_s
+        self._since = 0.0  # the first failure in a row
         self.suspect: int | None = None
         self.restarts = 0
         self.last_failure = ""
@@ -116,7 +120,7 @@ class Supervision:
 
     @property
     def hopeless(self) -> bool:
-        return self._in_a_row >= _PATIENCE
+        return self._in_a_row >= _PATIENCE and time.monotonic() - self._since >= self._patience_s
 
     @property
     def pause_s(self) -> float:
@@ -131,6 +135,8 @@ class Supervision:
         if time.monotonic() - self._built_at > _STEADY_S:
             self._in_a_row = 0
         self._built_at = math.inf
+        if not self._in_a_row:
+            self._since = time.monotonic()
         self._in_a_row += 1
         self.restarts += 1
         self.last_failure = reason
@@ -201,13 +207,14 @@ class Recovery:
     """Runs the main loop of a service: it steps the engine, and after a failure goes on with another pipeline.
 
     rebuild: starts another pipeline; None: the first failure is the end. lock: the service's, which takes nothing in
-    without holding it and having called `check_open`. state: what the service says of itself.
+    without holding it and having called `check_open`. patience_s: see `Supervision`. state: what the service says of
+    itself.
     """
 
     def __init__(self, engine: Engine, rebuild: Callable[[], Remade] | None, observers: Sequence[Observer],
-                 callers: Callers, lock: threading.Lock) -> None:
+                 callers: Callers, lock: threading.Lock, patience_s: float = 0.0) -> None:
         self._engine, self._rebuild, self._observers, self._callers = engine, rebuild, observers, callers
-        self.supervision = Supervision()
+        self.supervision = Supervision(patience_s)
         self.state: State = "ready"
         self._lock = lock  # of the state
         self._retry_at = 0.0

@@ -88,7 +88,7 @@ class Run:
     endpoint: str
 
     def door(self, engine: str = "", start_timeout: float = 60.0, rank: int = 0) -> Door:
-        return Door(f"stage {rank}", rank, engine or self.endpoint, self.keys, [], 5.0, start_timeout)
+        return Door(f"stage {rank}", rank, engine or self.endpoint, self.keys, [], 5.0, 5.0, start_timeout)
 
     def start(self, door: Door) -> Process:
         return self.launcher.start(door, self.kind.host, Needs(1))
@@ -232,7 +232,8 @@ def test_nothing_is_left_when_all_is_closed(kind: Kind) -> None:
     gc.collect()
     descriptors, threads = psutil.Process().num_fds(), threading.active_count()
     launcher = kind.make()
-    process = launcher.start(Door("stage 0", 0, local_endpoint(), RunKeys.new(), [], 5.0, 60.0), kind.host, Needs(1))
+    door = Door("stage 0", 0, local_endpoint(), RunKeys.new(), [], 5.0, 5.0, 60.0)
+    process = launcher.start(door, kind.host, Needs(1))
     pid = kind.pid(process)
     process.kill()
     assert process.wait(SOON)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray_nodes
 from filelock import FileLock
 
 from fullpipe.cluster.netlab import available
+from fullpipe_lab.hosts import ray_nodes
 
 HERE = Path(__file__).parent
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_nodes import RayNodes
 
 from fullpipe.cluster.netlab import Netlab
 from fullpipe.hub import cache
+from fullpipe_lab.hosts.ray_nodes import RayNodes
 
 pytestmark = pytest.mark.usefixtures("ray_can_be_started")
 

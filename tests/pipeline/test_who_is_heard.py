@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from fullpipe.errors import StationFailed, UsageError
-from fullpipe.messages import Failed, Flight, Landed, Opening, Part, Ready
+from fullpipe.messages import Failed, Flight, Landed, Opening, Part
 from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.frames import Broken, Door, Setup, Up
 from fullpipe.pipeline.keys import RunKeys
@@ -147,7 +147,7 @@ def test_a_listener_is_not_believed_without_the_key() -> None:
 def test_every_run_has_keys_of_its_own_and_they_travel_as_text() -> None:
     one, other = RunKeys.new(), RunKeys.new()
     assert len({one.public, one.secret, other.public, other.secret}) == 4
-    door = Door("stage 0", 0, "ipc://@x", one, [], 5.0, 60.0)
+    door = Door("stage 0", 0, "ipc://@x", one, [], 5.0, 5.0, 60.0)
     line = msgspec.json.encode(door)
     assert b"\n" not in line and msgspec.json.decode(line, type=Door) == door
 
@@ -304,25 +304,6 @@ def test_a_station_of_another_host_that_is_killed_is_named_with_its_host() -> No
         assert isinstance(failed, Failed) and failed.station == "stage 1 on far" and "SIGKILL" in failed.reason
 
 
-# ---- silence ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.processes
-def test_silence_on_a_host_is_told_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="fullpipe.pipeline")
-    with WorkersPipeline(_stages(2), hosting=Hosting([Place(), FAR], Place("", "127.0.0.1"))) as pipeline:
-        assert isinstance(pipeline.events(0.0)[0], Ready)
-        for near in _workers():
-            if _name(near) == "stage 1":
-                near.suspend()
-                assert pipeline.events(1.5) == []
-                near.resume()
-        assert pipeline.events(0.6) == []
-    silence, end = caplog.records
-    assert (silence.levelname, silence.message) == ("WARNING", "stage 1 on far has been silent for 1 s")
-    assert end.levelname == "INFO" and end.message.startswith("stage 1 on far is heard again, after ")
-
-
 # ---- without an engine -----------------------------------------------------------------------------------
 
 
@@ -360,7 +341,7 @@ def test_a_worker_ends_soon_after_an_engine_that_is_not_its_parent(fate: str, se
         engine.stdin.write(encode((keys, setup)).hex().encode() + b"\n")
         engine.stdin.flush()
         endpoint = engine.stdout.readline().decode().strip()
-        worker = launcher.start(Door("stage 0", 0, endpoint, keys, [], patience, 60.0), "far", Needs())
+        worker = launcher.start(Door("stage 0", 0, endpoint, keys, [], patience, patience, 60.0), "far", Needs())
         assert engine.stdout.readline() == b"up\n"
         if fate == "stopped":
             psutil.Process(engine.pid).suspend()

@@ -30,8 +30,8 @@ class Stand:
     def __init__(self, **options: Any) -> None:
         self.now = 0.0
         self.status = Status("ready", 1, 2, 10, 40, 0)
-        self.live = Live(3, lambda: self.status, lambda token: f"<{token}>", model_name="m", clock=lambda: self.now,
-                         **options)
+        self.live = Live(lambda: 3, lambda: self.status, lambda token: f"<{token}>", model_name="m",
+                         clock=lambda: self.now, **options)
         self.stats = Stats()
         self.live.on_start(self.stats)
 
@@ -153,6 +153,15 @@ def test_another_pipeline_begins_empty_and_keeps_the_requests() -> None:
     picture = stand.tell(launch(3, 1, [2], [7]))
     assert rows(picture) == [[[7, 1]], [], []] and picture["stages"][0]["dead"] == 0
     assert [one["id"] for one in picture["requests"]] == [7]
+
+
+def test_another_pipelines_stages_are_measured_anew() -> None:
+    stand = Stand()
+    stand.tell(*came(7), launch(0, 0, [0], [7]), landing(0, [0], 0, 1, 2, 4), Attached(5))
+    assert [stage["busy"] for stage in stand.live.picture()["stages"]] == [None, None, None]
+    stand.tell(launch(6, 1, [1], [7]), Ready(7))
+    stand.now = 9.5
+    assert rows(stand.live.picture()) == [[], [[7, 1]], []]  # how long stage 1 takes now nobody has seen
 
 
 def test_nothing_is_kept_of_what_is_over() -> None:

@@ -1,4 +1,5 @@
-"""The server's page in headless Chromium, over a real socket. A picture of it: see scripts/shoot_page.py."""
+"""The server's page in headless Chromium, over a real socket. A picture of it: see
+`fullpipe_lab.studies.shoot_page`."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ import pytest
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from placed import Placed
 
 from fullpipe.engine import Stats
-from fullpipe.events import Admitted, Emitted, Fate, Launched, Submitted
+from fullpipe.events import Admitted, Attached, Emitted, Fate, Launched, Submitted
 from fullpipe.messages import Event, Landed, Ready
 from fullpipe.server.guard import Keyring
+from fullpipe.server.hosts import Hosts
 from fullpipe.server.live import Live
 from fullpipe.supervision import State, Status
 
@@ -36,7 +39,7 @@ class Server:
         self.refusal: tuple[int, str] | None = None
         self.hold = threading.Event()
         self.hung_up = threading.Event()
-        self.live = Live(3, self.status, lambda token: EVIL if token == 13 else f" w{token}", model_name="tiny")
+        self.live = Live(lambda: 3, self.status, lambda token: EVIL if token == 13 else f" w{token}", model_name="tiny")
         self.stats = Stats()
         self.live.on_start(self.stats)
         app = FastAPI()
@@ -254,6 +257,31 @@ def test_it_says_when_the_pipeline_is_rebuilt_and_when_the_server_is_gone(page: 
     until(page, lambda: read(page, "#state") == "ready")  # by itself
 
 
+def test_hosts_are_shown_and_how_one_is_lost_and_comes_back(page: Any, server: Server) -> None:
+    assert not page.find_element("id", "several").is_displayed()  # on one machine
+    placed = Placed(spare=("h4",))
+    hosts = server.live._hosts = Hosts(placed, clock=lambda: 1e9)
+    until(page, lambda: all_of(page, "[data-host] b") == ["h1", "h2", "h3", "h4"])
+    assert all_of(page, "[data-host] .work") == ["stage 0, draft", "stage 1", "stage 2", "not used"]
+    assert all_of(page, "[data-station] b") == ["stage 0 h1", "stage 1 h2", "stage 2 h3"]
+    assert all_of(page, "#ways .used") == [f"10.0 ms {speed}" for speed in ["940 Mbit/s"] * 3]
+    assert read(page, "[data-figure='ms planned'] b") == "23.0" and read(page, "[data-figure='ms a token'] b") == "–"
+    assert not page.find_element("id", "news").is_displayed()
+    hosts.on_restart("stage 1 on h2", f"stage 1 on h2 failed: {EVIL}")
+    until(page, lambda: read(page, ".host.failed b") == "h2")
+    placed.lose("h2")
+    hosts(Attached(1))
+    until(page, lambda: read(page, ".host.lost b") == "h2")
+    assert "it does not answer" in read(page, ".host.lost") and not all_of(page, "[data-way='h1 h2']")
+    lines = page.execute_script("return [...document.querySelectorAll('#happened li')].map(e => e.lastChild.data)")
+    assert lines == ["going on with h1, h3 after 0.0 s: 31.0 ms a token planned", "lost h2: it does not answer",
+                     f"stage 1 on h2 failed: {EVIL}"]
+    placed.gain("h2")
+    placed.replan("h1", "h2", "h3")
+    until(page, lambda: not all_of(page, ".host.lost") and len(all_of(page, "#happened li")) == 4)
+    assert page.title == "Fullpipe" and page.get_log("browser") == []
+
+
 def test_a_key_is_asked_for_and_kept(page: Any, server: Server) -> None:
     door = page.find_element("id", "door")
     assert not door.is_displayed()
@@ -292,8 +320,12 @@ def test_the_chat_sends_the_key_and_asks_for_another_when_it_no_longer_fits(page
     page.execute_script("sessionStorage.clear()")
 
 
-def test_it_fits_a_phone(page: Any) -> None:
+@pytest.mark.parametrize("num_spare", [None, 13])
+def test_it_fits_a_phone(page: Any, server: Server, num_spare: int | None) -> None:
     size = page.get_window_size()
+    if num_spare is not None:
+        server.live._hosts = Hosts(Placed(spare=tuple(f"h{k}" for k in range(4, 4 + num_spare))))
+        until(page, lambda: len(all_of(page, "[data-host]")) == 3 + num_spare)
     page.set_window_size(500, 850)
     try:
         width, shown = page.execute_script("return [document.documentElement.scrollWidth, innerWidth]")

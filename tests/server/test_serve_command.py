@@ -35,11 +35,14 @@ class NoService:
 class NothingMade:
     """A test double of `Assembly`."""
 
-    pipeline = method = rebuild = calibration = None
+    pipeline = method = rebuild = calibration = hosts = None
     prepared = SimpleNamespace(engine_options=lambda asked: asked, unshared=lambda asked: None,
                                generation=Generation(), cache_told=lambda total: f"the cache holds {total} tokens")
 
     def keep(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -54,7 +57,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.delenv("FULLPIPE_API_KEY", raising=False)
     monkeypatch.setattr("fullpipe.service.Service", NoService)
     monkeypatch.setattr("fullpipe.cli.serve.fetch_all", lambda *names: None)
-    monkeypatch.setattr("fullpipe.assembly.assemble", lambda options, say: NothingMade())
+    monkeypatch.setattr("fullpipe.assembly.assemble", lambda options, say, **more: NothingMade())
     monkeypatch.setattr("fullpipe.server.app.create_app", create_app)
     monkeypatch.setattr("fullpipe.cli.serve._run", lambda config, live, door: seen.update(config=config))
     return seen

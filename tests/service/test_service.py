@@ -280,6 +280,19 @@ def test_who_fails_again_and_again_says_so_and_comes_back(monkeypatch: pytest.Mo
         service.close()
 
 
+def test_who_has_patience_does_not_give_up_so_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts that are lost may come back: requests wait for them."""
+    monkeypatch.setattr("fullpipe.supervision._PAUSES_S", (0.0, 0.01))
+    start, caller = Fragile(failures=20), Caller()
+    with closing(serve(start, patience_s=60.0)) as service:
+        service.submit([1], SamplingParams(max_tokens=1500), caller)
+        assert caller.begun.wait(10)
+        broken(start.pipelines[0])
+        tokens, _, reason = caller.result()
+        assert reason == "length" and tokens == plain([1], 1500)
+        assert service.status().restarts == 21
+
+
 def test_callers_hear_one_line_of_a_failure_and_the_log_all(monkeypatch: pytest.MonkeyPatch,
                                                            caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("fullpipe.supervision._PAUSES_S", (0.0, 0.0, 0.0, 0.0, 30.0))

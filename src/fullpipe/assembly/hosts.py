@@ -136,8 +136,10 @@ class OnHosts:
         return self._started(self.placing.decide())
 
     def again(self) -> tuple[Pipeline, Method]:
-        """Another one, for the hosts that are there now."""
-        return self._started(self.placing.decide_again())
+        """Another one, for the hosts that are there now; hosts that have come can wait for `better` if somebody asks
+        for that."""
+        adaptive = self.prepared.options.pipeline.adaptive
+        return self._started(self.placing.decide_again(newcomers=not adaptive))
 
     def better(self, gain: float) -> str | None:
         """Why another pipeline would be better, one that promises a token in at most `gain` of the time; None: there is

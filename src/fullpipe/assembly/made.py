@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fullpipe.cluster.contact import Contact
 
 _HEARTBEAT_TIMEOUT_S = 10.0
+_HOSTS_PATIENCE_S = 120.0
 
 Remade = Pipeline | tuple[Pipeline, Method]
 """Another pipeline, with another method where it is cut in another way."""
@@ -48,6 +49,11 @@ class Assembly:
         """One that knows its draft from earlier."""
         kept = kept_fates(prepared)
         return cls(prepared, pipeline, method, rebuild, kept.load() if kept else Calibration(), kept, hosts)
+
+    @property
+    def patience_s(self) -> float:
+        """For how long a service should try to have another pipeline: hosts that are lost may come back."""
+        return _HOSTS_PATIENCE_S if self.hosts else 0.0
 
     def keep(self) -> None:
         """Keep what was learned of the draft, for those who come after."""

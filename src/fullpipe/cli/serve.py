@@ -88,15 +88,18 @@ def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None
     from fullpipe.adapting import adapting
     from fullpipe.assembly import assemble
     from fullpipe.cli.hosts import print_hosts
+    from fullpipe.server.hosts import Hosts
     from fullpipe.server.live import Live
     from fullpipe.server.metrics import Metrics
 
     name = server.served_model_name[0]
-    metrics = Metrics(name)
-    live = Live(options.pipeline.stages or 1, lambda: service.status(),
-                lambda token: service.model.tokenizer.token_text(token), model_name=name, show_text=not server.api_key)
     made = assemble(options, console.print_note, tell=print_hosts)
-    service = _service(made, options, server, metrics, live)
+    hosts = Hosts(made.hosts.placing) if made.hosts else None
+    metrics = Metrics(name, hosts=hosts)
+    live = Live(lambda: service.engine.pipeline.num_stages, lambda: service.status(),
+                lambda token: service.model.tokenizer.token_text(token), hosts=hosts, model_name=name,
+                show_text=not server.api_key)
+    service = _service(made, options, server, *([hosts] if hosts else []), metrics, live)
     watching = adapting(service, made)
     try:
         app = _application(service, server, metrics, live, made.prepared.generation)
@@ -117,7 +120,7 @@ def _service(made: Assembly, options: Options, server: ServerOptions, *listeners
     try:
         service = Service(made.pipeline, made.method, made.prepared, rebuild=made.rebuild, listeners=listeners,
                           options=made.prepared.engine_options(options.engine), max_waiting=server.max_waiting,
-                          calibration=made.calibration)
+                          calibration=made.calibration, patience_s=made.patience_s)
     except BaseException:
         made.pipeline.close()
         made.close()

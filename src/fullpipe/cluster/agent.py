@@ -30,6 +30,7 @@ SAME_EVERYWHERE = "Its Fullpipe seems to be another one: install the same commit
 """The way out where hosts do not understand each other."""
 
 _SIZE = struct.Struct("<Q")
+_MOST_ECHOES = 4
 _STRANGERS = ("ValidationError", "DecodeError", "ImportError", "ModuleNotFoundError")  # of an agent with other words
 
 
@@ -44,7 +45,7 @@ class DoLook(Struct, tag=True):
 
 
 class Listen(Struct, tag=True):
-    """Has the agent listen for those who measure the way to it, until `Deafen`."""
+    """Has the agent listen for those who measure the way to it, until `Deafen` with these keys."""
 
     address: str
     port: int
@@ -52,7 +53,9 @@ class Listen(Struct, tag=True):
 
 
 class Deafen(Struct, tag=True):
-    """Ends that."""
+    """Ends that. public: the key that came with `Listen`."""
+
+    public: bytes
 
 
 class Reach(Struct, tag=True):
@@ -112,7 +115,7 @@ class Agent:
     """Does on its host what the head asks for."""
 
     def __init__(self) -> None:
-        self._echo: Echo | None = None
+        self._echoes: dict[bytes, Echo] = {}  # by public key: somebody may look at the hosts while another one does
 
     def do(self, request: bytes) -> bytes:
         """The answer to a request; both are msgpack. Never raises."""
@@ -132,21 +135,21 @@ class Agent:
 
                 return Answer(report=look(asked), processor=_processor())
             case Listen(address, port, keys):
-                self._deafen()
-                self._echo = Echo(address, port, keys)
-                return Answer(port=self._echo.port)
-            case Deafen():
-                self._deafen()
+                while len(self._echoes) >= _MOST_ECHOES:  # those of a head that is gone
+                    self._deafen(next(iter(self._echoes)))
+                echo = self._echoes[keys.public] = Echo(address, port, keys)
+                return Answer(port=echo.port)
+            case Deafen(public):
+                self._deafen(public)
                 return Answer()
             case Reach(name, address, port, keys, timeout_s, quick):
                 return Answer(pair=measure(address, port, keys, name=name, timeout_s=timeout_s, quick=quick))
             case Measure():
                 return Answer(profile=_measured(request).model_dump_json())
 
-    def _deafen(self) -> None:
-        if self._echo:
-            self._echo.close()
-            self._echo = None
+    def _deafen(self, public: bytes) -> None:
+        if echo := self._echoes.pop(public, None):
+            echo.close()
 
 
 def _measured(asked: Measure) -> Profile:

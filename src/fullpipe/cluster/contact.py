@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from fullpipe.errors import FullpipeError, PipelineError, UsageError
 from fullpipe.pipeline.launch.base import Launcher
 from fullpipe.pipeline.launch.local import LocalLauncher
 from fullpipe.pipeline.launch.ray import Cluster, Node, RayLauncher
+
+log = logging.getLogger(__name__)
 
 _PING_S = 1.0
 
@@ -81,8 +84,13 @@ class Contact(ABC):
                                             hint="Look whether it is up, has a free core, and can be reached from "
                                                  "here.")
             except Exception as error:
+                self.note_lost(host, error)
                 found[host] = _lost(host, error)
         return found
+
+    def note_lost(self, host: str, error: Exception) -> None:
+        """An agent has not answered, and will not: see to it that there is one again, if the host is there."""
+        log.debug("the agent on %s is lost: %s", host, error)
 
     def await_agents(self, timeout_s: float) -> None:
         """Return when all hosts answer. Raises PipelineError, which names those that do not."""
@@ -165,7 +173,7 @@ class _Piped:
         assert self._process.stdin and self._process.stdout
         write(self._process.stdin, request)
         if (answer := read(self._process.stdout)) is None:
-            raise PipelineError("its agent has ended")
+            raise ConnectionError("its agent has ended")
         return answer
 
     def close(self) -> None:
@@ -237,10 +245,12 @@ class RayContact(Contact):
         ray = max(1, int(self._nodes[host].all.get("CPU", 1)))
         return min(ray, self.entries[host].cores or ray)
 
-    def renew(self, host: str) -> None:
-        """Have another agent on a host whose own is gone."""
+    def note_lost(self, host: str, error: Exception) -> None:
+        """One that Ray only cannot reach now, it may reach later."""
+        super().note_lost(host, error)
         with self._changing:
-            self._agents[host] = self._cluster.actor(Agent, self._nodes[host].id)
+            if self._cluster.is_dead(error) and host in self._nodes:
+                self._agents[host] = self._cluster.actor(Agent, self._nodes[host].id)
 
     def _leave_out(self, host: str) -> None:
         self._agents.pop(host, None)

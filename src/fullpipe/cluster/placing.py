@@ -25,7 +25,7 @@ from fullpipe.cluster.report import HostReport, Problem
 from fullpipe.cluster.survey import HostCosts, Survey
 from fullpipe.cluster.surveying import Known, look_at, measure_costs, measure_links
 from fullpipe.costs import CostCurve, Machine
-from fullpipe.errors import PipelineError
+from fullpipe.errors import HostsDiffer, PipelineError, UsageError
 from fullpipe.hub.cache import from_head_folder, manifest
 from fullpipe.models.partial import Manifest, Source, needed, opening
 from fullpipe.models.ranges import CHUNK, Range, chunks, total
@@ -64,12 +64,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class HostView:
-    """Is a host as pages and tables show it. state: "ready", or "lost". stations: that it has now."""
+    """Is a host as pages and tables show it. state: "ready", or "lost", and why. stations: that it has now. head: the
+    engine is there."""
 
     name: str
     address: str
     state: str
     stations: tuple[str, ...]
+    why: str = ""
+    head: bool = False
 
 
 @dataclass(slots=True)
@@ -112,21 +115,45 @@ class Placing:
             self._count += 1
             return plan
 
-    def decide_again(self) -> Plan:
-        """Plan for the hosts that answer now and reach each other; those that have come are looked at first. A host
-        that does not fit is left out, and why is said."""
+    def decide_again(self, *, newcomers: bool = True) -> Plan:
+        """Plan for the hosts that answer now and reach each other. newcomers: those that have come are looked at first,
+        which takes its time; else only where there is no plan without them. A host that does not fit is left out, and
+        why is said; so is one that stops answering meanwhile."""
         with self._lock:
-            self.contact.refresh()
-            answering = self._answering()
-            for host in [host for host in self.known.reports if host not in answering]:
-                self._lose(host, "it does not answer")
-            self._take_in([host for host in answering if host not in self.known.reports])
-            measure_links(self.contact, self.known, quick=True)
-            self._leave_out_unreachable()
-            measure_costs(self.contact, self.known, self._measure, self.say)
-            self.plan = self._plan(list(self.known.reports))
-            self._count += 1
-            return self.plan
+            while True:
+                fresh = self._note_answering()
+                try:
+                    self._take_in(fresh if newcomers else ())
+                    self.plan = self._planned_anew(() if newcomers else fresh)
+                except PipelineError:
+                    if set(self.known.reports) <= set(self.contact.answering()):
+                        raise
+                else:
+                    self._count += 1
+                    return self.plan
+
+    def _note_answering(self) -> list[str]:
+        """Forget hosts that do not answer; those that do and are not known."""
+        self.contact.refresh()
+        answering = self.contact.answering()
+        if self.contact.head not in answering:
+            raise PipelineError("the agent on this host does not answer", hint="Start again.")
+        for host in [host for host in self.known.reports if host not in answering]:
+            self._lose(host, "it does not answer")
+        return [host for host in answering if host not in self.known.reports]
+
+    def _planned_anew(self, reserve: Sequence[str]) -> Plan:
+        """A plan for those of the known hosts that reach each other; where there is none, with a reserve of others."""
+        measure_links(self.contact, self.known, quick=True)
+        self._leave_out_unreachable()
+        measure_costs(self.contact, self.known, self._measure, self.say)
+        try:
+            return self._plan(list(self.known.reports))
+        except UsageError:
+            if not reserve:
+                raise
+        self._take_in(reserve)
+        return self._planned_anew(())
 
     def better(self, gain: float) -> str | None:
         """Why another plan would be better: one that promises a token in at most `gain` of the time that this one would
@@ -140,7 +167,7 @@ class Placing:
         self._taken_for_others = False
         other = replace(self, known=known, lost=dict(self.lost), _lock=threading.RLock())
         other._take_in(fresh)
-        measure_links(self.contact, known)
+        measure_links(self.contact, known, deaf=self._deaf(plan))
         other._leave_out_unreachable()
         measure_costs(self.contact, known, other._measure, self.say)
         best = other._plan(list(known.reports))
@@ -148,7 +175,19 @@ class Placing:
             if count != self._count:  # the pipeline has failed meanwhile, and all was decided anew
                 return None
             self.known, self.lost = known, other.lost
+        if (stages := self._missing_stages(plan, best)) is not None:
+            return f"{', '.join(fresh)} can be had: {stages} stages, as asked for"
         return _reason(plan, best, fresh, self.promised_ms(plan), gain)
+
+    def _deaf(self, plan: Plan) -> set[str]:
+        """Hosts with one port, which the pipeline has."""
+        busy = {self.contact.head, *plan.hosts, *(stage.host for stage in plan.stages)}
+        return {host for host in busy if host in self.contact.entries and self.contact.entries[host].port}
+
+    def _missing_stages(self, plan: Plan, best: Plan) -> int | None:
+        """How many stages the better plan has, if the number is pinned and this plan has too few."""
+        asked = self.pins.stages or 0
+        return len(best.stages) if len(plan.stages) < len(best.stages) <= asked else None
 
     def promised_ms(self, plan: Plan) -> float:
         """Milliseconds per token that a plan promises, as the hosts are now."""
@@ -161,12 +200,6 @@ class Placing:
             self.known.profiles[host] = slower(self.known.profiles[host], factor)
             self._taken_for_others = True
 
-    def _answering(self) -> list[str]:
-        answering = self.contact.answering()
-        if self.contact.head not in answering:
-            raise PipelineError("the agent on this host does not answer", hint="Start again.")
-        return answering
-
     def _take_in(self, fresh: Sequence[str]) -> None:
         """Look at hosts that have come; those that do not fit are left out."""
         for host in fresh:
@@ -174,7 +207,7 @@ class Placing:
                 look_at(self.contact, self.wanted.models, self.known, alone=False, hosts=[host])
                 refuse([one for one in self._problems({}, {}) if one.host == host])
             except PipelineError as error:
-                self._lose(host, error.message)
+                self._lose(host, _why(error))
             else:
                 self.lost.pop(host, None)
                 self.say(f"{host} takes part")
@@ -194,8 +227,9 @@ class Placing:
 
     def _lose(self, host: str, why: str) -> None:
         self.known.forget(host)
+        if self.lost.get(host) != why:
+            self.say(f"going on without {host}: {why}")
         self.lost[host] = why
-        self.say(f"going on without {host}: {why}")
 
     def _plan(self, hosts: Sequence[str]) -> Plan:
         """The given one while its hosts are there, else the best."""
@@ -336,16 +370,16 @@ class Placing:
     # ---- showing -------------------------------------------------------------------------------------------------
 
     def view(self) -> list[HostView]:
-        """All hosts that take part, or did."""
-        plan, head = self.plan, self.contact.head
+        """All hosts that take part, or did. It waits for nobody, so what is decided meanwhile may show in part."""
+        plan, head, reports, lost = self.plan, self.contact.head, dict(self.known.reports), dict(self.lost)
         stations: dict[str, list[str]] = {}
         for rank, stage in enumerate(plan.stages if plan else ()):
             stations.setdefault(stage.host, []).append(f"stage {rank}")
-        if plan and plan.method != "pp":
+        if plan and plan.method != "pp" and self.wanted.guesser:
             stations.setdefault(plan.draft_host or head, []).append("draft")
-        here = [HostView(name, report.address or "", "ready", tuple(stations.get(name, ())))
-                for name, report in self.known.reports.items()]
-        return here + [HostView(name, "", "lost", ()) for name in self.lost]
+        here = [HostView(name, report.address or "", "ready", tuple(stations.get(name, ())), head=name == head)
+                for name, report in reports.items()]
+        return here + [HostView(name, "", "lost", (), why) for name, why in lost.items() if name not in reports]
 
     def links(self) -> dict[tuple[str, str], Pair]:
         """What was measured between the hosts."""
@@ -353,6 +387,11 @@ class Placing:
 
     def close(self) -> None:
         self.contact.close()
+
+
+def _why(error: PipelineError) -> str:
+    """A host takes no part."""
+    return ", ".join(what for _, what, _ in error.problems) if isinstance(error, HostsDiffer) else error.message
 
 
 def _reason(plan: Plan, best: Plan, fresh: Sequence[str], now_ms: float, gain: float) -> str | None:
@@ -369,8 +408,9 @@ def _still(pins: Pins, hosts: Sequence[str]) -> Pins:
     """What of the pins can still be after hosts have gone."""
     gone = any(name not in hosts for name in (*(pins.hosts or ()), *(pins.order or ())))
     draft_host = pins.draft_host if pins.draft_host in hosts else None
-    return replace(pins, hosts=None, order=None, layers=None, draft_host=draft_host) if gone \
-        else replace(pins, draft_host=draft_host)
+    stages = min(pins.stages, len(hosts)) if pins.stages else None
+    left = replace(pins, draft_host=draft_host, stages=stages)
+    return replace(left, hosts=None, order=None, layers=None) if gone else left
 
 
 def _processor(survey: Survey, host: str) -> str:

@@ -19,7 +19,9 @@ from fullpipe.pipeline.wire import Inward, NonsenseError, Outward, decode, encod
 
 _STOP_S = 1.0  # what a worker gets to leave by itself,
 _TERM_S = 0.4  # and then after SIGTERM, before SIGKILL
-_KILL_S = 0.6  # until one counts as out of reach: its host will end it when it hears nothing of us
+_KILL_S = 2.0  # for a host that is far to have done so
+_SILENT_S = 2.0  # who has said nothing for so long does not hear us either: it gets SIGKILL at once,
+_CUT_OFF_S = 1.0  # and if it outlives that, its host cannot be reached: it ends by itself, for want of an engine
 _SAYS = b" says"
 
 News = FromWorker | EOFError | NonsenseError
@@ -141,8 +143,8 @@ class Fleet:
                 yield worker, EOFError()
 
     def close(self) -> None:
-        """End every process and wait until it is gone: at most about two seconds. May be called
-        again, and from any thread."""
+        """End every process and wait until it is gone, or cannot be reached: at most about two seconds where they are
+        near, or silent already. May be called again, and from any thread."""
         with self._closing:
             if self.closed or self._owner != os.getpid():  # a fork does not own the processes
                 return
@@ -160,21 +162,31 @@ class Fleet:
                 self._launcher.close()
 
     def _end_processes(self) -> None:
-        for worker in self.workers:
+        silent = self._silent()
+        hearing = [worker for worker in self._running() if worker not in silent]
+        for worker in silent:
+            worker.process.kill()
+        for worker in hearing:
             if not worker.greeted:  # it cannot hear us
                 worker.process.terminate()
-        self._wait(_STOP_S)
-        for worker in self._running():
+        hearing = self._left(hearing, _STOP_S)
+        for worker in hearing:
             worker.process.terminate()
-        self._wait(_TERM_S)
-        for worker in self._running():
+        hearing = self._left(hearing, _TERM_S)
+        for worker in hearing:
             worker.process.kill()
-        self._wait(_KILL_S)
+        self._left(hearing, _KILL_S)
+        self._left(silent, _CUT_OFF_S)
 
     def _running(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.process.alive()]
 
-    def _wait(self, seconds: float) -> None:
+    def _silent(self) -> list[Worker]:
+        """Who spoke once and does not any more."""
+        now = time.monotonic()
+        return [worker for worker in self._running() if worker.greeted and now - worker.heard > _SILENT_S]
+
+    def _left(self, workers: list[Worker], seconds: float) -> list[Worker]:
+        """Who of them still runs after so many seconds."""
         deadline = time.monotonic() + seconds
-        for worker in self.workers:
-            worker.process.wait(max(0.0, deadline - time.monotonic()))
+        return [worker for worker in workers if not worker.process.wait(max(0.0, deadline - time.monotonic()))]

@@ -43,7 +43,8 @@ class Door(Struct):
 
     name, rank: of the station; the draft's number is behind those of the stages. engine: endpoint of the engine's
     socket. listen: endpoints of the station's own, for those who bring hidden states; none where nobody does.
-    patience_s: seconds without the engine after which the process ends by itself. start_timeout: seconds for which it
+    silence_s: without any sign of life, after which a connection counts as lost. patience_s: seconds without one to the
+    engine after which the process ends by itself. start_timeout: seconds for which it
     waits to be told what it is to be. parent: the process that starts it, without which it ends.
     """
 
@@ -52,6 +53,7 @@ class Door(Struct):
     engine: str
     keys: RunKeys
     listen: list[str]
+    silence_s: float
     patience_s: float
     start_timeout: float
     parent: int = 0

@@ -12,7 +12,7 @@ from fullpipe.errors import FullpipeError, StationFailed, UsageError
 from fullpipe.models.partial import Source
 from fullpipe.models.ranges import Range
 from fullpipe.pipeline.fleet import Fleet, News, Worker
-from fullpipe.pipeline.frames import Beat, Broken, Door, Fetch, Fetched, Hello, Part, Setup, Up, Want
+from fullpipe.pipeline.frames import Beat, Broken, Door, Fetch, Fetched, Hello, Lost, Part, Setup, Up, Want
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch.base import Launcher, Needs
 from fullpipe.pipeline.launch.local import LocalLauncher
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _LEAST_PATIENCE_S = 5.0
 _TOLD_EVERY_S = 2.0
+_HELLO_S = 60.0  # for a process on another host to come to be; what takes long comes later
+_LOOK_S = 1.0
+_SILENT_S = 15.0  # one that builds its station may be busy for a while without a sign of life, but not so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +144,8 @@ class Layout:
         """What a process is handed. endpoints: at which the engine listens."""
         kind = "ipc:" if self.hosting.place(rank).host == self.hosting.head.host else "tcp:"
         engine = next(one for one in endpoints if one.startswith(kind))
-        return Door(self.names[rank], rank, engine, keys, self.listens(rank),
-                    max(_LEAST_PATIENCE_S, 2 * self.silence_s), self.start_timeout)
+        return Door(self.names[rank], rank, engine, keys, self.listens(rank), self.silence_s,
+                    max(_LEAST_PATIENCE_S, self.silence_s), self.start_timeout)
 
     def setup(self, rank: int, workers: Sequence[Worker]) -> Setup:
         """What a station is told; all have said where they listen."""
@@ -184,24 +187,40 @@ class _Starting:
     def __init__(self, fleet: Fleet, layout: Layout, deadline: float) -> None:
         self._fleet, self._layout, self._deadline = fleet, layout, deadline
         self._told_at: dict[str, float] = {}
+        self._begun = self._told = time.monotonic()
 
     def run(self) -> None:
         self._await(Hello)
         for rank, worker in enumerate(self._fleet.workers):
             self._fleet.send(worker, self._layout.setup(rank, self._fleet.workers))
+        self._told = time.monotonic()
         self._await(Up)
 
     def _await(self, kind: type[Hello] | type[Up]) -> None:
         """Return when all have said that."""
         missing = {worker.name for worker in self._fleet.workers}
         while missing:
-            remaining = self._deadline - time.monotonic()
+            remaining = self._until(kind) - time.monotonic()
             if remaining <= 0:
                 self._give_up([worker for worker in self._fleet.workers if worker.name in missing], kind)
-            for worker, news in self._fleet.receive(remaining):
+            if kind is Up:
+                self._check_signs_of_life()
+            for worker, news in self._fleet.receive(min(remaining, _LOOK_S)):
                 self._take(worker, news)
                 if isinstance(news, kind):
                     missing.discard(worker.name)
+
+    def _until(self, kind: type[Hello] | type[Up]) -> float:
+        """Until when all must have said that."""
+        far = kind is Hello and any(worker.host for worker in self._fleet.workers)
+        return min(self._deadline, self._begun + _HELLO_S) if far else self._deadline
+
+    def _check_signs_of_life(self) -> None:
+        """They beat from when they were told what to be."""
+        limit = max(_SILENT_S, 3 * self._layout.silence_s)
+        for worker in self._fleet.workers:
+            if time.monotonic() - max(worker.heard, self._told) > limit:
+                raise StationFailed(worker.label, f"no sign of life for {limit:g} s while it was started")
 
     def _take(self, worker: Worker, news: News) -> None:
         """Raises unless it is something that a worker says while all goes well."""
@@ -220,6 +239,8 @@ class _Starting:
                 raise _as_error(worker, error, message, hint)
             case EOFError():
                 raise StationFailed(worker.label, worker.how_it_ended())
+            case Lost(message):
+                raise StationFailed(worker.label, message)
             case _:
                 raise StationFailed(worker.label, f"answers nonsense: {news!s:.200}{worker.log_tail()}")
 
@@ -244,10 +265,11 @@ class _Starting:
 
     def _give_up(self, missing: Sequence[Worker], kind: type[Hello] | type[Up]) -> None:
         names = ", ".join(worker.label for worker in missing)
-        seconds = self._layout.start_timeout
+        seconds = self._until(kind) - self._begun
         if kind is Hello and any(worker.host for worker in missing):
+            tail = next(filter(None, (worker.log_tail() for worker in missing)), "")
             raise StationFailed(names, f"did not reach the engine at {self._fleet.endpoints[-1]} within {seconds:g} s"
-                                f"{missing[0].log_tail()}",
+                                f"{tail}",
                                 hint="Can those hosts reach this address and port? `host_ip` and `interface` choose "
                                      "another address.")
         raise StationFailed(names, f"not ready after {seconds:g} s",

@@ -96,8 +96,15 @@ class Watch:
                 return under_way.holder(), (f"no progress for {self._timeout:g} s with {what} "
                                             f"{under_way.expected[0].id}")
         if self._lost and now - self._lost[0] > _GRACE_S:
-            return self._lost[1:]
+            return self._culprit(*self._lost, now)
         return None
+
+    def _culprit(self, since: float, worker: Worker, message: str, now: float) -> tuple[Worker, str]:
+        """Who is to blame for a broken connection: a station of which nothing was heard since, while others beat."""
+        for other in self._workers:
+            if other is not worker and other.heard < since:
+                return other, f"no sign of life for {now - other.heard:.1f} s, and {worker.label} {message}"
+        return worker, message
 
     def patience(self) -> float:
         """Seconds until there may be a complaint."""

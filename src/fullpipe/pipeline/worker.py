@@ -52,7 +52,7 @@ def main() -> None:
     door = _door()
     die_with_parent(door.parent)
     threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
-    net = Net(door.keys, door.patience_s)
+    net = Net(door.keys, door.silence_s)
     lines = Lines(net, door.engine, door.name)
     inlet, listens = _listen(net, lines, door)
     connections = Connections(lines.news, door.patience_s)

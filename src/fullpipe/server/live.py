@@ -23,10 +23,11 @@ from fastapi import APIRouter, Depends, Request, params
 from fastapi.responses import HTMLResponse, Response
 
 from fullpipe.engine import RequestStats, Stats
-from fullpipe.events import Admitted, Emitted, Fate, Finished, Launched
+from fullpipe.events import Admitted, Attached, Emitted, Fate, Finished, Launched
 from fullpipe.messages import Drafted, Event, Landed, Leg, Ready
 from fullpipe.options import ServerOptions
 from fullpipe.server.guard import EventStream, needs_key
+from fullpipe.server.hosts import Hosts
 from fullpipe.server.problems import Problem, retry_after
 from fullpipe.supervision import Observer, Status
 from fullpipe.trace.flying import Flying
@@ -61,15 +62,16 @@ class _Stay:
 class Live(Observer):
     """Watches a service. May be called from any thread.
 
-    num_stages: how many to show. status: of the service. text_of: what a token reads as. show_text: False hides the
-    tokens' text from the feed (it is that of all users). clock: the pipeline's.
+    num_stages: how many the pipeline has now. status: of the service. text_of: what a token reads as. hosts: where the
+    stages are, if on several. show_text: False hides the tokens' text from the feed (it is that of all users). clock:
+    the pipeline's.
     """
 
-    def __init__(self, num_stages: int, status: Callable[[], Status], text_of: Callable[[int], str], *,
-                 model_name: str = "", show_text: bool = True, max_watchers: int = 32,
+    def __init__(self, num_stages: Callable[[], int], status: Callable[[], Status], text_of: Callable[[int], str], *,
+                 hosts: Hosts | None = None, model_name: str = "", show_text: bool = True, max_watchers: int = 32,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._num_stages, self._status, self._text_of = num_stages, status, text_of
-        self._model_name, self._show_text = model_name, show_text
+        self._hosts, self._model_name, self._show_text = hosts, model_name, show_text
         self._max_watchers, self._clock = max_watchers, clock
         self._lock = threading.Lock()
         self._version, self._watchers, self._closed = 0, 0, False
@@ -97,6 +99,9 @@ class Live(Observer):
 
     def _hear(self, event: Event) -> None:
         match event:
+            case Attached():  # what was seen of the old stages tells nothing of the new ones
+                self._stays.clear()
+                self._took, self._began = {}, None
             case Ready():
                 self._out = max(self._flying.flights, default=self._out)
             case Admitted():
@@ -131,18 +136,20 @@ class Live(Observer):
         """What the page shows, as JSON has it. Shares lie between 0 and 1; null is what is not known yet.
 
         Of a stage: `rows`, guesses that are there, and `prompts`, rows of prompts, both as [request, count]; of a
-        request the same over all stages, `flying` and `prompt`. Of a token: its request, its text, its fate.
+        request the same over all stages, `flying` and `prompt`. Of a token: its request, its text, its fate. Of several
+        hosts: see `Hosts.picture`; null on one machine.
         """
-        status = self._status()
+        status, hosts = self._status(), self._hosts.picture() if self._hosts else None
         with self._lock:
             now = self._clock()
             drafts = any(stay.station == "draft" for stay in self._stays)
             return {"model": self._model_name, **_of_status(status), "stages": self._stages(now),
                     "draft": {"busy": self._busy("draft", now)} if drafts else None,
-                    "requests": self._told_requests(), "tokens": self._told_tokens(), **self._rates(now)}
+                    "requests": self._told_requests(), "tokens": self._told_tokens(), "hosts": hosts,
+                    **self._rates(now)}
 
     def _stages(self, now: float) -> list[dict[str, Any]]:
-        names = [f"stage {k}" for k in range(self._num_stages)]
+        names = [f"stage {k}" for k in range(self._num_stages())]
         there: list[list[Launched]] = [[] for _ in names]
         for place, flight in self._places(names, now):
             there[place].append(flight)
@@ -199,7 +206,7 @@ class Live(Observer):
         return {"tokens_per_s": round(fates.total() / WINDOW, 1),
                 "hit_rate": _share(fates["hit"], counted),
                 "acceptance": round(1 + fates["hit"] / max(fates["miss"], 1), 2) if counted else None,
-                "fill": _share(alive, self._num_stages * (until - since))}
+                "fill": _share(alive, self._num_stages() * (until - since))}
 
     # ---- HTTP --------------------------------------------------------------------------------------------
 

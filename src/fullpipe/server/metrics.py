@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 from fullpipe.engine import RequestStats, Stats, Totals
 from fullpipe.events import Admitted, Emitted, Finished, Launched, Submitted
 from fullpipe.messages import Drafted, Event, Landed, Leg
+from fullpipe.server.hosts import Hosts, station_and_host
 from fullpipe.supervision import Observer, State, Status
 from fullpipe.trace.flying import Flying
 
@@ -111,11 +112,12 @@ class _Life:
 class Metrics(Observer, Collector):
     """Counts for a service. May be called from any thread.
 
-    model_name: the label on everything. vllm_names: also say what vLLM has under vLLM's name, with its labels.
+    model_name: the label on everything. hosts: where the stages are, if on several; restarts carry the host then.
+    vllm_names: also say what vLLM has under vLLM's name, with its labels.
     """
 
-    def __init__(self, model_name: str, *, vllm_names: bool = True) -> None:
-        self._labels, self._vllm_names = {"model_name": model_name}, vllm_names
+    def __init__(self, model_name: str, *, hosts: Hosts | None = None, vllm_names: bool = True) -> None:
+        self._labels, self._hosts, self._vllm_names = {"model_name": model_name}, hosts, vllm_names
         self._lock = threading.Lock()
         self._stats = Stats()
         self._status = Status("ready", 0, 0, 0, 0, 0)
@@ -130,7 +132,8 @@ class Metrics(Observer, Collector):
         self._ended = Counter("request_success", "Requests that have ended, by reason.", ["finished_reason"],
                               registry=own)
         self._restarts = Counter("restarts", "Times that the pipeline was built anew, by the station that failed.",
-                                 ["station"], registry=own)
+                                 ["station", "host"] if hosts else ["station"], registry=own)
+        self._recuts = Counter("recuts", "Times that the pipeline was exchanged for a better one.", registry=own)
         for reason in REASONS:
             self._ended.labels(reason)
         self.registry = CollectorRegistry()
@@ -143,7 +146,10 @@ class Metrics(Observer, Collector):
         self._stats = stats
 
     def on_restart(self, station: str, reason: str) -> None:
-        self._restarts.labels(station).inc()
+        self._restarts.labels(*(station_and_host(station) if self._hosts else (station,))).inc()
+
+    def on_recut(self, why: str) -> None:
+        self._recuts.inc()
 
     def on_engine_time(self, seconds: float) -> None:
         self._counts["engine_seconds"].inc(seconds)
@@ -224,8 +230,9 @@ class Metrics(Observer, Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
+        of_hosts = list(_of_hosts(self._hosts)) if self._hosts else []
         with self._lock:
-            families = [*self._own.collect(), *self._of_totals(), *self._of_stages(), *self._of_state()]
+            families = [*self._own.collect(), *self._of_totals(), *self._of_stages(), *self._of_state(), *of_hosts]
         for family in families:
             yield _named("fullpipe_", family, self._labels)
         for family in families if self._vllm_names else ():
@@ -268,6 +275,25 @@ class Metrics(Observer, Collector):
         for state in get_args(State):
             states.add_metric([state], float(state == status.state))
         yield states
+
+
+def _of_hosts(hosts: Hosts) -> Iterator[Metric]:
+    up = GaugeMetricFamily("host_up", "1 for a host that can take part, 0 for one that is lost.", labels=["host"])
+    for host in hosts.hosts():
+        up.add_metric([host.name], float(host.state != "lost"))
+    latency = GaugeMetricFamily("link_latency_seconds", "From one host to another, one way, as measured.",
+                                labels=["from", "to"])
+    bandwidth = GaugeMetricFamily("link_bandwidth_bytes_per_second", "From one host to another, as measured (+Inf: "
+                                  "without bound).", labels=["from", "to"])
+    for way, link in sorted(hosts.links().items()):
+        latency.add_metric(way, link.latency_s)
+        bandwidth.add_metric(way, link.bandwidth)
+    yield from (up, latency, bandwidth)
+    for name, text, seconds in (
+            ("planned_seconds_per_token", "What the plan promises one request alone.", hosts.planned_s),
+            ("seen_seconds_per_token", "Mean time between a request's tokens lately, on this pipeline.", hosts.seen_s)):
+        if seconds is not None:
+            yield GaugeMetricFamily(name, text, seconds)
 
 
 def _spans(stats: RequestStats) -> dict[str, float]:

@@ -54,14 +54,14 @@ class Cluster:
 
     def __init__(self, address: str | None = None) -> None:
         self.ray = _ray()
-        _check_reachable(address or os.environ.get("RAY_ADDRESS"))
+        address = address or os.environ.get("RAY_ADDRESS") or _here()
+        _check_reachable(address)
         with _own_signals():
             self._connect(address)
 
-    def _connect(self, address: str | None) -> None:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    def _connect(self, where: str) -> None:
         try:
-            self.ray.init(address=address or "auto", namespace="fullpipe", log_to_driver=False,
+            self.ray.init(address=where, namespace="fullpipe", log_to_driver=False,
                           configure_logging=False, logging_level="ERROR")
         except BaseException as error:
             self.ray.shutdown()  # of what has been begun
@@ -83,6 +83,10 @@ class Cluster:
         return self.ray.remote(kind).options(
             num_cpus=cpus, num_gpus=gpus, memory=memory or None, max_concurrency=8, max_restarts=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+
+    def is_dead(self, error: Exception) -> bool:
+        """Whether this says of an actor that it has ended, for ever."""
+        return isinstance(error, self.ray.exceptions.ActorDiedError)
 
     def close(self) -> None:
         """Leave the cluster. Actors that are left end."""
@@ -264,10 +268,23 @@ def _ray() -> Any:
     return ray
 
 
+def _here() -> str:
+    """The head of this machine's Ray, as Ray itself finds it: the last that was started, else one that runs. What it
+    finds may be gone. Raises UsageError where there is none, or several."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    try:
+        return str(canonicalize_bootstrap_address_or_die("auto"))
+    except ConnectionError as error:
+        raise _refusal("this machine", str(error)) from None
+
+
 def _refusal(where: str, what: str) -> UsageError:
     """The error for what Ray says when it does not connect."""
     if "not find any running Ray" in what:
         return UsageError(f"no Ray runs at {where}", hint=_HOW_TO_START)
+    if "multiple active Ray" in what:
+        return UsageError(f"several Rays run at {where}", hint="Name the head of one: `ray_address=HOST:6379`.")
     if "ersion mismatch" in what:
         return UsageError(f"the Ray at {where} is of another version: {what.partition(chr(10))[0]}",
                           hint="All hosts need one version of Ray and of Python.")

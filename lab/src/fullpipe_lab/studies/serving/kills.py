@@ -27,9 +27,9 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import count, cycle, islice
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,15 +38,12 @@ import psutil
 
 from fullpipe.cli.console import print_table
 from fullpipe.errors import FullpipeError
-from fullpipe.prompts import bundled
 from fullpipe.server.load import Spread
 from fullpipe_lab.receipts import save_receipt, study_receipt
 from fullpipe_lab.studies.serving.processes import (
     Ask,
     Readiness,
-    Reply,
     add_common,
-    ask,
     readiness,
     restarts_by_station,
     server_of,
@@ -54,53 +51,19 @@ from fullpipe_lab.studies.serving.processes import (
     station_names,
     workers,
 )
-from fullpipe_lab.studies.serving.servers import MODEL_NAME, Running, running
+from fullpipe_lab.studies.serving.servers import Running, running
+from fullpipe_lab.studies.serving.under_load import Load, asks, keep_asking, say, undisturbed
 
 T = TypeVar("T")
 Moment = Literal["serving", "rebuilding"]
 
 _MAX_LEN, _MAX_SEQS = 1024, 4  # fewer than clients: some wait for admission when it happens
-_LIMIT_S = 300.0  # for one answer, rebuilding included
 _NOTICE_S, _REBUILD_S = 90.0, 180.0  # at most
 _LOOK_S = 0.02  # between looks at /ready
 _PAUSE_S = (0.1, 5.0)  # of undisturbed service before the next strike
 _REST_S = (2.5, 5.0)  # the same where the strikes before came early: all who run get on meanwhile
 _MOST_EARLY = 2
 _IN_REBUILD_S = (0.0, 3.0)  # after the victim's process is there
-_COMMON = ("You are a careful assistant. Answer in complete sentences, name your sources where you have any, and say "
-           "so when you do not know. Keep to the question that was asked, and be brief. ")
-
-
-# ---- what is asked ---------------------------------------------------------------------------------------
-
-_STREAM: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-_GREEDY: dict[str, Any] = {"temperature": 0}
-# Fields beside model, prompt and seed; "chat" and "common" are ours. Cycled over the prompts.
-_KINDS: tuple[dict[str, Any], ...] = (
-    {"chat": True, "max_tokens": 96, **_GREEDY, **_STREAM},
-    {"chat": True, "max_tokens": 160, "temperature": 1.0, "common": True, **_STREAM},
-    {"chat": False, "max_tokens": 24, **_GREEDY},
-    {"chat": True, "max_tokens": 64, "temperature": 0.8, "top_p": 0.9, **_STREAM},
-    {"chat": True, "max_tokens": 48, "common": True, **_GREEDY},
-    {"chat": False, "max_tokens": 72, "temperature": 0.7, "n": 2, **_STREAM},
-    {"chat": True, "max_tokens": 128, "repetition_penalty": 1.2, **_GREEDY, **_STREAM},
-    {"chat": True, "max_tokens": 40, "temperature": 1.3, "top_k": 40, "common": True, "logprobs": True,
-     "top_logprobs": 2, **_STREAM},
-    {"chat": False, "max_tokens": 80, "temperature": 1.0, "stop": ["\n\n", "."], **_STREAM},
-    {"chat": True, "max_tokens": 8, **_GREEDY, **_STREAM},
-)
-
-
-def asks(number: int) -> list[Ask]:
-    """The first so many requests; the same at any time."""
-    made = []
-    for place, (prompt, kind) in enumerate(zip(islice(cycle(bundled()), number), cycle(_KINDS))):
-        body = {"model": MODEL_NAME, "seed": 1000 + place,
-                **{key: value for key, value in kind.items() if key not in ("chat", "common")}}
-        text = (_COMMON if kind.get("common") else "") + prompt.text
-        body |= {"messages": [{"role": "user", "content": text}]} if kind["chat"] else {"prompt": text}
-        made.append(Ask(f"{place}/{prompt.id}", kind["chat"], body))
-    return made
 
 
 # ---- what is done to the server --------------------------------------------------------------------------
@@ -170,102 +133,20 @@ class Blow:
     reason: str = ""
 
 
-@dataclass(slots=True)
-class Sample:
-    """A request under load. Seconds since the load began. strikes: while it was under way; retries: of refusals."""
-
-    ask: str
-    sent_s: float
-    end_s: float
-    strikes: int
-    retries: int
-    tokens: int | None
-    fault: str
-
-
-@dataclass(slots=True)
-class Pending:
-    """A request that is under way at a client."""
-
-    sent: float
-    begun: bool = False
-
-
 @dataclass
-class Trial:
-    """A run's state. expected: of each ask, what it must answer."""
+class Trial(Load):
+    """A run's state. old: pids of the pipeline that was struck last."""
 
+    _: KW_ONLY
     server: Running
-    client: httpx.AsyncClient
     num_stages: int
-    expected: dict[str, Reply]
-    started: float = field(default_factory=time.monotonic)
-    pending: dict[int, Pending] = field(default_factory=dict)
-    texts_at: list[float] = field(default_factory=list)
-    struck_at: list[float] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
     blows: list[Blow] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    old: set[int] = field(default_factory=set)  # pids of the pipeline that was struck last
-
-    def now(self) -> float:
-        return time.monotonic() - self.started
+    old: set[int] = field(default_factory=set)
 
     async def look(self) -> Readiness:
         if self.server.process.poll() is not None:
             raise FullpipeError(f"the server has ended with code {self.server.process.returncode}")
         return await readiness(self.client, self.server.url)
-
-
-# ---- the clients -----------------------------------------------------------------------------------------
-
-
-async def keep_asking(trial: Trial, own: int, what: Iterable[Ask], enough: asyncio.Event) -> None:
-    """One request after another until it is enough; the last one is waited for."""
-    for one in what:
-        if enough.is_set():
-            return
-        await _one(trial, own, one)
-
-
-async def _one(trial: Trial, own: int, what: Ask) -> None:
-    here = trial.pending[own] = Pending(time.monotonic())
-    retries = 0
-
-    def on_text(now: float) -> None:
-        here.begun = True
-        trial.texts_at.append(now)
-
-    while True:
-        reply = await ask(trial.client, trial.server.url, what, _LIMIT_S, on_text)
-        if not reply.turned_away or retries >= 20:
-            break
-        retries += 1
-        await asyncio.sleep(min(float(reply.retry_after or 1), 5.0))
-    del trial.pending[own]
-    fault = reply.error or reply.differs(trial.expected[what.name])
-    end = time.monotonic()
-    trial.samples.append(Sample(what.name, here.sent - trial.started, end - trial.started,
-                                sum(here.sent < at < end for at in trial.struck_at), retries, reply.tokens, fault))
-    if fault:
-        trial.faults.append(f"request {what.name}: {fault}")
-        say(f"    FAULT {trial.faults[-1][:500]}")
-
-
-async def undisturbed(trial: Trial, what: Sequence[Ask], clients: int) -> None:
-    """Every ask once, with as many under way as later. Raises FullpipeError where one fails with nothing done to it."""
-    left = iter(what)
-
-    async def worker() -> None:
-        for one in left:
-            reply = await ask(trial.client, trial.server.url, one, _LIMIT_S)
-            if reply.error:
-                raise FullpipeError(f"{one.name} fails on a server to which nothing was done: {reply.error}")
-            trial.expected[one.name] = reply
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(clients):
-            group.create_task(worker())
 
 
 # ---- the killer ------------------------------------------------------------------------------------------
@@ -332,9 +213,8 @@ async def _hit(trial: Trial, strike: Strike, victim: psutil.Process) -> Blow:
     grown = Counter(await restarts_by_station(trial.client, trial.server.url)) - Counter(counted)
     blow.named = ", ".join(sorted(grown.elements()))
     if blow.named != strike.victim:
-        trial.faults.append(f"strike {strike.number}: {strike.signal} of {strike.victim}, and /metrics names "
-                            f"{blow.named or 'nobody'}: {blow.reason}")
-        say(f"    FAULT {trial.faults[-1]}")
+        trial.fault(f"strike {strike.number}: {strike.signal} of {strike.victim}, and /metrics names "
+                    f"{blow.named or 'nobody'}: {blow.reason}")
     return blow
 
 
@@ -368,7 +248,7 @@ async def run(asked: argparse.Namespace, server: Running) -> Trial:
     what = asks(asked.requests)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
-        trial = Trial(server, client, asked.stages, {})
+        trial = Trial(client, server.url, server=server, num_stages=asked.stages)
         say(f"asking {len(what)} requests of a server to which nothing is done")
         try:
             await undisturbed(trial, what, asked.clients)
@@ -452,10 +332,6 @@ def _line(blow: Blow) -> str:
     ready = f"ready after {blow.ready_s:5.2f} s" if blow.ready_s is not None else "struck again before it was ready"
     return (f"{blow.number + 1:4d}  {blow.signal} {blow.victim:8s} ({blow.state}), {blow.in_flight} in flight, "
             f"{blow.begun} begun; noticed after {blow.noticed_s:5.2f} s, {ready}")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -40,6 +40,12 @@ print(flush=True)
 server.accept()
 """
 
+ASK = """
+import json, sys, urllib.request
+request = urllib.request.Request(sys.argv[1], sys.argv[2].encode(), {"Content-Type": "application/json"})
+print(json.load(urllib.request.urlopen(request, timeout=30))["choices"][0]["text"])
+"""
+
 # What is asked for: lines of each host in the hosts file ({h3} is an address), options, and the exit code, what the
 # error says, and what the hint does.
 BAD: dict[str, tuple[dict[str, str], tuple[str, ...], int, str, str]] = {
@@ -327,11 +333,8 @@ def _busy(running: Running, seconds: float) -> float:
 
 def _asked(nodes: RayNodes) -> str:
     """What the server answers to somebody on its host."""
-    ask = ("import json, sys, urllib.request as r\n"
-           "q = r.Request(sys.argv[1], json.dumps({'prompt': 'def f(x):', 'max_tokens': 4, 'model': sys.argv[2]}).encode(),"
-           " {'Content-Type': 'application/json'})\n"
-           "print(json.load(r.urlopen(q, timeout=30))['choices'][0]['text'])")
-    done = nodes.lab.run("h1", [sys.executable, "-c", ask, f"http://127.0.0.1:{SERVED}/v1/completions", MODEL],
+    asked = json.dumps({"model": MODEL, "prompt": "def f(x):", "max_tokens": 4})
+    done = nodes.lab.run("h1", [sys.executable, "-c", ASK, f"http://127.0.0.1:{SERVED}/v1/completions", asked],
                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return str(done.stdout)

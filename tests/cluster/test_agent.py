@@ -19,7 +19,8 @@ def encoded(thing: object) -> bytes:
     return msgspec.msgpack.encode(thing)
 
 
-@pytest.mark.parametrize("request_", [b"", b"nonsense", encoded({"type": "DoLookAround"}), encoded({"type": "Listen"})])
+@pytest.mark.parametrize("request_", [b"", b"\xff", b"\x93", encoded({"type": "Reboot"}),
+                                      encoded({"type": "Listen"})])
 def test_words_that_it_does_not_know_are_another_version(request_: bytes) -> None:
     with pytest.raises(PipelineError) as caught:
         told(Agent().do(request_), "beta")

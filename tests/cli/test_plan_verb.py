@@ -59,6 +59,7 @@ def test_without_hosts_it_measures_this_machine(models: Models, tmp_path: Path,
 
 @pytest.mark.parametrize(("options", "says"), [
     (("--order", "a,z"), "there is no host z"), (("--layers", "5"), "whose order is not"),
+    (("--stages", "2"), "stages of a plan are hosts, and there is one"), (("--host-ip", "::1"), "is for several hosts"),
     (("--layers", "x"), "--layers takes whole numbers"), (("--width", "0"), "1 row or more"),
     (("--draft", "none", "--method", "fullpipe"), "needs a draft"), (("--cut", "best"), "cut")])
 def test_what_cannot_be_planned_is_told(models: Models, hosts: Survey, options: tuple[str, ...], says: str) -> None:

@@ -191,7 +191,16 @@ def test_pins_that_cannot_be_are_told(pins: Pins, says: str) -> None:
 def test_a_model_that_fits_nowhere_is_told_with_what_it_needs() -> None:
     with pytest.raises(UsageError, match="no memory for the model") as told:
         search(imagined({"a": host(free=100 * MEGA), "b": host(free=100 * MEGA)}), MODEL)
-    assert told.value.hint and "0.94 GB" in told.value.hint
+    assert told.value.hint and "0.94 GB" in told.value.hint and "a 0.09, b 0.09" in told.value.hint
+
+
+def test_more_stages_than_memory_allows_are_told_to_be_too_many() -> None:
+    hosts = imagined({"a": host(), "b": host(free=MEGA)})
+    with pytest.raises(UsageError, match="2 stages have no room on these hosts; another number has") as told:
+        search(hosts, MODEL, Pins(stages=2))
+    assert told.value.hint and "b 0.00" in told.value.hint
+    with pytest.raises(UsageError, match="the model has no room on b"):
+        search(hosts, MODEL, Pins(order=("b",)))
 
 
 # ---- many hosts --------------------------------------------------------------------------------------------

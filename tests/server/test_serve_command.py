@@ -35,7 +35,7 @@ class NoService:
 class NothingMade:
     """A test double of `Assembly`."""
 
-    pipeline = method = rebuild = calibration = hosts = None
+    pipeline = method = rebuild = calibration = hosts = patience_s = None
     prepared = SimpleNamespace(engine_options=lambda asked: asked, unshared=lambda asked: None,
                                generation=Generation(), cache_told=lambda total: f"the cache holds {total} tokens")
 

@@ -168,7 +168,7 @@ class Placing:
         self._taken_for_others = False
         other = replace(self, known=known, lost=dict(self.lost), _lock=threading.RLock())
         other._take_in(fresh)
-        measure_links(self.contact, known, busy=self._with_ports_taken(plan))
+        measure_links(self.contact, known, deaf=self._deaf(plan))
         other._leave_out_unreachable()
         measure_costs(self.contact, known, other._measure, self.say)
         best = other._plan(list(known.reports))
@@ -180,10 +180,10 @@ class Placing:
             return f"{', '.join(fresh)} can be had: {stages} stages, as asked for"
         return _reason(plan, best, fresh, self.promised_ms(plan), gain)
 
-    def _with_ports_taken(self, plan: Plan) -> list[str]:
-        """The hosts that have one data port only, which the pipeline of this plan uses."""
-        return [host for host, entry in self.contact.entries.items()
-                if entry.port and host in (self.contact.head, *plan.hosts)]
+    def _deaf(self, plan: Plan) -> set[str]:
+        """Hosts with one port, which the pipeline has."""
+        busy = {self.contact.head, *plan.hosts, *(stage.host for stage in plan.stages)}
+        return {host for host in busy if host in self.contact.entries and self.contact.entries[host].port}
 
     def _missing_stages(self, plan: Plan, best: Plan) -> int | None:
         """How many stages the better plan has, if the number is pinned and this plan has too few."""

@@ -56,10 +56,10 @@ def look_at(contact: Contact, models: Sequence[str], known: Known, *, alone: boo
         known.reports[host], known.processors[host] = answer.report, answer.processor
 
 
-def measure_links(contact: Contact, known: Known, *, quick: bool = False, busy: Collection[str] = ()) -> None:
+def measure_links(contact: Contact, known: Known, *, quick: bool = False, deaf: Collection[str] = ()) -> None:
     """Take in what lies between the hosts, both ways. Who cannot reach whom goes into the reports. quick: what is known
-    is not measured again, only tried, and with little patience. busy: hosts whose data port a pipeline has, so that
-    nobody measures the way to them; that from them may do.
+    is not measured again, only tried, and with little patience. deaf: hosts whose port is in use by a pipeline that
+    runs: ways to them are taken to be like those from them.
 
     Raises UsageError for a port that is in use, with the host.
     """
@@ -67,7 +67,7 @@ def measure_links(contact: Contact, known: Known, *, quick: bool = False, busy: 
     addresses = {host: report.address for host, report in known.reports.items() if report.address}
     keys = RunKeys.new()
     hearing: dict[str, Request] = {host: Listen(address, contact.entries[host].port, keys)
-                                   for host, address in addresses.items() if host not in busy}
+                                   for host, address in addresses.items() if host not in deaf}
     try:
         ports = {host: answer.port or 0 for host, answer in contact.ask_all(hearing, timeout_s).items()}
         for pairs in rounds(list(addresses)):
@@ -76,6 +76,9 @@ def measure_links(contact: Contact, known: Known, *, quick: bool = False, busy: 
             _take(asked, contact.try_all(asked, 4 * timeout_s), known)
     finally:
         contact.try_all(dict.fromkeys(hearing, Deafen(keys.public)), timeout_s)
+    for (a, b), pair in list(known.pairs.items()):
+        if a in deaf:
+            known.pairs.setdefault((b, a), pair)
 
 
 def _take(asked: Mapping[str, Request], answers: Mapping[str, Answer | FullpipeError], known: Known) -> None:

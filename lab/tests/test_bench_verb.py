@@ -74,6 +74,11 @@ def test_a_receipt_a_report_and_a_table(folder: Path) -> None:
     assert table["pp"] == 1 < table["chain"] < table["fullpipe"]
 
 
+def test_hosts_are_measured_elsewhere(folder: Path) -> None:
+    told = refused(bench(folder, hosts="ray"))
+    assert "virtual time" in told and "fullpipe_lab.studies.hosts" in told
+
+
 def test_again_runs_nothing_and_says_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench(folder)
     samples = (folder / "out" / "samples.jsonl").read_bytes()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _EVERY_S = 3.0
+_QUIET_S = 40.0  # a quiet moment is waited for so long, so that a host that comes is taken in within a minute
 SLOWER = 1.25
 """A station that takes this much longer than planned makes another plan worth a look,"""
 _FOR_S = 30.0  # if it does so for so long
@@ -45,7 +46,7 @@ class Adapting:
             try:
                 self._note_slow(time.monotonic())
                 if why := self._hosts.better(_GAIN):
-                    self._service.recut(why)
+                    self._service.recut(why, _QUIET_S)
             except FullpipeError as error:
                 log.warning("the hosts could not be looked at: %s", error)
             except Exception:

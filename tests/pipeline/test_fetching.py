@@ -17,6 +17,7 @@ from fullpipe.models.partial import Chunk, Manifest, Source, manifest_of, needed
 from fullpipe.models.ranges import Range, merged, total, without
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.fetching import reads
 from fullpipe.pipeline.frames import Fetch
 from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.pipeline.starting import Hosting, Place
@@ -122,6 +123,12 @@ def _tokens(pipeline: Pipeline) -> list[list[int]]:
 def truth(model: Path) -> list[list[int]]:
     """By stages that read the model's own file."""
     return _tokens(InProcessPipeline([build_stage(**spec.args) for spec in _specs(model)]))
+
+
+def test_a_draft_reads_the_models_that_it_names_and_no_other() -> None:
+    model = {"builder": "fullpipe.stations.drafts.model:build_draft_model", "args": {"path": "/here/draft.gguf"}}
+    mix = StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": [model]})
+    assert reads(mix, "/here/draft.gguf") and not reads(mix, "/here/target.gguf")
 
 
 def test_a_stage_gets_what_it_reads_and_once(far: Far, truth: list[list[int]]) -> None:

@@ -30,6 +30,7 @@ from fullpipe.hub.cache import from_head_folder, manifest
 from fullpipe.models.partial import Manifest, Source, needed, opening
 from fullpipe.models.ranges import CHUNK, Range, chunks, total
 from fullpipe.models.weights import open_model
+from fullpipe.pipeline.fetching import reads
 from fullpipe.pipeline.frames import Fetch
 from fullpipe.pipeline.launch.base import Needs as StationNeeds
 from fullpipe.pipeline.starting import Hosting, Place
@@ -330,11 +331,15 @@ class Placing:
         for at, path in enumerate(self.wanted.paths):
             if own := self._own_path(host, at):
                 paths[str(path)] = own
-            elif is_draft or at == 0:
+            elif self._draft_reads(plan, path) if is_draft else at == 0:
                 ranges = _everything(path) if is_draft else self._ranges(plan, rank)
                 fetch.append(Fetch(str(path), str(self._folder(host)), _manifest(path), ranges))
         return replace(self._where(host), needs=StationNeeds(threads, cpus, gpus), paths=paths, fetch=fetch,
                        device=_processor(survey, host) if len(there) > costs.slots else "")
+
+    def _draft_reads(self, plan: Plan, path: Path) -> bool:
+        _, draft = self.wanted.describe(plan)
+        return draft is not None and reads(draft, str(path))
 
     def _where(self, host: str) -> Place:
         return Place(host, self.known.reports[host].address or "", self.contact.entries[host].port)

@@ -64,6 +64,11 @@ def replaced(spec: StationSpec, paths: dict[str, str]) -> StationSpec:
     return StationSpec(spec.builder, _replaced(spec.args, paths))
 
 
+def reads(spec: StationSpec, path: str) -> bool:
+    """Whether the station opens that model, target or draft."""
+    return replaced(spec, {path: ""}) != spec
+
+
 def _replaced(value: Any, paths: dict[str, str]) -> Any:
     match value:
         case dict():

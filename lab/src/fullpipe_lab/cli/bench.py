@@ -36,6 +36,7 @@ def bench(
     methods: Annotated[str, typer.Option("--methods", help="With commas between.")] = _METHODS,
     cluster: Annotated[list[str] | None, typer.Option("--cluster", metavar="FILE", help="A cluster file or a preset; "
                                                       "may be repeated.")] = None,
+    hosts: Annotated[str | None, typer.Option("--hosts", hidden=True)] = None,
     stages: Annotated[str | None, typer.Option("--stages", help="Numbers of stages, with commas between, on which "
                                                "every step takes one unit of time; in place of --cluster.")] = None,
     widths: Annotated[str, typer.Option("--widths", help="Tree widths to try, with commas between.")] = "4,8,16,32,64",
@@ -59,6 +60,10 @@ def bench(
     The model answers each prompt once; then each method runs with the real draft against those tokens, first to find
     its best setting on each cluster, then on all prompts. Writes FOLDER/receipt.json and a report.
     """
+    if hosts is not None:
+        raise UsageError("this replays recordings on virtual time, and hosts have the wall clock", param="hosts",
+                         hint="Describe them: `--cluster FILE`. Or measure them as they are: "
+                              "`python -m fullpipe_lab.studies.hosts`, `fullpipe generate --hosts ray --json`.")
     from fullpipe_lab.files import make_folder
     from fullpipe_lab.record import fill, recording_path, wanted_ids
 

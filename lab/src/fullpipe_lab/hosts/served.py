@@ -44,13 +44,8 @@ class Served:
 
     @property
     def url(self) -> str:
-        """Where it answers whoever is on its host (see `on_host`)."""
+        """Where it answers whoever is on its host (see `move_thread_to`)."""
         return f"http://127.0.0.1:{PORT}"
-
-    @property
-    def others(self) -> list[str]:
-        """All hosts but the head."""
-        return self.lab.names[1:]
 
     def start(self) -> None:
         self.command = [sys.executable, "-m", "fullpipe", "serve", "--hosts", "ray", "--served-model-name", MODEL_NAME,

@@ -47,7 +47,7 @@ def contact() -> Iterator[CommandContact]:
     entries = [HostEntry(name=name, address=address, host_ip=address)
                for name, address in (("a", "127.0.0.1"), ("b", "127.0.0.2"))]
     contact = CommandContact("a", entries, {})
-    assert len(_agents()) == 2
+    assert contact.answering(10.0) == ["a", "b"] and len(_agents()) == 2
     yield contact
     contact.close()
     assert not _agents()

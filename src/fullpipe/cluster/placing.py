@@ -77,7 +77,7 @@ class Placing:
             measure_costs(self.contact, self.known, self._measure, self.say)
             plan = self._plan(list(self.known.reports))
             memory = memory_of(plan, self.survey(plan.hosts).hosts, self.wanted.guesser)
-            self._refuse(memory, self._seats(plan).weights(), tell=True)
+            self._refuse(memory, self._weights(plan), tell=True)
             self.plan = plan
             self._count += 1
             return plan
@@ -239,6 +239,10 @@ class Placing:
             ordered = sorted(self.known.reports.values(), key=lambda report: report.name != head)
             self.tell(ordered, problems, memory)
         refuse(problems)
+
+    def _weights(self, plan: Plan) -> dict[str, dict[str, int]]:
+        """Bytes of models that each host reads, by their names."""
+        return self._seats(plan).weights()
 
     def _measure(self, host: str) -> Measure:
         """What a host is asked to measure: with its own files, or with models of zeros laid out like the head's."""

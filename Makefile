@@ -11,7 +11,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/fullpipe pull smollm2-135m qwen2.5-coder-0.5b
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -rs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -rs -m "not hosts"
+	$(BIN)/pytest -rs -m hosts
 
 check: $(READY)
 	$(BIN)/ruff check src tests lab

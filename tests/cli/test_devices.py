@@ -9,8 +9,8 @@ from command import Models
 from fullpipe.assembly import prepare
 from fullpipe.errors import UsageError
 from fullpipe.options import Options
-from fullpipe.pipeline.launch import Layout
 from fullpipe.pipeline.links import Links
+from fullpipe.pipeline.starting import Layout
 from fullpipe.stations.spec import StationSpec
 
 
@@ -57,7 +57,7 @@ def test_stages_of_one_gpu_share_a_device() -> None:
         return StationSpec("fullpipe.stations.target:build_stage", args)
 
     def devices(draft: StationSpec | None, *stages: StationSpec) -> list[str]:
-        return Layout(stages=stages, draft=draft, links=Links([]), pace={}, threads=1, beat_s=1.0,
+        return Layout(stages=stages, draft=draft, links=Links([]), pace={}, threads=1, beat_s=1.0, silence_s=1.0,
                       start_timeout=1.0).devices
 
     assert devices(spec(), spec(), spec()) == ["core of stage 0", "core of stage 1", "core of draft"]
@@ -72,5 +72,5 @@ def test_a_draft_model_beside_another_draft_shares_the_gpu_too(models: Models, d
     prepared = prepare(Options.of(model=str(models.target), draft=draft.format(draft=models.draft), stages=2,
                                   device="cuda"))
     layout = Layout(stages=prepared.stages, draft=prepared.draft, links=Links([]), pace={}, threads=1, beat_s=1.0,
-                    start_timeout=1.0)
+                    silence_s=1.0, start_timeout=1.0)
     assert layout.devices == ["cuda:0", "cuda:0", device]

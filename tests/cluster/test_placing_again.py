@@ -17,9 +17,10 @@ from fullpipe.cluster.agent import Answer, Deafen, DoLook, Failed, Listen, Measu
 from fullpipe.cluster.contact import Contact
 from fullpipe.cluster.hosts import HostEntry
 from fullpipe.cluster.links import Pair
-from fullpipe.cluster.placing import Placing, Wanted
+from fullpipe.cluster.placing import Placing
 from fullpipe.cluster.plan import Plan
 from fullpipe.cluster.planner import Pins
+from fullpipe.cluster.wanted import Wanted
 from fullpipe.errors import PipelineError
 from fullpipe.pipeline.launch.base import Launcher
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
-from ray_nodes import RayNodes
 
 from fullpipe.cluster.netlab import Netlab
 from fullpipe.hub import CATALOGUE, cache
+from fullpipe_lab.hosts.ray_nodes import RayNodes
 
 pytestmark = [pytest.mark.usefixtures("ray_can_be_started"), pytest.mark.timeout(180)]
 

@@ -13,9 +13,10 @@ from fullpipe.cluster.contact import Contact, RayContact
 from fullpipe.cluster.guesser import draft_model, guesser_of
 from fullpipe.cluster.hosts import HostEntry, read_hosts
 from fullpipe.cluster.pins import Pins
-from fullpipe.cluster.placing import Placing, Wanted
+from fullpipe.cluster.placing import Placing
 from fullpipe.cluster.plan import Plan, check_shape
 from fullpipe.cluster.report import HostReport, Problem
+from fullpipe.cluster.wanted import Wanted
 from fullpipe.costs import Machine
 from fullpipe.errors import UsageError
 from fullpipe.hub import resolve

@@ -7,60 +7,26 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import pairwise
-from pathlib import Path
 
 from fullpipe.cluster.agent import Measure, Opening
 from fullpipe.cluster.checks import Needs, compare, refuse
 from fullpipe.cluster.contact import Contact
-from fullpipe.cluster.layout import Guesser
-from fullpipe.cluster.links import Pair, between
-from fullpipe.cluster.modes import CONTEXT
+from fullpipe.cluster.links import Pair
 from fullpipe.cluster.pins import Pins
 from fullpipe.cluster.plan import Plan, check, memory_of
 from fullpipe.cluster.planner import Found, predict, search
 from fullpipe.cluster.profile import slower
 from fullpipe.cluster.report import HostReport, Problem
+from fullpipe.cluster.seats import Seats
 from fullpipe.cluster.survey import HostCosts, Survey
 from fullpipe.cluster.surveying import Known, look_at, measure_costs, measure_links
-from fullpipe.costs import CostCurve, Machine
+from fullpipe.cluster.wanted import Wanted, opening_of, own_path
+from fullpipe.costs import Machine
 from fullpipe.errors import HostsDiffer, PipelineError, UsageError
-from fullpipe.hub.cache import from_head_folder, manifest
-from fullpipe.models.partial import Manifest, Source, needed, opening
-from fullpipe.models.ranges import CHUNK, Range, chunks, total
-from fullpipe.models.weights import open_model
-from fullpipe.pipeline.fetching import reads
-from fullpipe.pipeline.frames import Fetch
-from fullpipe.pipeline.launch.base import Needs as StationNeeds
-from fullpipe.pipeline.starting import Hosting, Place
-from fullpipe.stations.spec import StationSpec
+from fullpipe.pipeline.starting import Hosting
 
 Say = Callable[[str], None]
 _ROWS = (1, 2, 4, 8, 16, 32)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Says what is to be placed.
-
-    model, draft: as plans name them. models: names of the target, and of the draft model if there is one; paths: where
-    they lie on the head. guesser: who guesses; None: nobody. describe: the stations of a plan, with the head's paths.
-    dtype, quantization, device: see options. threads: of a station; None: as many as its host has cores. kernels:
-    whether stages compute with the native ones.
-    """
-
-    model: str
-    draft: str
-    models: tuple[str, ...]
-    paths: tuple[Path, ...]
-    guesser: Guesser | None
-    describe: Callable[[Plan], tuple[list[StationSpec], StationSpec | None]]
-    dtype: str = "auto"
-    quantization: str | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    kernels: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +76,8 @@ class Placing:
             self._refuse({}, {})
             measure_costs(self.contact, self.known, self._measure, self.say)
             plan = self._plan(list(self.known.reports))
-            self._refuse(memory_of(plan, self.survey(plan.hosts).hosts, self.wanted.guesser), self._weights(plan),
-                         tell=True)
+            memory = memory_of(plan, self.survey(plan.hosts).hosts, self.wanted.guesser)
+            self._refuse(memory, self._weights(plan), tell=True)
             self.plan = plan
             self._count += 1
             return plan
@@ -275,16 +241,13 @@ class Placing:
         refuse(problems)
 
     def _weights(self, plan: Plan) -> dict[str, dict[str, int]]:
-        """Bytes of the target that each host reads, by the model's name."""
-        read: dict[str, Counter[str]] = {}
-        for rank, stage in enumerate(plan.stages):
-            read.setdefault(stage.host, Counter())[self.wanted.models[0]] += total(self._ranges(plan, rank))
-        return {host: dict(sizes) for host, sizes in read.items()}
+        """Bytes of models that each host reads, by their names."""
+        return self._seats(plan).weights()
 
     def _measure(self, host: str) -> Measure:
         """What a host is asked to measure: with its own files, or with models of zeros laid out like the head's."""
-        wanted = self.wanted
-        models: list[str | Opening] = [self._own_path(host, at) or _opening(path)
+        wanted, report = self.wanted, self.known.reports[host]
+        models: list[str | Opening] = [own_path(wanted, report, at, self.contact.head) or opening_of(path)
                                        for at, path in enumerate(wanted.paths)]
         return Measure(models=models, threads=self._threads(host), dtype=wanted.dtype,
                        quantization=wanted.quantization, device=self._device(self.contact.entries[host].device))
@@ -298,79 +261,18 @@ class Placing:
         there = self.known.reports[host].cores
         return min(there, self.contact.cores(host) or there)
 
-    def _own_path(self, host: str, at: int) -> str | None:
-        """Where a host has the target (0) or the draft model (1); None where it does not."""
-        if host == self.contact.head:
-            return str(self.wanted.paths[at])
-        return self.known.reports[host].model(self.wanted.models[at]).path
-
     # ---- starting ------------------------------------------------------------------------------------------------
 
     def hosting(self, plan: Plan) -> Hosting:
         """Where the stations of a plan run."""
-        survey = self.survey(plan.hosts)
-        stations = [stage.host for stage in plan.stages]
-        drafts = [plan.draft_host or self.contact.head] if plan.method != "pp" and self.wanted.guesser else []
-        places = [self._place(plan, survey, rank, host, [*stations, *drafts])
-                  for rank, host in enumerate([*stations, *drafts])]
-        sources = {str(path): Source(path, _manifest(path)) for path in self.wanted.paths}
-        head = self._where(self.contact.head)
-        way = [(head.host, stations[0]), *pairwise(stations), (stations[-1], head.host)]
-        draft_way = [(head.host, drafts[0]), (drafts[0], head.host)] if drafts else []
-        return Hosting(places, head, self.contact.launcher, link_s=_seconds(survey, way),
-                       draft_link_s=_seconds(survey, draft_way), sources=sources, say=self.say)
-
-    def _place(self, plan: Plan, survey: Survey, rank: int, host: str, all_hosts: Sequence[str]) -> Place:
-        is_draft = rank == len(plan.stages)
-        threads = (self.wanted.threads or 1) if is_draft else plan.stages[rank].threads
-        there = [one for one in all_hosts if _processor(survey, one) == _processor(survey, host)]
-        costs = survey.hosts[host]
-        gpus = 1.0 / sum(one == host for one in all_hosts) if costs.device != "cpu" else 0.0
-        cpus = min(float(threads), costs.cores / sum(one == host for one in all_hosts))
-        paths, fetch = {}, []
-        for at, path in enumerate(self.wanted.paths):
-            if own := self._own_path(host, at):
-                paths[str(path)] = own
-            elif self._draft_reads(plan, path) if is_draft else at == 0:
-                ranges = _everything(path) if is_draft else self._ranges(plan, rank)
-                fetch.append(Fetch(str(path), str(self._folder(host)), _manifest(path), ranges))
-        return replace(self._where(host), needs=StationNeeds(threads, cpus, gpus), paths=paths, fetch=fetch,
-                       device=_processor(survey, host) if len(there) > costs.slots else "")
-
-    def _draft_reads(self, plan: Plan, path: Path) -> bool:
-        _, draft = self.wanted.describe(plan)
-        return draft is not None and reads(draft, str(path))
-
-    def _where(self, host: str) -> Place:
-        return Place(host, self.known.reports[host].address or "", self.contact.entries[host].port)
-
-    def _folder(self, host: str) -> Path:
-        """Where a host keeps copies of what it gets from the head."""
-        return Path(self.known.reports[host].cache) / from_head_folder("x").parent.name
-
-    def _ranges(self, plan: Plan, rank: int) -> list[Range]:
-        """What a stage reads of the target."""
-        stage = plan.stages[rank]
-        return needed(open_model(self.wanted.paths[0]), stage.first, stage.last, has_embedding=rank == 0,
-                      has_head=rank == len(plan.stages) - 1)
+        return self._seats(plan).hosting(self.contact.launcher, self.say)
 
     def machine(self, plan: Plan) -> Machine:
         """What a method is to know of a plan's stations, as measured on their hosts."""
-        survey, hosting, last = self.survey(plan.hosts), self.hosting(plan), len(plan.stages) - 1
-        stages = []
-        for rank, stage in enumerate(plan.stages):
-            profile = survey.hosts[stage.host].profile
-            stages.append(CostCurve({rows: profile.stage(stage.num_layers, rows, CONTEXT, is_first=rank == 0,
-                                                         is_last=rank == last) for rows in _ROWS}))
-        draft_host, guesser, draft = plan.draft_host or self.contact.head, self.wanted.guesser, None
-        if guesser and plan.method != "pp":
-            profile = survey.hosts[draft_host].profile
-            draft = CostCurve({rows: guesser.call(profile, rows) for rows in _ROWS})
-        devices = [place.device or f"core of stage {rank}" for rank, place in enumerate(hosting.places)]
-        return Machine(len(stages), draft=draft, link_s=hosting.link_s, draft_link_s=hosting.draft_link_s,
-                       stages=stages, devices=devices[: len(stages)],
-                       shared=draft is not None and devices[-1] == devices[0],
-                       reads_taps=guesser is not None and guesser.kind == "module")
+        return self._seats(plan).machine()
+
+    def _seats(self, plan: Plan) -> Seats:
+        return Seats(plan, self.wanted, self.survey(plan.hosts), self.known.reports, self.contact.entries)
 
     # ---- showing -------------------------------------------------------------------------------------------------
 
@@ -416,28 +318,3 @@ def _still(pins: Pins, hosts: Sequence[str]) -> Pins:
     stages = min(pins.stages, len(hosts)) if pins.stages else None
     left = replace(pins, draft_host=draft_host, stages=stages)
     return replace(left, hosts=None, order=None, layers=None) if gone else left
-
-
-def _processor(survey: Survey, host: str) -> str:
-    return survey.hosts[host].processor or f"host {host}"
-
-
-def _seconds(survey: Survey, way: Sequence[tuple[str, str]]) -> float:
-    return sum(between(survey.pairs, a, b).latency_s for a, b in way)
-
-
-@cache
-def _manifest(path: Path) -> Manifest:
-    return manifest(path)
-
-
-def _everything(path: Path) -> list[Range]:
-    files = open_model(path)
-    return needed(files, 0, files.config.num_layers, has_embedding=True, has_head=True)
-
-
-def _opening(path: Path) -> Opening:
-    """What a host needs to open a model of zeros."""
-    source = Source(path, _manifest(path))
-    parts = [source.read(part) for part in chunks(opening(open_model(path)), CHUNK)]
-    return Opening(_manifest(path), [(one.range, bytes(one.data), one.checksum) for one in parts])

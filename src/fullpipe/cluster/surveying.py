@@ -17,7 +17,7 @@ from fullpipe.pipeline.keys import RunKeys
 
 _LOOK_S = 60.0  # a model that was never hashed is read whole
 _MEASURE_S = 600.0
-_REACH_S = 10.0
+_REACH_S = 5.0
 _QUICK_REACH_S = 1.5
 
 

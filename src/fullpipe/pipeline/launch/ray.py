@@ -295,10 +295,10 @@ def _refusal(where: str, what: str) -> UsageError:
 
 def _check_reachable(address: str | None) -> None:
     """Ray itself waits for minutes. Raises UsageError."""
-    host, colon, port = (address or "").rpartition(":")
-    if not colon:
+    if not address or address == "auto":
         return
-    if not port.isdigit():
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
         raise UsageError(f"{address!r} is no address of a Ray head", hint="Write HOST:PORT, such as 10.0.0.1:6379.")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()

@@ -1,0 +1,65 @@
+"""What is to be placed on hosts: a model, with who guesses for it, and its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fullpipe.cluster.agent import Opening
+from fullpipe.cluster.layout import Guesser
+from fullpipe.cluster.plan import Plan
+from fullpipe.cluster.report import HostReport
+from fullpipe.hub.cache import manifest
+from fullpipe.models.partial import Manifest, Source, needed, opening
+from fullpipe.models.ranges import CHUNK, Range, chunks
+from fullpipe.models.weights import open_model
+from fullpipe.stations.spec import StationSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Says what is to be placed.
+
+    model, draft: as plans name them. models: names of the target, and of the draft model if there is one; paths: where
+    they lie on the head. guesser: who guesses; None: nobody. describe: the stations of a plan, with the head's paths.
+    dtype, quantization, device: see options. threads: of a station; None: as many as its host has cores. kernels:
+    whether stages compute with the native ones.
+    """
+
+    model: str
+    draft: str
+    models: tuple[str, ...]
+    paths: tuple[Path, ...]
+    guesser: Guesser | None
+    describe: Callable[[Plan], tuple[list[StationSpec], StationSpec | None]]
+    dtype: str = "auto"
+    quantization: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    kernels: bool = True
+
+
+def own_path(wanted: Wanted, host: HostReport, at: int, head: str) -> str | None:
+    """Where a host has the target (0) or the draft model (1); None where it does not."""
+    return str(wanted.paths[at]) if host.name == head else host.model(wanted.models[at]).path
+
+
+@cache
+def manifest_of(path: Path) -> Manifest:
+    """What a model consists of; it is hashed once."""
+    return manifest(path)
+
+
+def everything(path: Path) -> list[Range]:
+    """All bytes that a station reads of a model."""
+    files = open_model(path)
+    return needed(files, 0, files.config.num_layers, has_embedding=True, has_head=True)
+
+
+def opening_of(path: Path) -> Opening:
+    """What a host needs to open a model of zeros."""
+    source = Source(path, manifest_of(path))
+    parts = [source.read(part) for part in chunks(opening(open_model(path)), CHUNK)]
+    return Opening(manifest_of(path), [(one.range, bytes(one.data), one.checksum) for one in parts])

@@ -28,6 +28,7 @@ from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.stations.spec import StationSpec
 
 _TYPICAL_ROWS = 4
+_MATTERS = 0.2  # of the slowest stage
 _AGENTS_S = 30.0  # Ray says after a minute that it cannot reach a host
 
 Tell = Callable[[Sequence[HostReport], Sequence[Problem], Mapping[str, int]], None]
@@ -148,12 +149,15 @@ class OnHosts:
         return self.placing.better(gain)
 
     def slower(self) -> dict[str, float]:
-        """By how much each host's stages take longer than planned, at a few rows."""
+        """By how much each host's stages take longer than planned, at a few rows. One whose difference is small beside
+        what the slowest stage takes matters to nobody, and is left out."""
         plan, live, planned = self.placing.plan, self.machine, self.planned
         if plan is None or live is None or planned is None or len(live.stages) != len(plan.stages):
             return {}
-        return {stage.host: now(_TYPICAL_ROWS) / max(then(_TYPICAL_ROWS), 1e-9)
-                for stage, now, then in zip(plan.stages, live.stages, planned.stages)}
+        now, then = ([curve(_TYPICAL_ROWS) for curve in machine.stages] for machine in (live, planned))
+        matters = _MATTERS * max(then)
+        return {stage.host: seconds / max(before, 1e-9) for stage, seconds, before in zip(plan.stages, now, then)
+                if abs(seconds - before) > matters}
 
     def take_for(self, host: str, factor: float) -> None:
         """Plan from now on with a host that takes so many times as long as it was planned with."""

@@ -231,12 +231,19 @@ async def _hit(trial: Trial, strike: Strike) -> None:
 
 
 async def _signal(served: Served, strike: Strike) -> None:
-    """To one of the host's stations; while a pipeline is built that may be none."""
+    """To one of the host's stations. Early, a host that was just lost may have none: then to one of another host's; and
+    while a pipeline is built there may be none at all."""
+    hosts = [*strike.where, *(served.lab.names if strike.early else ())]
     until = time.monotonic() + _NOTICE_S
-    while not (there := await asyncio.to_thread(served.stations, *strike.where)):
+    while not (there := await asyncio.to_thread(_first_stations, served, hosts)):
         if time.monotonic() > until:
             raise FullpipeError(f"there is no station on {strike.where[0]}")
     os.kill(there[int(strike.at * len(there))], signal.SIGKILL if strike.kind == "kill" else signal.SIGSTOP)
+
+
+def _first_stations(served: Served, hosts: Sequence[str]) -> list[int]:
+    """Of the first of these hosts that has any."""
+    return next((found for host in hosts if (found := served.stations(host))), [])
 
 
 async def _bring_back(served: Served, host: str) -> None:
@@ -358,6 +365,7 @@ async def _under_load(trial: Trial, asked: argparse.Namespace) -> None:
             trial.fault(f"the run ended early: {type(error).__name__}: {error}")
         enough.set()
     note_texts(trial.blows, [at - trial.started for at in trial.texts_at], trial.now())
+    await trial.until(trial.serves, _WHOLE_S)  # a host that comes may just be taken in
     last = await trial.look()
     if (last.state, last.running, last.waiting) != ("ready", 0, 0):
         trial.fault(f"at the end the server is {last.state} with {last.running} running and {last.waiting} waiting")

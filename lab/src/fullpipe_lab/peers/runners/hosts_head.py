@@ -48,7 +48,7 @@ def load(setup: Setup) -> tuple[str, Setup, Reply]:
         return {"tokens": said.tokens, "times": meter.times, "told": meter.told() | {
             "hits": stats.hits, "misses": stats.misses, "rows": stats.launched_rows, "wasted": stats.wasted_rows,
             "steps_per_token": stats.steps_per_token, "fill": stats.fill(asker.num_stages),
-            "promise_ms": promised(method)}}
+            "right": list(asker.engine.calibration.right), "promise_ms": promised(method)}}
 
     def promised(method: str) -> float | None:
         """What the planner's formula makes of this layout, with the draft as it was counted here so far."""

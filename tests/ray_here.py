@@ -40,14 +40,15 @@ class RayHere:
     folder: Path
     _nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, cpus: int) -> int:
-        """Start the head, or another node; returns its number."""
+    def start(self, cpus: int, gpus: int = 0) -> int:
+        """Start the head, or another node; returns its number. gpus: that it believes to have."""
         where = self.folder / str(len(self._nodes))
         flags = [f"--port={self.address.rpartition(':')[2]}", *_HEAD_FLAGS] if not self._nodes else [
             f"--address={self.address}"]
         with where.with_suffix(".log").open("wb") as log:
             self._nodes.append(subprocess.Popen(
-                [*_WITH_US, str(_program()), "start", *_FLAGS, *flags, f"--num-cpus={cpus}", f"--temp-dir={where}"],
+                [*_WITH_US, str(_program()), "start", *_FLAGS, *flags, f"--num-cpus={cpus}", f"--num-gpus={gpus}",
+                 f"--temp-dir={where}"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
         _await(self._nodes[-1], where.with_suffix(".log"))
         return len(self._nodes) - 1
@@ -72,17 +73,17 @@ def missing() -> str | None:
 
 
 @contextmanager
-def ray_here(cpus: int = 4) -> Iterator[RayHere]:
-    """A node while the context is open; this process has what a driver needs in its environment."""
+def ray_here(cpus: int = 4, gpus: int = 0, **environment: str) -> Iterator[RayHere]:
+    """A node while the context is open; this process has what a driver needs in its environment, and both have more."""
     if reason := missing():
         pytest.skip(f"no Ray here: {reason}")
     here = RayHere(f"127.0.0.1:{_free_port()}", Path(tempfile.mkdtemp(prefix="fpr-")))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        for name, value in {**_LIGHT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}.items():
+        for name, value in {**_LIGHT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN, **environment}.items():
             patch.setenv(name, value)
         try:
-            here.start(cpus)
+            here.start(cpus, gpus)
             yield here
         finally:
             here.stop()

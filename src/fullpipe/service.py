@@ -26,11 +26,12 @@ from fullpipe.events import Emitted, Finished
 from fullpipe.messages import Event
 from fullpipe.methods import Method
 from fullpipe.options import EngineOptions
-from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.base import Pipeline, Remade
+from fullpipe.pipeline.guarded import guarded
 from fullpipe.request import Request, SamplingParams, fitted
 from fullpipe.sequences.calibration import Calibration
 from fullpipe.sequences.sequence import Sequence as Running
-from fullpipe.supervision import Observer, Recovery, Remade, Status, guarded, what_failed
+from fullpipe.supervision import Observer, Recovery, Status, what_failed
 from fullpipe.text import Detokenizer, Reply
 
 log = logging.getLogger(__name__)

@@ -18,20 +18,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, ParamSpec, Protocol
+from typing import Literal, Protocol
 
 from fullpipe.engine import Engine, RequestStats, Stats
 from fullpipe.errors import FullpipeError, PromptError, StationFailed, Unavailable
 from fullpipe.messages import Event
-from fullpipe.methods import Method
-from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.base import Remade
+from fullpipe.pipeline.guarded import guarded
 
 log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-
-Remade = Pipeline | tuple[Pipeline, Method]
-"""Another pipeline, with another method where it is cut in another way."""
 
 State = Literal["ready", "rebuilding", "failed", "draining", "stopped"]
 
@@ -170,14 +165,6 @@ def what_failed(error: BaseException) -> tuple[str, str]:
     whole = error.message if isinstance(error, FullpipeError) else f"{type(error).__name__}: {error}"
     station = error.station if isinstance(error, StationFailed) else "engine"
     return station, whole.partition("\n")[0].removesuffix("; it printed:")
-
-
-def guarded(what: str, act: Callable[P, object], *values: P.args, **named: P.kwargs) -> None:
-    """Call somebody whose failure is nobody else's: it is logged. what: is done there."""
-    try:
-        act(*values, **named)
-    except Exception:
-        log.exception("%s failed", what)
 
 
 class Callers(Protocol):

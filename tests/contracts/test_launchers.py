@@ -54,7 +54,7 @@ def _local_pid(process: Process) -> int:
 
 def _ray_pid(process: Process) -> int:
     assert isinstance(process, RayProcess)
-    return int(process._ray.get(process._actor.pid.remote(), timeout=SOON))
+    return int(process._cluster.ray.get(process._actor.pid.remote(), timeout=SOON))
 
 
 @pytest.fixture(scope="module")

@@ -174,6 +174,21 @@ def test_the_policy_changes_between_requests_on_the_same_stations() -> None:
     engine.drain()
 
 
+@pytest.mark.parametrize("other", [None, "chain"])
+def test_a_pipeline_without_the_draft_that_a_method_needs_changes_nothing(other: str | None) -> None:
+    first, method = pipeline(2), make_method("fullpipe")
+    engine = TellingEngine(first, method)
+    engine.submit(request())
+    for _ in range(5):
+        engine.step()
+    with pytest.raises(UsageError, match="needs a draft"):
+        engine.attach(InProcessPipeline([ScriptedStage(0, 1, TRUTH)]), make_method(other) if other else None)
+    assert engine.pipeline is first and engine.method is method and engine.num_running == 1
+    while engine.busy:
+        engine.step()
+    assert engine.stats.totals.emitted == 40
+
+
 def test_cancelled_rows_are_not_computed_by_the_stages_ahead_of_them() -> None:
     rows: dict[str, int] = {}
 

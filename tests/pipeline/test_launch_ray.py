@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from fullpipe.errors import StationFailed, UsageError
+from fullpipe.errors import PipelineError, StationFailed, UsageError
 from fullpipe.messages import Failed, Flight, Landed, Opening, Part
 from fullpipe.pipeline.frames import Door
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch import ray as launch_ray
 from fullpipe.pipeline.launch.base import Needs, Process
-from fullpipe.pipeline.launch.ray import Cluster, RayLauncher, RayProcess
+from fullpipe.pipeline.launch.ray import Cluster, RayLauncher, RayProcess, StationActor
 from fullpipe.pipeline.net import Net
 from fullpipe.pipeline.starting import Hosting, Place
 from fullpipe.pipeline.workers import WorkersPipeline
@@ -30,13 +30,14 @@ from ray_here import RayHere, ray_here
 pytestmark = pytest.mark.processes
 
 CPUS = 4
+GPUS, VISIBLE = 2, "5,7"  # Ray believes so
 TRUTH = {"kind": "hash", "vocab": 50, "seed": 3}
 HEAD = Place("head", "127.0.0.1")
 
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[RayHere]:
-    with ray_here(CPUS) as here:
+    with ray_here(CPUS, GPUS, CUDA_VISIBLE_DEVICES=VISIBLE) as here:
         yield here
 
 
@@ -120,6 +121,7 @@ def test_an_address_where_no_ray_is(address: str, words: str) -> None:
 def test_a_ray_of_this_machine_that_is_gone_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray._private.utils.read_ray_address", lambda folder: "127.0.0.1:1")
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # the other tests' runs here
     with pytest.raises(UsageError, match=r"no Ray answers at .*:1: Connection refused"):
         Cluster()
 
@@ -134,6 +136,43 @@ def test_a_ray_of_this_machine_that_is_gone_is_an_error_at_once(monkeypatch: pyt
 def test_what_ray_says_becomes_words_with_a_way_out(said: str, words: str, way_out: str) -> None:
     error = launch_ray._refusal("h:1", said)
     assert words in error.message and error.hint and way_out in error.hint
+
+
+SHARING = """
+import sys
+import ray
+from fullpipe.errors import UsageError
+from fullpipe.pipeline.launch.ray import Cluster
+ray.init(sys.argv[1], log_to_driver=False, configure_logging=False)
+try:
+    Cluster(sys.argv[1])
+except UsageError as error:
+    print(ray.is_initialized(), error)
+"""
+
+
+def test_a_ray_that_somebody_else_uses_in_this_process_is_left_alone(here: RayHere) -> None:
+    done = subprocess.run([sys.executable, "-c", SHARING, here.address], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("True this process uses Ray already"), done.stderr
+
+
+def test_who_leaves_takes_his_actors_along_and_nobody_elses(here: RayHere, cluster: Cluster) -> None:
+    """As a second `LLM` of a process does."""
+    other = Cluster(here.address)
+    (node,) = (one.id for one in cluster.nodes() if one.here)
+    ours, theirs = (one.actor(StationActor, node) for one in (cluster, other))
+    assert other.ray.get([ours.pid.remote(), theirs.pid.remote()], timeout=20) == [0, 0]
+    other.close()
+    other.close()
+    with pytest.raises(PipelineError, match="the connection with Ray is closed"):
+        other.nodes()
+    assert cluster.ray.get(ours.pid.remote(), timeout=20) == 0
+    with pytest.raises(Exception) as caught:
+        cluster.ray.get(theirs.pid.remote(), timeout=20)
+    assert cluster.is_dead(caught.value) and other.is_dead(caught.value)
+    with pytest.raises(UsageError, match="and can be in no other"):
+        Cluster("127.0.0.1:1")
+    cluster.ray.kill(ours)
 
 
 # ---- placing -----------------------------------------------------------------------------------------------------
@@ -152,6 +191,15 @@ def test_a_pipeline_runs_behind_actors(cluster: Cluster) -> None:
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker is left"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_station_sees_the_gpus_that_its_hosts_agent_sees(cluster: Cluster, gpus: int) -> None:
+    """Else it would not find the one that it is told by its name there: Ray would show it one, as the first."""
+    places = [Place("head", "127.0.0.1", needs=Needs(1, gpus=gpus))]
+    with WorkersPipeline(_stages(1), hosting=_hosting(cluster, *places)) as pipeline:
+        (worker,) = pipeline._fleet.workers
+        assert psutil.Process(_pid(cluster, worker.process)).environ()["CUDA_VISIBLE_DEVICES"] == VISIBLE
 
 
 def test_what_no_host_of_ours_has_is_told_at_once(cluster: Cluster) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import msgspec
 import psutil
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from fullpipe.errors import StationFailed, UsageError
 from fullpipe.messages import Failed, Flight, Landed, Opening, Part
@@ -174,6 +176,56 @@ def test_a_stranger_changes_nothing_in_a_pipeline(keys: RunKeys | None, frame: U
         assert all(worker.cache_slots is None for worker in pipeline._fleet.workers)
 
 
+# ---- too much --------------------------------------------------------------------------------------------
+
+# ZeroMQ's greeting with CURVE, and the head of a command that is so many bytes long.
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
+LONG_COMMAND = b"\x06"
+
+
+def _is_cut_off(endpoint: str, size: int) -> bool:
+    """Whether whoever listens there hangs up on somebody who is about to send so much."""
+    address, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    with socket.create_connection((address, int(port)), timeout=UNHEARD_MS / 1e3) as stranger:
+        stranger.sendall(GREETING + LONG_COMMAND + size.to_bytes(8, "big"))
+        try:
+            while stranger.recv(1 << 12):
+                pass
+        except TimeoutError:
+            return False
+        except ConnectionResetError:
+            pass
+        return True
+
+
+@pytest.mark.processes
+def test_who_sends_too_much_is_cut_off_before_it_is_taken_in() -> None:
+    """A stranger's is not judged by his keys before a part of it is whole."""
+    places = [Place(), FAR, Place("third", "127.0.0.1")]
+    with WorkersPipeline(_stages(2), CHECKER, hosting=Hosting(places, Place("", "127.0.0.1"))) as pipeline:
+        engine = pipeline._fleet.endpoints[1]
+        stage, draft = (worker.listens[0] for worker in pipeline._fleet.workers[1:])
+        for endpoint, most in ((engine, (1 << 26) + (1 << 16)), (stage, 1 << 30), (draft, 1 << 30)):
+            assert _is_cut_off(endpoint, most + 1) and not _is_cut_off(endpoint, 1 << 20)
+
+
+def test_whoever_has_the_key_is_cut_off_too_and_may_come_back() -> None:
+    keys = RunKeys.new()
+    net = Net(keys, 10.0)
+    listening, (endpoint,) = net.bind(["tcp://127.0.0.1:*"], longest=10_000)
+    way, news = net.connect_watched(endpoint, "friend")
+    way.send(bytes(9_000))
+    assert listening.poll(HEARD_MS) and len(listening.recv_multipart()[1]) == 9_000
+    way.send(bytes(11_000))
+    way.send(b"again")
+    assert news.poll(HEARD_MS)
+    while recv_monitor_message(news)["event"] != zmq.Event.DISCONNECTED:
+        assert news.poll(HEARD_MS)
+    way.send(b"and again")
+    assert listening.poll(HEARD_MS) and listening.recv_multipart()[1] != bytes(11_000)
+    net.close()
+
+
 # ---- addresses -------------------------------------------------------------------------------------------
 
 
@@ -253,7 +305,7 @@ def test_a_port_in_use_is_named_with_the_way_out(who: str) -> None:
     head = Place("", "127.0.0.1", port if who == "head" else 0)
     places = [Place(), Place("far", "127.0.0.1", 0 if who == "head" else port)]
     where = "" if who == "head" else "stage 1 on far: "
-    with pytest.raises(UsageError, match=f"^{where}something else listens on 127.0.0.1:{port}") as caught:
+    with pytest.raises(UsageError, match=f"^{where}port {port} of 127.0.0.1 is in use") as caught:
         WorkersPipeline(_stages(2), hosting=Hosting(places, head))
     assert caught.value.hint
     assert not _workers()

@@ -12,7 +12,7 @@ from fullpipe.cluster.alone import choose
 from fullpipe.cluster.kept import KeptFates
 from fullpipe.methods import Method
 from fullpipe.options import Options
-from fullpipe.pipeline.base import Pipeline
+from fullpipe.pipeline.base import Pipeline, Remade
 from fullpipe.pipeline.links import Link, Links
 from fullpipe.sequences.calibration import Calibration
 from fullpipe.stations.base import DraftLike, StageLike
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 _HEARTBEAT_TIMEOUT_S = 10.0
 _HOSTS_PATIENCE_S = 120.0
-
-Remade = Pipeline | tuple[Pipeline, Method]
-"""Another pipeline, with another method where it is cut in another way."""
 
 
 @dataclass(frozen=True, slots=True)

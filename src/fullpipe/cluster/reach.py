@@ -11,7 +11,6 @@ found is what TCP gives to messages as large as flights; on a long line a downlo
 
 from __future__ import annotations
 
-import errno
 import math
 import statistics
 import threading
@@ -26,9 +25,10 @@ from zmq.utils.monitor import recv_monitor_message
 
 from fullpipe.cluster.addresses import require_own
 from fullpipe.cluster.links import Pair
-from fullpipe.errors import PipelineError, UsageError
+from fullpipe.errors import PipelineError
 from fullpipe.pipeline.bell import Bell, Context, Socket
 from fullpipe.pipeline.keys import Doorman, RunKeys
+from fullpipe.pipeline.net import connect_to, listen_at, tcp_endpoint
 
 PIECE = 1 << 14
 """Bytes of a piece of a train."""
@@ -62,7 +62,7 @@ class Echo:
             socket.setsockopt(zmq.MAXMSGSIZE, 2 * PIECE)  # encrypted, a piece is some bytes longer
             keys.serve(socket)
             self._doorman.start()
-            self.port = _bind(socket, self.address, port)
+            self.port = int(listen_at(socket, tcp_endpoint(self.address, port)).rpartition(":")[2])
         except BaseException:
             socket.close()
             self._doorman.stop()
@@ -104,8 +104,7 @@ def measure(address: str, port: int, keys: RunKeys, *, name: str | None = None, 
         keys.connect(socket)
         asked = _Asked(socket, f"{name or 'the host'} at {address}, port {port}", timeout_s)
         with asked.monitor:
-            _point(socket, address)
-            socket.connect(_endpoint(address, port))
+            connect_to(socket, tcp_endpoint(address, port))
             round_trip = _round_trip(asked)
             return Pair(round_trip / 2, 1.0 if quick else _bandwidth(asked, round_trip))
 
@@ -144,35 +143,6 @@ def _answer(socket: Socket, bell: Socket) -> None:
                     gaps = [after - before for before, after in pairwise(times)]
                     socket.send_multipart([sender, msgspec.msgpack.encode(gaps)])
                     del arrived[sender]
-
-
-def _bind(socket: Socket, address: str, port: int) -> int:
-    _point(socket, address)
-    try:
-        socket.bind(_endpoint(address, port or "*"))
-    except zmq.ZMQError as error:
-        raise _cannot_listen(address, port, error) from error
-    return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-
-
-def _cannot_listen(address: str, port: int, error: zmq.ZMQError) -> UsageError:
-    if error.errno == errno.EADDRINUSE:
-        return UsageError(f"port {port} of {address} is in use",
-                          hint="End what listens there, or give the host another data port; 0 takes any that is free.")
-    if error.errno == errno.EACCES:
-        return UsageError(f"port {port} of {address} may not be taken by you",
-                          hint="Give the host a data port above 1023; 0 takes any that is free.")
-    return UsageError(f"nothing can listen at {address}, port {port}: {error.strerror}",
-                      hint="Give the host another address (`host_ip`, `interface`) or another data port.")
-
-
-def _point(socket: Socket, address: str) -> None:
-    if ":" in address:
-        socket.setsockopt(zmq.IPV6, 1)
-
-
-def _endpoint(address: str, port: int | str) -> str:
-    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
 # ---- the end that asks -----------------------------------------------------------------------------------------------

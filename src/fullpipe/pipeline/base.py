@@ -8,6 +8,7 @@ from typing import Self
 
 from fullpipe.costs import Machine
 from fullpipe.messages import Event, Flight
+from fullpipe.methods.base import Method
 
 
 class Pipeline(ABC):
@@ -70,3 +71,7 @@ class Pipeline(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
+
+
+Remade = Pipeline | tuple[Pipeline, Method]
+"""Another pipeline in place of one, with another method where it is cut in another way."""

@@ -14,6 +14,8 @@ from fullpipe.models.ranges import Range
 from fullpipe.pipeline.frames import Fetch, Fetched, FromWorker, Part, Setup, Want
 from fullpipe.stations.spec import StationSpec
 
+Parts = queue.SimpleQueue[tuple[Part, bytes]]
+
 _TOLD_EVERY_S = 0.5
 
 
@@ -23,7 +25,7 @@ class FromHead:
     send: to the engine. parts: what comes from there.
     """
 
-    def __init__(self, path: str, send: Callable[[FromWorker], None], parts: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, path: str, send: Callable[[FromWorker], None], parts: Parts) -> None:
         self._path, self._send, self._parts = path, send, parts
         self._told_at = 0.0
 
@@ -32,7 +34,6 @@ class FromHead:
 
     def take(self) -> Chunk:
         part, data = self._parts.get()
-        assert isinstance(part, Part)
         return Chunk(part.range, data, part.checksum)
 
     def tell(self, done: int, needed: int) -> None:
@@ -42,7 +43,7 @@ class FromHead:
             self._send(Fetched(self._path, done, needed))
 
 
-def fetch(wanted: Fetch, folder: Path, send: Callable[[FromWorker], None], parts: queue.SimpleQueue[Any]) -> str:
+def fetch(wanted: Fetch, folder: Path, send: Callable[[FromWorker], None], parts: Parts) -> str:
     """Where the model lies here, when all that the station reads of it is there. folder: for copies of all models."""
     way = FromHead(wanted.path, send, parts)
     with Copy(folder / wanted.manifest.digest, wanted.manifest) as copy:
@@ -51,7 +52,7 @@ def fetch(wanted: Fetch, folder: Path, send: Callable[[FromWorker], None], parts
         return str(copy.path)
 
 
-def localised(setup: Setup, send: Callable[[FromWorker], None], parts: queue.SimpleQueue[Any]) -> StationSpec:
+def localised(setup: Setup, send: Callable[[FromWorker], None], parts: Parts) -> StationSpec:
     """The station's spec with paths of this host."""
     paths = dict(setup.paths)
     for wanted in setup.fetch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -13,8 +14,9 @@ import zmq
 from msgspec import Struct
 
 from fullpipe.pipeline.frames import FromWorker, Stop
+from fullpipe.pipeline.guarded import guarded
 from fullpipe.pipeline.launch.base import Launcher, Process
-from fullpipe.pipeline.net import Net
+from fullpipe.pipeline.net import HEADERS, Net
 from fullpipe.pipeline.wire import Inward, NonsenseError, Outward, decode, encode
 
 _STOP_S = 1.0  # what a worker gets to leave by itself,
@@ -73,7 +75,7 @@ class Fleet:
         self.closed = False
         self._net, self._launcher = net, launcher
         try:
-            self._socket, self.endpoints = net.bind(endpoints)
+            self._socket, self.endpoints = net.bind(endpoints, HEADERS)
         except BaseException:
             net.close()
             launcher.close()
@@ -95,7 +97,10 @@ class Fleet:
         """Have it sent to a worker that has said hello, with bytes behind it. Never waits."""
         with self._using:
             if not self.closed:
-                self._socket.send_multipart([worker.name.encode(), *worker.outward.number([encode(frame), *data])])
+                self._send(worker, frame, *data)
+
+    def _send(self, worker: Worker, frame: Struct, *data: bytes | memoryview) -> None:
+        self._socket.send_multipart([worker.name.encode(), *worker.outward.number([encode(frame), *data])])
 
     def receive(self, timeout: float) -> list[tuple[Worker, News]]:
         """Everything that has arrived, after waiting up to `timeout` seconds for the first of it.
@@ -144,37 +149,33 @@ class Fleet:
 
     def close(self) -> None:
         """End every process and wait until it is gone, or cannot be reached: at most about two seconds where they are
-        near, or silent already. May be called again, and from any thread."""
+        near, or silent already. One that cannot be ended keeps nothing else from being closed. May be called again, and
+        from any thread."""
         with self._closing:
             if self.closed or self._owner != os.getpid():  # a fork does not own the processes
                 return
             os.write(self._wake, b"!")  # whoever waits for news
-            with self._using:
+            with self._using, contextlib.ExitStack() as last:  # Ctrl-C, too, leaves nothing open
+                last.callback(guarded, "closing a launcher", self._launcher.close)
                 for worker in self.workers:
-                    self.send(worker, Stop())
+                    last.callback(guarded, f"letting go of {worker.label}", worker.process.close)
+                for pipe in (self._woken, self._wake):
+                    last.callback(os.close, pipe)
+                last.callback(guarded, "closing sockets", self._net.close)
                 self.closed = True
-                self._end_processes()
-                self._net.close()
-                os.close(self._woken)
-                os.close(self._wake)
                 for worker in self.workers:
-                    worker.process.close()
-                self._launcher.close()
+                    guarded(f"telling {worker.label} to stop", self._send, worker, Stop())
+                guarded("ending processes", self._end_processes)
 
     def _end_processes(self) -> None:
         silent = self._silent()
         hearing = [worker for worker in self._running() if worker not in silent]
-        for worker in silent:
-            worker.process.kill()
-        for worker in hearing:
-            if not worker.greeted:  # it cannot hear us
-                worker.process.terminate()
+        _kill(silent)
+        _terminate([worker for worker in hearing if not worker.greeted])  # they cannot hear us
         hearing = self._left(hearing, _STOP_S)
-        for worker in hearing:
-            worker.process.terminate()
+        _terminate(hearing)
         hearing = self._left(hearing, _TERM_S)
-        for worker in hearing:
-            worker.process.kill()
+        _kill(hearing)
         self._left(hearing, _KILL_S)
         self._left(silent, _CUT_OFF_S)
 
@@ -190,3 +191,13 @@ class Fleet:
         """Who of them still runs after so many seconds."""
         deadline = time.monotonic() + seconds
         return [worker for worker in workers if not worker.process.wait(max(0.0, deadline - time.monotonic()))]
+
+
+def _terminate(workers: list[Worker]) -> None:
+    for worker in workers:
+        guarded(f"ending {worker.label}", worker.process.terminate)
+
+
+def _kill(workers: list[Worker]) -> None:
+    for worker in workers:
+        guarded(f"killing {worker.label}", worker.process.kill)

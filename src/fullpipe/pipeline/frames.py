@@ -189,7 +189,8 @@ class Beat(Struct, tag_field="kind", tag=True):
 
 
 class Lost(Struct, tag_field="kind", tag=True):
-    """The connection to a neighbouring worker broke."""
+    """The connection to a neighbouring worker broke; or the one to the engine did, and has been made again: what was on
+    its way to here is lost."""
 
     message: str
 

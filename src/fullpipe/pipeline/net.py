@@ -7,7 +7,7 @@ address and a port that somebody asked for.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import secrets
 import threading
 import time
@@ -19,6 +19,13 @@ from zmq.constants import Event as Happening
 from fullpipe.errors import UsageError
 from fullpipe.pipeline.bell import Context, Socket
 from fullpipe.pipeline.keys import Doorman, RunKeys
+from fullpipe.pipeline.wire import LONGEST_HEADER
+
+HEADERS = LONGEST_HEADER + (1 << 16)
+"""Bytes of the longest part of a message where no tensors come; what is only just too long is told as nonsense."""
+
+ROWS = 1 << 30
+"""The same where they do."""
 
 _DRAIN_S = 0.2
 _BEATS = 4  # of ZeroMQ's own, in the time after which a silent connection counts as lost
@@ -41,8 +48,11 @@ class Net:
         self._context: Context = zmq.Context()
         self._doorman: Doorman | None = None
 
-    def bind(self, endpoints: Sequence[str]) -> tuple[Socket, list[str]]:
+    def bind(self, endpoints: Sequence[str], longest: int = ROWS) -> tuple[Socket, list[str]]:
         """A socket that many may connect to, and where it listens: port 0 has become a real one.
+
+        longest: bytes of a part of a message. Who sends a longer one loses his connection, strangers included: they
+        are heard up to the point at which they have to show their keys.
 
         Raises UsageError for a port in use and for what is no address of this host.
         """
@@ -53,23 +63,24 @@ class Net:
         self._prepare(socket)
         self._keys.serve(socket)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # one who comes back after his connection broke has the same name
-        bound = []
-        for endpoint in endpoints:
-            _bind(socket, endpoint)
-            bound.append(socket.getsockopt_string(zmq.LAST_ENDPOINT) if endpoint.startswith("tcp:") else endpoint)
-        return socket, bound
+        socket.setsockopt(zmq.MAXMSGSIZE, longest)
+        try:
+            return socket, [listen_at(socket, endpoint) for endpoint in endpoints]
+        except UsageError:
+            socket.close()
+            raise
 
     def connect(self, endpoint: str, name: str) -> Socket:
         """A socket to one other. name: by which that one knows us, and answers."""
         socket = self._dealer(name)
-        _connect(socket, endpoint)
+        connect_to(socket, endpoint)
         return socket
 
     def connect_watched(self, endpoint: str, name: str) -> tuple[Socket, Socket]:
         """The same, and a socket that tells from the beginning when the connection is made, refused and lost."""
         socket = self._dealer(name)
         news = watched(socket)
-        _connect(socket, endpoint)
+        connect_to(socket, endpoint)
         return socket, news
 
     def _dealer(self, name: str) -> Socket:
@@ -106,9 +117,24 @@ def watched(socket: Socket) -> Socket:
                                      | Happening.HANDSHAKE_FAILED_AUTH | Happening.HANDSHAKE_FAILED_NO_DETAIL)
 
 
-def _connect(socket: Socket, endpoint: str) -> None:
+def tcp_endpoint(address: str, port: int) -> str:
+    """How ZeroMQ spells an address and a port of it; 0: any that is free."""
+    return f"tcp://{f'[{address}]' if ':' in address else address}:{port or '*'}"
+
+
+def connect_to(socket: Socket, endpoint: str) -> None:
     _choose_family(socket, endpoint)
     socket.connect(endpoint)
+
+
+def listen_at(socket: Socket, endpoint: str) -> str:
+    """Bind it, and return where it listens: port 0 has become a real one. Raises UsageError, with the way out."""
+    _choose_family(socket, endpoint)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise _cannot_listen(endpoint, error) from None
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT) if endpoint.startswith("tcp:") else endpoint
 
 
 def _choose_family(socket: Socket, endpoint: str) -> None:
@@ -116,16 +142,15 @@ def _choose_family(socket: Socket, endpoint: str) -> None:
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
 
 
-def _bind(socket: Socket, endpoint: str) -> None:
-    _choose_family(socket, endpoint)
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        with contextlib.suppress(zmq.ZMQError):
-            socket.close()
-        where = endpoint.removeprefix("tcp://")
-        if error.errno == zmq.EADDRINUSE:
-            raise UsageError(f"something else listens on {where} already",
-                             hint="Choose another port, or 0 for any that is free.") from None
-        raise UsageError(f"cannot listen on {where}: {error.strerror}",
-                         hint="The address must be one of this host's own; `ip addr` lists them.") from None
+def _cannot_listen(endpoint: str, error: zmq.ZMQError) -> UsageError:
+    where = endpoint.removeprefix("tcp://")
+    address, _, port = where.rpartition(":")
+    if error.errno == zmq.EADDRINUSE:
+        return UsageError(f"port {port} of {address.strip('[]')} is in use",
+                          hint="End what listens there, or give the host another data port; 0 takes any that is free.")
+    if error.errno == errno.EACCES:
+        return UsageError(f"port {port} of {address.strip('[]')} may not be taken by you",
+                          hint="Give the host a data port above 1023; 0 takes any that is free.")
+    return UsageError(f"cannot listen on {where.removesuffix(':*')}: {error.strerror}",
+                      hint="The address must be one of this host's own; `ip addr` lists them. `host_ip` and "
+                           "`interface` choose another one.")

@@ -47,7 +47,7 @@ from fullpipe.pipeline.hops import HIDDEN, Before, Outlet
 from fullpipe.pipeline.links import Wire
 from fullpipe.pipeline.net import Net
 from fullpipe.pipeline.taps import CancelArrival, News, TapInbox, TapSender
-from fullpipe.pipeline.wire import Inward, Outward, decode, encode, frame_size
+from fullpipe.pipeline.wire import Inward, NonsenseError, Outward, decode, encode, frame_size
 from fullpipe.stations.base import DraftLike, StageLike, TapReader, drop_rows, untapped
 
 _LAST_WORDS_MS = 500
@@ -178,8 +178,9 @@ class Control:
     def _obey(self, frame: ToWorker, data: list[bytes]) -> None:
         match frame:
             case Part():
-                (part,) = data
-                self.parts.put((frame, part))
+                if len(data) != 1:
+                    raise NonsenseError(f"a part of a model in {len(data)} pieces, where there is one")
+                self.parts.put((frame, data[0]))
             case Work(flight):
                 arrival = Arrival.now(flight, [], None, 0 if self._wire.link.instant else frame_size(frame))
                 arrival.due = self._wire.arrival(arrival.came, arrival.size)

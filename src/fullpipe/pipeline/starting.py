@@ -17,7 +17,7 @@ from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch.base import Launcher, Needs
 from fullpipe.pipeline.launch.local import LocalLauncher
 from fullpipe.pipeline.links import Links, StationLinks
-from fullpipe.pipeline.net import Net, local_endpoint
+from fullpipe.pipeline.net import Net, local_endpoint, tcp_endpoint
 from fullpipe.stations.spec import StationSpec
 
 log = logging.getLogger(__name__)
@@ -285,8 +285,7 @@ def _as_error(worker: Worker, error: str, message: str, hint: str | None) -> Ful
 
 
 def _tcp(place: Place) -> str:
-    address = f"[{place.address}]" if ":" in place.address else place.address
-    return f"tcp://{address}:{place.port or '*'}"
+    return tcp_endpoint(place.address, place.port)
 
 
 def _gpus(spec: StationSpec) -> Iterator[str]:

@@ -26,7 +26,8 @@ Frame = Any
 """bytes, or a buffer of such."""
 
 _NUMBER = struct.Struct("<Q")
-_LONGEST = 1 << 26  # bytes of a header; a prompt of a million tokens is a third of it
+LONGEST_HEADER = 1 << 26
+"""Bytes; a prompt of a million tokens is a third of it."""
 
 
 class NonsenseError(Exception):
@@ -80,8 +81,8 @@ encode = msgspec.msgpack.Encoder().encode
 
 def decode(data: Frame, kind: Any) -> Any:
     """The struct that `encode` was given. Raises `NonsenseError`."""
-    if len(data) > _LONGEST:
-        raise NonsenseError(f"a header of {len(data)} bytes, when none has more than {_LONGEST}")
+    if len(data) > LONGEST_HEADER:
+        raise NonsenseError(f"a header of {len(data)} bytes, when none has more than {LONGEST_HEADER}")
     try:
         return _decoder(kind).decode(data)
     except (ValueError, RecursionError) as error:

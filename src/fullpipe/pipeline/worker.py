@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import NoReturn, cast
@@ -25,11 +26,12 @@ from zmq.utils.monitor import recv_monitor_message
 from fullpipe.errors import UsageError
 from fullpipe.pipeline.bell import Socket
 from fullpipe.pipeline.fetching import localised
-from fullpipe.pipeline.frames import Broken, Door, Hello, Setup, Up
+from fullpipe.pipeline.frames import Broken, Door, Hello, Setup, Stop, Up
 from fullpipe.pipeline.hops import Before, Outlet, nothing_came
 from fullpipe.pipeline.net import Net
 from fullpipe.pipeline.serve import Control, Lines, leave, serve_draft, serve_reader, serve_stage
-from fullpipe.pipeline.taps import TapArrival, TapSender, receive_taps
+from fullpipe.pipeline.taps import TapSender, receive_taps
+from fullpipe.pipeline.wire import NonsenseError
 from fullpipe.stations.base import DraftLike, StageLike, cache_slots, tap_reader
 
 _PR_SET_PDEATHSIG = 1
@@ -59,10 +61,10 @@ def main() -> None:
     lines.greet(Hello(listens))
     if nothing_came(lines.heard, door.start_timeout):
         _say_and_leave(f"nobody at {door.engine} answered for {door.start_timeout:g} s")
-    setup, _ = lines.receive()
-    assert isinstance(setup, Setup)
+    setup = _setup(lines)
     sys.setswitchinterval(_SWITCH_S)
     control = Control(lines, setup)
+    connections.back = partial(control.lost, "the engine")
     control.start_threads()
     control.report(partial(_build_and_serve, control, setup, net, inlet, connections))
     threading.Event().wait()  # until the engine says stop, or is gone
@@ -89,16 +91,33 @@ def _listen(net: Net, lines: Lines, door: Door) -> tuple[Socket | None, list[str
     try:
         return net.bind(door.listen)
     except UsageError as error:  # without a hello: it comes by another road, and might be the first to arrive
-        lines.send(Broken("UsageError", error.message, error.hint))
-        lines.close()
-        leave(1)
+        _give_up(lines, Broken("UsageError", error.message, error.hint))
+
+
+def _setup(lines: Lines) -> Setup:
+    """The first thing that the engine says, if it is not that this is over already."""
+    try:
+        setup, _ = lines.receive()
+        if isinstance(setup, Stop):
+            leave(0)
+        if not isinstance(setup, Setup):
+            raise NonsenseError(f"a message of kind {type(setup).__name__} before the setup")
+    except NonsenseError as error:
+        _give_up(lines, Broken("NonsenseError", str(error)))
+    return setup
+
+
+def _give_up(lines: Lines, why: Broken) -> NoReturn:
+    lines.send(why)
+    lines.close()
+    leave(1)
 
 
 class Connections:
     """Watches a worker's connections, from a thread of its own. It ends the process when the engine will not have it,
-    or is gone for `patience_s` seconds, and tells when a neighbour is gone.
+    or is gone for `patience_s` seconds, or if it cannot watch any more, and tells when a neighbour is gone.
 
-    engine: news of the connection with it.
+    engine: news of the connection with it. back: called when that broke and has been made again.
     """
 
     def __init__(self, engine: Socket, patience_s: float) -> None:
@@ -106,11 +125,21 @@ class Connections:
         self._fresh: queue.SimpleQueue[tuple[Socket, Callable[[], None]]] = queue.SimpleQueue()
         self._gone: float | None = None  # since when the engine is
         self._refusals = 0  # in a row
-        threading.Thread(target=self._watch, name="connections", daemon=True).start()
+        self.back: Callable[[], None] = _ignore
+        threading.Thread(target=self._watch_or_leave, name="connections", daemon=True).start()
 
     def add(self, news: Socket, lost: Callable[[], None]) -> None:
         """Watch the connection to a neighbour too. lost: called when it breaks."""
         self._fresh.put((news, lost))
+
+    def _watch_or_leave(self) -> None:
+        try:
+            self._watch()
+        except zmq.ContextTerminated:
+            pass  # whoever does that ends the process, when what was said is sent
+        except BaseException:
+            traceback.print_exc()
+            _say_and_leave("nobody watches the connections any more")
 
     def _watch(self) -> None:
         poller = zmq.Poller()
@@ -135,7 +164,9 @@ class Connections:
             case Happening.DISCONNECTED:
                 self._gone = self._gone or time.monotonic()
             case Happening.HANDSHAKE_SUCCEEDED:
-                self._gone, self._refusals = None, 0
+                broke, self._gone, self._refusals = self._gone is not None, None, 0
+                if broke:  # what it said to us meanwhile is lost: the last of it nothing else would tell
+                    self.back()
             case Happening.HANDSHAKE_FAILED_AUTH:
                 _say_and_leave("the engine does not know our key")
             case Happening.HANDSHAKE_FAILED_NO_DETAIL:  # whoever listens hung up; once, it may just have ended
@@ -186,7 +217,7 @@ def _serve_draft_station(control: Control, draft: DraftLike, inlet: Socket | Non
     serve_reader(control, reader) if reader else serve_draft(control, draft)
 
 
-def _ignore(arrival: TapArrival) -> None:
+def _ignore(*_: object) -> None:
     pass
 
 

@@ -84,4 +84,4 @@ class Launcher(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what all processes shared; every one of them has been closed."""
+        """Give back what all processes shared. One that has not been closed ends, soon, by itself."""

@@ -46,8 +46,8 @@ def test_every_error_of_ours_is_told_as_one_of_ours(kind: type[errors.FullpipeEr
     """Those that are made of more than a message as what they also are."""
     with pytest.raises(errors.FullpipeError) as caught:
         told(encoded(Answer(Failed(kind.__name__, "m", "h"))), "beta")
-    assert issubclass(kind, type(caught.value)) and caught.value.exit_code == kind.exit_code \
-        or issubclass(kind, errors.Unavailable)
+    assert issubclass(kind, type(caught.value))
+    assert caught.value.exit_code == kind.exit_code or issubclass(kind, errors.Unavailable)
     assert (caught.value.message, caught.value.hint) == ("beta: m", "h")
 
 

@@ -190,7 +190,7 @@ class _Piped:
         self._process = subprocess.Popen([*prefix, sys.executable, "-P", "-m", "fullpipe.cluster.agent"],
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         self.pid = self._process.pid
-        self._numbers = count()
+        self._numbers, self._ended = count(), False
         self._waiting: dict[int, Future[bytes]] = {}
         self._writer = ThreadPoolExecutor(1, "fullpipe-agent")  # what is written to one that hangs may not fit the pipe
         self._reader = threading.Thread(target=self._take_answers, name="fullpipe-agent-answers", daemon=True)
@@ -204,6 +204,8 @@ class _Piped:
         number, answer = next(self._numbers), Future[bytes]()
         self._waiting[number] = answer
         self._writer.submit(self._write, number, request)
+        if self._ended:  # what is written to one that just dies may still find room in the pipe
+            self._give_up()
         return answer
 
     def _write(self, number: int, request: bytes) -> None:
@@ -219,10 +221,11 @@ class _Piped:
             number, answer = taken
             if waiting := self._waiting.pop(number, None):
                 waiting.set_result(answer)
+        self._ended = True
         self._give_up()
 
     def _give_up(self) -> None:
-        """Nobody will answer any more. What is asked after this fails when it is written."""
+        """Nobody will answer any more what has been asked."""
         for number in list(self._waiting):
             if waiting := self._waiting.pop(number, None):
                 waiting.set_exception(ConnectionError("its agent has ended"))

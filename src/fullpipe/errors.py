@@ -158,3 +158,17 @@ class Unavailable(FullpipeError):
 
 class Overloaded(Unavailable):
     """Its queue is full."""
+
+
+_MADE_OF_MORE = (MessageError, StationFailed, HostsDiffer, Unavailable)
+
+
+def by_name(kind: str, message: str, hint: str | None) -> FullpipeError | None:
+    """The error of ours that another process told by the name of its type; None: that is none of ours. One that is made
+    of more than a message becomes what it also is: HostsDiffer a PipelineError."""
+    named = globals().get(kind)
+    if not (isinstance(named, type) and issubclass(named, FullpipeError)):
+        return None
+    plain = next(one for one in named.__mro__ if not issubclass(one, _MADE_OF_MORE))
+    assert issubclass(plain, FullpipeError)
+    return plain(message, hint=hint)

@@ -7,10 +7,11 @@ from concurrent.futures import Future
 import msgspec
 import pytest
 
+from fullpipe import errors
 from fullpipe.cluster.agent import SAME_EVERYWHERE, Agent, Answer, Failed, Listen, Ping, told
 from fullpipe.cluster.contact import Contact
 from fullpipe.cluster.hosts import HostEntry
-from fullpipe.errors import PipelineError, UsageError
+from fullpipe.errors import PipelineError, UsageError, by_name
 from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch.base import Launcher
 
@@ -37,6 +38,22 @@ def test_what_went_wrong_there_is_the_same_error_here_with_its_host() -> None:
 def test_a_bug_there_is_told_with_its_host() -> None:
     with pytest.raises(PipelineError, match="beta: ZeroDivisionError: division by zero"):
         told(encoded(Answer(Failed("ZeroDivisionError", "division by zero", None))), "beta")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vars(errors).values()
+                                  if isinstance(kind, type) and issubclass(kind, errors.FullpipeError)])
+def test_every_error_of_ours_is_told_as_one_of_ours(kind: type[errors.FullpipeError]) -> None:
+    """Those that are made of more than a message as what they also are."""
+    with pytest.raises(errors.FullpipeError) as caught:
+        told(encoded(Answer(Failed(kind.__name__, "m", "h"))), "beta")
+    assert issubclass(kind, type(caught.value))
+    assert caught.value.exit_code == kind.exit_code or issubclass(kind, errors.Unavailable)
+    assert (caught.value.message, caught.value.hint) == ("beta: m", "h")
+
+
+def test_hosts_that_differ_are_told_by_an_agent_as_an_error_of_the_pipeline() -> None:
+    assert type(by_name("HostsDiffer", "m", None)) is PipelineError
+    assert by_name("ZeroDivisionError", "m", None) is by_name("re", "m", None) is None
 
 
 class Silent(Contact):

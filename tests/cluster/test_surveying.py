@@ -6,17 +6,20 @@ import socket
 import time
 from collections.abc import Iterator
 
+import msgspec
 import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullpipe.cluster.agent import Answer, Measure, Ping
+from fullpipe.cluster.agent import Answer, Measure, Ping, Reach
 from fullpipe.cluster.contact import CommandContact
 from fullpipe.cluster.hosts import HostEntry
+from fullpipe.cluster.links import Pair
 from fullpipe.cluster.surveying import Known, look_at, measure_costs, measure_links, rounds
 from fullpipe.errors import ModelNotFound, PipelineError, UsageError
 from fullpipe.hub import resolve
+from fullpipe.pipeline.keys import RunKeys
 from fullpipe.pipeline.launch.local import LocalLauncher
 
 MODEL = "smollm2-135m"
@@ -75,12 +78,23 @@ def test_a_host_whose_data_port_a_pipeline_has_is_measured_the_other_way(contact
     known = Known()
     look_at(contact, [], known, alone=True)
     with socket.create_server(("127.0.0.1", 0)) as pipeline:
-        contact.entries["a"] = contact.entries["a"].model_copy(update={"port": pipeline.getsockname()[1]})
+        known.entries["a"] = known.entries["a"].model_copy(update={"port": pipeline.getsockname()[1]})
         with pytest.raises(UsageError, match="in use"):
             measure_links(contact, known)
         measure_links(contact, known, deaf=["a"])
     assert set(known.pairs) == {("a", "b"), ("b", "a")} and known.pairs["b", "a"] == known.pairs["a", "b"]
     assert [known.reports[name].reaches for name in "ab"] == [{"b": None}, {}]
+
+
+@pytest.mark.processes
+def test_what_is_known_is_not_even_tried_where_only_what_is_missing_is_wanted(contact: CommandContact) -> None:
+    known = Known()
+    look_at(contact, [], known, alone=True)
+    known.pairs = {("a", "b"): Pair(1.0, 2.0)}
+    measure_links(contact, known, missing=True)
+    assert known.pairs["a", "b"] == Pair(1.0, 2.0) and known.pairs["b", "a"].latency_s < 0.1
+    contact.close()
+    measure_links(contact, known, missing=True)  # so nobody is asked
 
 
 @pytest.mark.processes
@@ -107,11 +121,32 @@ def test_an_agent_that_dies_is_lost_until_it_is_started_again(contact: CommandCo
     assert isinstance(found["a"], Answer)
     lost = found["b"]
     assert isinstance(lost, PipelineError) and lost.message.startswith("b is lost: its agent has ended")
-    assert contact.answering(10.0) == ["a"]
+    begun = time.monotonic()
+    assert contact.answering(10.0) == ["a"] and time.monotonic() - begun < 5, "that it has ended is known at once"
     while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     contact.refresh()
     assert contact.answering(10.0) == ["a", "b"] and set(contact.entries) == {"a", "b"}
+
+
+@pytest.mark.processes
+def test_an_agent_answers_while_it_measures(contact: CommandContact) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        way = Reach("nobody", "127.0.0.1", mute.getsockname()[1], RunKeys.new(), 5.0, False)
+        measured = contact.begin("b", msgspec.msgpack.encode(way))
+        assert contact.answering(4.0) == ["a", "b"]
+        assert not measured.done()
+
+
+@pytest.mark.processes
+def test_what_an_agent_was_asked_for_when_it_died_is_lost_at_once(contact: CommandContact) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        way = Reach("nobody", "127.0.0.1", mute.getsockname()[1], RunKeys.new(), 30.0, False)
+        measured = contact.begin("b", msgspec.msgpack.encode(way))
+        assert contact.answering(10.0) == ["a", "b"]
+        sorted(_agents(), key=lambda process: process.pid)[1].kill()
+        with pytest.raises(ConnectionError, match="its agent has ended"):
+            measured.result(5.0)
 
 
 @pytest.mark.processes

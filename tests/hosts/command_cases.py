@@ -32,7 +32,7 @@ class Kept(CommandContact):
         """In place of `contact_of`."""
         assert asked.hosts
         self.entries = {entry.name: entry for entry in read_hosts(Path(asked.hosts))}
-        self.entries[self.head] = hosts._own_entry(self.entries[self.head], asked)
+        self.entries[self.head] = self.entries[self.head].model_copy(update=hosts.said_of_head(asked))
         return self
 
     def refresh(self) -> None:

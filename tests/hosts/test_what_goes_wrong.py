@@ -88,6 +88,9 @@ BAD: dict[str, tuple[dict[str, str], tuple[str, ...], int, str, str]] = {
         "There are h1, h2."),
     "a plan for another model": (
         {"h1": "", "h2": ""}, ("--plan", "{folder}/other.toml"), 2, "is for gpt2, not smollm2-135m", "fullpipe plan"),
+    "what the plan says already": (
+        {"h1": "", "h2": ""}, ("--plan", "{folder}/made.toml", "--stages", "2"), 2, "says what --stages 2 does",
+        "edit the plan"),
     "a Ray that is not there": (
         {}, ("--hosts", "ray", "--ray-address", "{h1}:1"), 2, "no Ray answers at {h1}:1: Connection refused",
         "ray start --head"),

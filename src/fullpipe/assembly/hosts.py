@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fullpipe.assembly.prepare import Prepared, Say, draft_spec, silent, stage_specs, taps_of
 from fullpipe.cluster.contact import Contact, RayContact
 from fullpipe.cluster.guesser import draft_model, guesser_of
-from fullpipe.cluster.hosts import HostEntry, read_hosts
+from fullpipe.cluster.hosts import read_hosts
 from fullpipe.cluster.pins import Pins
 from fullpipe.cluster.placing import Placing
 from fullpipe.cluster.plan import Plan, check_shape
@@ -22,7 +23,7 @@ from fullpipe.errors import UsageError
 from fullpipe.hub import resolve
 from fullpipe.live_costs import LiveMachine
 from fullpipe.methods import Method
-from fullpipe.options import PipelineOptions
+from fullpipe.options import Options, PipelineOptions
 from fullpipe.pipeline.base import Pipeline
 from fullpipe.pipeline.workers import WorkersPipeline
 from fullpipe.stations.spec import StationSpec
@@ -40,20 +41,19 @@ def contact_of(asked: PipelineOptions) -> Contact:
     PipelineError for a host that cannot be reached."""
     assert asked.hosts is not None
     wanted = None if asked.hosts == "ray" else read_hosts(Path(asked.hosts))
-    contact = RayContact(asked.ray_address, wanted)
+    contact = RayContact(asked.ray_address, wanted, said_of_head(asked))
     try:
         contact.await_agents(min(asked.start_timeout, _AGENTS_S))
-        contact.entries[contact.head] = _own_entry(contact.entries[contact.head], asked)
     except BaseException:
         contact.close()
         raise
     return contact
 
 
-def _own_entry(entry: HostEntry, asked: PipelineOptions) -> HostEntry:
-    """The head's, with what the options say of it."""
+def said_of_head(asked: PipelineOptions) -> dict[str, Any]:
+    """What the options say of this host, by the names of a HostEntry."""
     said = {"interface": asked.interface, "host_ip": asked.host_ip, "port": asked.data_port or None}
-    return entry.model_copy(update={name: value for name, value in said.items() if value is not None})
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def placing_of(prepared: Prepared, contact: Contact, auto: bool, say: Say = silent,
@@ -63,10 +63,7 @@ def placing_of(prepared: Prepared, contact: Contact, auto: bool, say: Say = sile
     options, target = prepared.options, prepared.target
     guesses = draft_model(prepared.drafts)
     models = tuple(name for name in (options.model.model, guesses) if name)
-    given = Plan.load(options.pipeline.plan) if options.pipeline.plan else None
-    if given and given.model != options.model.model:
-        raise UsageError(f"the plan {options.pipeline.plan} is for {given.model}, not {options.model.model}",
-                         hint="Name its model, or make a plan for yours: `fullpipe plan`.")
+    given = given_plan(options)
     if given:
         check_shape(given, list(contact.entries), target.config.num_layers)
     wanted = Wanted(
@@ -79,6 +76,22 @@ def placing_of(prepared: Prepared, contact: Contact, auto: bool, say: Say = sile
     if tell:
         placing.tell = tell
     return placing
+
+
+def given_plan(options: Options) -> Plan | None:
+    """The plan that the options name. Raises UsageError for one of another model, and where the options say themselves
+    what a plan says, and what reading it raises."""
+    if not (path := options.pipeline.plan):
+        return None
+    for name, value in (("stages", options.pipeline.stages), ("width", options.method.width)):
+        if value is not None:
+            raise UsageError(f"the plan {path} says what `{name}={value}` does", param=name,
+                             hint=f"Leave out `{name}`, and edit the plan; or make another one: `fullpipe plan`.")
+    plan = Plan.load(path)
+    if plan.model != options.model.model:
+        raise UsageError(f"the plan {path} is for {plan.model}, not {options.model.model}",
+                         hint="Name its model, or make a plan for yours: `fullpipe plan`.")
+    return plan
 
 
 def _pins(prepared: Prepared, contact: Contact, auto: bool) -> Pins:
@@ -120,19 +133,34 @@ def _with(spec: StationSpec, placed: dict[str, Any]) -> StationSpec:
                                       if key not in ("sharing", "device")} | placed)
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """Is what is known of the newest pipeline. machine: what its method knows of the stations; planned: what the plan
+    said of them."""
+
+    plan: Plan
+    machine: LiveMachine
+    planned: Machine
+
+
 @dataclass(slots=True)
 class OnHosts:
-    """Starts pipelines on hosts: the first, and others after it.
+    """Starts pipelines on hosts: the first, and others after it. auto: the plan says which method fills them.
 
-    auto: the plan says which method fills them. machine: what the newest one's method knows of its stations; planned:
-    what the plan said of them.
+    Who watches the hosts has a thread of its own, while the engine's starts pipelines: what belongs together is
+    exchanged as one.
     """
 
     prepared: Prepared
     placing: Placing
     auto: bool
-    machine: LiveMachine | None = None
-    planned: Machine | None = None
+    _running: _Running | None = None
+    _exchanging: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def machine(self) -> LiveMachine | None:
+        """What the method of the newest pipeline knows of its stations."""
+        return self._running.machine if self._running else None
 
     def first(self) -> tuple[Pipeline, Method]:
         return self._started(self.placing.decide())
@@ -151,35 +179,42 @@ class OnHosts:
     def slower(self) -> dict[str, float]:
         """By how much each host's stages take longer than planned, at a few rows. One whose difference is small beside
         what the slowest stage takes matters to nobody, and is left out."""
-        plan, live, planned = self.placing.plan, self.machine, self.planned
-        if plan is None or live is None or planned is None or len(live.stages) != len(plan.stages):
+        if (running := self._running) is None:
             return {}
-        now, then = ([curve(_TYPICAL_ROWS) for curve in machine.stages] for machine in (live, planned))
+        now, then = ([curve(_TYPICAL_ROWS) for curve in machine.stages]
+                     for machine in (running.machine, running.planned))
         matters = _MATTERS * max(then)
-        return {stage.host: seconds / max(before, 1e-9) for stage, seconds, before in zip(plan.stages, now, then)
-                if abs(seconds - before) > matters}
+        return {stage.host: seconds / max(before, 1e-9)
+                for stage, seconds, before in zip(running.plan.stages, now, then) if abs(seconds - before) > matters}
 
     def take_for(self, host: str, factor: float) -> None:
-        """Plan from now on with a host that takes so many times as long as it was planned with."""
-        self.placing.take_for(host, factor)
-        self.planned = self.placing.machine(self.placing.plan) if self.placing.plan else None
+        """Plan from now on with a host that takes so many times as long as it was planned with. Nothing happens if that
+        pipeline is gone meanwhile."""
+        running = self._running
+        planned = self.placing.take_for(host, factor, running.plan) if running else None
+        with self._exchanging:
+            if running and planned and self._running is running:
+                self._running = replace(running, planned=planned)
 
     def _started(self, plan: Plan) -> tuple[Pipeline, Method]:
         say, asked = self.placing.say, self.prepared.options.pipeline
         for line in told(plan):
             say(line)
         stages, draft = self.placing.wanted.describe(plan)
+        planned, hosting = self.placing.machine(plan), self.placing.hosting(plan)
+        running = _Running(plan, LiveMachine(planned), planned)
+        method = self._method(plan, running.machine)  # whatever may fail comes before there is something to be ended
         pipeline = WorkersPipeline(stages, draft, threads=asked.threads or 1, timeout=asked.timeout,
                                    heartbeat_timeout=asked.host_timeout, start_timeout=asked.start_timeout,
-                                   hosting=self.placing.hosting(plan))
-        self.planned = self.placing.machine(plan)
-        self.machine = LiveMachine(self.planned)
-        return pipeline, self._method(plan)
+                                   hosting=hosting)
+        with self._exchanging:
+            self._running = running
+        return pipeline, method
 
-    def _method(self, plan: Plan) -> Method:
+    def _method(self, plan: Plan, machine: Machine) -> Method:
         own = self.prepared.options.method.method
         name = plan.method if self.auto and plan.method != "auto" else own
-        return self.prepared.method(self.machine, name, width=plan.width if name == "fullpipe" else None)
+        return self.prepared.method(machine, name, width=plan.width if name == "fullpipe" else None)
 
 
 def told(plan: Plan) -> list[str]:

@@ -2,8 +2,8 @@
 
     python -m fullpipe.cluster.agent          takes requests from standard input, and ends with it
 
-Requests and answers are msgpack structs. An agent keeps nothing but what is kept on the host's disk, and does one thing
-at a time.
+Requests and answers are msgpack structs. An agent keeps nothing but what is kept on the host's disk. It may be asked
+several things at once: whoever only asks whether it is there waits for no measurement.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from typing import IO, Any
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import msgspec
 from msgspec import Struct
 
-from fullpipe import errors
 from fullpipe.cluster.links import Pair
 from fullpipe.cluster.profile import Profile
 from fullpipe.cluster.reach import Echo, measure
 from fullpipe.cluster.report import HostReport, Look
-from fullpipe.errors import FullpipeError, PipelineError
+from fullpipe.errors import FullpipeError, PipelineError, by_name
 from fullpipe.models.partial import Chunk, Manifest
 from fullpipe.models.ranges import Range
 from fullpipe.pipeline.keys import RunKeys
@@ -29,8 +30,9 @@ from fullpipe.pipeline.keys import RunKeys
 SAME_EVERYWHERE = "Its Fullpipe seems to be another one: install the same commit on all hosts."
 """The way out where hosts do not understand each other."""
 
-_SIZE = struct.Struct("<Q")
+_NUMBER_AND_SIZE = struct.Struct("<QQ")
 _MOST_ECHOES = 4
+_AT_ONCE = 8
 _STRANGERS = ("ValidationError", "DecodeError", "ImportError", "ModuleNotFoundError")  # of an agent with other words
 
 
@@ -116,6 +118,8 @@ class Agent:
 
     def __init__(self) -> None:
         self._echoes: dict[bytes, Echo] = {}  # by public key: somebody may look at the hosts while another one does
+        self._listening = threading.Lock()
+        self._measuring = threading.Lock()  # two measurements would disturb each other
 
     def do(self, request: bytes) -> bytes:
         """The answer to a request; both are msgpack. Never raises."""
@@ -135,21 +139,27 @@ class Agent:
 
                 return Answer(report=look(asked), processor=_processor())
             case Listen(address, port, keys):
-                while len(self._echoes) >= _MOST_ECHOES:  # those of a head that is gone
-                    self._deafen(next(iter(self._echoes)))
-                echo = self._echoes[keys.public] = Echo(address, port, keys)
-                return Answer(port=echo.port)
+                return Answer(port=self._listen(address, port, keys))
             case Deafen(public):
                 self._deafen(public)
                 return Answer()
             case Reach(name, address, port, keys, timeout_s, quick):
                 return Answer(pair=measure(address, port, keys, name=name, timeout_s=timeout_s, quick=quick))
             case Measure():
-                return Answer(profile=_measured(request).model_dump_json())
+                with self._measuring:
+                    return Answer(profile=_measured(request).model_dump_json())
+
+    def _listen(self, address: str, port: int, keys: RunKeys) -> int:
+        with self._listening:
+            while len(self._echoes) >= _MOST_ECHOES:  # those of a head that is gone
+                self._echoes.pop(next(iter(self._echoes))).close()
+            echo = self._echoes[keys.public] = Echo(address, port, keys)
+            return echo.port
 
     def _deafen(self, public: bytes) -> None:
-        if echo := self._echoes.pop(public, None):
-            echo.close()
+        with self._listening:
+            if echo := self._echoes.pop(public, None):
+                echo.close()
 
 
 def _measured(asked: Measure) -> Profile:
@@ -182,9 +192,8 @@ def told(answer: bytes, host: str) -> Answer:
     found = msgspec.msgpack.decode(answer, type=Answer)
     if (failed := found.failed) is None:
         return found
-    kind = getattr(errors, failed.kind, None)
-    if isinstance(kind, type) and issubclass(kind, FullpipeError) and kind is not errors.StationFailed:
-        raise kind(f"{host}: {failed.message}", hint=failed.hint)
+    if ours := by_name(failed.kind, f"{host}: {failed.message}", failed.hint):
+        raise ours
     if failed.kind in _STRANGERS:
         raise PipelineError(f"{host} does not understand this host: {failed.message}", hint=SAME_EVERYWHERE)
     raise PipelineError(f"{host}: {failed.kind}: {failed.message}", hint=failed.hint)
@@ -193,27 +202,35 @@ def told(answer: bytes, host: str) -> Answer:
 # ---- over pipes -------------------------------------------------------------------------------------------------
 
 
-def write(file: IO[bytes], message: bytes) -> None:
-    file.write(_SIZE.pack(len(message)) + message)
+def write(file: IO[bytes], number: int, message: bytes) -> None:
+    """number: of the request, which its answer has too. Only one thread may write at a time."""
+    file.write(_NUMBER_AND_SIZE.pack(number, len(message)) + message)
     file.flush()
 
 
-def read(file: IO[bytes]) -> bytes | None:
-    """The next message; None at the end."""
-    head = file.read(_SIZE.size)
-    if len(head) < _SIZE.size:
+def read(file: IO[bytes]) -> tuple[int, bytes] | None:
+    """The next message and its number; None at the end."""
+    head = file.read(_NUMBER_AND_SIZE.size)
+    if len(head) < _NUMBER_AND_SIZE.size:
         return None
-    (size,) = _SIZE.unpack(head)
+    number, size = _NUMBER_AND_SIZE.unpack(head)
     body = file.read(size)
-    return body if len(body) == size else None
+    return (number, body) if len(body) == size else None
 
 
 def main() -> None:
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything prints here must not stand among the answers
-    agent: Any = Agent()
-    while (request := read(asked)) is not None:
-        write(answers, agent.do(request))
+    agent, writing, doing = Agent(), threading.Lock(), ThreadPoolExecutor(_AT_ONCE, "fullpipe-agent")
+
+    def do(number: int, request: bytes) -> None:
+        answer = agent.do(request)
+        with writing:
+            write(answers, number, answer)
+
+    while (next_ := read(asked)) is not None:
+        doing.submit(do, *next_)
+    os._exit(0)  # nobody waits any more for what is being done
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
     name = "beta"
     address = "10.0.0.2"
     interface = "eth1"          # by which the others reach it; or its address itself: host_ip = "10.1.0.2"
-    port = 5600                 # its one data port; 0, the default: any that is free
+    port = 5600                 # its data port, and the next where two listen; 0, the default: any that is free
     cores = 8                   # how much of it may be taken; left out: all that is free
     memory_mib = 16000
     device = "cuda:0"           # what its stages compute on; left out: cpu

@@ -4,6 +4,7 @@ gone, or come."""
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,13 +21,22 @@ from fullpipe.cluster.report import HostReport, Problem
 from fullpipe.cluster.seats import Seats
 from fullpipe.cluster.survey import HostCosts, Survey
 from fullpipe.cluster.surveying import Known, look_at, measure_costs, measure_links
-from fullpipe.cluster.wanted import Wanted, opening_of, own_path
+from fullpipe.cluster.wanted import Wanted, own_path
 from fullpipe.costs import Machine
-from fullpipe.errors import HostsDiffer, PipelineError, UsageError
+from fullpipe.errors import FullpipeError, HostsDiffer, PipelineError, UsageError
 from fullpipe.pipeline.starting import Hosting
 
 Say = Callable[[str], None]
-_ROWS = (1, 2, 4, 8, 16, 32)
+_PAUSES_S = (3.0, 60.0)  # until a host is looked at again that did not fit: the least, doubled each time, and the most
+
+
+@dataclass(frozen=True, slots=True)
+class _InVain:
+    """Is a host that was looked at and could not be taken in. life: of the contact. pause_s: until the next look."""
+
+    life: str
+    at: float
+    pause_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +70,11 @@ class Placing:
     plan: Plan | None = None
     found: Found | None = None
     lost: dict[str, str] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _count: int = 0  # of decisions
+    _count: int = 0  # of decisions, from their beginning
     _taken_for_others: bool = False
+    _in_vain: dict[str, _InVain] = field(default_factory=dict)
 
     # ---- deciding ------------------------------------------------------------------------------------------------
 
@@ -70,6 +82,7 @@ class Placing:
         """Look at all hosts, measure them, and plan for them. Raises HostsDiffer before anything is measured where a
         host does not fit, and UsageError where the model has no place."""
         with self._lock:
+            self._count += 1
             look_at(self.contact, self.wanted.models, self.known, alone=len(self.contact.entries) == 1)
             self._refuse({}, {})
             measure_links(self.contact, self.known)
@@ -79,14 +92,14 @@ class Placing:
             memory = memory_of(plan, self.survey(plan.hosts).hosts, self.wanted.guesser)
             self._refuse(memory, self._weights(plan), tell=True)
             self.plan = plan
-            self._count += 1
             return plan
 
     def decide_again(self, *, newcomers: bool = True) -> Plan:
         """Plan for the hosts that answer now and reach each other. newcomers: those that have come are looked at first,
         which takes its time; else only where there is no plan without them. A host that does not fit is left out, and
-        why is said; so is one that stops answering meanwhile."""
+        why is said; so is one that stops answering meanwhile. Whoever looks for something better gives way."""
         with self._lock:
+            self._count += 1
             while True:
                 fresh = self._note_answering()
                 try:
@@ -96,7 +109,6 @@ class Placing:
                     if set(self.known.reports) <= set(self.contact.answering()):
                         raise
                 else:
-                    self._count += 1
                     return self.plan
 
     def _note_answering(self) -> list[str]:
@@ -124,32 +136,65 @@ class Placing:
 
     def better(self, gain: float) -> str | None:
         """Why another plan would be better: one that promises a token in at most `gain` of the time that this one would
-        take now. Hosts that have come are looked at and measured for that. None: none would."""
+        take now. Hosts that have come are looked at and measured for that, and those that nobody needs and that have
+        gone are forgotten. None: none would, or the pipeline has lost a host and all is decided anew anyway."""
+        with self._lock:
+            count, plan = self._count, self.plan
+            other = replace(self, known=self.known.copy(), lost=dict(self.lost), _in_vain=dict(self._in_vain),
+                            _lock=threading.RLock())
         self.contact.refresh()
-        with self._lock:
-            plan, known, count = self.plan, self.known.copy(), self._count
-            fresh = [host for host in self.contact.answering() if host not in known.reports]
-        if plan is None or not (fresh or self._taken_for_others):
+        answering = self.contact.answering()
+        if plan is None or not {self.contact.head, *plan.hosts} <= set(answering):
             return None
+        for host in [host for host in other.known.reports if host not in answering]:
+            other._lose(host, "it does not answer")
+        fresh = [host for host in answering if host not in other.known.reports and not self._is_vain(host)]
+        try:
+            why = other._better(plan, fresh, gain, lambda: count != self._count)
+        except Exception as error:
+            for host in [one for one in fresh if one in other.known.reports]:  # not all of it again at once
+                other._lose(host, _why(error), in_vain=True)
+            self._take_over(other, count)
+            raise
+        return why if self._take_over(other, count) else None
+
+    def _better(self, plan: Plan, fresh: Sequence[str], gain: float, given_way: Callable[[], bool]) -> str | None:
+        """See `better`. given_way: whether all is decided anew meanwhile."""
+        self._take_in(fresh)
+        if given_way() or not (set(fresh) & set(self.known.reports) or self._taken_for_others):
+            return None
+        measure_links(self.contact, self.known, missing=True, deaf=self._deaf(plan))
+        self._leave_out_unreachable(stay=plan.hosts)
+        if given_way():
+            return None
+        measure_costs(self.contact, self.known, self._measure, self.say)
+        if given_way():
+            return None
+        best = self._plan(list(self.known.reports))
         self._taken_for_others = False
-        other = replace(self, known=known, lost=dict(self.lost), _lock=threading.RLock())
-        other._take_in(fresh)
-        measure_links(self.contact, known, deaf=self._deaf(plan))
-        other._leave_out_unreachable()
-        measure_costs(self.contact, known, other._measure, self.say)
-        best = other._plan(list(known.reports))
-        with self._lock:
-            if count != self._count:  # the pipeline has failed meanwhile, and all was decided anew
-                return None
-            self.known, self.lost = known, other.lost
+        new = [host for host in fresh if host in self.known.reports]
         if (stages := self._missing_stages(plan, best)) is not None:
-            return f"{', '.join(fresh)} can be had: {stages} stages, as asked for"
-        return _reason(plan, best, fresh, self.promised_ms(plan), gain)
+            return f"{', '.join(new)} can be had: {stages} stages, as asked for"
+        return _reason(plan, best, new, self.promised_ms(plan), gain)
+
+    def _take_over(self, other: Placing, count: int) -> bool:
+        """Know what was found out while something better was looked for. Not if all has been decided anew since there
+        were so many decisions, or is just being."""
+        with self._lock:
+            if count != self._count:
+                return False
+            self.known, self.lost, self._in_vain = other.known, other.lost, other._in_vain
+            self._taken_for_others = other._taken_for_others
+            return True
+
+    def _is_vain(self, host: str) -> bool:
+        """Whether a host was looked at in vain, is still the same, and need not be looked at again yet."""
+        last = self._in_vain.get(host)
+        return last is not None and last.life == self.contact.life(host) and self.clock() < last.at + last.pause_s
 
     def _deaf(self, plan: Plan) -> set[str]:
-        """Hosts with one port, which the pipeline has."""
-        busy = {self.contact.head, *plan.hosts, *(stage.host for stage in plan.stages)}
-        return {host for host in busy if host in self.contact.entries and self.contact.entries[host].port}
+        """Hosts with a port, which the pipeline has."""
+        return {host for host in {self.contact.head, *plan.hosts} if self.known.entries[host].port}
 
     def _missing_stages(self, plan: Plan, best: Plan) -> int | None:
         """How many stages the better plan has, if the number is pinned and this plan has too few."""
@@ -161,11 +206,15 @@ class Placing:
         found = predict(self.survey(plan.hosts), plan.layout, self.wanted.guesser, width=plan.width, method=plan.method)
         return 1e3 * found.seconds
 
-    def take_for(self, host: str, factor: float) -> None:
-        """Plan from now on with a host that takes so many times as long."""
+    def take_for(self, host: str, factor: float, plan: Plan) -> Machine | None:
+        """Plan from now on with a host that takes so many times as long. plan: which runs. Returns what its stations
+        take then; None, and nothing is changed, if all is decided anew meanwhile."""
         with self._lock:
+            if self.plan is not plan or not {host, *plan.hosts} <= set(self.known.profiles):
+                return None
             self.known.profiles[host] = slower(self.known.profiles[host], factor)
             self._taken_for_others = True
+            return self.machine(plan)
 
     def _take_in(self, fresh: Sequence[str]) -> None:
         """Look at hosts that have come; those that do not fit are left out."""
@@ -173,30 +222,37 @@ class Placing:
             try:
                 look_at(self.contact, self.wanted.models, self.known, alone=False, hosts=[host])
                 refuse([one for one in self._problems({}, {}) if one.host == host])
-            except PipelineError as error:
-                self._lose(host, _why(error))
+            except FullpipeError as error:
+                self._lose(host, _why(error), in_vain=True)
             else:
                 self.lost.pop(host, None)
                 self.say(f"{host} takes part")
 
-    def _leave_out_unreachable(self) -> None:
-        """Hosts that cannot reach each other cannot be in one pipeline. The head stays; of two others the one goes that
-        fewer can reach."""
+    def _leave_out_unreachable(self, stay: Sequence[str] = ()) -> None:
+        """Hosts that cannot reach each other cannot be in one pipeline. The head stays, as do those that are named; of
+        two others the one goes that fewer can reach."""
         while True:
             faults = Counter[str]()
             for host, report in self.known.reports.items():
                 for other, reason in report.reaches.items():
                     if reason and other in self.known.reports:
-                        faults.update(one for one in (host, other) if one != self.contact.head)
+                        faults.update(one for one in (host, other) if one not in (self.contact.head, *stay))
             if not faults:
+                self._in_vain = {host: last for host, last in self._in_vain.items() if host not in self.known.reports}
                 return
-            self._lose(faults.most_common(1)[0][0], "it cannot be reached, or cannot reach others")
+            self._lose(faults.most_common(1)[0][0], "it cannot be reached, or cannot reach others", in_vain=True)
 
-    def _lose(self, host: str, why: str) -> None:
+    def _lose(self, host: str, why: str, *, in_vain: bool = False) -> None:
+        """in_vain: it answers, so it would be looked at again and again."""
         self.known.forget(host)
         if self.lost.get(host) != why:
             self.say(f"going on without {host}: {why}")
         self.lost[host] = why
+        if in_vain:
+            least, most = _PAUSES_S
+            last, life = self._in_vain.get(host), self.contact.life(host)
+            pause_s = min(2 * last.pause_s, most) if last and last.life == life else least
+            self._in_vain[host] = _InVain(life, self.clock(), pause_s)
 
     def _plan(self, hosts: Sequence[str]) -> Plan:
         """The given one while its hosts are there, else the best."""
@@ -211,7 +267,7 @@ class Placing:
     def survey(self, hosts: Sequence[str]) -> Survey:
         """What is known of these hosts, and of the head."""
         names = list(dict.fromkeys([self.contact.head, *hosts]))
-        entries, reports = self.contact.entries, self.known.reports
+        entries, reports = self.known.entries, self.known.reports
         costs = {name: HostCosts(self.known.profiles[name], self._cores(name), reports[name].free_memory,
                                  processor=self.known.processors[name], device=self._device(entries[name].device))
                  for name in names}
@@ -226,7 +282,7 @@ class Placing:
     def _problems(self, memory: Mapping[str, int], weights: Mapping[str, dict[str, int]]) -> list[Problem]:
         reports = dict(self.known.reports)
         head = reports.pop(self.contact.head)
-        devices = {host: [self._device(self.contact.entries[host].device)] for host in self.known.reports}
+        devices = {host: [self._device(entry.device)] for host, entry in self.known.entries.items()}
         needs = Needs(devices=devices, memory=dict(memory), weights=dict(weights), kernels=self.wanted.kernels,
                       ray=self.contact.by_ray)
         return compare(head, list(reports.values()), needs)
@@ -247,10 +303,10 @@ class Placing:
     def _measure(self, host: str) -> Measure:
         """What a host is asked to measure: with its own files, or with models of zeros laid out like the head's."""
         wanted, report = self.wanted, self.known.reports[host]
-        models: list[str | Opening] = [own_path(wanted, report, at, self.contact.head) or opening_of(path)
+        models: list[str | Opening] = [own_path(wanted, report, at, self.contact.head) or wanted.opening(path)
                                        for at, path in enumerate(wanted.paths)]
         return Measure(models=models, threads=self._threads(host), dtype=wanted.dtype,
-                       quantization=wanted.quantization, device=self._device(self.contact.entries[host].device))
+                       quantization=wanted.quantization, device=self._device(self.known.entries[host].device))
 
     def _threads(self, host: str) -> int:
         """Of a stage: all cores, but one of the head's, which has the engine and the draft."""
@@ -264,7 +320,7 @@ class Placing:
     # ---- starting ------------------------------------------------------------------------------------------------
 
     def hosting(self, plan: Plan) -> Hosting:
-        """Where the stations of a plan run."""
+        """Where the stations of a plan run. Raises DamagedModel where the model's files are others than they were."""
         return self._seats(plan).hosting(self.contact.launcher, self.say)
 
     def machine(self, plan: Plan) -> Machine:
@@ -272,7 +328,9 @@ class Placing:
         return self._seats(plan).machine()
 
     def _seats(self, plan: Plan) -> Seats:
-        return Seats(plan, self.wanted, self.survey(plan.hosts), self.known.reports, self.contact.entries)
+        there = self.survey(plan.hosts)
+        return Seats(plan, self.wanted, there, self.known.reports, self.known.entries,
+                     {host: self.contact.memory(host) for host in there.hosts})
 
     # ---- showing -------------------------------------------------------------------------------------------------
 
@@ -296,9 +354,11 @@ class Placing:
         self.contact.close()
 
 
-def _why(error: PipelineError) -> str:
+def _why(error: Exception) -> str:
     """A host takes no part."""
-    return ", ".join(what for _, what, _ in error.problems) if isinstance(error, HostsDiffer) else error.message
+    if isinstance(error, HostsDiffer):
+        return ", ".join(what for _, what, _ in error.problems)
+    return error.message if isinstance(error, FullpipeError) else f"{type(error).__name__}: {error}"
 
 
 def _reason(plan: Plan, best: Plan, fresh: Sequence[str], now_ms: float, gain: float) -> str | None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 from fullpipe.cluster.hosts import HostEntry
 from fullpipe.cluster.links import between
 from fullpipe.cluster.modes import CONTEXT
-from fullpipe.cluster.plan import Plan
+from fullpipe.cluster.plan import Plan, memory_of
 from fullpipe.cluster.report import HostReport
 from fullpipe.cluster.survey import Survey
-from fullpipe.cluster.wanted import Wanted, everything, manifest_of, own_path
+from fullpipe.cluster.wanted import Wanted, everything, own_path
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.hub.cache import from_head_folder
 from fullpipe.models.partial import Source, needed
@@ -31,13 +31,14 @@ _ROWS = (1, 2, 4, 8, 16, 32)
 @dataclass(frozen=True, slots=True)
 class Seats:
     """Works that out. survey, reports, entries: of the hosts, as they were measured, as they report, and as the user
-    has it."""
+    has it. memory: bytes that can be reserved on them, where somebody keeps account."""
 
     plan: Plan
     wanted: Wanted
     survey: Survey
     reports: Mapping[str, HostReport]
     entries: Mapping[str, HostEntry]
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     # ---- who sits where ------------------------------------------------------------------------------------------
 
@@ -56,8 +57,10 @@ class Seats:
         return [*self._stages, *self._drafts]
 
     def hosting(self, launcher: Callable[[], Launcher], say: Callable[[str], None]) -> Hosting:
-        """What starts the pipeline. launcher: makes who starts processes on the hosts. say: told what takes long."""
-        sources = {str(path): Source(path, manifest_of(path)) for path in self.wanted.paths}
+        """What starts the pipeline. launcher: makes who starts processes on the hosts. say: told what takes long.
+        Raises DamagedModel for files that are others than they were."""
+        self.wanted.check_unchanged()
+        sources = {str(path): Source(path, self.wanted.manifest(path)) for path in self.wanted.paths}
         return Hosting([self._place(rank, host) for rank, host in enumerate(self._all)], self._where(self.survey.head),
                        launcher, link_s=self._link_s(self._stages), draft_link_s=self._link_s(self._drafts),
                        sources=sources, say=say)
@@ -80,7 +83,13 @@ class Seats:
         threads = stages[rank].threads if rank < len(stages) else self.wanted.threads or 1
         costs = self.survey.hosts[host]
         return Needs(threads, cpus=min(float(threads), costs.cores / there),
-                     gpus=0.0 if costs.device == "cpu" else 1.0 / there)
+                     gpus=0.0 if costs.device == "cpu" else 1.0 / there, memory=self._reserved(host) // there)
+
+    def _reserved(self, host: str) -> int:
+        """Bytes of its memory for all its stations. Nothing where that cannot be had: what the host reports of its
+        memory decides whether they have room, not what somebody was told to keep account of."""
+        wanted = memory_of(self.plan, self.survey.hosts, self.wanted.guesser)[host]
+        return wanted if self.survey.hosts[host].device == "cpu" and wanted <= self.memory.get(host, 0) else 0
 
     def _device(self, host: str) -> str:
         """What the stations of a host take turns on; "" where they need not."""
@@ -102,7 +111,7 @@ class Seats:
                 paths[str(path)] = own
             elif self._is_read(rank, path):
                 ranges = self._ranges(rank) if rank < len(self.plan.stages) else everything(path)
-                fetch.append(Fetch(str(path), folder, manifest_of(path), ranges))
+                fetch.append(Fetch(str(path), folder, self.wanted.manifest(path), ranges))
         return paths, fetch
 
     def _is_read(self, rank: int, path: Path) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from msgspec import structs
 
 from fullpipe.cluster.agent import Answer, Deafen, DoLook, Listen, Measure, Reach, Request
 from fullpipe.cluster.contact import Contact
+from fullpipe.cluster.hosts import HostEntry
 from fullpipe.cluster.links import Pair
 from fullpipe.cluster.profile import Profile
 from fullpipe.cluster.report import HostReport, Look
@@ -25,20 +27,24 @@ _QUICK_REACH_S = 1.5
 class Known:
     """Is what was found out of the hosts so far; what is known is not measured again.
 
-    reports, processors, profiles: by host. pairs: by two hosts' names.
+    entries, reports, processors, profiles: by host; the first as the user had it when the host was looked at. pairs: by
+    two hosts' names.
     """
 
+    entries: dict[str, HostEntry] = field(default_factory=dict)
     reports: dict[str, HostReport] = field(default_factory=dict)
     processors: dict[str, str] = field(default_factory=dict)
     profiles: dict[str, Profile] = field(default_factory=dict)
     pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)
 
     def copy(self) -> Known:
-        return Known(dict(self.reports), dict(self.processors), dict(self.profiles), dict(self.pairs))
+        return Known(dict(self.entries), dict(self.reports), dict(self.processors), dict(self.profiles),
+                     dict(self.pairs))
 
     def forget(self, host: str) -> None:
         """It has gone, and may come back as another one."""
-        for kept in (self.reports, self.processors, self.profiles):
+        kept: dict[str, Any]
+        for kept in (self.entries, self.reports, self.processors, self.profiles):
             kept.pop(host, None)
         for pair in [pair for pair in self.pairs if host in pair]:
             del self.pairs[pair]
@@ -47,32 +53,37 @@ class Known:
 def look_at(contact: Contact, models: Sequence[str], known: Known, *, alone: bool,
             hosts: Sequence[str] | None = None) -> None:
     """Take in the reports of these hosts, looked at once more; None: of all. Raises what a host raises."""
-    head = contact.entries[contact.head].address
+    entries = contact.entries
+    head = entries[contact.head].address
     asked: dict[str, Request] = {
-        host: DoLook(Look.at(entry, list(models), head=head, alone=alone)) for host, entry in contact.entries.items()
+        host: DoLook(Look.at(entry, list(models), head=head, alone=alone)) for host, entry in entries.items()
         if hosts is None or host in hosts}
     for host, answer in contact.ask_all(asked, _LOOK_S).items():
         assert answer.report and answer.processor
-        known.reports[host], known.processors[host] = answer.report, answer.processor
+        known.entries[host], known.reports[host], known.processors[host] = (
+            entries[host], answer.report, answer.processor)
 
 
-def measure_links(contact: Contact, known: Known, *, quick: bool = False, deaf: Collection[str] = ()) -> None:
+def measure_links(contact: Contact, known: Known, *, quick: bool = False, missing: bool = False,
+                  deaf: Collection[str] = ()) -> None:
     """Take in what lies between the hosts, both ways. Who cannot reach whom goes into the reports. quick: what is known
-    is not measured again, only tried, and with little patience. deaf: hosts whose port is in use by a pipeline that
-    runs: ways to them are taken to be like those from them.
+    is not measured again, only tried, and with little patience. missing: it is not even tried. deaf: hosts whose port
+    is in use by a pipeline that runs: ways to them are taken to be like those from them.
 
     Raises UsageError for a port that is in use, with the host.
     """
     timeout_s = _QUICK_REACH_S if quick else _REACH_S
     addresses = {host: report.address for host, report in known.reports.items() if report.address}
+    due = {(a, b) for a in addresses for b in addresses
+           if a != b and b not in deaf and not (missing and (a, b) in known.pairs)}
     keys = RunKeys.new()
-    hearing: dict[str, Request] = {host: Listen(address, contact.entries[host].port, keys)
-                                   for host, address in addresses.items() if host not in deaf}
+    hearing: dict[str, Request] = {host: Listen(address, known.entries[host].port, keys)
+                                   for host, address in addresses.items() if any(b == host for _, b in due)}
     try:
         ports = {host: answer.port or 0 for host, answer in contact.ask_all(hearing, timeout_s).items()}
         for pairs in rounds(list(addresses)):
             asked: dict[str, Request] = {a: Reach(b, addresses[b], ports[b], keys, timeout_s,
-                                                  quick and (a, b) in known.pairs) for a, b in pairs if b in ports}
+                                                  quick and (a, b) in known.pairs) for a, b in pairs if (a, b) in due}
             _take(asked, contact.try_all(asked, 4 * timeout_s), known)
     finally:
         contact.try_all(dict.fromkeys(hearing, Deafen(keys.public)), timeout_s)

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fullpipe import errors
-from fullpipe.errors import FullpipeError, StationFailed, UsageError
+from fullpipe.errors import FullpipeError, StationFailed, UsageError, by_name
 from fullpipe.models.partial import Source
 from fullpipe.models.ranges import Range
 from fullpipe.pipeline.fleet import Fleet, News, Worker
@@ -32,10 +31,10 @@ _SILENT_S = 15.0  # one that builds its station may be busy for a while without 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Says where a station runs. host: its name; "" for this machine, if it has none. address: at which other hosts
-    reach it. port: that it listens on there, if any station of another host brings it something; 0: any that is free.
-    needs: what its process takes there; without threads, as many as the layout says. device: what it computes on, if
-    other stations do so too: those take turns. paths: where its models lie there, by where they lie here. fetch: what
-    it gets from here."""
+    reach it. port: of the first on that host to whom others bring something; the second takes the next one; 0: any that
+    is free. needs: what its process takes there; without threads, as many as the layout says. device: what it computes
+    on, if other stations do so too: those take turns. paths: where its models lie there, by where they lie here. fetch:
+    what it gets from here."""
 
     host: str = ""
     address: str = ""
@@ -118,17 +117,30 @@ class Layout:
     @property
     def engine_endpoints(self) -> list[str]:
         """Where the engine listens: for this machine, and for others where there are some."""
-        head = self.hosting.head
-        far = any(place.host != head.host for place in self.hosting.places)
-        return [local_endpoint(), *([_tcp(head)] if far else [])]
+        return [local_endpoint(), *([_tcp(self.hosting.head, 0)] if self._is_far else [])]
+
+    @property
+    def _is_far(self) -> bool:
+        """Whether any station is on another host than the engine."""
+        return any(place.host != self.hosting.head.host for place in self.hosting.places)
 
     def listens(self, rank: int) -> list[str]:
         """Where a station listens: for the stations of its host, and for those of others."""
-        bringers = [rank - 1] if 0 < rank < len(self.stages) else self.tapping if rank == len(self.stages) else []
-        here = self.hosting.place(rank)
-        hosts = {self.hosting.place(one).host for one in bringers}
+        here, hosts = self.hosting.place(rank), self._bringers(rank)
         return [*([local_endpoint()] if here.host in hosts else []),
-                *([_tcp(self._addressed(here))] if hosts - {here.host} else [])]
+                *([_tcp(self._addressed(here), self._listeners_before(rank))] if hosts - {here.host} else [])]
+
+    def _bringers(self, rank: int) -> set[str]:
+        """The hosts of the stations that bring a station something."""
+        bringers = [rank - 1] if 0 < rank < len(self.stages) else self.tapping if rank == len(self.stages) else []
+        return {self.hosting.place(one).host for one in bringers}
+
+    def _listeners_before(self, rank: int) -> int:
+        """How many of a station's host listen for others before it: the engine, then stages, then the draft."""
+        host = self.hosting.place(rank).host
+        engine = self._is_far and host == self.hosting.head.host
+        return engine + sum(self.hosting.place(one).host == host and bool(self._bringers(one) - {host})
+                            for one in range(rank))
 
     def _addressed(self, place: Place) -> Place:
         """With an address: of the engine's host there is one in any case."""
@@ -278,14 +290,13 @@ class _Starting:
 
 def _as_error(worker: Worker, error: str, message: str, hint: str | None) -> FullpipeError:
     """The error that a worker reported, of the same type when it is one of ours."""
-    kind = getattr(errors, error, None)
-    if isinstance(kind, type) and issubclass(kind, FullpipeError) and kind is not StationFailed:
-        return kind(f"{worker.label}: {message}", hint=hint)
-    return StationFailed(worker.label, f"{error}: {message}{worker.log_tail()}")
+    ours = by_name(error, f"{worker.label}: {message}", hint) if error != StationFailed.__name__ else None
+    return ours or StationFailed(worker.label, f"{error}: {message}{worker.log_tail()}")
 
 
-def _tcp(place: Place) -> str:
-    return tcp_endpoint(place.address, place.port)
+def _tcp(place: Place, before: int) -> str:
+    """An endpoint there. before: how many of its host listen already."""
+    return tcp_endpoint(place.address, place.port + before if place.port else 0)
 
 
 def _gpus(spec: StationSpec) -> Iterator[str]:

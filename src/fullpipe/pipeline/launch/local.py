@@ -90,7 +90,8 @@ class LocalLauncher(Launcher):
     It starts all of them from a thread that lives as long as it does: Linux sends the parent-death signal when the
     *thread* that started a child ends, and a user may well build a pipeline in a thread that does not last.
 
-    prefixes: by host, the command that runs another command there, such as `ssh`; hosts without one are this machine.
+    prefixes: by host, the command that becomes another one there, as `ip netns exec` does; hosts without one are this
+    machine.
     """
 
     def __init__(self, prefixes: Mapping[str, Sequence[str]] | None = None) -> None:

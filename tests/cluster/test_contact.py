@@ -57,7 +57,7 @@ class FakeCluster:
     def have(self, *names: str) -> None:
         """A name may say that its node is a new one: "b'" """
         self.there = [Node(f"node of {name}", f"10.0.0.{number}", name.strip("'"), number == 1,
-                           {"CPU": 4.0, "memory": 3.0 * GIB}, {}) for number, name in enumerate(names, 1)]
+                           {"CPU": 4.0, "memory": 3.0 * GIB}) for number, name in enumerate(names, 1)]
 
     def nodes(self) -> list[Node]:
         return self.there

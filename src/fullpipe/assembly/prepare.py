@@ -173,7 +173,8 @@ def prepare(options: Options, say: Say = silent) -> Prepared:
                               options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
     # On hosts the plan cuts, later (`hosts.py`).
-    ends = stage_ends(files.config, options.pipeline.stages or 1 if options.pipeline.hosts is None else 1)
+    asked_for = options.pipeline.stages if options.pipeline.hosts is None else None
+    ends = stage_ends(files.config, 1 if asked_for is None else asked_for)
     dtype = pick_dtype(options.model.dtype, device, files, options.model.quantization)
     pick_kv_cache_dtype(options.pipeline.kv_cache_dtype, dtype, device)
     target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib,

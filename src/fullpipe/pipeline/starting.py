@@ -199,7 +199,7 @@ class _Starting:
     def __init__(self, fleet: Fleet, layout: Layout, deadline: float) -> None:
         self._fleet, self._layout, self._deadline = fleet, layout, deadline
         self._told_at: dict[str, float] = {}
-        self._begun = self._told = time.monotonic()
+        self._begun, self._told = deadline - layout.start_timeout, time.monotonic()
 
     def run(self) -> None:
         self._await(Hello)

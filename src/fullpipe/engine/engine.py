@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fullpipe.engine.loop import Listener, Loop, check_draft
+from fullpipe.engine.loop import Listener, Loop
 from fullpipe.engine.memory import Memory
 from fullpipe.errors import UsageError
 from fullpipe.events import Attached, Submitted
@@ -86,20 +86,18 @@ class Engine(Loop):
 
         Raises UsageError, and nothing is changed, where that has no draft for the method, or no room for a block."""
         newest = self.pipeline.newest_flight, self.pipeline.newest_job
-        check_draft(method or self.method, pipeline)
+        checked = self._checked(method or self.method, pipeline)
         self._scheduler.forget_stations(pipeline.cache_slots)
-        self.pipeline = pipeline
-        if method is not None:
-            self._take(method)
-            self._memory.for_guesses = self._for_guesses()
+        self.pipeline, self.method = pipeline, checked
+        self._memory.for_guesses = self._for_guesses()
         self._begin(*newest)
         self._tell(Attached(self._now))
 
     def use(self, method: Method) -> None:
         """Change the method while no request runs; what is left in the pipeline is waited for."""
         self.drain()
-        check_draft(method, self.pipeline)
-        self._take(method)
+        self.method = self._checked(method, self.pipeline)
+        self.method.meet(self.pipeline.machine())
         self._memory.for_guesses = self._for_guesses()
 
     def drain(self) -> None:

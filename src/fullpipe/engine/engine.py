@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fullpipe.engine.loop import Listener, Loop, meeting
+from fullpipe.engine.loop import Listener, Loop
 from fullpipe.engine.memory import Memory
 from fullpipe.errors import UsageError
 from fullpipe.events import Attached, Submitted
@@ -86,9 +86,9 @@ class Engine(Loop):
 
         Raises UsageError, and nothing is changed, where that has no draft for the method, or no room for a block."""
         newest = self.pipeline.newest_flight, self.pipeline.newest_job
-        met = meeting(method or self.method, pipeline)
+        checked = self._checked(method or self.method, pipeline)
         self._scheduler.forget_stations(pipeline.cache_slots)
-        self.pipeline, self.method = pipeline, met
+        self.pipeline, self.method = pipeline, checked
         self._memory.for_guesses = self._for_guesses()
         self._begin(*newest)
         self._tell(Attached(self._now))
@@ -96,7 +96,8 @@ class Engine(Loop):
     def use(self, method: Method) -> None:
         """Change the method while no request runs; what is left in the pipeline is waited for."""
         self.drain()
-        self.method = meeting(method, self.pipeline)
+        self.method = self._checked(method, self.pipeline)
+        self.method.meet(self.pipeline.machine())
         self._memory.for_guesses = self._for_guesses()
 
     def drain(self) -> None:

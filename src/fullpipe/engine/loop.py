@@ -42,7 +42,7 @@ class Loop:
                  calibration: Calibration | None = None) -> None:
         self.pipeline, self.stats = pipeline, Stats()
         self.calibration = calibration or Calibration()
-        self.method = meeting(method, pipeline)
+        self.method = self._checked(method, pipeline)
         options = self._options = options or EngineOptions()
         self._listeners, self._owner = tuple(listeners), owner
         self._memory = Memory(options, self._for_guesses(), pipeline.cache_slots)
@@ -51,6 +51,7 @@ class Loop:
 
     def _begin(self, newest_flight: int = -1, newest_job: int = -1) -> None:
         """Nothing is on the stations. newest_flight, newest_job: ids that have been used."""
+        self.method.meet(self.pipeline.machine())
         self._flights = Flights(self._options, max(self.pipeline.newest_flight, newest_flight))
         self._jobs = Jobs(self._options, max(self.pipeline.newest_job, newest_job), self.calibration)
         self._logprobs: dict[int, list[tuple[int, float]]] = {}  # by node that has landed, until its turn or its death
@@ -212,19 +213,16 @@ class Loop:
         return max(64 + 4 * self.pipeline.num_stages * self.method.spare_slots if spare is None else spare,
                    self.method.least_slots)
 
+    def _checked(self, method: Method, pipeline: Pipeline) -> Method:
+        if method.needs_draft and not pipeline.has_draft:
+            raise UsageError(f"the method {method.name} needs a draft",
+                             hint="Name one (a model, or ngram), or use the method pp.")
+        return method
+
     def _check_whole(self) -> None:
         if self.broken:
             raise PipelineError("the pipeline stopped in the middle of a step and cannot go on",
                                 hint="Attach another one (a new LLM).")
-
-
-def meeting(method: Method, pipeline: Pipeline) -> Method:
-    """The method, told of these stations. Raises UsageError where it needs a draft that is not there."""
-    if method.needs_draft and not pipeline.has_draft:
-        raise UsageError(f"the method {method.name} needs a draft",
-                         hint="Name one (a model, or ngram), or use the method pp.")
-    method.meet(pipeline.machine())
-    return method
 
 
 def _end_of_text(sequence: Sequence, token: int) -> str | None:

@@ -68,19 +68,21 @@ def main() -> None:
 
 def fly(pipeline: WorkersPipeline, flights: int) -> None:
     """Until all have landed, or the pipeline has failed."""
-    launched = landed = 0
+    launched = landed = ready = 0
     while landed < flights:
         for event in pipeline.events(5.0):
             match event:
-                case Ready() if launched < flights:
-                    pipeline.launch(flight(launched))
-                    launched += 1
+                case Ready():
+                    ready += 1
                 case Landed():
                     landed += 1
                     say(flight=event.flight, tokens=event.tokens)
-                case Failed():
+                case Failed():  # it may have come with a `Ready`, and nothing may be launched then
                     say(station=event.station, reason=event.reason)
                     return
+        while ready and launched < flights:
+            pipeline.launch(flight(launched))
+            launched, ready = launched + 1, ready - 1
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What link latency does to `pp`, and what speculation does about it: real processes, the wall clock.
 
     python -m fullpipe_lab.studies.wall_clock [--model M] [--draft D] [--stages 4] [--links 25,100]
-        [--methods chain pipedec fullpipe] [--write [NAME]]
+        [--methods chain pipedec fullpipe] [--device D] [--write [NAME]]
 
-Stage processes with emulated links, one compute thread each; engine and draft sit with stage 0. In every cell all
-methods take turns on the same running pipeline, prompt by prompt: what is compared ran one after the other. `fullpipe`
-runs as it comes. Any other method has its best of --widths (chain: of --depths) on a prompt that is not counted, tried
-in the same pipeline before. Stages and draft compete for this machine's cores when several have work: that is in the
+Stage processes with emulated links, one compute thread each (or all on --device); engine and draft sit with stage 0.
+In every cell all methods take turns on the same running pipeline, prompt by prompt: what is compared ran one after the
+other. `fullpipe` runs as it comes. Any other method has its best of --widths (chain: of --depths) on a prompt that is
+not counted, tried in the same pipeline before. Stages and draft compete for this machine's cores when several have work: that is in the
 figures. Prompts: the first of each category of the set that comes with Fullpipe.
 
 Ends with 1 when two texts differ. `--write` keeps the receipt in lab/receipts, as wall_clock.json or NAME.json.
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen2.5-coder-1.5b")
     parser.add_argument("--draft", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu", help="of stages and draft, such as cuda")
     parser.add_argument("--stages", default="4")
     parser.add_argument("--links", default="25,100", help="one-way latencies in ms")
     parser.add_argument("--methods", nargs="+", default=["chain", "pipedec", "fullpipe"])
@@ -111,7 +112,7 @@ def main() -> None:
     cells, samples = [], []
     for stages, ms in product(integers(asked.stages, "--stages"), decimals(asked.links, "--links")):
         with Real(Options.of(model=asked.model, stages=stages, link_ms=ms, draft=asked.draft, method="fullpipe",
-                             dtype=asked.dtype, threads=1)) as on:
+                             dtype=asked.dtype, threads=1, device=asked.device)) as on:
             *prompts, other = [(one.id, on.encode([{"role": "user", "content": one.text}]))
                                for one in choose(None, 1)[: asked.prompts + 1]]
             ask(on, other, "pp", None, 8)  # warm: first touches of weights and caches
@@ -124,8 +125,8 @@ def main() -> None:
         samples.append([{method: asdict(run) for method, run in runs.items()} for runs in found])
     print_table(list(cells[0]), [[str(value) for value in one.values()] for one in cells])
     if asked.write:
-        settings = {name: getattr(asked, name) for name in ("model", "draft", "dtype", "tokens", "repeats", "widths",
-                                                           "depths")}
+        settings = {name: getattr(asked, name) for name in ("model", "draft", "dtype", "device", "tokens", "repeats",
+                                                           "widths", "depths")}
         save_receipt(study_receipt("wall_clock", settings | {"cells": cells}, samples), STUDIES / f"{asked.write}.json")
     if not all(one["identical"] for one in cells):
         sys.exit("two texts differ")

@@ -6,8 +6,8 @@
 Stage processes with emulated links, one compute thread each (or all on --device); engine and draft sit with stage 0.
 In every cell all methods take turns on the same running pipeline, prompt by prompt: what is compared ran one after the
 other. `fullpipe` runs as it comes. Any other method has its best of --widths (chain: of --depths) on a prompt that is
-not counted, tried in the same pipeline before. Stages and draft compete for this machine's cores when several have work: that is in the
-figures. Prompts: the first of each category of the set that comes with Fullpipe.
+not counted, tried in the same pipeline before. Stages and draft compete for this machine's cores when several have
+work: that is in the figures. Prompts: the first of each category of the set that comes with Fullpipe.
 
 Ends with 1 when two texts differ. `--write` keeps the receipt in lab/receipts, as wall_clock.json or NAME.json.
 """

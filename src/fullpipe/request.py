@@ -5,14 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from fullpipe.errors import PromptError, UsageError
+
+
+StructuredKind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
 
 def _option(default: Any, help: str) -> Any:
     """A field that the command line offers."""
     return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """What the text must be.
+
+    kind, text: "json", a JSON schema; "json_object" (any object), ""; "regex", a regular expression; "choice", a JSON
+    list of texts of which one is said; "grammar", a context-free grammar in Lark's notation or in GBNF.
+    """
+
+    kind: StructuredKind
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +79,7 @@ class SamplingParams:
     ignore_eos: bool = _option(False, "Go on past the model's end tokens.")
     skip_special_tokens: bool = _option(True, "Leave special tokens out of the text.")
     logprobs: int | None = None
+    structured: Structured | None = None
     accept_typical: float = _option(0.0, "0: the model's own text. Above 0 (1 at most): LOSSY, a guessed token may "
                                     "stand where the model would have said another; the smaller, the more.")
 

@@ -26,7 +26,7 @@ from fullpipe.request import SamplingParams
 from fullpipe.server import guard
 from fullpipe.server.answer import Answer, Mailbox
 from fullpipe.server.guard import EventStream, Guard
-from fullpipe.server.protocol import REFUSED
+from fullpipe.server.protocol.tables import REFUSED
 from fullpipe.supervision import Status
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}

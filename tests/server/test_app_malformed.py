@@ -18,7 +18,7 @@ from malformed import CHAT, FAMILIES, NOT_JSON, TAKES, TEXT, Bad, right, written
 from one_word import MAX_BODY, MAX_LEN, OneWord, application
 
 from fullpipe.options import ServerOptions
-from fullpipe.server.protocol import ChatRequest, CompletionRequest
+from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest
 
 
 @pytest.fixture(scope="module")

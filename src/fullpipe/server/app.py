@@ -33,19 +33,17 @@ from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
 from fullpipe.server.guard import EventStream, Guard, Keyring, log, needs_key, request_id
 from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, failure, problem_of, retry_after, told
-from fullpipe.server.protocol import (
-    IGNORED,
+from fullpipe.server.protocol.answers import (
     ChatCompletion,
-    ChatRequest,
-    CompletionRequest,
     Health,
     ModelCard,
     ModelList,
-    Options,
     Readiness,
     TextCompletion,
     Version,
 )
+from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest, Options
+from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.replies import VERSION, ChatReplies, Replies, TextReplies, usage_of
 from fullpipe.service import Service
 

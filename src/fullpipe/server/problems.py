@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, Overloaded, PromptError, Unavailable, UsageError, without
-from fullpipe.server.protocol import REFUSED, ChatRequest, CompletionRequest
+from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest
+from fullpipe.server.protocol.tables import REFUSED
 
 log = logging.getLogger("fullpipe.server")
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from fullpipe.engine import RequestStats
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.server.answer import Choice, News
-from fullpipe.server.protocol import (
+from fullpipe.server.protocol.answers import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,

@@ -1,0 +1,182 @@
+"""Answers as clients read them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel
+
+FinishReason = Literal["stop", "length"]
+"""Of what OpenAI's clients accept, what this server says (`replies.finish_reason`)."""
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionDetails(BaseModel):
+    """Counts guesses. accepted_prediction_tokens: hits. rejected_prediction_tokens: rows computed for wrong guesses."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
+    audio_tokens: int = 0
+
+
+class Speculation(BaseModel):
+    """Tells, as Fullpipe's extension, how the speculation went, over all choices together (times: of the first token
+    of all; and the mean between tokens, over the choices). Seconds and steps are of the pipeline's clock."""
+
+    hits: int
+    misses: int
+    hit_rate: float
+    mean_acceptance_length: float
+    steps: float
+    steps_per_token: float
+    launched_rows: int
+    wasted_rows: int
+    ttft_s: float
+    tbt_s: float
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+    speculation: Speculation
+
+
+class TokenLogprob(BaseModel):
+    """Gives a token's log-probability.
+
+    bytes: the token's own, which need not be whole characters; `token` then spells them out.
+    """
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    """Is a piece of a streamed chat. usage: absent where the request does not ask for any."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class TextLogprobs(BaseModel):
+    """Holds lists in parallel, one entry for each token.
+
+    text_offset: characters that were certain before the token: of the choice's text, and in a stop string behind it.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+
+
+class TextChoice(BaseModel):
+    """finish_reason: null on chunks before a choice's last."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextCompletion(BaseModel):
+    """Is an answer in full, or the chunk of a stream; `usage` is then absent where the request does not ask for any."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fullpipe"
+    root: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    state: str
+    running: int
+    waiting: int
+    restarts: int
+    last_failure: str

@@ -1,0 +1,63 @@
+"""Fields of others stand here that are not taken, and those that are taken and change nothing."""
+
+from __future__ import annotations
+
+# Fields of others that are not taken, and why. Their harmless values are in the models below.
+REFUSED = {
+    "tools": "this server calls no tools",
+    "tool_choice": "this server calls no tools",
+    "functions": "this server calls no functions",
+    "function_call": "this server calls no functions",
+    "response_format": "answers are plain text, {\"type\": \"text\"}",
+    "structured_outputs": "answers are plain text",
+    "guided_json": "answers are plain text",
+    "guided_regex": "answers are plain text",
+    "guided_choice": "answers are plain text",
+    "guided_grammar": "answers are plain text",
+    "modalities": "answers are plain text",
+    "audio": "answers are plain text",
+    "prediction": "the server makes its own predictions",
+    "moderation": "nothing is moderated",
+    "chat_template": "whoever starts the server chooses it",
+    "documents": "put them into the messages, or into chat_template_kwargs if the template reads them",
+    "enable_thinking": "say it in chat_template_kwargs",
+    "thinking": "say it in chat_template_kwargs, by the name that the model's template has for it",
+    "reasoning_effort": "say it in chat_template_kwargs, if the model's template reads it",
+    "verbosity": "say in a message how long the answer should be",
+    "web_search_options": "this server searches nothing",
+    "min_tokens": "use logit_bias or ignore_eos against an early end",
+    "timeout": "the server sets the time limit; close the connection to end a request sooner",
+    "echo": "the prompt is not repeated",
+    "suffix": "text is only continued, not filled in",
+    "best_of": "all that is made is returned: best_of must be n",
+    "use_beam_search": "the text is sampled, or greedy at temperature 0",
+    "prompt_logprobs": "log-probabilities are of what is generated",
+    "include_stop_str_in_output": "stop strings are never part of the text",
+}
+
+# Fields that change no text, by their path, and why they have no effect here. A server says so once in its log.
+_NO_BOOKS = "it is for books that this server does not keep"
+_OWN_CACHE = "the server shares what requests have in common by itself"
+IGNORED = {
+    "user": _NO_BOOKS,
+    "metadata": _NO_BOOKS,
+    "store": _NO_BOOKS,
+    "safety_identifier": _NO_BOOKS,
+    "service_tier": "there is one tier",
+    "parallel_tool_calls": "this server calls no tools",
+    "prompt_cache_key": _OWN_CACHE,
+    "prompt_cache_options": _OWN_CACHE,
+    "prompt_cache_retention": _OWN_CACHE,
+    "stream_options.include_obfuscation": "chunks are not padded",
+    "messages.type": "a message is a message",
+    "messages.id": _NO_BOOKS,
+    "messages.status": _NO_BOOKS,
+    "messages.annotations": "they are no text",
+    "messages.parsed": "the content says the same",
+    "messages.provider_specific_fields": _NO_BOOKS,
+    "messages.cache_control": _OWN_CACHE,
+    "messages.tool_calls.index": "the order says the same",
+    "messages.content.annotations": "they are no text",
+    "messages.content.cache_control": _OWN_CACHE,
+    "messages.content.prompt_cache_breakpoint": _OWN_CACHE,
+}

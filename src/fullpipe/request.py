@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 from fullpipe.errors import PromptError, UsageError
 
-
 StructuredKind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
 

@@ -5,9 +5,9 @@ processed logits (the Gumbel-max trick), and a pure function of the row. Rows ar
 number of one goes into another, and ties go by token id or are kept whole, so a row's answer does not
 depend on its batch.
 
-Processors act in the order that `SamplingParams` documents, masks first. What a mask forbids has the score -inf, for the
-target's pick and a draft's guesses alike; where nothing would be left, `_edit` says what stays. The other processors have
-transformers' formulas, on three points more strictly:
+Processors act in the order that `SamplingParams` documents, masks first. What a mask forbids has the score
+-inf, for the target's pick and a draft's guesses alike; where nothing would be left, `_edit` says what stays.
+The other processors have transformers' formulas, on three points more strictly:
 
 - top-k, top-p and min-p each keep all tokens at or above some score, so one score is computed and one
   comparison made. Tokens of equal score stay or go together; transformers leaves that to its sort in

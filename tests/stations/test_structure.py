@@ -171,7 +171,7 @@ def test_a_station_without_a_tokenizer(caplog: pytest.LogCaptureFixture, tmp_pat
     with pytest.raises(UsageError, match="knows no tokenizer"):
         Structures().walk(table)
     for draft in (Structures(strict=False), Structures(tmp_path / "nothing", strict=False)):
-        assert draft.walk(table) is None and draft.walk(table) is None
+        assert draft.walk(table) is None and draft.walk(opened(structured.JSON, [END])) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2, "told once"
     assert Structures().walk(opened(None, [])) is None
 

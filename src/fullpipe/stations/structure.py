@@ -139,10 +139,11 @@ class Structures:
     def __init__(self, model: Path | None = None, vocab: int | None = None, *, strict: bool = True) -> None:
         self._model, self._vocab, self._strict = model, vocab, strict
         self._walks: WeakKeyDictionary[SlotTable, Walk | None] = WeakKeyDictionary()
+        self._given_up = False
 
     def walk(self, table: SlotTable) -> Walk | None:
         """That of a request; None where it has no structure, or is not followed here."""
-        if table.params.structured is None:
+        if table.params.structured is None or self._given_up:
             return None
         if table not in self._walks:
             self._walks[table] = self._made(table, table.params.structured)
@@ -157,7 +158,8 @@ class Structures:
         except (FullpipeError, OSError) as error:
             if self._strict:
                 raise
-            log.warning("guesses of request %d are not held to its structure: %s", table.request, error)
+            log.warning("guesses are held to no structure here: %s", error)
+            self._given_up = True
             return None
 
 

@@ -265,12 +265,14 @@ def _grow(expansion: Expansion, matches: Sequence[Match], rates: Rates, fanout: 
 
 
 def build_ngram(*, min_n: int = 1, max_n: int = 6, max_continuation: int = 8, max_matches: int = 4,
-                tokenizer: list[str] | None = None) -> NgramDraft:
+                tokenizer: str | list[str] | None = None, vocab: int | None = None) -> NgramDraft:
     """The builder that a `StationSpec` names; arguments as of `NgramDraft`.
 
-    tokenizer: folder and name of the target, of which only the tokenizer is read. In two parts: a path would have a
-    host that has no such model given all of it (`pipeline/fetching.py:reads`). There guesses are held to no structure.
+    tokenizer: the model whose tokenizer structured texts are read by; vocab: number of its real tokens. Its path where
+    the station reads that model anyway; else in two parts, folder and name, for a path would have a host that has no
+    such model given all of it (`pipeline/fetching.py:reads`). There guesses are held to no structure.
     """
-    structures = Structures(Path(*tokenizer) if tokenizer else None, strict=False)
+    parts = [tokenizer] if isinstance(tokenizer, str) else tokenizer
+    structures = Structures(Path(*parts) if parts else None, vocab, strict=False)
     return NgramDraft(min_n=min_n, max_n=max_n, max_continuation=max_continuation, max_matches=max_matches,
                       structures=structures)

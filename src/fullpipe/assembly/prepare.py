@@ -270,8 +270,8 @@ def draft_spec(names: Sequence[str], target: Target, say: Say) -> StationSpec | 
     if len(specs) == 1:
         return specs[0]
     if specs[-1].builder == _NGRAM:
-        specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N, "tokenizer": specs[0].args["model"],
-                                         "vocab": target.vocab})
+        beside = specs[0].args.get("model", specs[-1].args["tokenizer"])  # of a model that the station reads anyway
+        specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N, "tokenizer": beside, "vocab": target.vocab})
     return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": to_builtins(specs)})
 
 

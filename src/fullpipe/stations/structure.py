@@ -76,13 +76,15 @@ class Walk:
 
     def forbidden(self, place: Place) -> NDArray[np.bool_] | None:
         """Which tokens may not follow, bool [vocab or more]; None where the path itself is none that may be."""
-        if not self._go(place):
+        there = self._go(place)
+        bits = self._matcher.compute_bitmask() if there else b""
+        if self._failed():
+            forbidden = np.ones(self._guide.size, np.bool_)
+            forbidden[self._ends] = False
+            return forbidden
+        if not there:
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            self._tell(self._matcher.get_error())
-            self._begin()
-        forbidden = np.unpackbits(~bits, bitorder="little").view(np.bool_)
+        forbidden = np.unpackbits(~np.frombuffer(bits, np.uint8), bitorder="little").view(np.bool_)
         forbidden[self._ends] = forbidden[self._ends].all()
         return forbidden
 
@@ -92,7 +94,8 @@ class Walk:
             return 0
         words = [*tokens]
         end = next((at for at, token in enumerate(words) if token in self._guide.ends), len(words))
-        return int(self._matcher.validate_tokens(words[:end])) if end else 0
+        count = int(self._matcher.validate_tokens(words[:end])) if end else 0
+        return 0 if self._failed() else count
 
     def _go(self, place: Place) -> bool:
         """Whether the matcher stands where the path ends now."""
@@ -114,10 +117,15 @@ class Walk:
         elif count:
             del self._said[-count:]
 
-    def _tell(self, error: str) -> None:
+    def _failed(self) -> bool:
+        """Whether the matcher has; then there is a new one."""
+        if not self._matcher.is_error():
+            return False
         if not self._told:
-            log.warning("a structured text ends before it is complete: %s", error[:200])
+            log.warning("a structured text ends before it is complete: %s", self._matcher.get_error()[:200])
         self._told = True
+        self._begin()
+        return True
 
     def _on(self, tokens: Sequence[int]) -> bool:
         for token in tokens:

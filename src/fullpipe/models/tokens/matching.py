@@ -44,14 +44,16 @@ class Guide:
 
     vocab: number of real tokens; None: as many as the tokenizer has. ends: end tokens; they may follow where a
     structure is complete, and there alone. Raises MissingExtra without llguidance.
+
+    size: number of tokens.
     """
 
     def __init__(self, tokenizer: Spelled, vocab: int | None, ends: Collection[int]) -> None:
-        count = _size(tokenizer) if vocab is None else vocab
-        self.ends = frozenset(token for token in ends if token < count)
+        self.size = _size(tokenizer) if vocab is None else vocab
+        self.ends = frozenset(token for token in ends if token < self.size)
         if not self.ends:
             raise UsageError("a structured text needs an end token", param="structured", hint=_NO_END)
-        self._tokens = _library().LLTokenizer(_Vocabulary(tokenizer, count, self.ends))
+        self._tokens = _library().LLTokenizer(_Vocabulary(tokenizer, self.size, self.ends))
         self._made: OrderedDict[Structured, Any] = OrderedDict()
         self._lock = threading.Lock()  # several pipelines of one process may run in threads of their own
 

@@ -40,8 +40,8 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 def test_the_answer_is_what_was_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     folder = structured.save(tmp_path / "model")
-    asked = ["generate", "say", "-m", folder, "--draft", "ngram", "--no-chat-template", "--dtype", "float32", "--threads",
-             "1", "--method", "chain"]
+    asked = ["generate", "say", "-m", folder, "--draft", "ngram", "--no-chat-template", "--dtype", "float32",
+             "--threads", "1", "--method", "chain"]
     (file := tmp_path / "schema.json").write_text(structured.JSON.text)
     assert set(json.loads(run(*asked, "--json-schema", file).stdout)) == {"kind", "n", "on"}
     assert run(*asked, "--choice", "abc", "--choice", "true").stdout in ("abc\n", "true\n")

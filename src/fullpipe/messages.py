@@ -39,6 +39,7 @@ class Opening(Struct, array_like=True):
     prompt_len: positions below it are prompt (presence and frequency penalties do not count them).
     path: slots of tokens that stand at this station already, by position from 0 on: another request computed them, and
         they are committed here from the start.
+    ends: the model's end tokens, where what may follow depends on which they are.
     """
 
     arena: ArenaId
@@ -47,6 +48,7 @@ class Opening(Struct, array_like=True):
     path: list[int] = field(default_factory=list)
     request: int = -1
     drafts: bool = True
+    ends: list[int] = field(default_factory=list)
 
 
 class Part(Struct, array_like=True):

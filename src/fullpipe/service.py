@@ -25,6 +25,7 @@ from fullpipe.errors import Overloaded, PipelineError, UsageError
 from fullpipe.events import Emitted, Finished
 from fullpipe.messages import Event
 from fullpipe.methods import Method
+from fullpipe.models.tokens.matching import check_structure
 from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline, Remade
 from fullpipe.pipeline.guarded import guarded
@@ -85,6 +86,10 @@ class Words(Protocol):
 
     @property
     def special(self) -> Mapping[str, int]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
 
     def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer: ...
 
@@ -241,14 +246,17 @@ class Service(Generic[W]):
     def _client(self, asked: Asked, now: float) -> _Client:
         prompt, model = asked.prompt, self.model
         params = fitted(prompt, asked.params, vocab=model.vocab_size, max_model_len=self.max_model_len,
-                        special=model.tokenizer.special)
+                        special=model.tokenizer.special,
+                        encode=(lambda text: model.tokenizer.encode(text)) if asked.params.bad_words else None)
+        if params.structured is not None:
+            check_structure(params.structured, model.tokenizer)
         eos = frozenset() if params.ignore_eos else model.tokenizer.eos_ids
         request = Request(next(self._ids), tuple(prompt), params, eos, asked.priority,
                           math.inf if asked.timeout_s is None else now + asked.timeout_s)
         self.engine.check_fits(request)
         ticket = Ticket(request.id, len(prompt), RequestStats(started=now))
         words = model.tokenizer.stream(prompt, params.skip_special_tokens)
-        return _Client(ticket, request, Reply(words, params.stop), asked.deliver)
+        return _Client(ticket, request, Reply(words, params.stop, params.min_tokens), asked.deliver)
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits for it any more. Its rows are free within one step of the engine."""

@@ -270,7 +270,8 @@ def draft_spec(names: Sequence[str], target: Target, say: Say) -> StationSpec | 
     if len(specs) == 1:
         return specs[0]
     if specs[-1].builder == _NGRAM:
-        specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N})
+        beside = specs[0].args.get("model", specs[-1].args["tokenizer"])  # of a model that the station reads anyway
+        specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N, "tokenizer": beside, "vocab": target.vocab})
     return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": to_builtins(specs)})
 
 
@@ -279,7 +280,7 @@ def _one_draft(name: str, target: Target, say: Say) -> StationSpec:
     from fullpipe.models.tokens.tokenizer import check_same_vocabulary
 
     if name == "ngram":
-        return StationSpec(_NGRAM)
+        return StationSpec(_NGRAM, {"tokenizer": [str(target.path.parent), target.path.name], "vocab": target.vocab})
     if folder := module_folder(name):
         return _module_spec(name, folder, target, say)
     path = resolve(name)

@@ -104,7 +104,7 @@ class Sequence:
         """Make the opening that tells a channel of the sequence."""
         channel.opened = True
         return Opening(self.arena, self.num_prompt, self.request.params, self.path_slots[: channel.commits],
-                       self.request.id, drafts)
+                       self.request.id, drafts, self.request.told_ends)
 
     def committed_rows(self, channel: Channel, limit: int) -> Part:
         """Make a part of up to `limit` committed tokens before the root that the channel has not computed."""

@@ -32,7 +32,8 @@ def simulate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
     model: Annotated[ModelOptions, Without("max_model_len", "generation_config")],
     method: MethodOptions,
-    sampling: Annotated[SamplingParams, Without("stop", "accept_typical", "skip_special_tokens")],
+    sampling: Annotated[SamplingParams, Without("stop", "accept_typical", "skip_special_tokens", "min_tokens",
+                                                 "bad_words")],
     chat: ChatOptions,
     cluster: Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="As if on the cluster that a TOML "
                                                 "file, or a preset, describes.")] = None,

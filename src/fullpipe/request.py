@@ -53,10 +53,14 @@ class SamplingParams:
         ("length"). The server refuses such a request, as vLLM's does.
     stop: strings that end the text; they are not part of it. The text of a special token also ends it at that token.
     stop_token_ids: tokens that end the text, beside the model's own end tokens.
-    skip_special_tokens: leave special tokens out of the text. A token that ends it is never part of it.
+    skip_special_tokens: leave special tokens out of the text. A token that ends it is no part of it in any case.
     ignore_eos: do not stop at the model's end tokens.
     logprobs: report with every token its log-probability and those of so many likeliest ones, 0 to 20; None: nothing.
         Natural logarithms of the softmax of the target's raw logits, before any processor (vLLM's `raw_logprobs`).
+    prompt_logprobs: report the same of every token of the prompt but the first, which nothing stands before. The prompt
+        is then computed anew, whatever others have computed of it.
+    include_stop_str_in_output: the stop string, or the token, that ends the text is part of it.
+    min_tokens, bad_words, allowed_token_ids: (bare fields for the merge: branch i16-rows gives them their effect)
     accept_typical: 0 is exact. Above it the text is no longer the target's: where the token that it picks was not
         guessed, one that was may stand in its place if its probability, processors applied and noise not, is above
         min(e, sqrt(e) exp(-H)), e this number and H the entropy in nats (Medusa's typical acceptance, arXiv
@@ -79,6 +83,11 @@ class SamplingParams:
     ignore_eos: bool = _option(False, "Go on past the model's end tokens.")
     skip_special_tokens: bool = _option(True, "Leave special tokens out of the text.")
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0  # i16-rows
+    bad_words: tuple[str, ...] = ()  # i16-rows
+    allowed_token_ids: tuple[int, ...] | None = None  # i16-rows
     structured: Structured | None = None
     accept_typical: float = _option(0.0, "0: the model's own text. Above 0 (1 at most): LOSSY, a guessed token may "
                                     "stand where the model would have said another; the smaller, the more.")
@@ -99,6 +108,8 @@ class SamplingParams:
             (0 <= self.seed < 2**64, "seed must be in [0, 2**64)"),
             (self.max_tokens >= 1, "max_tokens must be 1 or more"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in [0, 20], or None"),
+            (self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+             "prompt_logprobs must be in [0, 20], or None"),
             (0 <= self.accept_typical <= 1, "accept_typical must be in [0, 1]"),
             (all(self.stop), "stop strings must not be empty"),
             (all(map(is_text, self.stop)), "stop strings must be text that UTF-8 can spell"),

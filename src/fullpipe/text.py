@@ -19,13 +19,14 @@ class Reply:
 
     stop: strings that end the text; neither they nor what follows is part of it. Text that may be the
     beginning of a stop string is held back until it is known not to be.
+    include_stop: the stop string itself is part of it after all.
 
     length: characters that the tokens so far have certainly brought, those that are held back or cut off among them.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), include_stop: bool = False) -> None:
         self._detokenizer = detokenizer
-        self._stop = tuple(stop)
+        self._stop, self._include_stop = tuple(stop), include_stop
         self._ended = False
         self._held = ""  # certain text that may begin a stop string
         self._fresh: list[str] = []
@@ -53,9 +54,10 @@ class Reply:
             return True
         self.length += len(text)
         self._held += text
-        ends = [found for stop in self._stop if (found := self._held.find(stop)) >= 0]
+        ends = [(found, len(stop)) for stop in self._stop if (found := self._held.find(stop)) >= 0]
         if ends:
-            self._give(self._held[: min(ends)])
+            begin, length = min(ends)
+            self._give(self._held[: begin + length if self._include_stop else begin])
             self._held = ""
             self._ended = True
             return True

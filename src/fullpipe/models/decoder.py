@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fullpipe.models.attention import Attention, padded
-from fullpipe.models.config import ModelConfig
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.linear import can_pack
 from fullpipe.models.loading import Layer, Loader

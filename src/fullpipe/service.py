@@ -43,9 +43,9 @@ class Update:
 
     text: what became certain since the last update. token_ids: what was emitted since then. logprobs: parallel to
     token_ids where they are asked for, else empty, and so are offsets: characters of the text that were certain before
-    the token; margins: parallel to token_ids (as logprobs, they are those of `Emitted`). prompt_logprobs: of every token
-    of the prompt, None of the first, where they are asked for; with the first token. reason: set on the last update
-    only: "stop", "length", "abort", "deadline" or "error". error, failure: what happened, with the reason
+    the token; margins: parallel to token_ids (as logprobs, they are those of `Emitted`). prompt_logprobs: come with the
+    first token, of every token of the prompt where they are asked for (None: of its first). reason: set on the last
+    update only: "stop", "length", "abort", "deadline" or "error". error, failure: what happened, with the reason
     "error", in one line and as it was raised (others may have the same `failure`).
     """
 

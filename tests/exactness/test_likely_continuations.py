@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from likelihoods import Pair, body_for, of_model, read
 from starlette.testclient import TestClient
 from test_smollm2 import transformers_model
 
 from fullpipe.hub import resolve
 from fullpipe.server.app import ServedModel, create_app
+from likelihoods import Pair, body_for, of_model, read
 from simulated import simulated
 
 # As a task with choices asks: one context, several continuations.

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from likelihoods import Pair, body_for, greedy, of_model, read
 from openai_server import byte_tokenizer
 from starlette.testclient import TestClient
 
 import tiny
 from fullpipe import LLM, SamplingParams
 from fullpipe.server.app import ServedModel, create_app
+from likelihoods import Pair, body_for, greedy, of_model, read
 from simulated import simulated
 
 VOCAB = 258  # real tokens; the head has six more
@@ -36,9 +36,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     model = tiny.tiny_model("llama", seed=5, vocab_size=264, eos_token_id=None)
-    with torch.no_grad():
-        model.lm_head.weight[VOCAB:] = 0  # of what is no token nothing is likely
-        folder = tiny.save(model, tmp_path_factory.mktemp("likely") / "model")
+    folder = tiny.save(model, tmp_path_factory.mktemp("likely") / "model")
     byte_tokenizer().backend.save(str(folder / "tokenizer.json"))
     with simulated(folder, draft="ngram", stages=3, dtype="float32", max_num_seqs=4, kv_cache_tokens=8192,
                    enable_prefix_caching=True, prefill_chunk=40) as llm:

@@ -65,7 +65,7 @@ class SamplingParams:
         ("length"). The server refuses such a request, as vLLM's does.
     stop: strings that end the text; they are not part of it. The text of a special token also ends it at that token.
     stop_token_ids: tokens that end the text, beside the model's own end tokens.
-    skip_special_tokens: leave special tokens out of the text. A token that ends it is never part of it.
+    skip_special_tokens: leave special tokens out of the text. A token that ends it is no part of it in any case.
     ignore_eos: do not stop at the model's end tokens.
     min_tokens: before there are so many tokens, none is picked that ends the text, and stop strings are not looked for.
     bad_words: texts that are not said: of the tokens of each, with a space before it and without, the last does not
@@ -75,6 +75,9 @@ class SamplingParams:
     bad_word_ids: what bad_words are in tokens, which `fitted` fills in.
     logprobs: report with every token its log-probability and those of so many likeliest ones, 0 to 20; None: nothing.
         Natural logarithms of the softmax of the target's raw logits, before any processor (vLLM's `raw_logprobs`).
+    prompt_logprobs: report the same of every token of the prompt but the first, which nothing stands before. The prompt
+        is then computed anew, whatever others have computed of it.
+    include_stop_str_in_output: the stop string, or the token, that ends the text is part of it.
     accept_typical: 0 is exact. Above it the text is no longer the target's: where the token that it picks was not
         guessed, one that was may stand in its place if its probability, processors applied and noise not, is above
         min(e, sqrt(e) exp(-H)), e this number and H the entropy in nats (Medusa's typical acceptance, arXiv
@@ -101,6 +104,8 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
     structured: Structured | None = None
     accept_typical: float = _option(0.0, "0: the model's own text. Above 0 (1 at most): LOSSY, a guessed token may "
                                     "stand where the model would have said another; the smaller, the more.")
@@ -129,6 +134,8 @@ class SamplingParams:
             (all(map(is_text, self.bad_words)), "bad_words must be text that UTF-8 can spell"),
             (self.allowed_token_ids != (), "allowed_token_ids must name at least one token"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in [0, 20], or None"),
+            (self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+             "prompt_logprobs must be in [0, 20], or None"),
             (0 <= self.accept_typical <= 1, "accept_typical must be in [0, 1]"),
             (all(self.stop), "stop strings must not be empty"),
             (all(map(is_text, self.stop)), "stop strings must be text that UTF-8 can spell"),

@@ -52,15 +52,16 @@ _SAMPLES: dict[str, list[Any]] = {
     "null": [None], "boolean": [True, False], "integer": [0, 1], "fraction": [0.5], "string": ["", "x", "1"],
     "list": [[], ["x"]], "object": [{}, {"x": 1}],
 }
-_INTEGERS = ("n", "max_tokens", "top_k", "seed", "priority", "min_tokens")
+_INTEGERS = ("n", "max_tokens", "top_k", "seed", "priority", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens")
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_NOTHING = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "timeout",
-            "prompt_logprobs")
+_NOTHING = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "timeout")
 _SHARED: dict[str, str] = {
     **dict.fromkeys(_INTEGERS, "null integer"), **dict.fromkeys(_NUMBERS, "null integer fraction"),
     **dict.fromkeys(_NOTHING, "null"),
     **dict.fromkeys(("ignore_eos", "stream", "echo", "use_beam_search", "skip_special_tokens",
-                     "include_stop_str_in_output"), "null boolean"),
+                     "include_stop_str_in_output", "add_special_tokens", "return_token_ids",
+                     "return_tokens_as_token_ids", "detokenize"), "null boolean"),
+    **dict.fromkeys(("bad_words", "allowed_token_ids"), "null list"),
     **dict.fromkeys(("logit_bias", "stream_options", "response_format"), "null object"),
     **dict.fromkeys(("user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
                      "prompt_cache_options", "prompt_cache_retention"), " ".join(_SAMPLES)),
@@ -86,7 +87,9 @@ _BEYOND: dict[str, list[Any]] = {
     "temperature": [-1e-9, -1, -5e-324], "top_p": [0, -0.1, 1.0000001, 2, -1], "min_p": [-0.001, 1.001, 2],
     "top_k": [-2, 2**31, -(10**30)], "presence_penalty": [-2.001, 2.001, 3], "frequency_penalty": [-2.001, 2.001, 3],
     "repetition_penalty": [0, 0.0099, 100.01, -1], "seed": [2**63, -(2**63) - 1, 10**30],
-    "priority": [2**31, -(2**31) - 1, 10**30], "min_tokens": [1, -1],
+    "priority": [2**31, -(2**31) - 1, 10**30], "min_tokens": [-1, MAX_LEN, 10**30],
+    "prompt_logprobs": [-1, 21, 10**30], "truncate_prompt_tokens": [0, -2, MAX_LEN + 1, 10**30],
+    "bad_words": [[""], ["a", ""], [None], [1], ["x"] * 129, ["x" * 1025]], "allowed_token_ids": [[], [999], *_TOKENS],
     "stop": ["", [""], ["a", ""], ["x"] * 17, "x" * 1025, ["x" * 1025], [None], [1], [[]], [{}], [["a"]], ["a", None]],
     "stop_token_ids": [*_TOKENS, [0] * 129],
     "logit_bias": [{"a": 1}, {"": 1}, {"-1": 1}, {"1.5": 1}, {" 1": 1}, {"1 ": 1}, {"1e1": 1}, {"٣": 1},
@@ -95,7 +98,7 @@ _BEYOND: dict[str, list[Any]] = {
     "stream_options": [{}, {"include_usage": True}],  # without stream
     "response_format": [{}, {"type": None}, {"type": "json_object"}, {"type": "json_schema"}, {"type": 1},
                         {"type": "text", "x": 1}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}],
-    "echo": [True], "use_beam_search": [True], "include_stop_str_in_output": [True],
+    "use_beam_search": [True], "detokenize": [False], "return_tokens_as_token_ids": [True],  # without logprobs
     "model": ["", "M", "m ", "gpt-4", "../m"],
 }
 _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
@@ -115,7 +118,7 @@ _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
                      [{"role": "user", "content": _LONG}], [{"role": "user", "content": "x"}] * 40],
     },
     TEXT: {
-        "logprobs": [-1, 6, 10**30], "best_of": [0, 2, 129, -1], "suffix": ["x", " "],
+        "logprobs": [-1, 21, 10**30], "best_of": [0, 129, -1], "suffix": ["x", " "],
         "prompt": ["", [""], ["a", ""], [[]], [[1], []], [-1], [2**31], [1.5], [True], [None], [{}], [1, "a"],
                    [1, None], [1, True], [1, 1.5], ["a", 1], ["a", None], ["a", ["b"]], [[1], ["a"]], [[1], [-1]],
                    [[1], 1], [[1], None], [["a"]], [[[1]]], [[1.5]], [999], [[1], [999]], _LONG, ["a", _LONG],
@@ -175,8 +178,13 @@ def out_of_range() -> Iterator[Bad]:
             yield with_fields(path, "stream_options", stream=True, stream_options=options)
     for value in (-1, 21):
         yield with_fields(CHAT, "top_logprobs", logprobs=True, top_logprobs=value)
-    for n, best_of in ((2, 1), (2, 3), (1, 128)):
+    for n, best_of in ((2, 1), (3, 2), (128, 127)):
         yield with_fields(TEXT, "best_of", n=n, best_of=best_of)
+    yield with_fields(TEXT, "best_of", best_of=2, stream=True)
+    yield with_fields(TEXT, "best_of", best_of=128, prompt=["a", "b", "c"])
+    for path in BOTH:
+        yield with_fields(path, "prompt_logprobs", prompt_logprobs=0, stream=True)
+        yield with_fields(path, "min_tokens", min_tokens=4, max_tokens=3)
     yield with_fields(TEXT, "n", n=128, prompt=["a", "b", "c"])
 
 

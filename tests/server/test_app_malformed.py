@@ -123,9 +123,11 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"prompt": [1.5]}, "prompt"),
     ("completions", {"prompt": {"text": "a"}}, "prompt"),
     ("completions", {"prompt": "x" * MAX_LEN}, "prompt"),
-    ("completions", {"logprobs": 6}, "logprobs"),
+    ("completions", {"logprobs": 21}, "logprobs"),
     ("completions", {"logprobs": True}, "logprobs"),
-    ("completions", {"best_of": 2}, "best_of"),
+    ("completions", {"n": 3, "best_of": 2}, "best_of"),
+    ("completions", {"max_tokens": 0}, "max_tokens"),
+    ("completions", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
 ]  # fmt: skip
 
 UNSUPPORTED: list[tuple[str, str, Any]] = [
@@ -139,11 +141,10 @@ UNSUPPORTED: list[tuple[str, str, Any]] = [
     ("chat", "prediction", {"type": "content", "content": "x"}),
     ("chat", "guided_json", {}),
     ("chat", "structured_outputs", {"choice": ["a"]}),
-    ("chat", "min_tokens", 3),
     ("chat", "timeout", 5),
     ("chat", "temprature", 1),
     ("completions", "messages", SAYS),
-    ("completions", "echo", True),
+    ("completions", "detokenize", False),
     ("completions", "suffix", "x"),
 ]
 

@@ -31,6 +31,7 @@ from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
+from fullpipe.server.besides import check_least, for_chat, for_text, kept, spelling
 from fullpipe.server.guard import EventStream, Guard, Keyring, log, needs_key, request_id
 from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, failure, problem_of, retry_after, told
 from fullpipe.server.protocol.answers import (
@@ -45,6 +46,7 @@ from fullpipe.server.protocol.answers import (
 from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest, Options
 from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.replies import VERSION, ChatReplies, Replies, TextReplies, usage_of
+from fullpipe.server.tokens import Tokens, refusals
 from fullpipe.service import Service
 
 Metrics = Callable[[], tuple[bytes, str]]
@@ -87,7 +89,9 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
     for kind in (HTTPException, RequestValidationError, FullpipeError):
         app.add_exception_handler(kind, _answer_with_problem)
     app.state.keyring = Keyring(options.api_key)
-    app.include_router(_openai_routes(_Asking(service, model, options), options))
+    asking = _Asking(service, model, options)
+    app.include_router(_openai_routes(asking, options))
+    app.include_router(_token_routes(asking, options))
     app.include_router(_house_routes(service, metrics))
     for router in extras:
         app.include_router(router)
@@ -178,6 +182,13 @@ def _openai_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
     return router
 
 
+def _token_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
+    key = [Depends(HTTPBearer(auto_error=False))] if options.api_key else []
+    router = APIRouter(tags=["vLLM"], dependencies=key, route_class=_GuardedRoute)
+    tokens = Tokens(asking.model.tokenizer, asking.model.max_model_len, asking.known, asking._tokenise)
+    return refusals(tokens.add_routes(router, _ASKING))
+
+
 def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
     router = APIRouter(tags=["House"])
 
@@ -235,8 +246,9 @@ class _Asking:
         model = self.known(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-        replies = ChatReplies(request_id(request.scope), int(time.time()), model, self.model.tokenizer,
-                              bool(body.logprobs))
+        replies = for_chat(body, ChatReplies(request_id(request.scope), int(time.time()), model,
+                                             spelling(body, self.model.tokenizer), bool(body.logprobs)),
+                           self.model.tokenizer)
         return await self._answer(
             body, request, replies, [lambda: self._chat_tokens(body, request)], "messages",
             default=self.model.max_model_len, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
@@ -245,7 +257,8 @@ class _Asking:
         tokenizer, variables = self.model.tokenizer, body.chat_template_kwargs or {}
         tokens = tokenizer.chat([message.plain() for message in body.messages],
                                 add_generation_prompt=body.add_generation_prompt, chat_template_kwargs=variables,
-                                continue_final_message=bool(body.continue_final_message))
+                                continue_final_message=bool(body.continue_final_message),
+                                add_special=bool(body.add_special_tokens))
         assert tokenizer.template is not None, "it has just been rendered"
         for name in variables:
             if not tokenizer.template.reads(name):
@@ -255,17 +268,17 @@ class _Asking:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         model = self.known(body.model)
-        if body.best_of not in (None, body.n or 1):
-            raise Problem(400, "'best_of' is not supported: all that is made is returned, so it must be n",
-                          param="best_of", code="unsupported_parameter")
-        replies = TextReplies(request_id(request.scope), int(time.time()), model, self.model.tokenizer,
-                              body.logprobs is not None)
-        return await self._answer(body, request, replies, [self._encoder(prompt) for prompt in body.prompts()],
-                                  "prompt", default=_COMPLETION_TOKENS, logprobs=body.logprobs)
+        replies = for_text(body, TextReplies(request_id(request.scope), int(time.time()), model,
+                                             spelling(body, self.model.tokenizer), body.logprobs is not None),
+                           self.model.tokenizer)
+        encoders = [self._encoder(prompt, body.add_special_tokens is not False) for prompt in body.prompts()]
+        chooses = body.texts() > (body.n or 1)  # by log-probabilities
+        return await self._answer(body, request, replies, encoders, "prompt", default=_COMPLETION_TOKENS,
+                                  logprobs=0 if chooses and body.logprobs is None else body.logprobs)
 
-    def _encoder(self, prompt: str | list[int]) -> Callable[[], list[int]]:
+    def _encoder(self, prompt: str | list[int], add_special: bool) -> Callable[[], list[int]]:
         if isinstance(prompt, str):
-            return lambda: self.model.tokenizer.encode(prompt, add_special=True)
+            return lambda: self.model.tokenizer.encode(prompt, add_special=add_special)
         return lambda: self._check_tokens(prompt, "prompt")
 
     def _check_tokens(self, ids: Iterable[int | str], field: str) -> list[int]:
@@ -280,17 +293,21 @@ class _Asking:
         """field: what a fault of a prompt is blamed on. default: new tokens at most where the body names no number."""
         for path in body.ignored():
             self._say_once(request, path, IGNORED[path])
-        n = body.n or 1
+        n, name = body.texts(), "n" if body.texts() == (body.n or 1) else "best_of"
         most = min(self._options.max_choices, self._service.capacity)
         if n * len(encoders) > most:
-            raise Problem(400, f"n: {n * len(encoders)} texts are asked for; one request may ask for {most}", param="n")
+            raise Problem(400, f"{name}: {n * len(encoders)} texts are asked for; one request may ask for {most}",
+                          param=name)
         if body.stream_options is not None and not body.stream:
             raise Problem(400, "stream_options needs stream to be true", param="stream_options")
         answer = Answer(self._service, request.receive)
         try:
-            prompts = await self._tokenise(encoders, field)
+            prompts = [kept(body, tokens, self.model.max_model_len) for tokens in
+                       await self._tokenise(encoders, field)]
             self._check_tokens(body.logit_bias or (), "logit_bias")
+            self._check_tokens(body.allowed_token_ids or (), "allowed_token_ids")
             limits = [self._limit(len(tokens), body, field, default) for tokens in prompts]
+            check_least(body, limits)
             seed = _base_seed(body, self.model.sampling)
             for number, (tokens, limit) in enumerate(zip(prompts, limits)):
                 for i in range(n):
@@ -350,9 +367,9 @@ class _Asking:
     def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, limit: int,
                 logprobs: int | None, seed: int) -> None:
         try:
-            params = _params(body, self.model.sampling, seed=seed, max_tokens=limit, logprobs=logprobs)
+            params = _params(body, self.model.sampling, seed=seed, max_tokens=max(limit, 1), logprobs=logprobs)
             answer.submit(number, tokens, params, priority=body.priority or 0,
-                          timeout_s=self._options.request_timeout)
+                          timeout_s=self._options.request_timeout, silent=limit == 0)
         except PromptError as error:
             raise Problem(400, f"{field}: {told(error)}", param=field, code=TOO_LONG) from error
 
@@ -429,11 +446,14 @@ def _params(body: Options, defaults: Mapping[str, Any], *, seed: int, max_tokens
             logprobs: int | None) -> SamplingParams:
     """What the request says; else the model's defaults; else OpenAI's: temperature 1, no filters, no penalties."""
     named = {name: value for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-                                      "repetition_penalty", "ignore_eos", "skip_special_tokens")
+                                      "repetition_penalty", "ignore_eos", "skip_special_tokens", "min_tokens",
+                                      "include_stop_str_in_output")
              if (value := getattr(body, name)) is not None}
     named = dict(defaults) | named | {"temperature": _temperature(body, defaults), "max_tokens": max_tokens}
     return SamplingParams(
         seed=seed,
         logprobs=logprobs, logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-        stop_token_ids=tuple(body.stop_token_ids or ()), **named)
+        stop_token_ids=tuple(body.stop_token_ids or ()), prompt_logprobs=body.scored(),
+        bad_words=tuple(body.bad_words or ()),
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids), **named)

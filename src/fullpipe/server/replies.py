@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -9,7 +10,6 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from fullpipe.engine import RequestStats
-from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.server.answer import Choice, News
 from fullpipe.server.protocol.answers import (
     AnswerMessage,
@@ -38,6 +38,12 @@ _LEAST = -9999.0  # what OpenAI says in place of minus infinity, for which JSON 
 Told = Sequence[Sequence[tuple[int, float]]]
 
 
+class Spelling(Protocol):
+    """Says what tokens are called."""
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
 class Replies(Protocol):
     """Makes answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`."""
 
@@ -57,7 +63,7 @@ class Replies(Protocol):
 class ChatReplies:
     """Makes the answers of chats. logprobs: whether the request asks for them."""
 
-    def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
+    def __init__(self, id: str, created: int, model: str, tokenizer: Spelling, logprobs: bool) -> None:
         self._head: dict[str, Any] = {"id": f"chatcmpl-{id}", "created": created, "model": model,
                                       "system_fingerprint": FINGERPRINT}
         self._tokenizer = tokenizer
@@ -111,7 +117,7 @@ class ChatReplies:
 class TextReplies:
     """Makes the answers of text completions. logprobs: whether the request asks for them."""
 
-    def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
+    def __init__(self, id: str, created: int, model: str, tokenizer: Spelling, logprobs: bool) -> None:
         self._head: dict[str, Any] = {"id": f"cmpl-{id}", "object": "text_completion", "created": created,
                                       "model": model, "system_fingerprint": FINGERPRINT}
         self._tokenizer = tokenizer
@@ -152,6 +158,10 @@ class TextReplies:
         lists.text_offset += news.offsets
         for picked, *others in news.logprobs:
             lists.tokens.append(self._spell(picked[0]))
+            if math.isnan(picked[1]):  # nothing is known of it
+                lists.token_logprobs.append(None)
+                lists.top_logprobs.append(None)
+                continue
             lists.token_logprobs.append(max(picked[1], _LEAST))
             lists.top_logprobs.append({self._spell(token): max(value, _LEAST) for token, value in (*others, picked)})
         return lists

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import ArenaId, Flight, Landed, Opening
+from fullpipe.messages import ArenaId, Flight, Landed, Opening, Scored
 from fullpipe.models.slice import Slice, load_slice
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
 from fullpipe.stations.base import Tapped
 from fullpipe.stations.sampling import pick, tell_logprobs, typical
+from fullpipe.stations.scores import score_prompts
 from fullpipe.stations.step import step_of
 from fullpipe.stations.structure import Structures
 from fullpipe.stations.table import Tables
@@ -63,6 +64,11 @@ class SliceRunner:
         """float32 [len(wanted), vocab] of those rows."""
         return self.slice.logits(hidden[torch.tensor([row.index for row in wanted])])
 
+    def scores(self, flight: Flight, hidden: Tensor, limit: int | None) -> list[Scored]:
+        """How likely the prompts in a flight are, for requests that ask (`scores.score_prompts`)."""
+        return score_prompts(flight, self._tables, lambda rows: self.slice.logits(hidden[torch.tensor(rows)]),
+                             limit=limit)
+
 
 class ModelStage:
     """Is a stage of the target. The last one picks the token that follows each wanted row.
@@ -95,14 +101,14 @@ class ModelStage:
         return answer if features is None else Tapped(answer, self._taps, features)
 
     def _pick(self, flight: Flight, hidden: Tensor) -> Landed:
-        wanted = list(self._runner.wanted(flight))
+        wanted, prompts = list(self._runner.wanted(flight)), self._runner.scores(flight, hidden, self._vocab)
         if not wanted:
-            return Landed(0.0, flight.id)
+            return Landed(0.0, flight.id, prompts=prompts)
         logits, rows = self._runner.logits(hidden, wanted), [row.context() for row in wanted]
         tokens, margins = pick(logits, rows, limit=self._vocab, margins=self._margins)
         others = typical(logits, rows, tokens, limit=self._vocab)
         told = tell_logprobs(logits, rows, tokens, limit=self._vocab)
-        return Landed(0.0, flight.id, [row.node for row in wanted], tokens, margins, others, told)
+        return Landed(0.0, flight.id, [row.node for row in wanted], tokens, margins, others, told, prompts=prompts)
 
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 FinishReason = Literal["stop", "length"]
 """Of what OpenAI's clients accept, what this server says (`replies.finish_reason`)."""
+
+
+def asked() -> Any:
+    """A field that is there where a request asks for it, and absent elsewhere."""
+    return Field(default=None, exclude_if=lambda value: value is None)
 
 
 class PromptDetails(BaseModel):
@@ -63,6 +68,18 @@ class ChosenLogprob(TokenLogprob):
     top_logprobs: list[TokenLogprob]
 
 
+class PromptLogprob(BaseModel):
+    """rank: 1 where no token was likelier."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""Of each token of a prompt, by token id; null: of the first."""
+
+
 class ChatLogprobs(BaseModel):
     content: list[ChosenLogprob]
     refusal: None = None
@@ -79,6 +96,7 @@ class ChatChoice(BaseModel):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_ids: list[int] | None = asked()
 
 
 class ChatCompletion(BaseModel):
@@ -89,6 +107,8 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+    prompt_token_ids: list[int] | None = asked()
+    prompt_logprobs: PromptLogprobs | None = asked()
 
 
 class Delta(BaseModel):
@@ -101,6 +121,7 @@ class ChatChunkChoice(BaseModel):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | None = asked()
 
 
 class ChatChunk(BaseModel):
@@ -113,17 +134,19 @@ class ChatChunk(BaseModel):
     choices: list[ChatChunkChoice]
     system_fingerprint: str
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = asked()
 
 
 class TextLogprobs(BaseModel):
     """Holds lists in parallel, one entry for each token.
 
     text_offset: characters that were certain before the token: of the choice's text, and in a stop string behind it.
+    Of a prompt's first token nothing is known but its name.
     """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
     @classmethod
@@ -138,6 +161,9 @@ class TextChoice(BaseModel):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: list[int] | None = asked()
+    prompt_token_ids: list[int] | None = asked()
+    prompt_logprobs: PromptLogprobs | None = asked()
 
 
 class TextCompletion(BaseModel):

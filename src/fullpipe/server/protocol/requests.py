@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from fullpipe.server.protocol.extras import MOST_LOGPROBS, Extras
+from fullpipe.server.protocol.extras import Token as _Token
 from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 
@@ -16,7 +18,6 @@ _Off = Annotated[Literal[False], BeforeValidator(boolean)]
 Ignored = Annotated[Any, Field(description="taken with any value, and ignored")]
 Nothing = Annotated[None, Field(description="not supported")]
 NoneListed = Annotated[list[None], Field(max_length=0, fail_fast=True)]
-_Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True)]
 _Bias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
@@ -42,7 +43,7 @@ class TextFormat(Wire):
     type: Literal["text"]
 
 
-class Options(Wire):
+class Options(Extras):
     """Holds what both kinds of request share. `null` is the default everywhere."""
 
     model: str
@@ -79,16 +80,16 @@ class Options(Wire):
     guided_regex: Nothing = None
     guided_choice: Nothing = None
     guided_grammar: Nothing = None
-    min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
     timeout: Nothing = None
-    echo: _Off | None = None
     use_beam_search: _Off | None = None
-    prompt_logprobs: Nothing = None
-    include_stop_str_in_output: _Off | None = None
 
     def asked_tokens(self) -> tuple[str, int | None]:
         """How many new tokens the caller asks for at most, and under which field's name; None: no number."""
         return "max_tokens", self.max_tokens
+
+    def texts(self) -> int:
+        """How many are made of each prompt."""
+        return self.n or 1
 
 
 class Part(Wire):
@@ -210,9 +211,16 @@ Prompt = Annotated[
 
 class CompletionRequest(Options):
     prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # 0: with echo
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     suffix: Literal[""] | None = None
+
+    def scored(self) -> int | None:
+        return self.logprobs if self.prompt_logprobs is None and self.echo else self.prompt_logprobs
+
+    def texts(self) -> int:
+        return self.best_of or super().texts()
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt by itself: text, or token ids."""

@@ -25,14 +25,10 @@ REFUSED = {
     "reasoning_effort": "say it in chat_template_kwargs, if the model's template reads it",
     "verbosity": "say in a message how long the answer should be",
     "web_search_options": "this server searches nothing",
-    "min_tokens": "use logit_bias or ignore_eos against an early end",
     "timeout": "the server sets the time limit; close the connection to end a request sooner",
-    "echo": "the prompt is not repeated",
     "suffix": "text is only continued, not filled in",
-    "best_of": "all that is made is returned: best_of must be n",
     "use_beam_search": "the text is sampled, or greedy at temperature 0",
-    "prompt_logprobs": "log-probabilities are of what is generated",
-    "include_stop_str_in_output": "stop strings are never part of the text",
+    "detokenize": "answers are text; return_token_ids tells the tokens besides",
 }
 
 # Fields that change no text, by their path, and why they have no effect here. A server says so once in its log.

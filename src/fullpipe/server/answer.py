@@ -26,13 +26,14 @@ class ClientGone(Exception):
 class Choice:
     """Stands for one text that was asked for.
 
-    prompt: which of the request's prompts it answers. num_tokens: how many came so far.
-    reason: why it ended; None while it runs."""
+    prompt: which of the request's prompts it answers. num_tokens: how many came so far; reasoning_tokens: those of them
+    that are thoughts. reason: why it ended; None while it runs."""
 
     index: int
     prompt: int
     ticket: Ticket
     num_tokens: int = 0
+    reasoning_tokens: int = 0
     reason: str | None = None
     error: str = ""
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from fullpipe.server.protocol.forms import Format, Object, Pattern, StructuredOutputs, Texts, ToolChoice, Tools
 from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 
@@ -38,10 +39,6 @@ class StreamOptions(Wire):
     include_obfuscation: Ignored = None
 
 
-class TextFormat(Wire):
-    type: Literal["text"]
-
-
 class Options(Wire):
     """Holds what both kinds of request share. `null` is the default everywhere."""
 
@@ -72,13 +69,13 @@ class Options(Wire):
     prompt_cache_key: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
+    response_format: Format | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | Object | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Texts | None = None
+    guided_grammar: Pattern | None = None
     # not supported
-    response_format: TextFormat | None = None
-    structured_outputs: Nothing = None
-    guided_json: Nothing = None
-    guided_regex: Nothing = None
-    guided_choice: Nothing = None
-    guided_grammar: Nothing = None
     min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
     timeout: Nothing = None
     echo: _Off | None = None
@@ -129,9 +126,9 @@ class ToolCall(Wire):
 
 
 class Message(Wire):
-    """Is one turn, of a conversation that may have been held elsewhere: tools are not offered to the model, yet calls
-    and results are told to it where its template has words for them. What goes together in a message is looked at where
-    it is brought into the templates' form (`models.tokens.messages`)."""
+    """Is one turn, of a conversation that may have been held elsewhere: calls and results are told to the model where
+    its template has words for them, whether tools are offered or not. What goes together in a message is looked at
+    where it is brought into the templates' form (`models.tokens.messages`)."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
@@ -172,9 +169,10 @@ class ChatRequest(Options):
     documents: NoneListed | None = None
     enable_thinking: Nothing = None
     thinking: Nothing = None
-    tools: NoneListed | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: Ignored = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     functions: NoneListed | None = None
     function_call: Literal["none"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None

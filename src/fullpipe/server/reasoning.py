@@ -1,0 +1,99 @@
+"""Models that think first, in `<think>` marks, have their thoughts told apart from their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fullpipe.server.tools.events import Event, Reader, Thought
+from fullpipe.server.tools.marks import Marks
+
+BEGIN, END = "<think>", "</think>"
+MARKS = (BEGIN, END)
+
+STYLES = {"deepseek_r1": True, "qwen3": False}
+"""By the names of vLLM's parsers: whether such a model thinks where neither its prompt nor its answer begins with the
+mark."""
+
+
+def thinks_after(prompt: str, otherwise: bool) -> bool:
+    """Whether the answer to a prompt that ends so begins with thoughts, without a mark before them: chat templates open
+    the thoughts for the model, or close them to have it answer at once."""
+    end = prompt.rstrip()
+    return end.endswith(BEGIN) or (otherwise and not end.endswith(END))
+
+
+class Thoughtful:
+    """Reads thoughts, up to the mark that ends them, and has another read what is behind.
+
+    begins: the answer begins with thoughts, whether a mark says so or not. told: thoughts are told, else left out.
+    """
+
+    def __init__(self, begins: bool, then: Reader, told: bool = True) -> None:
+        self._begins, self._then, self._told = begins, then, told
+        self._start: str | None = ""  # of the answer, while it may be the mark; None: it is behind us
+        self._thinking: Marks | None = None
+
+    def push(self, text: str) -> list[Event]:
+        if self._start is not None:
+            text = self._from_start(self._start + text)
+        return self._read(text)
+
+    def finish(self) -> list[Event]:
+        held, self._start = self._start or "", None
+        if held and self._begins:
+            self._thinking = Marks(END)
+        events = self._read(held)
+        if self._thinking:
+            events += self._thought(self._thinking.rest())
+        return [*events, *self._then.finish()]
+
+    def _from_start(self, text: str) -> str:
+        """What is to be read, once it is certain whether the answer begins with the mark."""
+        words = text.lstrip()
+        if BEGIN.startswith(words[: len(BEGIN)]) and len(words) < len(BEGIN):
+            self._start = text
+            return ""
+        self._start = None
+        marked = words.startswith(BEGIN)
+        if marked or self._begins:
+            self._thinking = Marks(END)
+        return words.removeprefix(BEGIN) if marked else text
+
+    def _read(self, text: str) -> list[Event]:
+        if not self._thinking:
+            return self._then.push(text)
+        thoughts, mark, answer = self._thinking.split(text)
+        events = self._thought(thoughts)
+        if mark:
+            self._thinking = None
+            events += self._then.push(answer)
+        return events
+
+    def _thought(self, text: str) -> list[Event]:
+        return [Thought(text)] if text and self._told else []
+
+
+@dataclass(slots=True)
+class ThoughtTokens:
+    """Counts the tokens of thoughts by the tokens that are their marks. A model without such tokens has none counted.
+
+    begin, end: the marks' ids. thinking: whether the answer begins with thoughts.
+    """
+
+    begin: int | None
+    end: int | None
+    thinking: bool
+
+    def count(self, tokens: Iterable[int]) -> int:
+        """Of these, which come next."""
+        number = 0
+        for token in tokens if self.end is not None else ():
+            if token == self.end:
+                self.thinking, self.begin, self.end = False, None, None
+                break
+            if token == self.begin:
+                self.thinking, self.begin = True, None
+            elif self.thinking:
+                number += 1
+        return number

@@ -84,8 +84,8 @@ class Forms:
         if choice == "none":
             return self._read(form, body, None, ())
         if form.changes:
-            raise Problem(400, f"{form.asker}: an answer that may call tools can have no other form; set tool_choice to "
-                               "\"none\", or leave the tools out", param=form.asker)
+            raise Problem(400, f"{form.asker}: an answer that may call tools can have no other form; set tool_choice "
+                               "to \"none\", or leave the tools out", param=form.asker)
         form.tools = [tool.plain() for tool in body.tools or ()]
         if choice == "auto":
             return self._of_free_calls(form, body)

@@ -88,12 +88,13 @@ class ThoughtTokens:
     def count(self, tokens: Iterable[int]) -> int:
         """Of these, which come next."""
         number = 0
-        for token in tokens if self.end is not None else ():
-            if token == self.end:
-                self.thinking, self.begin, self.end = False, None, None
+        for token in tokens:
+            if self.end is None:
                 break
             if token == self.begin:
                 self.thinking, self.begin = True, None
-            elif self.thinking:
+            elif token == self.end or not self.thinking:
+                self.end = None  # what comes now is no thought
+            else:
                 number += 1
         return number

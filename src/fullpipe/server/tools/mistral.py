@@ -54,6 +54,7 @@ class MistralParser:
     def _behind_mark(self, text: str) -> str:
         char = text[0]
         if char.isspace():
+            self._notes.say(char)
             return text[1:]
         self._marked = False
         if char == "[":

@@ -8,8 +8,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai_server import byte_tokenizer
 
-from fullpipe.server.reasoning import Thoughtful, ThoughtTokens, thinks_after
+from fullpipe.server.reasoning import Thinking, Thoughtful, ThoughtTokens
 from fullpipe.server.tools.events import Said, Thought, Words
 
 
@@ -47,12 +48,13 @@ def test_however_a_text_is_cut_its_thoughts_are_the_same(text: str, begins: bool
     assert heard([text[a:b] for a, b in pairwise(ends)], begins) == heard([text], begins)
 
 
-@pytest.mark.parametrize(("prompt", "otherwise", "thinks"), [
-    ("<|Assistant|><think>\n", False, True), ("assistant\n<think>\n\n</think>\n\n", True, False),
-    ("assistant\n", True, True), ("assistant\n", False, False), ("What does <think> mean?<assistant>", False, False),
+@pytest.mark.parametrize(("prompt", "opened"), [
+    ("<|Assistant|><think>\n", True), ("assistant\n<think>\n\n</think>\n\n", False), ("assistant\n", None),
+    ("What does <think> mean?<assistant>", None), ("", None),
 ])
-def test_a_prompt_may_have_begun_the_thoughts_or_ended_them(prompt: str, otherwise: bool, thinks: bool) -> None:
-    assert thinks_after(prompt, otherwise) == thinks
+def test_a_prompt_may_have_opened_the_thoughts_or_closed_them(prompt: str, opened: bool | None) -> None:
+    tokenizer = byte_tokenizer()
+    assert Thinking(tokenizer, always=True).opened(tokenizer.encode(prompt)) is opened
 
 
 @pytest.mark.parametrize(("tokens", "thinking", "number"), [

@@ -3,8 +3,7 @@ its text must be, and who reads the text.
 
 A chat may offer tools. With `tool_choice` "auto" the model calls them in its own form (`tools/names.py`); a call that
 is demanded ("required", or a named function) comes in a form that the text is made to have (`structure.py`). What a
-model thinks first is told apart (`reasoning.py`), except in a text with a structure: it has that from its first token
-on, so there are no thoughts in it.
+model thinks first is told apart (`reasoning.py`), and has no form.
 """
 
 from __future__ import annotations
@@ -18,19 +17,24 @@ from fullpipe.errors import FullpipeError, MissingExtra, UsageError
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.server import reasoning
+from fullpipe.server.grammars import behind_thoughts, free_calls
 from fullpipe.server.problems import Problem, told
 from fullpipe.server.protocol.answers import FinishReason
 from fullpipe.server.protocol.forms import NamedTool, Tool
 from fullpipe.server.protocol.requests import ChatRequest, Options
-from fullpipe.server.reasoning import Thoughtful, ThoughtTokens
-from fullpipe.server.structure import asked_structure, named_call, required_calls
+from fullpipe.server.reasoning import Thinking, Thoughtful, ThoughtTokens
+from fullpipe.server.structure import asked_structure, calls_schema, named_call, required_calls
+from fullpipe.server.tools import hermes
 from fullpipe.server.tools.events import Notes, Reader, Words, call_id
 from fullpipe.server.tools.made import NamedCall, RequiredCalls
 from fullpipe.server.tools.marks import Without
-from fullpipe.server.tools.names import Style, style_of
+from fullpipe.server.tools.names import STYLES, Style, style_of
 
-_LAST = 16  # tokens of a prompt, in which it is seen whether the model is to think
-_NOT_MADE = "the call is the model's own where it may choose; arguments keep to their schema in calls that are demanded"
+_UNKNOWN = ("tools: this server does not know the form in which its model writes calls, so the choice cannot be the "
+            "model's; demand a call, by tool_choice")
+_ONE_FORM = ("an answer that may call tools can have no other form; set tool_choice to \"none\", or leave the tools "
+             "out")
+_NOT_STRICT = "the model calls in a form of its own, which is held to no schema; it is where a call is demanded"
 
 
 @dataclass(slots=True)
@@ -39,7 +43,8 @@ class Form:
 
     tools: as chat templates are told of them; None: of none. changes: fields of `SamplingParams` that differ for it.
     asker: the field that asks for a structure. called: the reason of an answer that ends by itself and calls tools.
-    unheeded: fields without effect, and why. thinks: the answer begins with thoughts.
+    unheeded: fields without effect, and why. parser: reads what is no thought. hidden: special tokens to leave out.
+    thinking: how the model's thoughts are known; None: they are not told apart. thinks: the answer begins with some.
     """
 
     tools: list[dict[str, Any]] | None = None
@@ -47,14 +52,36 @@ class Form:
     asker: str = ""
     called: FinishReason = "tool_calls"
     unheeded: list[tuple[str, str]] = field(default_factory=list)
+    parser: Callable[[], Reader] = Words
+    hidden: Sequence[str] = ()
+    thinking: Thinking | None = None
     thinks: bool = False
-    reader: Callable[[], Reader] = Words
-    thoughts: Callable[[], ThoughtTokens | None] = lambda: None
-    begins: Callable[[Sequence[int]], bool] = lambda prompt: False
 
     def follow(self, prompt: Sequence[int]) -> None:
-        """Take note of what the answer follows; before its readers are made."""
-        self.thinks = self.begins(prompt)
+        """Take note of what the answer follows, before it is asked for: thoughts may have begun there."""
+        if self.thinking is None:
+            return
+        opened = self.thinking.opened(prompt)
+        self.thinks = self.thinking.always if opened is None else opened
+        structured = self.changes.get("structured")
+        if structured is None or opened is False:
+            return
+        behind = behind_thoughts(structured, self.thinking.special, optional=not self.thinks)
+        if behind is None:
+            self.thinking = None
+        else:
+            self.changes["structured"] = behind
+
+    def reader(self) -> Reader:
+        """For one choice, from its beginning."""
+        reader = self.parser()
+        if self.thinking:
+            reader = Thoughtful(self.thinks, reader, self.thinking.told)
+        return Without(self.hidden, reader) if self.hidden else reader
+
+    def thoughts(self) -> ThoughtTokens | None:
+        """Counts the tokens of one choice that are thoughts; None: there are none."""
+        return ThoughtTokens(*self.thinking.marks, self.thinks) if self.thinking else None
 
     def problem_of(self, error: FullpipeError) -> Problem | None:
         """What the caller is told where the structure that he asks for cannot be made; None: it is not about that."""
@@ -79,75 +106,65 @@ class Forms:
         return Form() if asked is None else Form(changes={"structured": asked[1]}, asker=asked[0])
 
     def of_chat(self, body: ChatRequest) -> Form:
-        form = self.of_text(body)
-        choice = _choice(body)
-        if choice == "none":
-            return self._read(form, body, None, ())
-        if form.changes:
-            raise Problem(400, f"{form.asker}: an answer that may call tools can have no other form; set tool_choice "
-                               "to \"none\", or leave the tools out", param=form.asker)
-        form.tools = [tool.plain() for tool in body.tools or ()]
-        if choice == "auto":
-            return self._of_free_calls(form, body)
-        return self._of_demanded_calls(form, body, choice)
-
-    def _of_free_calls(self, form: Form, body: ChatRequest) -> Form:
-        style, tools, template = self._style, body.tools or [], self._tokenizer.template
-        if any(tool.function.strict for tool in tools):
-            form.unheeded.append(("tools.function.strict", _NOT_MADE))
-        names = frozenset(tool.function.name for tool in tools)
-        if style is not None:
-            new_id, parser = style.new_id, style.parser
-            return self._read(form, body, lambda: parser(_notes(body, new_id), names), style.marks)
-        if template is not None and "tools" in template.source:  # else it refuses them, and knows better why
-            raise Problem(400, "tools: this server does not know the form in which its model writes calls, so the "
-                               "choice cannot be the model's; demand a call, by tool_choice", param="tools",
-                          code="unsupported_parameter")
+        form, choice = self.of_text(body), _choice(body)
+        marks: tuple[str, ...] = ()
+        if choice != "none":
+            if form.changes:
+                raise Problem(400, f"{form.asker}: {_ONE_FORM}", param=form.asker)
+            form.tools = [tool.plain() for tool in body.tools or ()]
+            if choice == "auto":
+                marks = self._have_calls_read(form, body)
+            else:
+                self._demand_calls(form, body, choice)
+        if self._options.reasoning_parser in reasoning.STYLES:
+            form.thinking = self._thinking(body)
+            marks = (*marks, *reasoning.MARKS)
+        self._show(form, body, marks)
         return form
 
-    def _of_demanded_calls(self, form: Form, body: ChatRequest, choice: str | Tool) -> Form:
+    def _have_calls_read(self, form: Form, body: ChatRequest) -> tuple[str, ...]:
+        """The model may call as it likes. Returns what must be seen of its text."""
+        style, tools, template = self._style, body.tools or [], self._tokenizer.template
+        if style is None:
+            if template is not None and "tools" in template.source:  # else it refuses them, and knows better why
+                raise Problem(400, _UNKNOWN, param="tools", code="unsupported_parameter")
+            return ()
+        parser, new_id, names = style.parser, style.new_id, frozenset(tool.function.name for tool in tools)
+        form.parser = lambda: parser(_notes(body, new_id), names)
+        if any(tool.function.strict for tool in tools):
+            if style is STYLES["hermes"]:
+                schema = calls_schema(tools, "arguments", strict=True)
+                form.changes["structured"] = free_calls(schema, *hermes.MARKS, self._tokenizer.special,
+                                                        one=body.parallel_tool_calls is False)
+                form.asker = "tools"
+            else:
+                form.unheeded.append(("tools.function.strict", _NOT_STRICT))
+        return style.marks
+
+    def _demand_calls(self, form: Form, body: ChatRequest, choice: str | Tool) -> None:
         new_id = self._style.new_id if self._style else call_id
         form.asker = "tools"
         if isinstance(choice, Tool):
             name = choice.function.name
             form.changes["structured"], form.called = named_call(choice), "stop"
-            form.reader = lambda: NamedCall(_notes(body, new_id), name)
+            form.parser = lambda: NamedCall(_notes(body, new_id), name)
         else:
             form.changes["structured"] = required_calls(body.tools or (), body.parallel_tool_calls is not False)
-            form.reader = lambda: RequiredCalls(_notes(body, new_id))
-        return form
+            form.parser = lambda: RequiredCalls(_notes(body, new_id))
 
-    def _read(self, form: Form, body: ChatRequest, parser: Callable[[], Reader] | None,
-              marks: tuple[str, ...]) -> Form:
-        """Have the form's text read: thoughts, if the model has any, then calls, if it may."""
-        innermost, otherwise = parser or Words, reasoning.STYLES.get(self._options.reasoning_parser)
-        if otherwise is not None and "structured" not in form.changes:
-            marks = (*marks, *reasoning.MARKS)
-            self._have_thoughts_read(form, innermost, otherwise, body.include_reasoning is not False)
-        else:
-            form.reader = innermost
-        self._show(form, body, marks)
-        return form
-
-    def _have_thoughts_read(self, form: Form, then: Callable[[], Reader], otherwise: bool, tell: bool) -> None:
-        backend = self._tokenizer.backend
-        begin, end = (backend.token_to_id(mark) for mark in reasoning.MARKS)
-        form.begins = lambda prompt: reasoning.thinks_after(
-            self._tokenizer.decode(prompt[-_LAST:], skip_special_tokens=False), otherwise)
-        form.reader = lambda: Thoughtful(form.thinks, then(), tell)
-        form.thoughts = lambda: ThoughtTokens(begin, end, form.thinks)
+    def _thinking(self, body: ChatRequest) -> Thinking:
+        return Thinking(self._tokenizer, reasoning.STYLES[self._options.reasoning_parser],
+                        told=body.include_reasoning is not False)
 
     def _show(self, form: Form, body: ChatRequest, marks: tuple[str, ...]) -> None:
         """Have marks shown in the text that are special tokens; the others are left out of what is read, unless the
         request wants to see them."""
         if not marks or body.skip_special_tokens is False:
             return
-        special, reader = self._tokenizer.special, form.reader
-        if not any(mark in special for mark in marks):
-            return
-        hidden = [text for text in special if text not in marks]
-        form.changes["skip_special_tokens"] = False
-        form.reader = lambda: Without(hidden, reader())
+        special = self._tokenizer.special
+        if any(mark in special for mark in marks):
+            form.changes["skip_special_tokens"] = False
+            form.hidden = [text for text in special if text not in marks]
 
     @cached_property
     def _style(self) -> Style | None:

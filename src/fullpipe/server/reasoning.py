@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.server.tools.events import Event, Reader, Thought
 from fullpipe.server.tools.marks import Marks
 
@@ -15,12 +16,35 @@ STYLES = {"deepseek_r1": True, "qwen3": False}
 """By the names of vLLM's parsers: whether such a model thinks where neither its prompt nor its answer begins with the
 mark."""
 
+_LAST = 16  # tokens of a prompt, in which it is seen whether thoughts have begun
 
-def thinks_after(prompt: str, otherwise: bool) -> bool:
-    """Whether the answer to a prompt that ends so begins with thoughts, without a mark before them: chat templates open
-    the thoughts for the model, or close them to have it answer at once."""
-    end = prompt.rstrip()
-    return end.endswith(BEGIN) or (otherwise and not end.endswith(END))
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """Says how a model's thoughts are known.
+
+    always: the model thinks where no mark says whether it does. told: thoughts are told, else left out.
+    """
+
+    tokenizer: Tokenizer
+    always: bool
+    told: bool = True
+
+    def opened(self, prompt: Sequence[int]) -> bool | None:
+        """Whether the prompt has opened the thoughts for the model, or closed them to have it answer at once; None: it
+        ends with neither mark."""
+        end = self.tokenizer.decode(prompt[-_LAST:], skip_special_tokens=False).rstrip()
+        return True if end.endswith(BEGIN) else False if end.endswith(END) else None
+
+    @property
+    def special(self) -> Collection[str]:
+        return self.tokenizer.special
+
+    @property
+    def marks(self) -> tuple[int | None, int | None]:
+        """The tokens that are the marks, where there are such."""
+        begin, end = (self.tokenizer.backend.token_to_id(mark) for mark in MARKS)
+        return begin, end
 
 
 class Thoughtful:

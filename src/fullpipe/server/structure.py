@@ -72,14 +72,22 @@ def _schema(field: str, given: str | dict[str, Any]) -> str:
 
 def required_calls(tools: Sequence[Tool], parallel: bool) -> Structured:
     """One call or more of these tools, as a list; vLLM's form of it. parallel: there may be more than one."""
-    calls = [{"type": "object", "required": ["name", "parameters"], "additionalProperties": False, "properties": {
-        "name": {"type": "string", "enum": [tool.function.name]},
-        "parameters": _within(arguments_of(tool), f"#/$defs/{_pointer(tool.function.name)}")}} for tool in tools]
-    defined = {tool.function.name: _moved(arguments_of(tool), f"#/$defs/{_pointer(tool.function.name)}")
-               for tool in tools if _refers(arguments_of(tool))}
-    schema = {"type": "array", "minItems": 1, **({} if parallel else {"maxItems": 1}), "items": {"anyOf": calls},
-              **({"$defs": defined} if defined else {})}
-    return Structured("json", _dumped(schema))
+    call = calls_schema(tools, "parameters")
+    defined = {"$defs": call.pop("$defs")} if "$defs" in call else {}
+    return Structured("json", _dumped({"type": "array", "minItems": 1, **({} if parallel else {"maxItems": 1}),
+                                       "items": call, **defined}))
+
+
+def calls_schema(tools: Sequence[Tool], arguments: str, *, strict: bool = False) -> dict[str, Any]:
+    """The schema of one call of any of these tools. arguments: what the call calls them. strict: functions that are not
+    strict may have any arguments."""
+    own = {tool.function.name: {"type": "object"} if strict and not tool.function.strict else arguments_of(tool)
+           for tool in tools}
+    calls = [{"type": "object", "required": ["name", arguments], "additionalProperties": False, "properties": {
+        "name": {"type": "string", "enum": [name]}, arguments: {"$ref": _place(name)} if _refers(schema) else schema}}
+        for name, schema in own.items()]
+    defined = {name: _moved(schema, _place(name)) for name, schema in own.items() if _refers(schema)}
+    return {"anyOf": calls, **({"$defs": defined} if defined else {})}
 
 
 def named_call(tool: Tool) -> Structured:
@@ -93,14 +101,9 @@ def arguments_of(tool: Tool) -> dict[str, Any]:
     return {"type": "object", "properties": {}, "additionalProperties": False} if given is None else given
 
 
-def _within(schema: dict[str, Any], place: str) -> dict[str, Any]:
-    """The schema as a part of another. One that refers to itself is put at a place of its own, and referred to."""
-    return {"$ref": place} if _refers(schema) else schema
-
-
-def _pointer(name: str) -> str:
-    """The name in a JSON pointer."""
-    return name.replace("~", "~0").replace("/", "~1")
+def _place(name: str) -> str:
+    """Where the schema of a function's arguments stands, if it refers to itself; a JSON pointer."""
+    return f"#/$defs/{name.replace('~', '~0').replace('/', '~1')}"
 
 
 def _refers(schema: Any) -> bool:

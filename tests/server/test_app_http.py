@@ -214,8 +214,7 @@ def test_pages_elsewhere_are_let_in_only_if_named(narrow: Served, client: httpx.
 # ---- refused fields --------------------------------------------------------------------------------------------------
 
 _WRONG: dict[str, Any] = {
-    "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{}], "function_call": "auto",
-    "response_format": {"type": "json_object"}, "modalities": ["text", "audio"],
+    "functions": [{}], "function_call": "auto", "modalities": ["text", "audio"],
     "min_tokens": 3, "echo": True, "suffix": "end", "best_of": 3, "use_beam_search": True,
     "include_stop_str_in_output": True, "prompt_logprobs": 1,
 }

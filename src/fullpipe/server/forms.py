@@ -42,7 +42,7 @@ class Form:
     """Says what the answer to one request is, and makes the readers of its choices.
 
     tools: as chat templates are told of them; None: of none. changes: fields of `SamplingParams` that differ for it.
-    asker: the field that asks for a structure. called: the reason of an answer that ends by itself and calls tools.
+    asker: the field that asks for a structure. free: it leaves words free. called: the reason of an answer that ends by itself and calls tools.
     unheeded: fields without effect, and why. parser: reads what is no thought. hidden: special tokens to leave out.
     thinking: how the model's thoughts are known; None: they are not told apart. thinks: the answer begins with some.
     """
@@ -50,6 +50,7 @@ class Form:
     tools: list[dict[str, Any]] | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     asker: str = ""
+    free: bool = False
     called: FinishReason = "tool_calls"
     unheeded: list[tuple[str, str]] = field(default_factory=list)
     parser: Callable[[], Reader] = Words
@@ -64,7 +65,7 @@ class Form:
         opened = self.thinking.opened(prompt)
         self.thinks = self.thinking.always if opened is None else opened
         structured = self.changes.get("structured")
-        if structured is None or opened is False:
+        if structured is None or self.free or opened is False:
             return
         behind = behind_thoughts(structured, self.thinking.special, optional=not self.thinks)
         if behind is None:
@@ -136,7 +137,7 @@ class Forms:
                 schema = calls_schema(tools, "arguments", strict=True)
                 form.changes["structured"] = free_calls(schema, *hermes.MARKS, self._tokenizer.special,
                                                         one=body.parallel_tool_calls is False)
-                form.asker = "tools"
+                form.asker, form.free = "tools", True
             else:
                 form.unheeded.append(("tools.function.strict", _NOT_STRICT))
         return style.marks

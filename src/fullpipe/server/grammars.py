@@ -31,10 +31,10 @@ def behind_thoughts(structured: Structured, special: Collection[str], *, optiona
 def free_calls(schema: dict[str, Any], begin: str, end: str, special: Collection[str], *, one: bool) -> Structured:
     """Any text in which calls, of this schema, stand on a line of their own between marks. one: there is at most
     one."""
-    head, tail = _mark(begin, special), _mark(end, special)
+    head, tail, call = _mark(begin, special), _mark(end, special), _plain(json.dumps(schema, ensure_ascii=False))
     heads = f"head: TEXT {head}" if begin in special else f"head[lazy]: TEXT {head}"
     return _grammar(f"start: call{'?' if one else '*'} rest", "rest: TEXT", f"TEXT: {_ANY}", heads,
-                    rf'call: head "\n" body "\n" {tail}', f"body: %json {_plain(json.dumps(schema, ensure_ascii=False))}")
+                    rf'call: head "\n" body "\n" {tail}', f"body: %json {call}")
 
 
 def _grammar(*rules: str) -> Structured:

@@ -41,13 +41,18 @@ class NamedCall:
         self._begun = False
 
     def push(self, text: str) -> list[Event]:
-        if text and not self._begun:
-            self._begun = True
-            self._notes.begin(self._name)
+        if not self._begun:
+            text = text.lstrip()
+            if text:
+                self._begin()
         self._notes.argue(text)
         return self._notes.take()
 
     def finish(self) -> list[Event]:
         if not self._begun:
-            self._notes.begin(self._name)
+            self._begin()
         return self._notes.take()
+
+    def _begin(self) -> None:
+        self._begun = True
+        self._notes.begin(self._name)

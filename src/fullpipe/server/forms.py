@@ -42,9 +42,10 @@ class Form:
     """Says what the answer to one request is, and makes the readers of its choices.
 
     tools: as chat templates are told of them; None: of none. changes: fields of `SamplingParams` that differ for it.
-    asker: the field that asks for a structure. free: it leaves words free. called: the reason of an answer that ends by itself and calls tools.
-    unheeded: fields without effect, and why. parser: reads what is no thought. hidden: special tokens to leave out.
-    thinking: how the model's thoughts are known; None: they are not told apart. thinks: the answer begins with some.
+    asker: the field that asks for a structure. free: it leaves words free. called: the reason of an answer that ends by
+    itself and calls tools. unheeded: fields without effect, and why. parser: reads what is no thought. hidden: special
+    tokens to leave out. thinking: how the model's thoughts are known; None: they are not told apart. thinks: the answer
+    begins with some.
     """
 
     tools: list[dict[str, Any]] | None = None

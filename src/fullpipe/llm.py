@@ -262,8 +262,8 @@ class LLM:
 
         continue_final_message: go on with the last message rather than begin an answer, which add_generation_prompt
         stands for (None: unless the last message is continued). chat_template_kwargs: what the template reads besides,
-        such as `enable_thinking`. tools: what the model may call, each as in OpenAI's `tools`; calls are in the text, in
-        its own form. All as vLLM has them. `tokenizer.chat` takes the same, for `stream`.
+        such as `enable_thinking`. tools: what the model may call, each as in OpenAI's `tools`; its calls are in the
+        text, in its own form. All as vLLM has them. `tokenizer.chat` takes the same, for `stream`.
         """
         _check_there_is_something(messages)
         tokens = self.tokenizer.chat(messages, add_generation_prompt=add_generation_prompt,

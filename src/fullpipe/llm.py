@@ -258,17 +258,19 @@ class LLM:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, *,
              add_generation_prompt: bool | None = None, continue_final_message: bool = False,
-             chat_template_kwargs: Mapping[str, Any] | None = None) -> Completion:
+             chat_template_kwargs: Mapping[str, Any] | None = None,
+             tools: Sequence[Mapping[str, Any]] | None = None) -> Completion:
         """Answer a conversation through the model's chat template. params: as in `generate`.
 
         continue_final_message: go on with the last message rather than begin an answer, which add_generation_prompt
         stands for (None: unless the last message is continued). chat_template_kwargs: what the template reads besides,
-        such as `enable_thinking`. All as vLLM has them. `tokenizer.chat` takes the same, for `stream`.
+        such as `enable_thinking`. tools: what the model may call, each as in OpenAI's `tools`; its calls are in the
+        text, in its own form. All as vLLM has them. `tokenizer.chat` takes the same, for `stream`.
         """
         _check_there_is_something(messages)
         tokens = self.tokenizer.chat(messages, add_generation_prompt=add_generation_prompt,
                                      continue_final_message=continue_final_message,
-                                     chat_template_kwargs=chat_template_kwargs)
+                                     chat_template_kwargs=chat_template_kwargs, tools=tools)
         return self.generate([tokens], params)[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:

@@ -24,6 +24,8 @@ KV_CACHE_DTYPES = ("auto", "float16", "float32", "int8")
 BLOCK = 256
 """Slots of a block of cache memory."""
 
+TOOL_CALL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral")
+REASONING_PARSERS = ("none", "deepseek_r1", "qwen3")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -224,6 +226,11 @@ class ServerOptions:
     request_timeout: float | None = option(None, "Time after which a request ends with what it has.", metavar="SECONDS")
     shutdown_timeout: int = option(600, "Time that requests still have when the server is told to end; then they are "
                                    "cut off.", metavar="SECONDS")
+    tool_call_parser: str = option("auto", "How the model writes calls of tools: hermes (Qwen too), llama3_json, "
+                                   "mistral, auto (what its chat template tells), or none: calls only if demanded.")
+    reasoning_parser: str = option("none", "How the model's thoughts are told from its answers, by <think> marks: "
+                                   "deepseek_r1 (it always thinks), qwen3 (if there is such a mark), or none: they are "
+                                   "not.")
     log_level: str = option("info", "How much is logged.")
 
     def __post_init__(self) -> None:
@@ -240,6 +247,10 @@ class ServerOptions:
             *((limit is None or limit > 0, f"{name} must be above 0 (got {limit})")
               for name in ("body_timeout", "write_timeout", "request_timeout") for limit in (getattr(self, name),)),
             (self.shutdown_timeout >= 0, f"shutdown_timeout must be 0 or more (got {self.shutdown_timeout})"),
+            (self.tool_call_parser in TOOL_CALL_PARSERS,
+             f"unknown tool_call_parser {self.tool_call_parser!r}; known are {', '.join(TOOL_CALL_PARSERS)}"),
+            (self.reasoning_parser in REASONING_PARSERS,
+             f"unknown reasoning_parser {self.reasoning_parser!r}; known are {', '.join(REASONING_PARSERS)}"),
             (self.log_level in LOG_LEVELS, f"unknown log level {self.log_level!r}; known are {', '.join(LOG_LEVELS)}"))
 
 

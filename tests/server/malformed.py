@@ -54,7 +54,7 @@ _SAMPLES: dict[str, list[Any]] = {
 }
 _INTEGERS = ("n", "max_tokens", "top_k", "seed", "priority", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens")
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_NOTHING = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "timeout")
+_NOTHING = ("timeout",)
 _SHARED: dict[str, str] = {
     **dict.fromkeys(_INTEGERS, "null integer"), **dict.fromkeys(_NUMBERS, "null integer fraction"),
     **dict.fromkeys(_NOTHING, "null"),
@@ -62,7 +62,9 @@ _SHARED: dict[str, str] = {
                      "include_stop_str_in_output", "add_special_tokens", "return_token_ids",
                      "return_tokens_as_token_ids", "detokenize"), "null boolean"),
     **dict.fromkeys(("bad_words", "allowed_token_ids"), "null list"),
-    **dict.fromkeys(("logit_bias", "stream_options", "response_format"), "null object"),
+    **dict.fromkeys(("logit_bias", "stream_options", "response_format", "structured_outputs"), "null object"),
+    **dict.fromkeys(("guided_regex", "guided_grammar"), "null string"), "guided_json": "null string object",
+    "guided_choice": "null list",
     **dict.fromkeys(("user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
                      "prompt_cache_options", "prompt_cache_retention"), " ".join(_SAMPLES)),
     "model": "string", "stop": "null string list", "stop_token_ids": "null list",
@@ -70,9 +72,10 @@ _SHARED: dict[str, str] = {
 TAKES: dict[str, dict[str, str]] = {
     CHAT: {**_SHARED, "messages": "list", "max_completion_tokens": "null integer", "logprobs": "null boolean",
            "top_logprobs": "null integer", "tools": "null list", "functions": "null list", "modalities": "null list",
-           "tool_choice": "null string", "function_call": "null string", "documents": "null list",
-           "parallel_tool_calls": " ".join(_SAMPLES), "chat_template_kwargs": "null object",
-           **dict.fromkeys(("add_generation_prompt", "continue_final_message"), "null boolean"),
+           "tool_choice": "null string object", "function_call": "null string", "documents": "null list",
+           "chat_template_kwargs": "null object",
+           **dict.fromkeys(("add_generation_prompt", "continue_final_message", "parallel_tool_calls",
+                            "include_reasoning"), "null boolean"),
            **dict.fromkeys(("audio", "prediction", "moderation", "reasoning_effort", "verbosity", "web_search_options",
                             "chat_template", "enable_thinking", "thinking"), "null")},
     TEXT: {**_SHARED, "prompt": "string list", "logprobs": "null integer", "best_of": "null integer",
@@ -96,17 +99,28 @@ _BEYOND: dict[str, list[Any]] = {
                    {"1234567890": 1}, {"9999": 1}, {"1": 100.5}, {"1": -100.5}, {"1": None}, {"1": "1"}, {"1": True},
                    {"1": []}, {"1": {}}, {"1": 0, "x": 0}, {str(k): 1 for k in range(1025)}],
     "stream_options": [{}, {"include_usage": True}],  # without stream
-    "response_format": [{}, {"type": None}, {"type": "json_object"}, {"type": "json_schema"}, {"type": 1},
-                        {"type": "text", "x": 1}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}],
+    "response_format": [{}, {"type": None}, {"type": "json_object", "x": 1}, {"type": "json_schema"}, {"type": 1},
+                        {"type": "text", "x": 1}, {"type": "json_schema", "json_schema": {"name": "x"}},
+                        {"type": "json_schema", "json_schema": {"name": 1, "schema": {}}},
+                        {"type": "json_schema", "json_schema": {"schema": "{}"}}, {"type": "structural_tag"}],
+    "structured_outputs": [{}, {"x": 1}, {"json": "no"}, {"json": {}, "regex": "a"}, {"choice": []}, {"regex": ""},
+                           {"json_object": 1}, {"grammar": {}}],
+    "guided_json": ["", "x", "[]", "5", {str(k): 1 for k in range(1025)}], "guided_regex": [""], "guided_grammar": [""],
+    "guided_choice": [[], [""], [1], ["a", None], ["a"] * 1025],
     "use_beam_search": [True], "detokenize": [False], "return_tokens_as_token_ids": [True],  # without logprobs
     "model": ["", "M", "m ", "gpt-4", "../m"],
 }
 _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
     CHAT: {
         "max_completion_tokens": [0, -1, MAX_LEN - 1, MAX_LEN, 2**31, 10**30], "top_logprobs": [-1, 21, 3],
-        "tools": [[{}], [None], [{"type": "function", "function": {"name": "f"}}]],
+        "tools": [[{}], [None], [{"type": "function", "function": {"name": "f"}}], ["f"], [{"type": "function"}],
+                  [{"type": "retrieval", "function": {"name": "f"}}], [{"type": "function", "function": {"name": ""}}],
+                  [{"type": "function", "function": {"name": "f", "parameters": "{}"}}],
+                  [{"type": "function", "function": {"name": "f"}}] * 2,
+                  [{"type": "function", "function": {"name": f"f{k}"}} for k in range(129)]],
         "functions": [[{}], [{"name": "f"}]],
-        "tool_choice": ["auto", "required", "", "None"], "function_call": ["auto", "", "f"],
+        "tool_choice": ["auto", "required", "", "None", {}, {"type": "function"}, {"type": "allowed_tools"},
+                        {"type": "function", "function": {"name": "f"}}], "function_call": ["auto", "", "f"],
         "continue_final_message": [1, "yes"], "add_generation_prompt": [0, "no"], "documents": [[{"text": "x"}]],
         "chat_template": ["{{ messages }}", ""], "enable_thinking": [True, False],
         "thinking": [{"type": "enabled"}], "reasoning_effort": ["low"], "moderation": [{"model": "x"}],

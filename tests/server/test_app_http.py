@@ -214,8 +214,7 @@ def test_pages_elsewhere_are_let_in_only_if_named(narrow: Served, client: httpx.
 # ---- refused fields --------------------------------------------------------------------------------------------------
 
 _WRONG: dict[str, Any] = {
-    "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{}], "function_call": "auto",
-    "response_format": {"type": "json_object"}, "modalities": ["text", "audio"],
+    "functions": [{}], "function_call": "auto", "modalities": ["text", "audio"],
     "suffix": "end", "use_beam_search": True, "detokenize": False,
 }
 _TEXT_ONLY = {"suffix"}

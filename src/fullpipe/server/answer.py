@@ -27,14 +27,15 @@ class ClientGone(Exception):
 class Choice:
     """Stands for one text that was asked for.
 
-    prompt: which of the request's prompts it answers; tokens: of that. num_tokens: how many came so far.
-    reason: why it ended; None while it runs. silent: nothing is to be said behind the prompt; a token is made all the
-    same, and dropped."""
+    prompt: which of the request's prompts it answers; tokens: of that. num_tokens: how many came so far;
+    reasoning_tokens: those of them that are thoughts. reason: why it ended; None while it runs. silent: nothing is to
+    be said behind the prompt; a token is made all the same, and dropped."""
 
     index: int
     prompt: int
     ticket: Ticket
     num_tokens: int = 0
+    reasoning_tokens: int = 0
     reason: str | None = None
     error: str = ""
     tokens: Sequence[int] = ()

@@ -26,12 +26,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from fullpipe.errors import FullpipeError, MessageError, PromptError, UnsupportedModel, UsageError
+from fullpipe.errors import FullpipeError, MessageError, MissingExtra, PromptError, UnsupportedModel, UsageError
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
 from fullpipe.server.besides import check_least, for_chat, for_text, kept, spelling
+from fullpipe.server.forms import Form, Forms
 from fullpipe.server.guard import EventStream, Guard, Keyring, log, needs_key, request_id
 from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, failure, problem_of, retry_after, told
 from fullpipe.server.protocol.answers import (
@@ -233,6 +234,7 @@ class _Asking:
         self.model = model
         self._service = service
         self._options = options
+        self._forms = Forms(model.tokenizer, options)
         self._limiter: CapacityLimiter | None = None  # belongs to the loop, so it is made there
         self._said: set[str] = set()
 
@@ -246,19 +248,21 @@ class _Asking:
         model = self.known(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        form = self._forms.of_chat(body)
         replies = for_chat(body, ChatReplies(request_id(request.scope), int(time.time()), model,
-                                             spelling(body, self.model.tokenizer), bool(body.logprobs)),
+                                             spelling(body, self.model.tokenizer), bool(body.logprobs), form),
                            self.model.tokenizer)
         return await self._answer(
-            body, request, replies, [lambda: self._chat_tokens(body, request)], "messages",
+            body, request, replies, [lambda: self._chat_tokens(body, request, form)], "messages", form,
             default=self.model.max_model_len, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
 
-    def _chat_tokens(self, body: ChatRequest, request: Request) -> list[int]:
+    def _chat_tokens(self, body: ChatRequest, request: Request, form: Form) -> list[int]:
         tokenizer, variables = self.model.tokenizer, body.chat_template_kwargs or {}
         tokens = tokenizer.chat([message.plain() for message in body.messages],
                                 add_generation_prompt=body.add_generation_prompt, chat_template_kwargs=variables,
-                                continue_final_message=bool(body.continue_final_message),
+                                continue_final_message=bool(body.continue_final_message), tools=form.tools,
                                 add_special=bool(body.add_special_tokens))
+        form.follow(tokens)
         assert tokenizer.template is not None, "it has just been rendered"
         for name in variables:
             if not tokenizer.template.reads(name):
@@ -273,7 +277,8 @@ class _Asking:
                            self.model.tokenizer)
         encoders = [self._encoder(prompt, body.add_special_tokens is not False) for prompt in body.prompts()]
         chooses = body.texts() > (body.n or 1)  # by log-probabilities
-        return await self._answer(body, request, replies, encoders, "prompt", default=_COMPLETION_TOKENS,
+        return await self._answer(body, request, replies, encoders, "prompt", self._forms.of_text(body),
+                                  default=_COMPLETION_TOKENS,
                                   logprobs=0 if chooses and body.logprobs is None else body.logprobs)
 
     def _encoder(self, prompt: str | list[int], add_special: bool) -> Callable[[], list[int]]:
@@ -288,11 +293,11 @@ class _Asking:
         return tokens
 
     async def _answer(self, body: Options, request: Request, replies: Replies,
-                      encoders: Sequence[Callable[[], list[int]]], field: str, *, default: int,
+                      encoders: Sequence[Callable[[], list[int]]], field: str, form: Form, *, default: int,
                       logprobs: int | None) -> Response:
         """field: what a fault of a prompt is blamed on. default: new tokens at most where the body names no number."""
-        for path in body.ignored():
-            self._say_once(request, path, IGNORED[path])
+        for path, why in (*((path, IGNORED[path]) for path in body.ignored()), *form.unheeded):
+            self._say_once(request, path, why)
         n, name = body.texts(), "n" if body.texts() == (body.n or 1) else "best_of"
         most = min(self._options.max_choices, self._service.capacity)
         if n * len(encoders) > most:
@@ -311,7 +316,7 @@ class _Asking:
             seed = _base_seed(body, self.model.sampling)
             for number, (tokens, limit) in enumerate(zip(prompts, limits)):
                 for i in range(n):
-                    self._submit(answer, number, tokens, field, body, limit, logprobs, (seed + i) % 2**64)
+                    self._submit(answer, number, tokens, field, body, form, limit, logprobs, (seed + i) % 2**64)
             log.debug("%s tickets %s", request_id(request.scope), [choice.ticket.id for choice in answer.choices])
             if body.stream:
                 first = _checked(await answer.news())
@@ -364,14 +369,18 @@ class _Asking:
                           param=name, code=TOO_LONG)
         return asked
 
-    def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, limit: int,
+    def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, form: Form, limit: int,
                 logprobs: int | None, seed: int) -> None:
         try:
-            params = _params(body, self.model.sampling, seed=seed, max_tokens=max(limit, 1), logprobs=logprobs)
+            params = _params(body, self.model.sampling, form, seed=seed, max_tokens=max(limit, 1), logprobs=logprobs)
             answer.submit(number, tokens, params, priority=body.priority or 0,
                           timeout_s=self._options.request_timeout, silent=limit == 0)
         except PromptError as error:
             raise Problem(400, f"{field}: {told(error)}", param=field, code=TOO_LONG) from error
+        except (UsageError, MissingExtra) as error:
+            if (problem := form.problem_of(error)) is None:
+                raise
+            raise problem from error
 
     async def _events(self, body: Options, answer: Answer, replies: Replies, news: list[News],
                       id: str) -> AsyncGenerator[bytes, None]:
@@ -442,7 +451,7 @@ def _temperature(body: Options, defaults: Mapping[str, Any]) -> float:
     return float(defaults.get("temperature", 1.0) if body.temperature is None else body.temperature)
 
 
-def _params(body: Options, defaults: Mapping[str, Any], *, seed: int, max_tokens: int,
+def _params(body: Options, defaults: Mapping[str, Any], form: Form, *, seed: int, max_tokens: int,
             logprobs: int | None) -> SamplingParams:
     """What the request says; else the model's defaults; else OpenAI's: temperature 1, no filters, no penalties."""
     named = {name: value for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -450,6 +459,7 @@ def _params(body: Options, defaults: Mapping[str, Any], *, seed: int, max_tokens
                                       "include_stop_str_in_output")
              if (value := getattr(body, name)) is not None}
     named = dict(defaults) | named | {"temperature": _temperature(body, defaults), "max_tokens": max_tokens}
+    named |= form.changes
     return SamplingParams(
         seed=seed,
         logprobs=logprobs, logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},

@@ -55,7 +55,8 @@ class Tokenizer:
 
     def chat(self, prompt: str | Sequence[Message], system: str | None = None, *,
              add_generation_prompt: bool | None = None, continue_final_message: bool = False,
-             chat_template_kwargs: Mapping[str, Any] | None = None, add_special: bool = False) -> list[int]:
+             chat_template_kwargs: Mapping[str, Any] | None = None,
+             tools: Sequence[Mapping[str, Any]] | None = None, add_special: bool = False) -> list[int]:
         """Token ids of a conversation in the model's own format, up to where its answer begins.
 
         prompt: what the user says, or messages (`messages.Message`). system: the system message; None leaves it to the
@@ -76,7 +77,7 @@ class Tokenizer:
                 raise UsageError("two system messages: one in the messages, one beside", hint="Drop one.")
             messages.insert(0, {"role": "system", "content": system})
         return self.encode(self.template.render(messages, add_generation_prompt, continue_final=continue_final_message,
-                                                variables=chat_template_kwargs), add_special)
+                                                variables=chat_template_kwargs, tools=tools), add_special)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these tokens; bytes that are no UTF-8 become U+FFFD."""

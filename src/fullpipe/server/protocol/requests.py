@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from fullpipe.server.protocol.extras import MOST_LOGPROBS, Extras
 from fullpipe.server.protocol.extras import Token as _Token
+from fullpipe.server.protocol.forms import Format, Object, Pattern, StructuredOutputs, Texts, ToolChoice, Tools
 from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 
@@ -37,10 +38,6 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Ignored = None
-
-
-class TextFormat(Wire):
-    type: Literal["text"]
 
 
 class Options(Extras):
@@ -73,13 +70,13 @@ class Options(Extras):
     prompt_cache_key: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
+    response_format: Format | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | Object | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Texts | None = None
+    guided_grammar: Pattern | None = None
     # not supported
-    response_format: TextFormat | None = None
-    structured_outputs: Nothing = None
-    guided_json: Nothing = None
-    guided_regex: Nothing = None
-    guided_choice: Nothing = None
-    guided_grammar: Nothing = None
     timeout: Nothing = None
     use_beam_search: _Off | None = None
 
@@ -130,9 +127,9 @@ class ToolCall(Wire):
 
 
 class Message(Wire):
-    """Is one turn, of a conversation that may have been held elsewhere: tools are not offered to the model, yet calls
-    and results are told to it where its template has words for them. What goes together in a message is looked at where
-    it is brought into the templates' form (`models.tokens.messages`)."""
+    """Is one turn, of a conversation that may have been held elsewhere: calls and results are told to the model where
+    its template has words for them, whether tools are offered or not. What goes together in a message is looked at
+    where it is brought into the templates' form (`models.tokens.messages`)."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
@@ -173,9 +170,10 @@ class ChatRequest(Options):
     documents: NoneListed | None = None
     enable_thinking: Nothing = None
     thinking: Nothing = None
-    tools: NoneListed | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: Ignored = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     functions: NoneListed | None = None
     function_call: Literal["none"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None

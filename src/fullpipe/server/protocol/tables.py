@@ -4,16 +4,8 @@ from __future__ import annotations
 
 # Fields of others that are not taken, and why. Their harmless values are in the models below.
 REFUSED = {
-    "tools": "this server calls no tools",
-    "tool_choice": "this server calls no tools",
-    "functions": "this server calls no functions",
-    "function_call": "this server calls no functions",
-    "response_format": "answers are plain text, {\"type\": \"text\"}",
-    "structured_outputs": "answers are plain text",
-    "guided_json": "answers are plain text",
-    "guided_regex": "answers are plain text",
-    "guided_choice": "answers are plain text",
-    "guided_grammar": "answers are plain text",
+    "functions": "say it in tools, which OpenAI has put in its place",
+    "function_call": "say it in tool_choice, which OpenAI has put in its place",
     "modalities": "answers are plain text",
     "audio": "answers are plain text",
     "prediction": "the server makes its own predictions",
@@ -40,7 +32,6 @@ IGNORED = {
     "store": _NO_BOOKS,
     "safety_identifier": _NO_BOOKS,
     "service_tier": "there is one tier",
-    "parallel_tool_calls": "this server calls no tools",
     "prompt_cache_key": _OWN_CACHE,
     "prompt_cache_options": _OWN_CACHE,
     "prompt_cache_retention": _OWN_CACHE,

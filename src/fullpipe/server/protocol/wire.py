@@ -24,8 +24,9 @@ class Wire(BaseModel):
     def _one_unknown_field(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        unknown = next((key for key in data if key not in cls.model_fields), None)
-        return data if unknown is None else {key: data[key] for key in (*cls.model_fields, unknown) if key in data}
+        names = [field.alias or name for name, field in cls.model_fields.items()]
+        unknown = next((key for key in data if key not in names), None)
+        return data if unknown is None else {key: data[key] for key in (*names, unknown) if key in data}
 
     def ignored(self, path: str = "") -> Iterator[str]:
         """Paths of what was sent and has no effect; of several messages with the same, each."""

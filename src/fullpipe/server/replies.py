@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from fullpipe.engine import RequestStats
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.server.answer import Choice, News
+from fullpipe.server.lines import Lines
+from fullpipe.server.problems import Problem
 from fullpipe.server.protocol.answers import (
     AnswerMessage,
     ChatChoice,
@@ -39,7 +41,19 @@ Told = Sequence[Sequence[tuple[int, float]]]
 
 
 class Replies(Protocol):
-    """Makes answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`."""
+    """Makes answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`.
+
+    end: what stands behind the last chunk of a stream."""
+
+    end: str
+
+    def event(self, chunk: BaseModel) -> str:
+        """A chunk as it goes over the wire."""
+        ...
+
+    def broken(self, problem: Problem) -> str:
+        """What ends a stream in place of the rest, as it goes over the wire."""
+        ...
 
     def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
         """usage: put on every chunk, if given."""
@@ -54,7 +68,7 @@ class Replies(Protocol):
     def full(self, choices: Sequence[Choice], usage: Usage) -> BaseModel: ...
 
 
-class ChatReplies:
+class ChatReplies(Lines):
     """Makes the answers of chats. logprobs: whether the request asks for them."""
 
     def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
@@ -108,7 +122,7 @@ class ChatReplies:
         return {"token": spell(spelled), "logprob": max(logprob, _LEAST), "bytes": list(spelled)}
 
 
-class TextReplies:
+class TextReplies(Lines):
     """Makes the answers of text completions. logprobs: whether the request asks for them."""
 
     def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:

@@ -129,12 +129,15 @@ _ASKING = _CLOSED | _refusals(
     s413="The body is too large", s415="The body is not JSON", s500="The request failed",
     s503="The service takes no requests now", s4XX="Any other refusal",
 )
-_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or with `stream` its chunks as server-sent events, each the JSON of one chunk "
-                         "or error, and `[DONE]` behind the last",
-          "content": {"text/event-stream": {"itemSchema": {
-              "type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}}},
-}
+def _streamed(each: str) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: the answer may be a stream. each: what its events are."""
+    return {200: {"description": f"The answer, or with `stream` its parts as server-sent events, {each}",
+                  "content": {"text/event-stream": {"itemSchema": {
+                      "type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}}}}
+
+
+_STREAM = _streamed("each the JSON of one chunk or error, and `[DONE]` behind the last")
+_EVENTS = _streamed("each with its type, and the JSON of it; the last is completed, incomplete or failed")
 
 
 class _GuardedRoute(APIRoute):
@@ -179,7 +182,7 @@ def _openai_routes(asking: _Asking, options: ServerOptions, prefix: str) -> APIR
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await asking.complete(body, request)
 
-    @router.post("/responses", response_model=ResponseObject, responses=_ASKING | _STREAM)
+    @router.post("/responses", response_model=ResponseObject, responses=_ASKING | _EVENTS)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         return await asking.respond(body, request)
 

@@ -1,4 +1,4 @@
-"""A request of the Responses API becomes a chat, and what is wrong with the chat is blamed on the request's own fields."""
+"""A request of the Responses API becomes a chat, and what is wrong with the chat is blamed on the request's fields."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class Turns:
         old, told = problem.error.param, problem.error.message
         new = None if old is None else self._place(old)
         if old is not None and new is not None:
-            told = f"{new}{told.removeprefix(old)}" if told.startswith(f"{old}:") else told.replace(repr(old), repr(new))
+            begins = told.startswith(f"{old}:")
+            told = f"{new}{told.removeprefix(old)}" if begins else told.replace(repr(old), repr(new))
         return Problem(problem.status_code, told, param=new, code=problem.error.code, headers=problem.headers)
 
     def _place(self, param: str) -> str:

@@ -268,7 +268,7 @@ class _Asking:
         return name
 
     async def chat(self, body: ChatRequest, request: Request,
-                   told_as: Callable[[ChatReplies], Replies] = lambda replies: replies) -> Response:
+                   told_as: Callable[[Replies], Replies] = lambda replies: replies) -> Response:
         """told_as: what makes the answer of a chat's; by default it is one."""
         model = self.known(body.model)
         if body.top_logprobs is not None and not body.logprobs:

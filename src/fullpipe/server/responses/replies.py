@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from fullpipe.server.answer import Choice, News
 from fullpipe.server.problems import Problem
 from fullpipe.server.protocol.answers import ChatChunk, ChatChunkChoice, Usage
-from fullpipe.server.replies import ChatReplies
+from fullpipe.server.replies import Replies
 from fullpipe.server.responses.answers import (
     Event,
     Failure,
@@ -48,7 +48,7 @@ class ResponseReplies:
 
     end = ""  # the last event says that it is the last
 
-    def __init__(self, id: str, told: Mapping[str, Any], chat: ChatReplies) -> None:
+    def __init__(self, id: str, told: Mapping[str, Any], chat: Replies) -> None:
         self._head = {**told, "id": f"resp_{id}", "created_at": int(time.time())}
         self._chat = chat
         self._output = Output(id)

@@ -251,7 +251,7 @@ def test_items_that_are_one_turn_of_the_model_are_one_message() -> None:
         {"role": "assistant", "content": "b", "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
         {"role": "developer", "content": "on"},
     ]
-    assert turns.places == ["instructions", "input[0]", "input[2]", "input[5]", "input[6]", "input[8]", "input[9]",
+    assert turns.places == ["instructions", "input[0]", "input[2]", "input[5].output", "input[6].output", "input[8]", "input[9]",
                             "input[11]"]
     assert turns.calls == {(2, 0): "input[3]", (2, 1): "input[4]", (6, 0): "input[10]"}
 
@@ -310,6 +310,8 @@ def test_what_is_not_supported_is_refused_by_name(served: Served, client: httpx.
     ({"instructions": "x", "input": [{"role": "user", "content": []}]}, "input[0].content", "must be a text"),
     ({"input": [USER, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]}, "input[1].arguments",
      "must be JSON"),
+    ({"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "text"}]}]}, "input[0].output",
+     "must be a text"),
     ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input[0].encrypted_content", ""),
     ({"input": "x" * 500}, "input", "maximum context length"), ({"model": "other"}, "model", "no model"),
     ({"max_output_tokens": 0}, "max_output_tokens", ""), ({"max_output_tokens": 399}, "max_output_tokens", "too large"),

@@ -26,7 +26,8 @@ from fullpipe.server.responses.protocol import (
 
 _AS_IN_A_CHAT = ("model", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
                  "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos",
-                 "skip_special_tokens", "priority", "stream", "parallel_tool_calls")
+                 "skip_special_tokens", "include_stop_str_in_output", "structured_outputs", "priority", "stream",
+                 "parallel_tool_calls")
 _IN_A_MESSAGE = re.compile(r"messages\[(\d+)\](?:\.tool_calls\[(\d+)\](?:\.function)?)?(.*)")
 # What a chat calls what stands elsewhere in a request; the first that fits.
 _ELSEWHERE = (
@@ -103,7 +104,7 @@ class Turns:
             case FunctionCallItem():
                 self._call(place, item)
             case FunctionOutputItem():
-                self._add(place, role="tool", tool_call_id=item.call_id, content=_plain(item.output))
+                self._add(f"{place}.output", role="tool", tool_call_id=item.call_id, content=_plain(item.output))
 
     def _add(self, place: str, **message: Any) -> None:
         self.messages.append(message)

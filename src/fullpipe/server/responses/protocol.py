@@ -271,6 +271,8 @@ class ResponsesRequest(_Sent):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    structured_outputs: _Object | None = None
     priority: int | None = None
     chat_template_kwargs: _Object | None = None
     # without effect

@@ -251,8 +251,8 @@ def test_items_that_are_one_turn_of_the_model_are_one_message() -> None:
         {"role": "assistant", "content": "b", "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
         {"role": "developer", "content": "on"},
     ]
-    assert turns.places == ["instructions", "input[0]", "input[2]", "input[5].output", "input[6].output", "input[8]", "input[9]",
-                            "input[11]"]
+    assert turns.places == ["instructions", "input[0]", "input[2]", "input[5].output", "input[6].output", "input[8]",
+                            "input[9]", "input[11]"]
     assert turns.calls == {(2, 0): "input[3]", (2, 1): "input[4]", (6, 0): "input[10]"}
 
 

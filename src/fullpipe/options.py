@@ -214,8 +214,17 @@ class ServerOptions:
     port: int = option(8000, "Port to listen on.")
     api_key: tuple[str, ...] = option((), "Key that opens /v1 and the page's feed; may be repeated. If not given, "
                                       "FULLPIPE_API_KEY, which is one key. None: open to all who reach it.")
+    api_key_file: str | None = option(None, "File with more such keys, one a line.", metavar="FILE")
     served_model_name: tuple[str, ...] = option((), "Name in the API, in place of the model's; may be repeated.")
     allowed_origins: tuple[str, ...] = option((), "Origin of web pages elsewhere that may ask (CORS); may be repeated.")
+    allowed_methods: tuple[str, ...] = option(("*",), "HTTP method that such pages may use; may be repeated.")
+    allowed_headers: tuple[str, ...] = option(("*",), "HTTP header that such pages may send; may be repeated.")
+    allow_credentials: bool = option(False, "Let such pages send cookies and the like.")
+    ssl_certfile: str | None = option(None, "Certificate (PEM) to speak TLS with; the key may be in it.",
+                                      metavar="FILE")
+    ssl_keyfile: str | None = option(None, "Key (PEM) of the certificate.", metavar="FILE")
+    ssl_keyfile_password: str | None = option(None, "Password of that key.")
+    root_path: str = option("", "Path under which a proxy offers the server.", metavar="/PATH")
     max_waiting: int = option(256, "Requests that may wait; more are turned away (429).")
     max_connections: int = option(512, "HTTP requests at once, probes not counted; more are turned away (429).")
     max_choices: int = option(256, "Texts that one request may ask for, prompts times n.")
@@ -239,7 +248,10 @@ class ServerOptions:
                 raise UsageError("an API key is empty" if not key else "an API key has white space in it",
                                  hint="A key is one word, of FULLPIPE_API_KEY too. Name none at all, and unset the "
                                       "variable, to let everybody in.")
+        self._refuse_what_has_no_effect()
         _refuse_unless(
+            (not self.root_path or (self.root_path.startswith("/") and not self.root_path.endswith("/")),
+             f"root_path must begin with / and not end with it (got {self.root_path!r})"),
             (0 <= self.port < 65536, f"the port must be below 65536 (got {self.port})"),
             (self.max_waiting >= 0, f"max_waiting must be 0 or more (got {self.max_waiting})"),
             *((getattr(self, name) >= 1, f"{name} must be 1 or more (got {getattr(self, name)})")
@@ -252,6 +264,14 @@ class ServerOptions:
             (self.reasoning_parser in REASONING_PARSERS,
              f"unknown reasoning_parser {self.reasoning_parser!r}; known are {', '.join(REASONING_PARSERS)}"),
             (self.log_level in LOG_LEVELS, f"unknown log level {self.log_level!r}; known are {', '.join(LOG_LEVELS)}"))
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for needed, names in (("ssl_certfile", ("ssl_keyfile", "ssl_keyfile_password")),
+                              ("allowed_origins", ("allowed_methods", "allowed_headers", "allow_credentials"))):
+            for one in fields(self):
+                if one.name in names and not getattr(self, needed) and getattr(self, one.name) != one.default:
+                    raise UsageError(f"{one.name} has no effect without {needed}", param=one.name,
+                                     hint=f"Give `{needed}`, too.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,7 @@ _SHARED: dict[str, str] = {
     "guided_choice": "null list",
     **dict.fromkeys(("user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
                      "prompt_cache_options", "prompt_cache_retention"), " ".join(_SAMPLES)),
-    "model": "string", "stop": "null string list", "stop_token_ids": "null list",
+    "model": "null string", "stop": "null string list", "stop_token_ids": "null list",
 }
 TAKES: dict[str, dict[str, str]] = {
     CHAT: {**_SHARED, "messages": "list", "max_completion_tokens": "null integer", "logprobs": "null boolean",
@@ -219,10 +219,9 @@ def messages() -> Iterator[Bad]:
 def missing_and_unknown() -> Iterator[Bad]:
     for path in BOTH:
         said = "messages" if path == CHAT else "prompt"
-        for missing in ("model", said):
-            body = right(path, n=1)
-            del body[missing]
-            yield Bad(path, json.dumps(body).encode(), (missing,))
+        body = right(path, n=1)
+        del body[said]
+        yield Bad(path, json.dumps(body).encode(), (said,))
         for name in ("temprature", "Model", "max_token", "stop_strings", "engine", "n ", " n", "__class__", "0",
                      "a.b", "a[0]", "\x00", "ü🙂", "x" * 300, "model_config", "inputs", "input"):
             yield with_fields(path, name[:100], **{name: 1})
@@ -315,7 +314,7 @@ def roots() -> Iterator[Bad]:
                     json.dumps(whole.decode()).encode(), b"/**/" + whole, b"data: " + whole, whole.replace(b'"', b"'"),
                     whole[:-1] + b",}"):
             yield Bad(path, raw)
-        yield Bad(path, b"{}", ("model",))
+        yield Bad(path, b"{}", ("messages" if path == CHAT else "prompt",))
 
 
 def repeated() -> Iterator[Bad]:

@@ -112,7 +112,6 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
      "messages[0].content[0]"),
     ("chat", {"messages": [{"role": "user", "content": "x" * MAX_LEN}]}, "messages"),
     ("chat", {"model": "other"}, "model"),
-    ("chat", {"model": None}, "model"),
     ("completions", {"prompt": None}, "prompt"),
     ("completions", {"prompt": ""}, "prompt"),
     ("completions", {"prompt": []}, "prompt"),

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import anyio.to_thread
@@ -45,15 +46,19 @@ from fullpipe.server.protocol.answers import (
     Version,
 )
 from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest, Options
-from fullpipe.server.protocol.tables import IGNORED
+from fullpipe.server.protocol.tables import IGNORED, REFUSED
 from fullpipe.server.replies import VERSION, ChatReplies, Replies, TextReplies, usage_of
+from fullpipe.server.responses.answers import ResponseObject
+from fullpipe.server.responses.asking import Turns, as_chat
+from fullpipe.server.responses.protocol import ResponsesRequest
+from fullpipe.server.responses.replies import ResponseReplies, echo
+from fullpipe.server.responses.tables import REFUSED as REFUSED_IN_RESPONSES
 from fullpipe.server.tokens import Tokens, refusals
 from fullpipe.service import Service
 
 Metrics = Callable[[], tuple[bytes, str]]
 """What Prometheus reads, and its content type."""
 
-_DONE = "data: [DONE]\n\n"
 _TOKENISERS = 4  # threads at most: the stages need the cores
 _MOST_SAID = 200  # ignored fields that a log tells of; names of variables are the callers' own
 _COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of max_tokens for completions; a chat's is what room there is
@@ -86,25 +91,29 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
     metrics: what /metrics answers.
     """
     options = options or ServerOptions()
-    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False,
+                  root_path=options.root_path)
     for kind in (HTTPException, RequestValidationError, FullpipeError):
         app.add_exception_handler(kind, _answer_with_problem)
     app.state.keyring = Keyring(options.api_key)
     asking = _Asking(service, model, options)
-    app.include_router(_openai_routes(asking, options))
+    for prefix in ("/v1", ""):  # some clients have an address without it
+        app.include_router(_openai_routes(asking, options, prefix))
     app.include_router(_token_routes(asking, options))
     app.include_router(_house_routes(service, metrics))
     for router in extras:
         app.include_router(router)
     app.add_middleware(Guard, options=options)
     if options.allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["*"],
-                           allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])
+        app.add_middleware(CORSMiddleware, allow_origins=list(options.allowed_origins),
+                           allow_methods=list(options.allowed_methods), allow_headers=list(options.allowed_headers),
+                           allow_credentials=options.allow_credentials, expose_headers=["x-request-id", "retry-after"])
     return app
 
 
 def _answer_with_problem(request: Request, error: Exception) -> Response:
-    problem = problem_of(error)
+    to_responses = request.scope["path"].endswith("/responses")
+    problem = problem_of(error, REFUSED_IN_RESPONSES if to_responses else REFUSED)
     if problem.status_code >= 500:
         log.warning("%s %s", request_id(request.scope), error)
     return problem.response()
@@ -124,12 +133,15 @@ _ASKING = _CLOSED | _refusals(
     s413="The body is too large", s415="The body is not JSON", s500="The request failed",
     s503="The service takes no requests now", s4XX="Any other refusal",
 )
-_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or with `stream` its chunks as server-sent events, each the JSON of one chunk "
-                         "or error, and `[DONE]` behind the last",
-          "content": {"text/event-stream": {"itemSchema": {
-              "type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}}},
-}
+def _streamed(each: str) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: the answer may be a stream. each: what its events are."""
+    return {200: {"description": f"The answer, or with `stream` its parts as server-sent events, {each}",
+                  "content": {"text/event-stream": {"itemSchema": {
+                      "type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}}}}
+
+
+_STREAM = _streamed("each the JSON of one chunk or error, and `[DONE]` behind the last")
+_EVENTS = _streamed("each with its type, and the JSON of it; the last is completed, incomplete or failed")
 
 
 class _GuardedRoute(APIRoute):
@@ -159,10 +171,12 @@ class _JsonRequest(Request):
             raise Problem(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
-def _openai_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
+def _openai_routes(asking: _Asking, options: ServerOptions, prefix: str) -> APIRouter:
+    """The routes below `/v1`, which the document tells of, or another prefix."""
     # The route looks at keys; the dependency only says in the document that there is one.
     key = [Depends(HTTPBearer(auto_error=False))] if options.api_key else []
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=key, route_class=_GuardedRoute)
+    router = APIRouter(prefix=prefix, tags=["OpenAI"], dependencies=key, route_class=_GuardedRoute,
+                       include_in_schema=prefix == "/v1")
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_ASKING | _STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -171,6 +185,18 @@ def _openai_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
     @router.post("/completions", response_model=TextCompletion, responses=_ASKING | _STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await asking.complete(body, request)
+
+    @router.post("/responses", response_model=ResponseObject, responses=_ASKING | _EVENTS)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        return await asking.respond(body, request)
+
+    @router.get("/responses/{id}", include_in_schema=False)
+    @router.delete("/responses/{id}", include_in_schema=False)
+    @router.get("/responses/{id}/input_items", include_in_schema=False)
+    @router.post("/responses/{id}/cancel", include_in_schema=False)
+    async def one_response(id: str) -> Response:
+        raise Problem(404, f"there is no response {id[:80]!r}: this server stores none", param="response_id",
+                      code="response_not_found")
 
     @router.get("/models", responses=_CLOSED)
     async def models() -> ModelList:
@@ -196,6 +222,12 @@ def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
     @router.get("/health")
     async def health() -> Health:
         """Answers as long as the process does."""
+        return Health()
+
+    @router.get("/ping")
+    @router.post("/ping")
+    async def ping() -> Health:
+        """The same, by the name that SageMaker has for it."""
         return Health()
 
     @router.get("/ready", response_model=Readiness, responses=_refusals(s503="Not ready; Retry-After says when to ask"))
@@ -238,13 +270,18 @@ class _Asking:
         self._limiter: CapacityLimiter | None = None  # belongs to the loop, so it is made there
         self._said: set[str] = set()
 
-    def known(self, name: str) -> str:
+    def known(self, name: str | None) -> str:
+        """The model that is asked: the one that there is, where none is named."""
+        if name is None:
+            return self.model.names[0]
         if name not in self.model.names:
             raise Problem(404, f"there is no model {name[:80]!r}; this server has {', '.join(self.model.names)}",
                           param="model", code="model_not_found")
         return name
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
+    async def chat(self, body: ChatRequest, request: Request,
+                   told_as: Callable[[Replies], Replies] = lambda replies: replies) -> Response:
+        """told_as: what makes the answer of a chat's; by default it is one."""
         model = self.known(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -253,8 +290,20 @@ class _Asking:
                                              spelling(body, self.model.tokenizer), bool(body.logprobs), form),
                            self.model.tokenizer)
         return await self._answer(
-            body, request, replies, [lambda: self._chat_tokens(body, request, form)], "messages", form,
+            body, request, told_as(replies), [lambda: self._chat_tokens(body, request, form)], "messages", form,
             default=self.model.max_model_len, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+
+    async def respond(self, body: ResponsesRequest, request: Request) -> Response:
+        """As a chat. What it is refused for is told in the words of the request."""
+        told = echo(body, self.known(body.model), self.model.sampling)
+        for path in body.ignored():
+            self._say_once(request, path, body.no_effect[path])
+        turns, template = Turns.of(body), self.model.tokenizer.template
+        try:
+            chat = as_chat(body, turns, lambda name: template is not None and template.reads(name))
+            return await self.chat(chat, request, partial(ResponseReplies, request_id(request.scope), told))
+        except (Problem, FullpipeError) as error:
+            raise turns.blamed(problem_of(error)) from error
 
     def _chat_tokens(self, body: ChatRequest, request: Request, form: Form) -> list[int]:
         tokenizer, variables = self.model.tokenizer, body.chat_template_kwargs or {}
@@ -320,7 +369,7 @@ class _Asking:
             log.debug("%s tickets %s", request_id(request.scope), [choice.ticket.id for choice in answer.choices])
             if body.stream:
                 first = _checked(await answer.news())
-                events = _to_their_end(self._events(body, answer, replies, first, request_id(request.scope)),
+                events = _to_their_end(self._events(body, answer, replies, first, request_id(request.scope)), replies,
                                        request_id(request.scope))
                 return EventStream(events, self._options.write_timeout, answer.close)
             while not answer.done:
@@ -390,10 +439,10 @@ class _Asking:
         always = at_end and options is not None and bool(options.continuous_usage_stats)
         while True:
             usage = usage_of(answer.choices) if always else None
-            lines = [_event(chunk) for one in news for chunk in replies.chunks(one, usage)]
+            lines = [replies.event(chunk) for one in news for chunk in replies.chunks(one, usage)]
             if (problem := _failure(news)) is not None:
                 log.warning("%s %s", id, problem.error.message)
-                yield "".join([*lines, f"data: {problem.event()}\n\n", _DONE]).encode()
+                yield "".join([*lines, replies.broken(problem)]).encode()
                 return
             if answer.done:
                 break
@@ -405,11 +454,12 @@ class _Asking:
                 log.info("%s closed by the caller", id)
                 return
         if at_end:
-            lines.append(_event(replies.last(usage_of(answer.choices))))
-        yield "".join([*lines, _DONE]).encode()
+            lines.append(replies.event(replies.last(usage_of(answer.choices))))
+        yield "".join([*lines, replies.end]).encode()
 
 
-async def _to_their_end(events: AsyncGenerator[bytes, None], id: str) -> AsyncGenerator[bytes, None]:
+async def _to_their_end(events: AsyncGenerator[bytes, None], replies: Replies,
+                        id: str) -> AsyncGenerator[bytes, None]:
     """The events, and where they break off by a mistake of ours an error as the last: a connection that only closes
     looks to some clients like the end of the answer."""
     try:
@@ -418,15 +468,11 @@ async def _to_their_end(events: AsyncGenerator[bytes, None], id: str) -> AsyncGe
                 yield piece
     except Exception as error:
         log.exception("%s failed", id)
-        yield f"data: {problem_of(error).event()}\n\n{_DONE}".encode()
+        yield replies.broken(problem_of(error)).encode()
 
 
 def _json(model: BaseModel) -> Response:
     return Response(model.model_dump_json(), media_type="application/json")
-
-
-def _event(chunk: BaseModel) -> str:
-    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
 def _failure(batch: list[News]) -> Problem | None:

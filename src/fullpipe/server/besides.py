@@ -109,7 +109,13 @@ class _Around:
     """Makes answers as another does."""
 
     def __init__(self, replies: Replies) -> None:
-        self._replies = replies
+        self._replies, self.end = replies, replies.end
+
+    def event(self, chunk: BaseModel) -> str:
+        return self._replies.event(chunk)
+
+    def broken(self, problem: Problem) -> str:
+        return self._replies.broken(problem)
 
     def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
         return self._replies.chunks(news, usage)

@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from fullpipe.engine import RequestStats
 from fullpipe.server.answer import Choice, News
 from fullpipe.server.forms import Form
+from fullpipe.server.lines import Lines
+from fullpipe.server.problems import Problem
 from fullpipe.server.protocol.answers import (
     ChatChoice,
     ChatChunk,
@@ -46,7 +48,19 @@ class Spelling(Protocol):
 
 
 class Replies(Protocol):
-    """Makes answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`."""
+    """Makes answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`.
+
+    end: what stands behind the last chunk of a stream."""
+
+    end: str
+
+    def event(self, chunk: BaseModel) -> str:
+        """A chunk as it goes over the wire."""
+        ...
+
+    def broken(self, problem: Problem) -> str:
+        """What ends a stream in place of the rest, as it goes over the wire."""
+        ...
 
     def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
         """usage: put on every chunk, if given."""
@@ -61,7 +75,7 @@ class Replies(Protocol):
     def full(self, choices: Sequence[Choice], usage: Usage) -> BaseModel: ...
 
 
-class ChatReplies:
+class ChatReplies(Lines):
     """Makes the answers of chats. logprobs: whether the request asks for them. form: of the answers."""
 
     def __init__(self, id: str, created: int, model: str, tokenizer: Spelling, logprobs: bool,
@@ -125,7 +139,7 @@ class ChatReplies:
         return {"token": spell(spelled), "logprob": max(logprob, _LEAST), "bytes": list(spelled)}
 
 
-class TextReplies:
+class TextReplies(Lines):
     """Makes the answers of text completions. logprobs: whether the request asks for them."""
 
     def __init__(self, id: str, created: int, model: str, tokenizer: Spelling, logprobs: bool) -> None:

@@ -43,7 +43,7 @@ class StreamOptions(Wire):
 class Options(Extras):
     """Holds what both kinds of request share. `null` is the default everywhere."""
 
-    model: str
+    model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None

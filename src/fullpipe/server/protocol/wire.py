@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,6 +18,7 @@ class Wire(BaseModel):
     So lists fail at the first, dictionaries are measured first, and of unknown fields one is kept."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    no_effect: ClassVar[Mapping[str, str]] = IGNORED
 
     @model_validator(mode="before")
     @classmethod
@@ -32,7 +33,7 @@ class Wire(BaseModel):
         """Paths of what was sent and has no effect; of several messages with the same, each."""
         for name in self.model_fields_set:
             value, place = getattr(self, name), path + name
-            if place in IGNORED and value is not None:
+            if place in self.no_effect and value is not None:
                 yield place
             for one in value if isinstance(value, list) and value and isinstance(value[0], Wire) else (value,):
                 if isinstance(one, Wire):

@@ -55,7 +55,7 @@ _SAMPLES: dict[str, list[Any]] = {
 _INTEGERS = ("n", "max_tokens", "top_k", "seed", "priority", "min_tokens")
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _NOTHING = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "timeout",
-            "prompt_logprobs")
+            "prompt_logprobs", "lora_name")
 _SHARED: dict[str, str] = {
     **dict.fromkeys(_INTEGERS, "null integer"), **dict.fromkeys(_NUMBERS, "null integer fraction"),
     **dict.fromkeys(_NOTHING, "null"),

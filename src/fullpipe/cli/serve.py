@@ -53,6 +53,8 @@ def serve(
     """
     run = _server()
     logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if model.adapter:
+        server = replace(server, served_model_name=(*server.served_model_name, model.adapter[0]))
     server = _with_names_and_keys(server, model.model)
     if pipeline.hosts is not None and not console.was_given("stages"):
         pipeline = replace(pipeline, stages=None)  # the plan says how many

@@ -85,6 +85,7 @@ class Options(Wire):
     use_beam_search: _Off | None = None
     prompt_logprobs: Nothing = None
     include_stop_str_in_output: _Off | None = None
+    lora_name: Nothing = None
 
     def asked_tokens(self) -> tuple[str, int | None]:
         """How many new tokens the caller asks for at most, and under which field's name; None: no number."""

@@ -33,6 +33,7 @@ REFUSED = {
     "use_beam_search": "the text is sampled, or greedy at temperature 0",
     "prompt_logprobs": "log-probabilities are of what is generated",
     "include_stop_str_in_output": "stop strings are never part of the text",
+    "lora_name": "an adapter is merged into the model when the server starts, and is for all requests",
 }
 
 # Fields that change no text, by their path, and why they have no effect here. A server says so once in its log.

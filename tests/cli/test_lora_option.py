@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from adapters import merge, shapes_of, write_adapter
 from command import CONTEXT, Models, asking, run
 from gguf import GGMLQuantizationType as Kind
 from spelled import save
 
+from adapters import merge, shapes_of, write_adapter
 from fullpipe.assembly import prepare
 from fullpipe.assembly.costs import kept_costs, kept_fates
 from fullpipe.assembly.prepare import Prepared

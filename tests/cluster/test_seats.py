@@ -8,11 +8,11 @@ from pathlib import Path
 
 import gguf
 import pytest
-from adapters import write_adapter
 from host_reports import MODEL
 from host_reports import host as report
 from imagined import host, imagined
 
+from adapters import write_adapter
 from fullpipe.cluster.hosts import HostEntry
 from fullpipe.cluster.plan import Plan, StagePlan, memory_of
 from fullpipe.cluster.seats import Seats
@@ -69,10 +69,10 @@ def test_stations_are_not_placed_with_files_that_are_others_than_they_were(model
     there.wanted.check_unchanged()
 
 
-def test_stages_elsewhere_are_given_the_adapter_whole(model: Path, tmp_path: Path) -> None:
+def test_stages_elsewhere_are_given_the_adapter_whole(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", {"model.layers.0.mlp.up_proj": (96, 64)})
-    there = seats({}, (model,))
-    wanted = replace(there.wanted, adapter=tmp_path / "adapter", paths=(), models=())
+    there = seats({})
+    wanted = replace(there.wanted, adapter=tmp_path / "adapter")
     first, second = replace(there, wanted=wanted).hosting(LocalLauncher, print).places
     assert not first.fetch and not first.paths, "the head has it"
     (fetch,) = second.fetch

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import PROJECTIONS, merge, shapes_of, write_adapter
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 from test_decoder import TEXT, Pipe, close, gguf_by_transformers, others, reference
 
+from adapters import PROJECTIONS, merge, shapes_of, write_adapter
 from fullpipe.errors import DamagedModel, ModelNotFound, UnsupportedModel
 from fullpipe.hub import cache, resolve
 from fullpipe.kernels import load

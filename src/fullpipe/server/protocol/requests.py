@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from fullpipe.server.protocol.others import Others
 from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 
@@ -42,7 +43,7 @@ class TextFormat(Wire):
     type: Literal["text"]
 
 
-class Options(Wire):
+class Options(Others):
     """Holds what both kinds of request share. `null` is the default everywhere."""
 
     model: str
@@ -85,7 +86,6 @@ class Options(Wire):
     use_beam_search: _Off | None = None
     prompt_logprobs: Nothing = None
     include_stop_str_in_output: _Off | None = None
-    lora_name: Nothing = None
 
     def asked_tokens(self) -> tuple[str, int | None]:
         """How many new tokens the caller asks for at most, and under which field's name; None: no number."""

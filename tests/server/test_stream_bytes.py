@@ -20,7 +20,8 @@ from fullpipe_lab.sse import DONE, BadStream, Event, check_bytes, check_chunks, 
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 ASK: dict[str, dict[str, Any]] = {
-    CHAT: {"messages": [{"role": "user", "content": "Hello"}]}, TEXT: {"prompt": "Hello"}, RESPONSES: {"input": "Hello"},
+    CHAT: {"messages": [{"role": "user", "content": "Hello"}]}, TEXT: {"prompt": "Hello"},
+    RESPONSES: {"input": "Hello"},
 }
 MORE: dict[str, list[dict[str, Any]]] = {
     CHAT: [{}, {"logprobs": True, "top_logprobs": 2}, {"stream_options": {"include_usage": True}}, {"n": 3},

@@ -61,8 +61,8 @@ with trials("tools, streamed"):
         check_call(stream.get_final_completion().choices[0].message.tool_calls)
 with trials("tools, the result is told"):
     made = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
-    talk = [*WEATHER["messages"],
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": made}]},
+    calls = [{"id": "call_1", "type": "function", "function": made}]
+    talk = [*WEATHER["messages"], {"role": "assistant", "content": None, "tool_calls": calls},
             {"role": "tool", "tool_call_id": "call_1", "content": "Rain, 12 degrees."}]
     assert client.chat.completions.create(**WEATHER | {"messages": talk}, tools=[TOOL],
                                           tool_choice="none").choices[0].message.content

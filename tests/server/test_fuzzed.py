@@ -56,7 +56,7 @@ def test_hundreds_are_answered_without_a_fault(document: dict[str, Any]) -> None
     statuses = Counter[int]()
     for (_, _, status), times in done.counts.items():
         statuses[status] += times
-    assert statuses[200] > 30 and statuses[400] > 100 and service.asked and done.streams > 5
+    assert statuses[200] > 10 and statuses[400] > 100 and service.asked and done.streams > 1
 
 
 SHOT = Shot("sensible", "POST", "/v1/completions", b"{}")

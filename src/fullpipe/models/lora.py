@@ -99,7 +99,8 @@ class Adapter:
         self.folder = folder
         self._config = _config_of(folder)
         stored = _tensors_of(folder)
-        self._updates = {module: self._update(module, stored, shapes) for module in {module for module, _ in stored}}
+        modules = dict.fromkeys(module for module, _ in stored)
+        self._updates = {module: self._update(module, stored, shapes) for module in modules}
         if not self._updates:
             raise UnsupportedModel(f"the adapter {folder} changes nothing: it has no tensors",
                                    hint="Name another folder.")

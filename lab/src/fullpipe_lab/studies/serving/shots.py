@@ -175,27 +175,31 @@ def by_schemathesis(document: Mapping[str, Any], number: int, seed: int) -> list
     installed."""
     if importlib.util.find_spec("schemathesis") is None:
         return []
-    import hypothesis
     import schemathesis
     from schemathesis import GenerationMode
 
-    shots: list[Shot] = []
     operations = [one for found in schemathesis.openapi.from_dict(dict(document)).get_all_operations()
                   if (one := found.ok()).method.lower() == "post"]
     each = -(-number // (2 * len(operations)))
-    for operation in operations:
-        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            before = len(shots)
+    return [shot for operation in operations for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+            for shot in _drawn(operation.as_strategy(generation_mode=mode), mode.value, each, seed)][:number]
 
-            def take(case: Any, mode: Any = mode, before: int = before) -> None:
-                if len(shots) - before < each and (shot := _of_case(case, mode.value)) is not None:
-                    shots.append(shot)
 
-            settings = hypothesis.settings(max_examples=each, database=None, deadline=None,
-                                           phases=[hypothesis.Phase.generate],
-                                           suppress_health_check=list(hypothesis.HealthCheck))
-            hypothesis.seed(seed)(settings(hypothesis.given(operation.as_strategy(generation_mode=mode))(take)))()
-    return shots[:number]
+def _drawn(cases: Any, mode: str, number: int, seed: int) -> list[Shot]:
+    """So many shots of a strategy's cases at most."""
+    import hypothesis
+
+    shots: list[Shot] = []
+
+    def take(case: Any) -> None:
+        if len(shots) < number and (shot := _of_case(case, mode)) is not None:
+            shots.append(shot)
+
+    settings = hypothesis.settings(max_examples=number, database=None, deadline=None,
+                                   phases=[hypothesis.Phase.generate],
+                                   suppress_health_check=list(hypothesis.HealthCheck))
+    hypothesis.seed(seed)(settings(hypothesis.given(case=cases)(take)))()
+    return shots
 
 
 def _of_case(case: Any, mode: str) -> Shot | None:

@@ -1,5 +1,5 @@
-"""Other programs' benchmarks work against the server: what they send, as their sources build it, is answered with what
-they read."""
+"""Other programs' benchmarks work against the server, and so does Open WebUI: what they send, as their sources build it,
+is answered with what they read."""
 
 from __future__ import annotations
 
@@ -66,6 +66,15 @@ GENAI_PERF = [
     (CHAT, {"model": "tiny", "messages": [{"role": "user", "name": "", "content": "Hello there"}], "stream": True,
             "max_completion_tokens": 8, "stream_options": _USAGE}),
 ]
+# open_webui/utils/payload.py: a chat with all that its controls set, and the question for a title.
+OPEN_WEBUI = [
+    (CHAT, {"stream": True, "model": "tiny", "messages": [{"role": "system", "content": "Be brief."},
+                                                          {"role": "user", "content": "Hello there"}],
+            "temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "max_tokens": 8, "frequency_penalty": 0.0,
+            "presence_penalty": 0.0, "seed": 1, "stop": ["###"], "logit_bias": {"5": 1}, "stream_options": _USAGE}),
+    (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "### Task: a title"}], "stream": False,
+            "max_tokens": 8}),
+]
 
 
 @pytest.fixture
@@ -99,8 +108,8 @@ def test_guidellm_reads_the_usage_of_every_chunk(client: httpx.Client, path: str
     assert all("id" in one for one in told)
 
 
-@pytest.mark.parametrize(("path", "body"), GENAI_PERF)
-def test_genai_perf_and_aiperf_read_texts(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("path", "body"), [*GENAI_PERF, *OPEN_WEBUI])
+def test_genai_perf_aiperf_and_open_webui_read_texts(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
     told = answered(client, path, body)
     parts = [choice.get("text") or choice.get("delta", choice.get("message", {})).get("content")
              for one in told for choice in one["choices"]]

@@ -1,5 +1,5 @@
-"""Other programs' benchmarks work against the server, and so does Open WebUI: what they send, as their sources build it,
-is answered with what they read."""
+"""Other programs' benchmarks work against the server, and so does Open WebUI: what they send, as their sources build
+it, is answered with what they read."""
 
 from __future__ import annotations
 

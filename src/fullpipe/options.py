@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -62,6 +63,8 @@ class ModelOptions:
     quantization: str | None = option(None, "Quantise weights of 16 or 32 bits while they are read: int8, or int4 "
                                       "(embedding and head int8). On the processor, of target and draft model.",
                                       "--quantization", "-q")
+    lora: str | None = option(None, "LoRA adapter to merge into the model while it is read: a folder of peft's. It is "
+                              "served under NAME, or the folder's.", metavar="[NAME=]DIR")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
     chat_template: str | None = option(None, "File with the chat template to use in place of the model's, or the "
                                        "template itself.", metavar="FILE")
@@ -78,7 +81,20 @@ class ModelOptions:
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise UsageError(f"unknown quantization {self.quantization!r}", param="quantization",
                              hint=f"Known are: {', '.join(QUANTIZATIONS)}. Files that are quantised need none.")
+        if self.lora is not None and (not self.lora.strip() or self.lora[0] == "=" or self.lora[-1] == "="):
+            raise UsageError(f"{self.lora!r} names no LoRA adapter", param="lora",
+                             hint="Write its folder, or `lora=NAME=DIR`.")
         _refuse_unless((length is None or length >= 1, f"max_model_len must be 1 or more (got {length})"))
+
+    @property
+    def adapter(self) -> tuple[str, Path] | None:
+        """Name and folder of the LoRA adapter; None without one."""
+        if self.lora is None:
+            return None
+        is_named = "=" in self.lora.partition("/")[0]
+        name, _, folder = self.lora.partition("=") if is_named else ("", "", self.lora)
+        path = Path(folder).expanduser().absolute()
+        return name or path.name, path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,6 +82,19 @@ TAKES: dict[str, dict[str, str]] = {
            "suffix": "null string"},
 }
 
+# Of vLLM's that ask for what is not here.
+_OTHERS = {
+    **dict.fromkeys(("length_penalty", "routed_experts_prompt_start"), "null integer fraction"),
+    "spaces_between_special_tokens": "null boolean",
+    **dict.fromkeys(("lora_name", "watermarking", "truncation_side", "logprob_token_ids", "media_io_kwargs",
+                     "mm_processor_kwargs", "prompt_embeds", "request_id", "return_prompt_text", "cache_salt",
+                     "kv_transfer_params", "ec_transfer_params", "vllm_xargs", "repetition_detection",
+                     "thinking_token_budget"), "null"),
+    **dict.fromkeys(("session_id", "stream_interval", "return_token_offsets", "return_mm_kwargs"), " ".join(_SAMPLES)),
+}
+for _fields in TAKES.values():
+    _fields.update(_OTHERS)
+
 _LONG = "x" * MAX_LEN  # tokens: a prompt that leaves no room
 _TOKENS = [[-1], [2**31], ["a"], [1.5], [None], [True], [[1]], [{}], [0, -1], [0, "0"]]
 _BEYOND: dict[str, list[Any]] = {

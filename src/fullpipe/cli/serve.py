@@ -55,6 +55,8 @@ def serve(
     from fullpipe.server.doors import check_certificate
 
     logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if model.adapter:
+        server = replace(server, served_model_name=(*server.served_model_name, model.adapter[0]))
     server = _with_names_and_keys(server, model.model)
     check_certificate(server)
     if pipeline.hosts is not None and not console.was_given("stages"):

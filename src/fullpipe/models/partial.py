@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from fullpipe.errors import DamagedModel, UsageError
 from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.models.ranges import CHUNK, Range, merged
-from fullpipe.models.shards import CONFIG, INDEX, shard_files
+from fullpipe.models.shards import ADAPTER, ADAPTER_WEIGHTS, CONFIG, INDEX, shard_files
 
 if TYPE_CHECKING:
     from fullpipe.models.files import ModelFiles, Place
@@ -86,13 +86,17 @@ def manifest_of(path: Path, sha256: Callable[[Path], str]) -> Manifest:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a stage may read of a model or a draft module, by their absolute names, in a fixed order.
+    """The files that a stage may read of a model, a LoRA adapter or a draft module, by their absolute names, in a fixed
+    order.
 
     Raises `ModelNotFound` or `DamagedModel` where there are none, or one is missing.
     """
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         return gguf_parts(path)
+    adapter = [path / name for name in (ADAPTER, ADAPTER_WEIGHTS)]
+    if all(file.is_file() for file in adapter) and not any(path.glob("model*.safetensors")):
+        return adapter
     before, behind = ([path / name for name in names if (path / name).is_file()]
                       for names in ((CONFIG, INDEX, _FIXTURE), _TOKENIZER))
     return list(dict.fromkeys([*before, *shard_files(path), *behind]))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Flight, Landed, Opening, Scored
+from fullpipe.models.lora import open_merged
 from fullpipe.models.slice import Slice, load_slice
 from fullpipe.models.step import Step
 from fullpipe.models.weights import open_model
@@ -113,18 +114,20 @@ class ModelStage:
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,
                 vocab: int | None = None, margins: bool = False, taps: list[int] | None = None, device: str = "cpu",
-                kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto", sharing: int = 1) -> ModelStage:
+                kv_pool_mib: int | None = None, kv_cache_dtype: str = "auto", sharing: int = 1,
+                lora: str | None = None) -> ModelStage:
     """Load layers `first` (inclusive) to `last` (exclusive) of the model at path `model` as a stage on a device.
 
     taps: after how many layers of the model hidden states go to the draft station. Raises `UsageError` unless they
     rise and lie above `first` and not above `last`: others are not made here.
+    lora: path of an adapter to merge into them.
     """
     taps = taps or []
     if taps != sorted({*taps}) or not all(first < tap <= last for tap in taps):
         raise UsageError(f"layers {first} to {last} cannot be tapped at {taps}",
                          hint=f"Give rising numbers of finished layers from {first + 1} to {last}.")
-    slice = load_slice(open_model(Path(model)), first, last, has_embedding=is_first, has_head=is_last,
-                       dtype=dtype, device=device, kv_pool_mib=kv_pool_mib, kv_cache_dtype=kv_cache_dtype,
-                       sharing=sharing)
+    files = open_merged(Path(model), Path(lora)) if lora else open_model(Path(model))
+    slice = load_slice(files, first, last, has_embedding=is_first, has_head=is_last, dtype=dtype, device=device,
+                       kv_pool_mib=kv_pool_mib, kv_cache_dtype=kv_cache_dtype, sharing=sharing)
     return ModelStage(slice, is_last=is_last, vocab=vocab, margins=margins, taps=taps,
                       structures=Structures(Path(model), vocab))

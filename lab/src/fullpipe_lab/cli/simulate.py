@@ -30,7 +30,7 @@ class Costs(StrEnum):
 
 def simulate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
-    model: Annotated[ModelOptions, Without("max_model_len", "generation_config")],
+    model: Annotated[ModelOptions, Without("max_model_len", "generation_config", "lora")],
     method: MethodOptions,
     sampling: Annotated[SamplingParams, Without("stop", "accept_typical", "skip_special_tokens", "min_tokens",
                                                  "bad_words")],

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from fullpipe.server.protocol.extras import MOST_LOGPROBS, Extras
 from fullpipe.server.protocol.extras import Token as _Token
 from fullpipe.server.protocol.forms import Format, Object, Pattern, StructuredOutputs, Texts, ToolChoice, Tools
+from fullpipe.server.protocol.others import Others
 from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 
@@ -40,7 +41,7 @@ class StreamOptions(Wire):
     include_obfuscation: Ignored = None
 
 
-class Options(Extras):
+class Options(Extras, Others):
     """Holds what both kinds of request share. `null` is the default everywhere."""
 
     model: str | None = None

@@ -48,3 +48,31 @@ IGNORED = {
     "messages.content.cache_control": _OWN_CACHE,
     "messages.content.prompt_cache_breakpoint": _OWN_CACHE,
 }
+
+# Those of vLLM's that `protocol.others` declares.
+REFUSED |= {
+    "length_penalty": "it is for beam search, which there is none of",
+    "spaces_between_special_tokens": "special tokens stand in the text as they are said",
+    "routed_experts_prompt_start": "nothing is told of experts",
+    "lora_name": "an adapter is merged into the model when the server starts, and is for all requests",
+    "watermarking": "texts are not marked",
+    "truncation_side": "of a prompt that is cut the end stays",
+    "logprob_token_ids": "log-probabilities are those of the likeliest tokens",
+    "media_io_kwargs": "there is only text",
+    "mm_processor_kwargs": "there is only text",
+    "prompt_embeds": "a prompt is text, or token ids",
+    "request_id": "send it as the header x-request-id",
+    "return_prompt_text": "the prompt is not told",
+    "cache_salt": "requests that begin alike share what is computed, or none do: whoever starts the server says so",
+    "kv_transfer_params": "caches are not handed from server to server",
+    "ec_transfer_params": "caches are not handed from server to server",
+    "vllm_xargs": "there are no extensions of vLLM's here",
+    "repetition_detection": "use repetition_penalty or frequency_penalty",
+    "thinking_token_budget": "max_tokens bounds thoughts and answer together",
+}
+IGNORED |= {
+    "session_id": _NO_BOOKS,
+    "stream_interval": "text is sent when it is there",
+    "return_token_offsets": "only vLLM's render endpoints tell offsets",
+    "return_mm_kwargs": "there is only text",
+}

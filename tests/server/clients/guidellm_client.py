@@ -15,13 +15,13 @@ trials = Trials()
 NUMBER, PROMPT, ANSWER = 4, 32, 8
 
 
-def benchmark(path: str, profile: str) -> Any:
-    """The report of a run."""
+def benchmark(path: str) -> Any:
+    """The report of a run, one request after another."""
     out = trials.folder / f"{path.strip('/').replace('/', '-')}.json"
     done = subprocess.run(
         [str(Path(sys.executable).with_name("guidellm")), "run",
          "--backend", f"kind=openai_http,target={trials.url},model={trials.model},request_format={path}",
-         "--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={ANSWER}", "--profile", profile,
+         "--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={ANSWER}", "--profile", "kind=synchronous",
          "--constraint", f"kind=max_requests,count={NUMBER}", "--output", f"kind=json,path={out}",
          "--tokenizer", f"kind=huggingface_auto,model={trials.folder / 'tokenizer'}"],
         capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -40,7 +40,5 @@ def check(report: Any) -> None:
 
 for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
     with trials(f"{path}, one after another"):
-        check(benchmark(path, "kind=synchronous"))
-with trials("/v1/chat/completions, two at a time"):
-    check(benchmark("/v1/chat/completions", "kind=concurrent,streams=2"))
+        check(benchmark(path))
 trials.end()

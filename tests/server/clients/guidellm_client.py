@@ -21,8 +21,9 @@ def benchmark(path: str) -> Any:
     done = subprocess.run(
         [str(Path(sys.executable).with_name("guidellm")), "run",
          "--backend", f"kind=openai_http,target={trials.url},model={trials.model},request_format={path}",
-         "--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={ANSWER}", "--profile", "kind=synchronous",
-         "--constraint", f"kind=max_requests,count={NUMBER}", "--output", f"kind=json,path={out}",
+         "--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={ANSWER}",
+         "--profile", "kind=synchronous", "--constraint", f"kind=max_requests,count={NUMBER}",
+         "--output", f"kind=json,path={out}",
          "--tokenizer", f"kind=huggingface_auto,model={trials.folder / 'tokenizer'}"],
         capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, (done.stdout[-200:], done.stderr[-400:])

@@ -107,7 +107,7 @@ def test_rows_without_masks_among_those_with_some() -> None:
     picks, _ = pick(logits, rows)
     assert picks[1] == 9 and [picks[0], picks[2]] == [pick(logits[at : at + 1], [rows[at]])[0][0] for at in (0, 2)]
     assert torch.equal(logits, before)
-    told = tell_logprobs(logits, [row(SamplingParams(allowed_token_ids=(9,), logprobs=2))], [9])
+    told = tell_logprobs(logits[:1], [row(SamplingParams(allowed_token_ids=(9,), logprobs=2))], [9])
     assert told[0][0][1] == float(logits[0].log_softmax(0)[9]), "of the raw logits"
 
 

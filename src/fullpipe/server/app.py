@@ -91,8 +91,8 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
     metrics: what /metrics answers.
     """
     options = options or ServerOptions()
-    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False,
-                  root_path=options.root_path)
+    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.root_path = options.root_path  # and not the server's, which would put it before paths that have it already
     for kind in (HTTPException, RequestValidationError, FullpipeError):
         app.add_exception_handler(kind, _answer_with_problem)
     app.state.keyring = Keyring(options.api_key)

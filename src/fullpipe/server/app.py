@@ -224,11 +224,7 @@ def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
         """Answers as long as the process does."""
         return Health()
 
-    @router.get("/ping")
-    @router.post("/ping")
-    async def ping() -> Health:
-        """The same, by the name that SageMaker has for it."""
-        return Health()
+    router.add_api_route("/ping", health, methods=["GET", "POST"], include_in_schema=False)  # SageMaker's name for it
 
     @router.get("/ready", response_model=Readiness, responses=_refusals(s503="Not ready; Retry-After says when to ask"))
     async def ready() -> Response:

@@ -91,8 +91,8 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
     metrics: what /metrics answers.
     """
     options = options or ServerOptions()
-    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False,
-                  root_path=options.root_path)
+    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.root_path = options.root_path  # and not the server's, which would put it before paths that have it already
     for kind in (HTTPException, RequestValidationError, FullpipeError):
         app.add_exception_handler(kind, _answer_with_problem)
     app.state.keyring = Keyring(options.api_key)
@@ -224,11 +224,7 @@ def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
         """Answers as long as the process does."""
         return Health()
 
-    @router.get("/ping")
-    @router.post("/ping")
-    async def ping() -> Health:
-        """The same, by the name that SageMaker has for it."""
-        return Health()
+    router.add_api_route("/ping", health, methods=["GET", "POST"], include_in_schema=False)  # SageMaker's name for it
 
     @router.get("/ready", response_model=Readiness, responses=_refusals(s503="Not ready; Retry-After says when to ask"))
     async def ready() -> Response:

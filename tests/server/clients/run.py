@@ -54,12 +54,12 @@ class Client:
 
 CLIENTS = {
     "openai": Client("openai_client.py", ("openai==2.54.0",), "openai"),
-    "langchain": Client("langchain_client.py", ("langchain-openai==1.1.0",), "langchain_openai"),
-    "litellm": Client("litellm_client.py", ("litellm==1.80.0",), "litellm"),
-    "llm": Client("llm_client.py", ("llm==0.27.1",), "llm"),
-    "lm-eval": Client("lm_eval_client.py", ("lm-eval[api]==0.4.9.2", "transformers==4.57.1"),
+    "langchain": Client("langchain_client.py", ("langchain-openai==1.7.4",), "langchain_openai"),
+    "litellm": Client("litellm_client.py", ("litellm==1.110.2",), "litellm"),
+    "llm": Client("llm_client.py", ("llm==0.36",), "llm"),
+    "lm-eval": Client("lm_eval_client.py", ("lm-eval[api]==0.4.13", "transformers==5.24.0"),
                       "lm_eval, transformers", SMALL),
-    "guidellm": Client("guidellm_client.py", ("guidellm==0.8.0",), "guidellm", SMALL),
+    "guidellm": Client("guidellm_client.py", ("guidellm==0.8.1",), "guidellm", SMALL),
 }
 
 

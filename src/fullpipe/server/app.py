@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, MessageError, MissingExtra, PromptError, UnsupportedModel, UsageError
+from fullpipe.models.tokens.matching import check_structure
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
@@ -354,6 +355,7 @@ class _Asking:
         try:
             prompts = [kept(body, tokens, self.model.max_model_len) for tokens in
                        await self._tokenise(encoders, field)]
+            await self._look_at(form)
             self._check_tokens(body.logit_bias or (), "logit_bias")
             self._check_tokens(body.allowed_token_ids or (), "allowed_token_ids")
             limits = [self._limit(len(tokens), body, field, default) for tokens in prompts]
@@ -388,6 +390,13 @@ class _Asking:
             raise Problem(400, told(error), param=error.where) from error
         except (UsageError, UnsupportedModel) as error:  # the latter: a chat template that is none
             raise Problem(400, f"{field}: {told(error)}", param=field) from error
+
+    async def _look_at(self, form: Form) -> None:
+        """Have a structure looked at in a thread, where it may take long. The service, which says what is wrong with it,
+        is quick then."""
+        if (structured := form.changes.get("structured")) is not None:
+            with contextlib.suppress(UsageError, MissingExtra):
+                await anyio.to_thread.run_sync(check_structure, structured, self.model.tokenizer, limiter=self._limiter)
 
     def _say_once(self, request: Request, field: str, why: str) -> None:
         """Log that a field has no effect, the first time that anybody sends it."""

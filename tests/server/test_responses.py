@@ -297,7 +297,8 @@ def test_what_vllm_has_besides_is_taken(served: Served, client: httpx.Client) ->
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_is_not_supported_is_refused_by_name(served: Served, client: httpx.Client, field: str) -> None:
-    error = refused(client, **{field: {"background": True, "truncation": "auto"}.get(field, [{"any": "thing"}])})
+    wrong: dict[str, Any] = {"background": True, "truncation": "auto"}
+    error = refused(client, 400, **{field: wrong.get(field, [{"any": "thing"}])})
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
     assert REFUSED[field] in error["message"] and served.service.submitted == []
 

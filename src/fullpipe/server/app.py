@@ -134,6 +134,8 @@ _ASKING = _CLOSED | _refusals(
     s413="The body is too large", s415="The body is not JSON", s500="The request failed",
     s503="The service takes no requests now", s4XX="Any other refusal",
 )
+
+
 def _streamed(each: str) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document: the answer may be a stream. each: what its events are."""
     return {200: {"description": f"The answer, or with `stream` its parts as server-sent events, {each}",

@@ -394,8 +394,8 @@ class _Asking:
             raise Problem(400, f"{field}: {told(error)}", param=field) from error
 
     async def _look_at(self, form: Form) -> None:
-        """Have a structure looked at in a thread, where it may take long. The service, which says what is wrong with it,
-        is quick then."""
+        """Have a structure looked at in a thread, where it may take long. The service, which says what is wrong with
+        it, is quick then."""
         if (structured := form.changes.get("structured")) is not None:
             with contextlib.suppress(UsageError, MissingExtra):
                 await anyio.to_thread.run_sync(check_structure, structured, self.model.tokenizer, limiter=self._limiter)

@@ -95,7 +95,7 @@ def fault_of(shot: Shot, response: httpx.Response) -> str:
 
 
 def _is_stream(response: httpx.Response) -> bool:
-    return response.headers.get("content-type", "").startswith("text/event-stream")
+    return str(response.headers.get("content-type", "")).startswith("text/event-stream")
 
 
 def _stream_fault(path: str, raw: bytes) -> str:

@@ -178,8 +178,9 @@ def by_schemathesis(document: Mapping[str, Any], number: int, seed: int) -> list
     import schemathesis
     from schemathesis import GenerationMode
 
-    operations = [one for found in schemathesis.openapi.from_dict(dict(document)).get_all_operations()
-                  if (one := found.ok()).method.lower() == "post" and one.body]
+    schema: Any = schemathesis.openapi.from_dict(dict(document))
+    every = [found.ok() for found in schema.get_all_operations()]
+    operations = [one for one in every if one.method.lower() == "post" and one.body]
     each = -(-number // (2 * len(operations)))
     return [shot for operation in operations for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
             for shot in _drawn(operation.as_strategy(generation_mode=mode), mode.value, each, seed)][:number]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from command import Models
 from typer.testing import CliRunner, Result
 
+from fullpipe.engine import RequestStats
+from fullpipe.options import Options
+from fullpipe_lab.asking import Said
 from fullpipe_lab.cli.main import app
 from fullpipe_lab.receipts import load_receipt
 from fullpipe_lab.recording import Answer, Head, Recording, digest
@@ -74,9 +77,57 @@ def test_a_receipt_a_report_and_a_table(folder: Path) -> None:
     assert table["pp"] == 1 < table["chain"] < table["fullpipe"]
 
 
-def test_hosts_are_measured_elsewhere(folder: Path) -> None:
-    told = refused(bench(folder, hosts="ray"))
-    assert "virtual time" in told and "fullpipe_lab.studies.hosts" in told
+class Placed:
+    """Stands where hosts would be: an answer of five tokens takes what `SECONDS` says of the method."""
+
+    SECONDS: ClassVar[dict[str, float]] = {"pp": 0.4, "chain": 0.2, "fullpipe": 0.1}
+    asked: ClassVar[list[Options]] = []
+
+    def __init__(self, options: Options, *, progress: Any) -> None:
+        self.asked.append(options)
+        self.plan, self._method = self, ""
+
+    def __enter__(self) -> Placed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def model_dump(self, mode: str) -> dict[str, str]:
+        return {"order": "a, b"}
+
+    def encode(self, messages: Any) -> list[int]:
+        return [1, 2, 3]
+
+    def use(self, method: str, **_: Any) -> None:
+        self._method = method
+
+    def ask(self, prompts: list[list[int]], params: Any) -> list[Said]:
+        spent = 4 * self.SECONDS[self._method]
+        return [Said(RequestStats(0.0, first_token=1.0, last_token=1.0 + spent, num_emitted=5), [1, 2, 3, 4, 5])]
+
+
+def test_hosts_are_measured_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fullpipe_lab.asking.Placed", Placed)
+    monkeypatch.setattr("fullpipe_lab.cli.bench_hosts.fetch_all", lambda *_: None)
+    result = bench(folder, hosts="ray", ray_address="head:6379", stages="", workers="", real="")
+    assert result.exit_code == 0, result.output
+    options = Placed.asked.pop().pipeline
+    assert (options.hosts, options.ray_address) == ("ray", "head:6379")
+    receipt = json.loads((folder / "out" / "receipt.json").read_text())
+    cells = {one["method"]: one["speedup"] for one in receipt["results"]["cells"]}
+    assert cells == {"pp": 1.0, "chain": 2.0, "fullpipe": 4.0}
+    assert receipt["results"]["plan"] == {"order": "a, b"} and len(receipt["samples"]) == 1  # the other is for sizes
+
+
+@pytest.mark.parametrize(("changes", "why"), [
+    ({}, "stages is for replays"),
+    ({"stages": "", "workers": "", "real": "", "methods": "pp,chian"}, "unknown method 'chian'"),
+    ({"stages": "", "workers": "", "real": "", "limit": "1"}, "one prompt is not enough"),
+    ({"hosts": "", "ray_address": "head:6379"}, "ray_address is of hosts"),
+])
+def test_what_hosts_have_no_use_for_is_refused(folder: Path, changes: dict[str, str], why: str) -> None:
+    assert why in refused(bench(folder, **{"hosts": "ray", **changes}))
 
 
 def test_again_runs_nothing_and_says_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

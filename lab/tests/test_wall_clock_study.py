@@ -8,7 +8,7 @@ import pytest
 
 from fullpipe.engine import RequestStats
 from fullpipe_lab.asking import Real, Said
-from fullpipe_lab.studies.wall_clock import Run, best_size, over_best_other, row, turns
+from fullpipe_lab.turns import Run, best_size, over_best_other, row, turns
 
 PROMPT = "code", [1, 2, 3]
 

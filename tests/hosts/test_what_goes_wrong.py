@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fullpipe.cluster.netlab import Netlab
+from fullpipe.cluster.netlab import Netlab, Shape
 from fullpipe.hub import CATALOGUE, cache
 from fullpipe_lab.hosts.ray_nodes import RayNodes
 
@@ -261,6 +263,15 @@ class Running:
                 return
         raise AssertionError(f"it has ended: {''.join(self.said)}")
 
+    def rest(self) -> None:
+        while (line := self._news.get(timeout=60)) is not None:
+            self.said.append(line)
+
+    def fetched(self) -> int:
+        """MiB of weights that a station had from the head when that was told last."""
+        told = re.findall(r"from here: (\d+) of \d+ MiB", "".join(self.said))
+        return int(told[-1]) if told else 0
+
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
         code = self.process.wait(GONE_S)
@@ -302,6 +313,32 @@ def test_a_signal_ends_it_everywhere_at_any_moment(nodes: RayNodes, answers: dic
     running.until(moment)
     assert running.end(number) == code, running.said
     assert running.nobody_left()
+
+
+def test_weights_come_over_a_link_that_breaks_and_what_has_come_is_not_sent_again(
+        nodes: RayNodes, answers: dict[str, Any], words: dict[str, str]) -> None:
+    folder, lab = Path(words["folder"]), nodes.lab
+    planned = [*GENERATE, "--hosts", str(folder / "good.toml"), "--plan", str(folder / "made.toml")]
+    shutil.rmtree(nodes.home("h2") / "from-head")
+    before = lab.shape("h1", "h2")
+    lab.set("h1", "h2", Shape(mbit=40))
+    try:
+        interrupted = Running(nodes, *planned)
+        while not interrupted.fetched():
+            interrupted.until("from here: ")
+        assert interrupted.end(signal.SIGINT) == 130 and interrupted.nobody_left()
+        again = Running(nodes, *planned)
+        again.until("from here: ")
+        assert again.fetched() >= interrupted.fetched()
+        lab.cut("h1", "h2")
+        time.sleep(2.0)
+        lab.heal("h1", "h2")
+        assert again.process.wait(60) == 0
+    finally:
+        lab.heal("h1", "h2")
+        lab.set("h1", "h2", before)
+    again.rest()
+    assert answers["alone"]["out"].strip() in "".join(again.said)
 
 
 def test_a_server_idles_answers_and_leaves_nothing_when_it_is_killed(nodes: RayNodes,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from fullpipe.errors import PipelineError, StationFailed, UsageError
+from fullpipe.errors import MissingExtra, PipelineError, StationFailed, UsageError
 from fullpipe.messages import Failed, Flight, Landed, Opening, Part
 from fullpipe.pipeline.frames import Door
 from fullpipe.pipeline.keys import RunKeys
@@ -124,6 +124,13 @@ def test_a_ray_of_this_machine_that_is_gone_is_an_error_at_once(monkeypatch: pyt
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # the other tests' runs here
     with pytest.raises(UsageError, match=r"no Ray answers at .*:1: Connection refused"):
         Cluster()
+
+
+def test_a_ray_that_is_not_installed_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra, match="need Ray, which is not installed") as told:
+        Cluster("127.0.0.1:6379")
+    assert told.value.hint and "pip install 'fullpipe[ray]'" in told.value.hint and told.value.exit_code == 6
 
 
 @pytest.mark.parametrize(("said", "words", "way_out"), [

@@ -391,7 +391,7 @@ def test_curl(served: Served) -> None:
 def test_the_document(start: Serve, client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert set(paths) == {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/models/{name}",
-                          "/health", "/ping", "/ready", "/version", "/metrics", "/tokenize", "/detokenize"}
+                          "/health", "/ready", "/version", "/metrics", "/tokenize", "/detokenize"}
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
         responses = paths[path]["post"]["responses"]
         assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}

@@ -67,5 +67,5 @@ def test_a_server_with_a_key(case: schemathesis.Case) -> None:
 def test_every_operation_is_covered(schema: Any) -> None:
     found = {operation.ok().label for operation in schema.get_all_operations()}
     assert found == {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses", "GET /v1/models",
-                     "GET /v1/models/{name}", "GET /health", "GET /ping", "POST /ping", "GET /ready", "GET /version",
+                     "GET /v1/models/{name}", "GET /health", "GET /ready", "GET /version",
                      "GET /metrics", "POST /tokenize", "POST /detokenize"}

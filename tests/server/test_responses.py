@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from asked import Asked
 from fastapi import FastAPI
 from one_word import OneWord
 from openai.types.responses import Response, ResponseStreamEvent
@@ -22,18 +22,22 @@ from starlette.testclient import TestClient
 from fullpipe.models.tokens.template import ChatTemplate
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.server.app import ServedModel, create_app
-from fullpipe.server.protocol.answers import ChosenLogprob
+from fullpipe.server.protocol.answers import CallDelta, ChatChunkChoice, ChosenLogprob, Delta, FunctionDelta
 from fullpipe.server.replies import ChatReplies
 from fullpipe.server.responses.asking import Turns, _tools, as_chat
 from fullpipe.server.responses.output import Output
 from fullpipe.server.responses.protocol import ResponsesRequest
 from fullpipe.server.responses.replies import _said
 from fullpipe.server.responses.tables import IGNORED, REFUSED
+from tool_templates import QWEN_TOOLS
 
+Asking = Callable[..., Asked]
 PATH = "/v1/responses"
 ASKED: dict[str, Any] = {"model": "tiny", "input": "Hello"}
 USER: dict[str, Any] = {"role": "user", "content": "hi"}
 TOOL: dict[str, Any] = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+LOOSE = TOOL | {"strict": False}
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "Zürich 🙂"}}\n</tool_call>'
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 TEXT_EVENTS = ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
                "response.output_text.delta", "response.output_text.done", "response.content_part.done",
@@ -293,7 +297,8 @@ def test_what_vllm_has_besides_is_taken(served: Served, client: httpx.Client) ->
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_is_not_supported_is_refused_by_name(served: Served, client: httpx.Client, field: str) -> None:
-    error = refused(client, **{field: {"background": True, "truncation": "auto"}.get(field, [{"any": "thing"}])})
+    wrong: dict[str, Any] = {"background": True, "truncation": "auto"}
+    error = refused(client, 400, **{field: wrong.get(field, [{"any": "thing"}])})
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
     assert REFUSED[field] in error["message"] and served.service.submitted == []
 
@@ -396,13 +401,13 @@ def test_what_asks_for_nothing_is_not_told() -> None:
 # ---- reasoning and calls ---------------------------------------------------------------------------------------------
 
 
-def piece(**delta: Any) -> Any:
-    """What a chat's chunk tells, as far as it is looked at."""
-    return SimpleNamespace(delta=SimpleNamespace(**{"content": None} | delta), logprobs=None)
+def piece(**delta: Any) -> ChatChunkChoice:
+    """What a chat's chunk tells."""
+    return ChatChunkChoice(index=0, delta=Delta(**delta))
 
 
-def call(number: int, arguments: str = "", id: str | None = None, name: str | None = None) -> Any:
-    return SimpleNamespace(index=number, id=id, function=SimpleNamespace(name=name, arguments=arguments))
+def call(number: int, arguments: str = "", id: str | None = None, name: str | None = None) -> CallDelta:
+    return CallDelta(index=number, id=id, function=FunctionDelta(name=name, arguments=arguments))
 
 
 def test_reasoning_text_and_calls_are_items_of_their_own() -> None:
@@ -447,3 +452,82 @@ def test_log_probabilities_wait_for_the_text_that_they_belong_to() -> None:
     list(output.finish("completed"))
     message = output.items[-1]
     assert message.type == "message" and message.content[0].logprobs == []
+
+
+def test_a_call_and_its_result(asking: Asking) -> None:
+    asked = asking(QWEN_TOOLS)
+    asked.say(f"I look.\n{CALL}")
+    first = asked.openai.responses.create(model="m", input="hi", tools=[LOOSE])  # type: ignore[list-item]
+    message, called = first.output
+    assert message.type == "message" and first.output_text == "I look." and first.status == "completed"
+    assert called.type == "function_call" and called.call_id.startswith("call_")
+    assert (called.name, called.arguments) == ("f", '{"a": "Zürich 🙂"}')
+    assert '{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}' in asked.prompt
+    asked.say("It rains.")
+    again = asked.openai.responses.create(model="m", tools=[LOOSE], input=[  # type: ignore[list-item]
+        {"role": "user", "content": "hi"}, *first.output,  # type: ignore[list-item]
+        {"type": "function_call_output", "call_id": called.call_id, "output": "rain"}])
+    assert again.output_text == "It rains."
+    assert asked.prompt.endswith(
+        '<|im_start|>assistant\nI look.\n<tool_call>\n{"name": "f", "arguments": {"a": "Zürich 🙂"}}\n</tool_call>'
+        "<|im_end|>\n<|im_start|>user\n<tool_response>\nrain\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_call_is_streamed(asking: Asking) -> None:
+    asked = asking(QWEN_TOOLS)
+    asked.say(f"I look.\n{CALL}\n{CALL}")
+    with asked.openai.responses.stream(model="m", input="hi", tools=[LOOSE]) as stream:  # type: ignore[list-item]
+        events = list(stream)
+        whole = stream.get_final_response()
+    assert [item.type for item in whole.output] == ["message", "function_call", "function_call"]
+    pieces = ["".join(event.delta for event in events if event.type == "response.function_call_arguments.delta"
+                      and event.output_index == index) for index in (1, 2)]
+    assert pieces == ['{"a": "Zürich 🙂"}'] * 2
+
+
+def test_a_call_may_be_demanded(asking: Asking) -> None:
+    asked = asking(QWEN_TOOLS)
+    asked.say('{"a": 1}')
+    response = asked.http.post(PATH, json={"input": "hi", "tools": [TOOL], "tool_choice": {
+        "type": "function", "name": "f"}}).json()
+    Response.model_validate(response, strict=True)
+    assert [(item["type"], item["arguments"]) for item in response["output"]] == [("function_call", '{"a": 1}')]
+    assert asked.structured.kind == "json" and response["tool_choice"] == {"type": "function", "name": "f"}
+
+
+def test_the_form_of_the_text_is_a_chats(asking: Asking) -> None:
+    asked = asking(QWEN_TOOLS)
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    forms: list[tuple[dict[str, Any], str]] = [
+        ({"type": "json_schema", "name": "x", "schema": schema, "strict": True}, "json"),
+        ({"type": "json_object"}, "json_object")]
+    for form, kind in forms:
+        response = asked.http.post(PATH, json={"input": "hi", "text": {"format": form}}).json()
+        Response.model_validate(response, strict=True)
+        assert asked.structured.kind == kind and response["text"]["format"] == form
+    assert asked.http.post(PATH, json={"input": "hi", "text": {"format": {"type": "text"}}}).status_code == 200
+    assert asked.params.structured is None
+
+
+@pytest.mark.parametrize(("fields", "param"), [
+    ({"tools": [TOOL | {"name": "a b"}]}, "tools[0].name"), ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, ""),
+    ({"text": {"format": {"type": "json_object", "more": 1}}}, "text.format.more"),
+])
+def test_what_chats_refuse_is_blamed_on_the_requests_fields(asking: Asking, fields: dict[str, Any], param: str) -> None:
+    response = asking(QWEN_TOOLS).http.post(PATH, json={"input": "hi", **fields})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"].startswith(param)
+    assert "function." not in error["message"] and "response_format" not in error["param"]
+
+
+def test_thoughts_are_an_item_of_their_own(asking: Asking) -> None:
+    asked = asking(QWEN_TOOLS, special=("<think>", "</think>"), reasoning_parser="qwen3")
+    asked.say("<think>hm, hm</think>Hello.")
+    answer = asked.openai.responses.create(model="m", input="hi")
+    thought, message = answer.output
+    assert thought.type == "reasoning" and thought.content and thought.content[0].text == "hm, hm"
+    assert message.type == "message" and answer.output_text == "Hello."
+    assert answer.usage and answer.usage.output_tokens_details.reasoning_tokens > 0

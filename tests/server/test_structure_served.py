@@ -162,11 +162,15 @@ def test_llguidance_follows_thoughts_and_the_answer_behind(structured: Structure
 def test_llguidance_follows_calls_among_words() -> None:
     schema = {"anyOf": [{"type": "object", "properties": {"name": {"enum": ["f"]}, "arguments": SCHEMA},
                          "required": ["name", "arguments"], "additionalProperties": False}]}
-    grammar = free_calls(schema, "<tool_call>", "</tool_call>", (), one=False).text
+    grammar = free_calls(schema, {"f": SCHEMA}, "<tool_call>", "</tool_call>", (), one=False).text
     call = '<tool_call>\n{"name": "f", "arguments": {"größe": 1}}\n</tool_call>'
-    for text in ("", "Hello.", "a < b", call, f"I look.\n{call}\n{call}", f"{call} So."):
+    whole = '{\n  "name": "f",\n  "arguments": {"größe": 1}\n}'
+    for text in ("", "Hello.", "a < b", call, f"I look.\n{call}\n{call}", f"{call} So.", whole, '{"name": "g", 5',
+                 f"```json\n{whole}\n```", f" {whole} ".replace("arguments", "parameters"), "```python\n1\n```",
+                 f"See: {whole.replace('1', 'x')}"):
         assert follows(grammar, text), text
-    for text in ("<tool_call>no", call.replace("1", '"x"'), call.replace('"f"', '"g"')):
+    for text in ("<tool_call>no", call.replace("1", '"x"'), call.replace('"f"', '"g"'), whole.replace("1", '"x"'),
+                 whole.replace("größe", "grösse"), f"```json\n{whole.replace('1', 'true')}\n```", f"{whole} So."):
         assert not follows(grammar, text), text
 
 

@@ -191,6 +191,7 @@ def test_each_request_has_a_walk_of_its_own(tokenizer: Tokenizer, tmp_path: Path
 @pytest.mark.parametrize("asked", [*structured.STRUCTURES.values(), Structured("json_object"),
                                    Structured("json", '{"type": "array", "items": {"type": "number"}}'),
                                    Structured("grammar", 'root ::= "a" | "b" root'),
+                                   Structured("grammar", 'start: "<x>" /a+/'),
                                    Structured("grammar", 'start: "a" <|stop|> "b"')], ids=lambda one: one.kind)
 def test_structures_that_can_be(asked: Structured, tokenizer: Tokenizer) -> None:
     check_structure(asked, tokenizer)
@@ -207,6 +208,7 @@ def test_structures_that_can_be(asked: Structured, tokenizer: Tokenizer) -> None
     (Structured("choice", "a"), "choice cannot be followed"),
     (Structured("grammar", "start: nobody"), "grammar cannot be followed: .*nobody"),
     (Structured("grammar", "start: <|nobody|>"), "grammar cannot be followed: .*nobody"),
+    (Structured("grammar", 'start: "<x>" nobody'), "grammar cannot be followed: .*nobody"),
     (Structured("regex", "a" * (MOST_TEXT + 1)), "1,048,576 at most"),
 ])
 def test_structures_that_cannot_be(asked: Structured, said: str, tokenizer: Tokenizer) -> None:
@@ -239,6 +241,7 @@ def test_a_model_that_never_ends() -> None:
 @pytest.fixture
 def without_llguidance(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     matching._fault.cache_clear()
+    matching._names_tokens.cache_clear()
     monkeypatch.setitem(sys.modules, "llguidance", None)
     yield
     matching._fault.cache_clear()

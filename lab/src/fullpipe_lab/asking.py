@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from fullpipe.assembly import Prepared, measured, prepare, start
+from fullpipe.assembly import Prepared, assemble, measured, prepare, start
+from fullpipe.cluster.contact import Contact
 from fullpipe.costs import Machine
 from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.events import Emitted, Finished
@@ -158,6 +159,28 @@ class Real(Asker):
         prepared = prepare(options, progress)
         pipeline = start(prepared, progress)
         super().__init__(prepared, pipeline, machine=measured(prepared, pipeline, progress))
+
+
+class Placed(Asker):
+    """A model on stages that a plan has put on several hosts, on the wall clock.
+
+    options: with `hosts`. contact: the way to them, if it is not the one that the options name.
+
+    Raises as `Real` does.
+    """
+
+    def __init__(self, options: Options, *, contact: Contact | None = None, listeners: Iterable[Listener] = (),
+                 progress: Say = _silent) -> None:
+        self._made = made = assemble(options, progress, contact=contact)
+        assert made.hosts and made.hosts.placing.plan, "the options name no hosts"
+        self.placing, self.plan = made.hosts.placing, made.hosts.placing.plan
+        # A method asks how many stages there are, and prepared before the plan there is one description for all.
+        prepared = replace(made.prepared, stages=made.prepared.stages * made.pipeline.num_stages)
+        super().__init__(prepared, made.pipeline, machine=made.hosts.machine, listeners=listeners)
+
+    def close(self) -> None:
+        super().close()
+        self._made.close()
 
 
 def _imagined(on: Cluster | int, costs: Costs, drafts: Sequence[str], row_bytes: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, MessageError, MissingExtra, PromptError, UnsupportedModel, UsageError
+from fullpipe.models.tokens.matching import check_structure
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
@@ -91,8 +92,8 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
     metrics: what /metrics answers.
     """
     options = options or ServerOptions()
-    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False,
-                  root_path=options.root_path)
+    app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.root_path = options.root_path  # and not the server's, which would put it before paths that have it already
     for kind in (HTTPException, RequestValidationError, FullpipeError):
         app.add_exception_handler(kind, _answer_with_problem)
     app.state.keyring = Keyring(options.api_key)
@@ -133,6 +134,8 @@ _ASKING = _CLOSED | _refusals(
     s413="The body is too large", s415="The body is not JSON", s500="The request failed",
     s503="The service takes no requests now", s4XX="Any other refusal",
 )
+
+
 def _streamed(each: str) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document: the answer may be a stream. each: what its events are."""
     return {200: {"description": f"The answer, or with `stream` its parts as server-sent events, {each}",
@@ -224,11 +227,7 @@ def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
         """Answers as long as the process does."""
         return Health()
 
-    @router.get("/ping")
-    @router.post("/ping")
-    async def ping() -> Health:
-        """The same, by the name that SageMaker has for it."""
-        return Health()
+    router.add_api_route("/ping", health, methods=["GET", "POST"], include_in_schema=False)  # SageMaker's name for it
 
     @router.get("/ready", response_model=Readiness, responses=_refusals(s503="Not ready; Retry-After says when to ask"))
     async def ready() -> Response:
@@ -358,6 +357,7 @@ class _Asking:
         try:
             prompts = [kept(body, tokens, self.model.max_model_len) for tokens in
                        await self._tokenise(encoders, field)]
+            await self._look_at(form)
             self._check_tokens(body.logit_bias or (), "logit_bias")
             self._check_tokens(body.allowed_token_ids or (), "allowed_token_ids")
             limits = [self._limit(len(tokens), body, field, default) for tokens in prompts]
@@ -392,6 +392,13 @@ class _Asking:
             raise Problem(400, told(error), param=error.where) from error
         except (UsageError, UnsupportedModel) as error:  # the latter: a chat template that is none
             raise Problem(400, f"{field}: {told(error)}", param=field) from error
+
+    async def _look_at(self, form: Form) -> None:
+        """Have a structure looked at in a thread, where it may take long. The service, which says what is wrong with
+        it, is quick then."""
+        if (structured := form.changes.get("structured")) is not None:
+            with contextlib.suppress(UsageError, MissingExtra):
+                await anyio.to_thread.run_sync(check_structure, structured, self.model.tokenizer, limiter=self._limiter)
 
     def _say_once(self, request: Request, field: str, why: str) -> None:
         """Log that a field has no effect, the first time that anybody sends it."""

@@ -23,7 +23,7 @@ from fullpipe.server.protocol.answers import FinishReason
 from fullpipe.server.protocol.forms import NamedTool, Tool
 from fullpipe.server.protocol.requests import ChatRequest, Options
 from fullpipe.server.reasoning import Thinking, Thoughtful, ThoughtTokens
-from fullpipe.server.structure import asked_structure, calls_schema, named_call, required_calls
+from fullpipe.server.structure import arguments_of, asked_structure, calls_schema, named_call, required_calls
 from fullpipe.server.tools import hermes
 from fullpipe.server.tools.events import Notes, Reader, Words, call_id
 from fullpipe.server.tools.made import NamedCall, RequiredCalls
@@ -135,9 +135,10 @@ class Forms:
         form.parser = lambda: parser(_notes(body, new_id), names)
         if any(tool.function.strict for tool in tools):
             if style is STYLES["hermes"]:
-                schema = calls_schema(tools, "arguments", strict=True)
-                form.changes["structured"] = free_calls(schema, *hermes.MARKS, self._tokenizer.special,
-                                                        one=body.parallel_tool_calls is False)
+                strict = {tool.function.name: arguments_of(tool) for tool in tools if tool.function.strict}
+                form.changes["structured"] = free_calls(
+                    calls_schema(tools, "arguments", strict=True), strict, *hermes.MARKS, self._tokenizer.special,
+                    one=body.parallel_tool_calls is False)
                 form.asker, form.free = "tools", True
             else:
                 form.unheeded.append(("tools.function.strict", _NOT_STRICT))

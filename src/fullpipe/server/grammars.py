@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fullpipe.request import Structured
@@ -28,13 +28,23 @@ def behind_thoughts(structured: Structured, special: Collection[str], *, optiona
     return _grammar(f"start: {start} answer", thoughts, r'breaks: "\n"? "\n"?', f"answer: {answer}")
 
 
-def free_calls(schema: dict[str, Any], begin: str, end: str, special: Collection[str], *, one: bool) -> Structured:
-    """Any text in which calls, of this schema, stand on a line of their own between marks. one: there is at most
-    one."""
-    head, tail, call = _mark(begin, special), _mark(end, special), _plain(json.dumps(schema, ensure_ascii=False))
-    heads = f"head: TEXT {head}" if begin in special else f"head[lazy]: TEXT {head}"
-    return _grammar(f"start: call{'?' if one else '*'} rest", "rest: TEXT", f"TEXT: {_ANY}", heads,
-                    rf'call: head "\n" body "\n" {tail}', f"body: %json {call}")
+def free_calls(call: dict[str, Any], strict: Mapping[str, dict[str, Any]], begin: str, end: str,
+               special: Collection[str], *, one: bool) -> Structured:
+    """Any text in which calls stand on a line of their own between marks, or which is a call as a whole.
+
+    call: the schema of one. strict: by the names of functions, the schemas to which arguments are held in a whole text
+    too. one: there is at most one call.
+    """
+    head, tail = _mark(begin, special), _mark(end, special)
+    whole = [rule for number, (name, schema) in enumerate(strict.items()) for rule in (
+        rf'name_{number}[lazy]: /\s*(```(json)?\s*)?\{{\s*"name"\s*:\s*"{_pattern(re.escape(name))}"/',
+        f"whole_{number}: name_{number} BEFORE %json {_dumped(schema)} AFTER")]
+    starts = [*(f"whole_{number}" for number in range(len(strict))), f"call{'?' if one else '*'} rest"]
+    return _grammar(
+        f"start: {' | '.join(starts)}", "rest: TEXT", f"TEXT: {_ANY}",
+        f"head: TEXT {head}" if begin in special else f"head[lazy]: TEXT {head}",
+        rf'call: head "\n" body "\n" {tail}', f"body: %json {_dumped(call)}", *whole,
+        r'BEFORE: /\s*,\s*"(arguments|parameters)"\s*:\s*/', r"AFTER: /\s*\}\s*(```)?\s*/")
 
 
 def _grammar(*rules: str) -> Structured:
@@ -50,20 +60,22 @@ def _part(structured: Structured) -> str | None:
         case "choice":
             return " | ".join(_plain(json.dumps(choice)) for choice in json.loads(structured.text))
         case "regex":
-            return f"/{re.sub(_AS_IT_STANDS, _escaped, structured.text)}/"
+            return f"/{_pattern(structured.text)}/"
     return None
 
 
-_AS_IT_STANDS = r"(?s)\\.|[/\n]"
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return {"/": r"\/", "\n": r"\n"}.get(found[0], found[0])
+def _pattern(text: str) -> str:
+    """A regular expression as it stands between slashes."""
+    return re.sub(r"(?s)\\.|[/\n]", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), text)
 
 
 def _mark(mark: str, special: Collection[str]) -> str:
     """A special token by its name, or a text."""
     return mark if mark in special else _plain(json.dumps(mark))
+
+
+def _dumped(value: Any) -> str:
+    return _plain(json.dumps(value, ensure_ascii=False))
 
 
 def _plain(text: str) -> str:

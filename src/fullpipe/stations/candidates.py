@@ -199,14 +199,15 @@ def gap_below(scores: Floats, token: int) -> float:
 
 
 def best_of(scores: Floats, count: int) -> tuple[list[int], list[float]]:
-    """The `count` highest places and what stands there, best first, of equals the lowest place."""
+    """The `count` highest places and what stands there, best first, of equals the lowest place; fewer where all others
+    have minus infinity."""
     count = min(count, len(scores))
     return highest_from(scores, _bounds(scores[None], [count])[0], count) if count else ([], [])
 
 
 def highest_from(scores: Floats, least: np.float32, count: int) -> tuple[list[int], list[float]]:
-    """Of the places with `least` or more the `count` highest, ordered likewise."""
-    places = np.flatnonzero(scores >= least)
+    """Of the places with `least` or more the `count` highest, ordered likewise; never those with minus infinity."""
+    places = np.flatnonzero(scores >= np.maximum(least, _IMPOSSIBLE))
     places = places[np.argsort(-scores[places], kind="stable")[:count]]
     return places.tolist(), scores[places].tolist()
 

@@ -12,14 +12,17 @@ from fullpipe.request import SamplingParams
 from fullpipe.stations.structure import Place
 
 
-def forbidden(params: SamplingParams, ends: Collection[int], place: Place, vocab: int) -> NDArray[np.bool_]:
-    """Which tokens may not follow: bool [vocab]. ends: the model's end tokens."""
+def forbidden(params: SamplingParams, ends: Collection[int], place: Place, vocab: int) -> NDArray[np.bool_] | None:
+    """Which tokens may not follow: bool [vocab]; None: all may. ends: the model's end tokens."""
+    alone = [*_singled_out(params, ends, place)]
+    if params.allowed_token_ids is None and not alone:
+        return None
     if params.allowed_token_ids is None:
         found = np.zeros(vocab, np.bool_)
     else:
         found = np.ones(vocab, np.bool_)
         found[_within(params.allowed_token_ids, vocab)] = False
-    found[_within([*_singled_out(params, ends, place)], vocab)] = True
+    found[_within(alone, vocab)] = True
     return found
 
 

@@ -15,7 +15,7 @@ from fullpipe.cli.lists import decimals, integers
 from fullpipe.cli.options import Only
 from fullpipe.errors import UsageError
 from fullpipe.options import ModelOptions
-from fullpipe.prompts import choose
+from fullpipe.prompts import FilePrompt, choose
 from fullpipe.request import SamplingParams
 from fullpipe.threads import cores
 from fullpipe_lab.cli import beside, options
@@ -36,20 +36,24 @@ def bench(
     methods: Annotated[str, typer.Option("--methods", help="With commas between.")] = _METHODS,
     cluster: Annotated[list[str] | None, typer.Option("--cluster", metavar="FILE", help="A cluster file or a preset; "
                                                       "may be repeated.")] = None,
-    hosts: Annotated[str | None, typer.Option("--hosts", hidden=True)] = None,
+    hosts: Annotated[str | None, typer.Option("--hosts", metavar="ray|FILE", help="Measure these hosts as they are, on "
+                                              "the wall clock, in place of --cluster.")] = None,
+    ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="HEAD:6379", help="Of the cluster for "
+                                                    "--hosts ray.")] = None,
     stages: Annotated[str | None, typer.Option("--stages", help="Numbers of stages, with commas between, on which "
                                                "every step takes one unit of time; in place of --cluster.")] = None,
     widths: Annotated[str, typer.Option("--widths", help="Tree widths to try, with commas between.")] = "4,8,16,32,64",
     depths: Annotated[str | None, typer.Option("--depths", help="Depths to try for chain and static-tree. Default: "
                                                "2 to 16, and 3 to 12.")] = None,
-    temperatures: Annotated[str, typer.Option("--temperatures", help="With commas between.")] = "0",
+    temperatures: Annotated[str | None, typer.Option("--temperatures", help="With commas between. Default: 0.")] = None,
     prompts: options.Prompts = None,
     limit: options.Limit = None,
     turns: options.Turns = None,
-    tune: Annotated[int, typer.Option("--tune", min=1, help="Prompts per class on which each method's settings are "
-                                      "tried.")] = 2,
-    real: Annotated[int, typer.Option("--real", min=0, help="Prompts to run with all stages real, too, on the first "
-                                      "cluster: the text and the steps must be those replayed.")] = 1,
+    tune: Annotated[int | None, typer.Option("--tune", min=1, help="Prompts per class on which each method's settings "
+                                             "are tried. Default: 2.")] = None,
+    real: Annotated[int | None, typer.Option("--real", min=0, help="Prompts to run with all stages real, too, on the "
+                                             "first cluster: the text and the steps must be those replayed. Default: "
+                                             "1.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one per core.")] = None,
     threads: options.Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Recordings, samples, receipt and report "
@@ -58,17 +62,23 @@ def bench(
     """Measure every method on the same prompts: exact steps and tokens, on the virtual time of described clusters.
 
     The model answers each prompt once; then each method runs with the real draft against those tokens, first to find
-    its best setting on each cluster, then on all prompts. Writes FOLDER/receipt.json and a report.
+    its best setting on each cluster, then on all prompts. Writes FOLDER/receipt.json and a report. With --hosts the
+    stages are real, on hosts as a plan puts them there: methods take turns, greedily, the first turn of each prompt
+    counts, and the last prompt is for trying settings on.
     """
     if hosts is not None:
-        raise UsageError("this replays recordings on virtual time, and hosts have the wall clock", param="hosts",
-                         hint="Describe them: `--cluster FILE`. Or measure them as they are: "
-                              "`python -m fullpipe_lab.studies.hosts`, `fullpipe generate --hosts ray --json`.")
+        _refuse_on_hosts(cluster=cluster, stages=stages, temperatures=temperatures, turns=turns, tune=tune, real=real,
+                         workers=workers, threads=threads)
+        _measure_hosts(model, sampling, methods, hosts, ray_address, widths, depths, choose(prompts, limit), out)
+        return
+    if ray_address is not None:
+        raise UsageError("ray_address is of hosts, and none are asked for", param="ray_address",
+                         hint="Give `hosts=ray`, or leave it out.")
     from fullpipe_lab.files import make_folder
     from fullpipe_lab.record import fill, recording_path, wanted_ids
 
     chosen, clusters = choose(prompts, limit), _clusters(cluster, stages)
-    heats = _once(decimals(temperatures, "--temperatures"))
+    heats = _once(decimals(temperatures or "0", "--temperatures"))
     settings = _settings(methods, _draft_variants(model), _once(integers(widths, "--widths")),
                          None if depths is None else _once(integers(depths, "--depths")))
     draft_model = _draft_path(model) if any("model" in one.draft for one in settings) else None
@@ -81,9 +91,26 @@ def bench(
     with console.StepBar("recording") as bar:
         recordings = fill(paths, model.model, chosen, turns, sampling, model.dtype, threads, progress=bar,
                           say=console.print_note)
-    wanted = _Wanted(model.model, model.draft, draft_model, wanted_ids(chosen, turns), clusters, settings, tune, real,
+    wanted = _Wanted(model.model, model.draft, draft_model, wanted_ids(chosen, turns), clusters, settings,
+                     2 if tune is None else tune, 1 if real is None else real,
                      workers or cores(), out)
     _conclude(_measure(wanted, recordings), out)
+
+
+def _refuse_on_hosts(**given: object) -> None:
+    """Raise UsageError for what was said and has no effect on real hosts."""
+    if name := next((name for name, value in given.items() if value is not None), None):
+        raise UsageError(f"{name} is for replays on virtual time, and hosts have the wall clock", param=name,
+                         hint="Leave it out, or describe the hosts: `cluster`.")
+
+
+def _measure_hosts(model: ModelOptions, sampling: SamplingParams, methods: str, hosts: str, ray_address: str | None,
+                   widths: str, depths: str | None, prompts: list[FilePrompt], out: Path) -> None:
+    from fullpipe_lab.cli.bench_hosts import OnHosts, measure_hosts, sizes_of
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    sizes = sizes_of(names, _once(integers(widths, "--widths")), _once(integers(depths or "2,3,4,6,8", "--depths")))
+    measure_hosts(model, OnHosts(hosts, ray_address, names, sizes, sampling.max_tokens), prompts, out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def check_structure(structured: Structured, tokenizer: Spelled) -> None:
         raise UsageError(f"the structure has {len(structured.text.encode()):,} bytes, {MOST_TEXT:,} at most are taken",
                          hint="Make it smaller.", param="structured")
     fault = _fault(structured)
-    if fault is None and structured.kind == "grammar" and "<" in structured.text:  # it may name tokens of the model
+    if fault is None and _names_tokens(structured):
         fault = _told(_own_guide(tokenizer).matcher(structured))
     if fault is not None:
         raise UsageError(f"the {_NAMES[structured.kind]} cannot be followed: {fault}", param="structured",
@@ -160,19 +160,27 @@ _NAMES = {"json": "JSON schema", "json_object": "structure", "regex": "regular e
 
 @lru_cache(maxsize=64)
 def _fault(structured: Structured) -> str | None:
-    """What is wrong with a structure, whatever the tokenizer; None: nothing."""
+    """What is wrong with a structure, whatever the tokenizer; None: nothing, or that cannot be said without it."""
     library = _library()
     try:
         grammar = _grammar(structured)
     except ValueError as error:
         return _short(str(error))
-    if structured.kind == "grammar" and "<" in structured.text:
-        failed, told = library.LLMatcher.validate_grammar_with_warnings(grammar)
-        return _short(told[0]) if failed else None
+    if _names_tokens(structured):
+        return None
     matcher = _matcher(library.LLTokenizer("byte"), grammar)
     if not matcher.is_error():
         matcher.compute_bitmask()
     return _told(matcher)
+
+
+@lru_cache(maxsize=64)
+def _names_tokens(structured: Structured) -> bool:
+    """Whether it is a grammar that is sound but for tokens of the model that it names."""
+    if structured.kind != "grammar" or "<" not in structured.text:
+        return False
+    failed, told = _library().LLMatcher.validate_grammar_with_warnings(_grammar(structured))
+    return not failed and any("no tokenizer" in line for line in told)
 
 
 def _told(matcher: Any) -> str | None:

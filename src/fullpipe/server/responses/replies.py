@@ -109,13 +109,15 @@ class ResponseReplies:
 
 
 def _said(output: Output, choice: ChatChunkChoice) -> Iterator[Event]:
-    """What a piece of a chat tells. This is the one place that knows how chats tell of reasoning and calls."""
-    delta, logprobs = choice.delta, choice.logprobs.content if choice.logprobs else ()
-    if thought := getattr(delta, "reasoning_content", None):
-        yield from output.think(thought)
-    yield from output.say(delta.content or "", logprobs)
-    for call in getattr(delta, "tool_calls", None) or ():
-        yield from output.call(call.index, call.id or "", call.function.name or "", call.function.arguments or "")
+    """What a piece of a chat tells; log-probabilities of what is no text of a message are left out."""
+    delta = choice.delta
+    if delta.reasoning_content:
+        yield from output.think(delta.reasoning_content)
+    elif delta.tool_calls:
+        for call in delta.tool_calls:
+            yield from output.call(call.index, call.id or "", call.function.name or "", call.function.arguments or "")
+    else:
+        yield from output.say(delta.content or "", choice.logprobs.content if choice.logprobs else ())
 
 
 def _usage(usage: Usage) -> ResponseUsage:

@@ -221,7 +221,7 @@ class ListReader:
     def __init__(self, notes: Notes, takes: Callable[[str], bool] = bool) -> None:
         self.state: State = "reading"
         self.begun = False
-        self._new = lambda: CallReader(notes, takes)
+        self._notes, self._takes = notes, takes
         self._call: CallReader | None = None
         self._raw: list[str] = []  # between calls
         self._at = "list"
@@ -253,7 +253,7 @@ class ListReader:
             case "list", "[":
                 self._at = "first"
             case ("first" | "item"), "{":
-                self._call = self._new()
+                self._call = CallReader(self._notes, self._takes)
                 return text
             case "next", ",":
                 self._at = "item"

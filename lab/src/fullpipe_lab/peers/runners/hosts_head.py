@@ -19,7 +19,6 @@ from peer_protocol import Reply, Setup, converse  # type: ignore[import-not-foun
 
 
 def load(setup: Setup) -> tuple[str, Setup, Reply]:
-    from fullpipe.assembly import assemble
     from fullpipe.cluster.acceptance import Acceptance
     from fullpipe.cluster.contact import CommandContact
     from fullpipe.cluster.hosts import HostEntry
@@ -27,16 +26,14 @@ def load(setup: Setup) -> tuple[str, Setup, Reply]:
     from fullpipe.methods import WITH_DEPTH
     from fullpipe.options import Options
     from fullpipe.request import SamplingParams
-    from fullpipe_lab.asking import Asker
+    from fullpipe_lab.asking import Placed
     from fullpipe_lab.hosts.meter import Meter
 
     entries = [HostEntry(name=name, address=address) for name, address in setup["hosts"].items()]
     contact = CommandContact(entries[0].name, entries, setup["commands"])
-    made = assemble(Options.of(**setup["options"], hosts="ray"), contact=contact)  # the contact says which hosts
-    assert made.hosts and made.hosts.placing.plan
-    placing, plan, meter = made.hosts.placing, made.hosts.placing.plan, Meter()
-    prepared = replace(made.prepared, stages=made.prepared.stages * made.pipeline.num_stages)
-    asker = Asker(prepared, made.pipeline, machine=made.hosts.machine, listeners=[meter])
+    meter = Meter()
+    asker = Placed(Options.of(**setup["options"], hosts="ray"), contact=contact, listeners=[meter])  # it says which
+    placing, plan = asker.placing, asker.plan
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         size, method = question["size"], question["method"]
@@ -62,7 +59,7 @@ def load(setup: Setup) -> tuple[str, Setup, Reply]:
     links = {f"{a}-{b}": {"latency_ms": 1e3 * pair.latency_s, "mbit": pair.bandwidth * 8e-6}
              for (a, b), pair in placing.links().items()}
     return importlib.metadata.version("fullpipe"), {
-        "stages": asker.num_stages, "dtype": prepared.target.dtype, "plan": plan.model_dump(mode="json"),
+        "stages": asker.num_stages, "dtype": asker.prepared.target.dtype, "plan": plan.model_dump(mode="json"),
         "links": links}, answer
 
 

@@ -286,5 +286,6 @@ def test_a_space_that_the_tokenizer_puts_before_a_text_is_left_out() -> None:
 
 def test_a_token_that_is_no_text_can_never_follow(tokenizer: Tokenizer) -> None:
     words = vocabulary(tokenizer)
+    assert tokenizer.bytes_of_all(SIZE + 1) == [tokenizer.token_bytes(token) for token in range(SIZE + 1)]
     [odd] = [token for token in range(256) if tokenizer.token_bytes(token) == b"\xff"]
     assert words.tokens[odd] == b""

@@ -21,7 +21,7 @@ MOST_TEXT = 1 << 20
 
 _KEPT = 32  # structures of which a station keeps what was made of them
 _TOLD = 300  # characters of what llguidance says
-_NO_TEXT = 0xFF  # begins no text in UTF-8; llguidance marks special tokens with it
+_NO_TEXT = b"\xff"  # begins no text in UTF-8; llguidance marks special tokens with it
 _LEAD = "\x02"  # before a text, so that a tokenizer that puts a space before texts puts it elsewhere
 
 
@@ -77,7 +77,7 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Spelled, vocab: int, ends: Collection[int]) -> None:
         special = {*tokenizer.special.values(), *ends}
-        self.tokens = [_bytes_of(tokenizer, token) for token in range(vocab)]
+        self.tokens = _all_bytes(tokenizer, vocab)
         self.eos_token_id = min(ends)
         self.special_token_ids = sorted(token for token in special if token < vocab)
         self._encode, self._special = tokenizer.encode, special
@@ -118,10 +118,11 @@ class _Vocabulary:
         return max(map(len, self._by_bytes), default=0)
 
 
-def _bytes_of(tokenizer: Spelled, token: int) -> bytes:
-    """What a token is in a text; nothing where it can be in none."""
-    spelled = tokenizer.token_bytes(token)
-    return b"" if spelled[:1] == bytes([_NO_TEXT]) else spelled
+def _all_bytes(tokenizer: Spelled, vocab: int) -> list[bytes]:
+    """What each token is in a text; nothing where it can be in none."""
+    quick = getattr(tokenizer, "bytes_of_all", None)
+    spelled = quick(vocab) if quick else [tokenizer.token_bytes(token) for token in range(vocab)]
+    return [b"" if one.startswith(_NO_TEXT) else one for one in spelled]
 
 
 def _size(tokenizer: Spelled) -> int:

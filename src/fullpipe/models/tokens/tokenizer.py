@@ -94,6 +94,10 @@ class Tokenizer:
         token they are its name's; an id without a token has none."""
         return self._decoding.bytes_of(token)
 
+    def bytes_of_all(self, count: int) -> list[bytes]:
+        """`token_bytes` of the first `count` tokens."""
+        return self._decoding.bytes_of_all(self.tokens, count)
+
     def token_text(self, token: int) -> str:
         r"""The same for people to read: what is no whole character is spelled out, as in "\xe2\x80"."""
         return self.token_bytes(token).decode(errors="backslashreplace")

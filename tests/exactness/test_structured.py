@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ BACKEND = structured.byte_level()
 END, SIZE = BACKEND.token_to_id("<|end|>"), BACKEND.get_vocab_size(with_added_tokens=True)
 PROMPT = tuple(BACKEND.encode('say {"kind":"abcd","n":12,"on":true} abab').ids)
 PAIRS = Structured("grammar", 'start: pair{30}\npair: /[a-m]/ ("," | ";")')
-WARM = {"temperature": 1.0, "seed": 7}
+WARM: dict[str, Any] = {"temperature": 1.0, "seed": 7}
 PARAMS = {
     "json": SamplingParams(max_tokens=60, structured=structured.JSON),
     "json, sampled": SamplingParams(max_tokens=60, structured=structured.JSON, top_k=20, top_p=0.95, **WARM),
@@ -260,7 +261,7 @@ def test_drafts_guess_nothing_that_is_forbidden(drafts: dict[str, Callable[[], D
 def test_a_user_gets_the_structure_that_he_asks_for(folders: dict[str, Path], stages: int | None) -> None:
     asked = SamplingParams(max_tokens=80, structured=structured.JSON)
     plain = SamplingParams(max_tokens=80, structured=Structured("choice", '["abc", "truest"]'), temperature=1.0)
-    options = {"draft": f"{folders['draft']},ngram", "dtype": "float32", "threads": 1, "stages": stages}
+    options: dict[str, Any] = {"draft": f"{folders['draft']},ngram", "dtype": "float32", "threads": 1, "stages": stages}
     with LLM(folders["target"], method="fullpipe", **options) as llm:
         said, chosen = llm.generate(["say", "choose"], [asked, plain])
         assert llm.generate("say", asked)[0].token_ids == said.token_ids, "a second request finds what was made"

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test clients check wheel clean
 
 demo: $(READY)
 	$(BIN)/fullpipe demo
@@ -13,6 +13,10 @@ test: $(READY)
 	$(BIN)/fullpipe pull smollm2-135m qwen2.5-coder-0.5b
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -rs -m "not hosts"
 	$(BIN)/pytest -rs -m hosts
+
+clients: $(READY)
+	$(BIN)/fullpipe pull smollm2-135m qwen2.5-coder-0.5b
+	$(BIN)/python tests/server/clients/run.py
 
 check: $(READY)
 	$(BIN)/ruff check src tests lab

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fullpipe.costs import CostCurve, Machine
 from fullpipe.live_costs import LiveCurve, LiveMachine, learning
-from fullpipe.messages import Drafted, Landed, Leg
+from fullpipe.messages import ArenaId, Drafted, Landed, Leg, Scored
 
 KNOWN = CostCurve({1: 0.020, 2: 0.023, 4: 0.029, 8: 0.044, 16: 0.080, 32: 0.150})
 MIXED = (1, 8, 3, 2, 6, 1, 12, 4, 5)
@@ -153,6 +153,15 @@ def test_a_machine_is_known_when_all_its_stages_are() -> None:
     for seconds in (0.02, 0.02):
         machine.observe(landing((1, 0.01), (1, seconds)))
     assert machine.stage and machine.stage(1) == pytest.approx(0.02)
+
+
+def test_what_scoring_a_prompt_takes_says_nothing_of_other_rows() -> None:
+    machine = LiveMachine(Machine(1, KNOWN))
+    for _ in range(60):
+        scored = landing((32, 9.0))
+        scored.prompts = [Scored(ArenaId(0), 1, 1, [(5, -0.5)])]
+        machine.observe(scored)
+    assert machine.stage is KNOWN
 
 
 def test_what_is_given_is_certain() -> None:

@@ -21,8 +21,8 @@ class Letters:
         return certain
 
 
-def read(text: str, stop: tuple[str, ...]) -> tuple[str, list[str], bool]:
-    reply, pieces, stopped = Reply(Letters(), stop), [], False
+def read(text: str, stop: tuple[str, ...], least: int = 0) -> tuple[str, list[str], bool]:
+    reply, pieces, stopped = Reply(Letters(), stop, least), [], False
     for letter in text:
         stopped = reply.push(ord(letter))
         pieces.append(reply.fresh())
@@ -51,3 +51,30 @@ def test_a_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
     assert pieces[:6] == ["", "a", "", "", "", ""] and "".join(pieces) == "a\nUserx" and not stopped
     said, pieces, stopped = read("a\nUser: hi", ("\nUser:",))
     assert (said, stopped) == ("a", True)
+
+
+class Plain:
+    """A detokenizer whose tokens are code points, certain at once."""
+
+    def push(self, token: int) -> str:
+        return chr(token)
+
+    def finish(self) -> str:
+        return ""
+
+
+@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers(0, 12))
+def test_stop_strings_that_are_complete_too_early_do_not_count(text: str, stop: list[str], least: int) -> None:
+    """The obvious way: after each letter beyond the least number, whether a stop string ends there."""
+    expected, ended = text, False
+    for end in range(least + 1, len(text) + 1):
+        found = [one for one in stop if text[:end].endswith(one)]
+        if found:
+            expected, ended = text[: end - max(map(len, found))], True
+            break
+    reply, stopped = Reply(Plain(), stop, least), False
+    for letter in text:
+        if stopped := reply.push(ord(letter)):
+            break
+    reply.finish()
+    assert (reply.text, stopped) == (expected, ended)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from fullpipe.messages import Drafted, Event, Flight, Landed, Ready
 from fullpipe.methods import METHODS, make_method, options_of
 from fullpipe.models.decoder import DecoderSlice
 from fullpipe.models.dtypes import DTYPES
+from fullpipe.models.step import Step
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.weights import open_model
 from fullpipe.pipeline.inprocess import InProcessPipeline
@@ -118,8 +120,21 @@ def load(target: Path, draft: Path, *, dtype: str, cuts: tuple[int, ...], vocab:
     stages = [build_stage(model=str(target), first=first, last=last, is_first=first == 0, is_last=last == cuts[-1],
                           dtype=dtype, vocab=vocab) for first, last in pairwise(cuts)]
     files = open_model(draft)
-    return Models(stages, *(DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True,
-                                         dtype=DTYPES[dtype]) for _ in range(2)))
+    models = Models(stages, *(DecoderSlice(files, 0, files.config.num_layers, has_embedding=True, has_head=True,
+                                           dtype=DTYPES[dtype]) for _ in range(2)))
+    if not same_in_any_company(models.memo):
+        pytest.skip(f"torch gives a row other bits in other company here, in {dtype}: a memo computes in others")
+    return models
+
+
+@torch.inference_mode()
+def same_in_any_company(slice: DecoderSlice) -> bool:
+    """Whether the logits of a text have the same bits in steps of one row and of several. On some processors torch's
+    products do not give that."""
+    tokens, slots = torch.tensor([5, 3, 8, 1, 7, 2, 9, 4, 6, 5, 1, 2, 3, 4, 8, 9] * 3), np.arange(48, dtype=np.int32)
+    said = [torch.cat([slice.logits(slice.forward(Step.of_text(tokens[at : at + rows], slots[: at + rows], at)))
+                       for at in range(0, 48, rows)]) for rows in (1, 2, 3, 4, 5, 7, 8, 11, 16, 32, 35, 48)]
+    return all(torch.equal(one, said[0]) for one in said)
 
 
 def really(models: Models, method: str, on: Cluster, params: SamplingParams, *, prompt: tuple[int, ...] = PROMPT,

@@ -139,8 +139,7 @@ def test_errors_in_the_log_are_faults() -> None:
 
 
 def test_bad_input_is_of_many_sorts_and_good_input_is_good() -> None:
-    from fullpipe.server.protocol import ChatRequest, CompletionRequest
-
+    from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest
     sorts = bad_requests()
     assert len({(one.path, one.content) for one in sorts}) > 45
     draw = soak.random.Random(5)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fullpipe.request import SamplingParams
+from fullpipe.request import SamplingParams, Structured
 from fullpipe.threads import share_the_machine
 
 if TYPE_CHECKING:
     from fullpipe.llm import LLM, Chunk, Completion
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Chunk", "Completion", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Chunk", "Completion", "SamplingParams", "Structured", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

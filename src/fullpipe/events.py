@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from msgspec import field
 
-from fullpipe.messages import Drafted, Event, Failed, Landed, Ready, Woken
+from fullpipe.messages import Drafted, Event, Failed, Landed, Ready, Scored, Woken
 
 Fate = Literal["hit", "miss", "last"]
 """What became of speculation on an emitted token: it was in flight (hit), it was not (miss), or it ended the text, so
@@ -59,6 +59,14 @@ class Asked(Event):
     rows: dict[int, int]
 
 
+class PromptScored(Event):
+    """It is known how likely each token of a prompt but the first was (`SamplingParams.prompt_logprobs`). It comes
+    before the request's first token; scores: by position, from 1 on."""
+
+    request: int
+    scores: list[Scored]
+
+
 class Emitted(Event):
     """A token became part of the text. node: whose landing said so. altered: the target would have said another one
     there (lossy requests only). margin, logprobs: as in `Landed`."""
@@ -93,5 +101,5 @@ class Finished(Event):
 
 
 AnyEvent = (Ready | Landed | Drafted | Failed | Woken | Submitted | Admitted | Preempted | Attached | Launched | Asked
-            | Emitted | Died | Finished)
+            | PromptScored | Emitted | Died | Finished)
 """Every kind, as a decoder wants to know them: `msgspec.json.decode(line, type=AnyEvent)`."""

@@ -54,7 +54,7 @@ class LiveMachine(Machine):
 
     def observe(self, event: object) -> None:
         match event:
-            case Landed():
+            case Landed() if not event.prompts:  # what scoring them took, no other flight's rows take
                 changed = [stage.observe(len(leg.nodes), leg.end - leg.start)
                            for stage, leg in zip(self._stages, event.legs)]
                 curves = [stage.curve for stage in self._stages if stage.curve] if any(changed) else []

@@ -51,7 +51,8 @@ class Completion:
     usage, speculation, timing: as `fullpipe generate --json` prints them; DESIGN section 8 says what the
     figures mean. margins: per token how far it stood above the second best; None without a second or if not asked.
     logprobs: per token its log-probability and those of the likeliest, as (token, logprob) with its own first; empty
-    unless `SamplingParams.logprobs` asks for them.
+    unless `SamplingParams.logprobs` asks for them. prompt_logprobs: the same of the prompt's tokens, None of the first,
+    where `SamplingParams.prompt_logprobs` asks.
     """
 
     text: str
@@ -62,10 +63,11 @@ class Completion:
     timing: dict[str, Any]
     margins: list[float | None] = field(default_factory=list)
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_logprobs: list[list[tuple[int, float]] | None] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
-        del values["margins"], values["logprobs"]
+        del values["margins"], values["logprobs"], values["prompt_logprobs"]
         return values
 
 
@@ -256,17 +258,19 @@ class LLM:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, *,
              add_generation_prompt: bool | None = None, continue_final_message: bool = False,
-             chat_template_kwargs: Mapping[str, Any] | None = None) -> Completion:
+             chat_template_kwargs: Mapping[str, Any] | None = None,
+             tools: Sequence[Mapping[str, Any]] | None = None) -> Completion:
         """Answer a conversation through the model's chat template. params: as in `generate`.
 
         continue_final_message: go on with the last message rather than begin an answer, which add_generation_prompt
         stands for (None: unless the last message is continued). chat_template_kwargs: what the template reads besides,
-        such as `enable_thinking`. All as vLLM has them. `tokenizer.chat` takes the same, for `stream`.
+        such as `enable_thinking`. tools: what the model may call, each as in OpenAI's `tools`; its calls are in the
+        text, in its own form. All as vLLM has them. `tokenizer.chat` takes the same, for `stream`.
         """
         _check_there_is_something(messages)
         tokens = self.tokenizer.chat(messages, add_generation_prompt=add_generation_prompt,
                                      continue_final_message=continue_final_message,
-                                     chat_template_kwargs=chat_template_kwargs)
+                                     chat_template_kwargs=chat_template_kwargs, tools=tools)
         return self.generate([tokens], params)[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
@@ -374,7 +378,8 @@ class LLM:
              "tokens_per_s": stats.num_emitted / spent if stats.num_emitted and spent > 0 else 0.0,
              "wall_s": (one.ended or time.monotonic()) - one.begun},
             [margin for update in news for margin in update.margins],
-            [told for update in news for told in update.logprobs])
+            [told for update in news for told in update.logprobs],
+            [score.told if score else None for update in news for score in update.prompt_logprobs])
 
 
 def _drain_if_idle(engine: Engine) -> None:

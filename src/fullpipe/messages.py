@@ -39,6 +39,8 @@ class Opening(Struct, array_like=True):
     prompt_len: positions below it are prompt (presence and frequency penalties do not count them).
     path: slots of tokens that stand at this station already, by position from 0 on: another request computed them, and
         they are committed here from the start.
+    ends: the model's end tokens, where what may follow depends on which they are.
+    scored: (stages) the prompt's tokens, where the request asks how likely they are (`SamplingParams.prompt_logprobs`).
     """
 
     arena: ArenaId
@@ -47,6 +49,8 @@ class Opening(Struct, array_like=True):
     path: list[int] = field(default_factory=list)
     request: int = -1
     drafts: bool = True
+    ends: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
 
 
 class Part(Struct, array_like=True):
@@ -149,6 +153,18 @@ class Expansion(Struct):
     learned: bool = False
 
 
+class Scored(Struct, array_like=True):
+    """Says how likely the token of a prompt at a position was, given those before it.
+
+    rank: 1 where none was likelier. told: (token, log-probability) of it and behind it of the likeliest ones.
+    """
+
+    arena: ArenaId
+    position: int
+    rank: int
+    told: list[tuple[Token, Logprob]]
+
+
 def steps(answer: Any) -> int:
     """How many steps a draft went on by itself, each of one row; of a stage's answer none."""
     return sum(len(one.computed) for one in answer) if isinstance(answer, list) else 0
@@ -174,7 +190,8 @@ class Landed(Event):
     unless the pipeline was built to report it. others: the other tokens that the row's request lets pass, best first
     (`SamplingParams.accept_typical`); empty when every request of the flight is exact. logprobs: for each row whose
     request asks for them (`SamplingParams.logprobs`), (token, log-probability) of the picked token and behind it of the
-    likeliest ones; an empty list for the other rows; empty when no request of the flight asks.
+    likeliest ones; an empty list for the other rows; empty when no request of the flight asks. prompts: of prompt rows
+    (parallel to nothing), where a request asks what follows them.
     """
 
     flight: int
@@ -184,6 +201,7 @@ class Landed(Event):
     others: list[list[Token]] = field(default_factory=list)
     logprobs: list[list[tuple[Token, Logprob]]] = field(default_factory=list)
     legs: list[Leg] = field(default_factory=list)
+    prompts: list[Scored] = field(default_factory=list)
 
 
 class Drafted(Event):

@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -24,6 +25,8 @@ KV_CACHE_DTYPES = ("auto", "float16", "float32", "int8")
 BLOCK = 256
 """Slots of a block of cache memory."""
 
+TOOL_CALL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral")
+REASONING_PARSERS = ("none", "deepseek_r1", "qwen3")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -60,6 +63,8 @@ class ModelOptions:
     quantization: str | None = option(None, "Quantise weights of 16 or 32 bits while they are read: int8, or int4 "
                                       "(embedding and head int8). On the processor, of target and draft model.",
                                       "--quantization", "-q")
+    lora: str | None = option(None, "LoRA adapter to merge into the model while it is read: a folder of peft's. It is "
+                              "served under NAME, or the folder's.", metavar="[NAME=]DIR")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together. Default: what the model takes.")
     chat_template: str | None = option(None, "File with the chat template to use in place of the model's, or the "
                                        "template itself.", metavar="FILE")
@@ -76,7 +81,20 @@ class ModelOptions:
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise UsageError(f"unknown quantization {self.quantization!r}", param="quantization",
                              hint=f"Known are: {', '.join(QUANTIZATIONS)}. Files that are quantised need none.")
+        if self.lora is not None and (not self.lora.strip() or self.lora[0] == "=" or self.lora[-1] == "="):
+            raise UsageError(f"{self.lora!r} names no LoRA adapter", param="lora",
+                             hint="Write its folder, or `lora=NAME=DIR`.")
         _refuse_unless((length is None or length >= 1, f"max_model_len must be 1 or more (got {length})"))
+
+    @property
+    def adapter(self) -> tuple[str, Path] | None:
+        """Name and folder of the LoRA adapter; None without one."""
+        if self.lora is None:
+            return None
+        is_named = "=" in self.lora.partition("/")[0]
+        name, _, folder = self.lora.partition("=") if is_named else ("", "", self.lora)
+        path = Path(folder).expanduser().absolute()
+        return name or path.name, path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,8 +230,17 @@ class ServerOptions:
     port: int = option(8000, "Port to listen on.")
     api_key: tuple[str, ...] = option((), "Key that opens /v1 and the page's feed; may be repeated. If not given, "
                                       "FULLPIPE_API_KEY, which is one key. None: open to all who reach it.")
+    api_key_file: str | None = option(None, "File with more such keys, one a line.", metavar="FILE")
     served_model_name: tuple[str, ...] = option((), "Name in the API, in place of the model's; may be repeated.")
     allowed_origins: tuple[str, ...] = option((), "Origin of web pages elsewhere that may ask (CORS); may be repeated.")
+    allowed_methods: tuple[str, ...] = option(("*",), "HTTP method that such pages may use; may be repeated.")
+    allowed_headers: tuple[str, ...] = option(("*",), "HTTP header that such pages may send; may be repeated.")
+    allow_credentials: bool = option(False, "Let such pages send cookies and the like.")
+    ssl_certfile: str | None = option(None, "Certificate (PEM) to speak TLS with; the key may be in it.",
+                                      metavar="FILE")
+    ssl_keyfile: str | None = option(None, "Key (PEM) of the certificate.", metavar="FILE")
+    ssl_keyfile_password: str | None = option(None, "Password of that key.")
+    root_path: str = option("", "Path under which a proxy offers the server.", metavar="/PATH")
     max_waiting: int = option(256, "Requests that may wait; more are turned away (429).")
     max_connections: int = option(512, "HTTP requests at once, probes not counted; more are turned away (429).")
     max_choices: int = option(256, "Texts that one request may ask for, prompts times n.")
@@ -224,6 +251,11 @@ class ServerOptions:
     request_timeout: float | None = option(None, "Time after which a request ends with what it has.", metavar="SECONDS")
     shutdown_timeout: int = option(600, "Time that requests still have when the server is told to end; then they are "
                                    "cut off.", metavar="SECONDS")
+    tool_call_parser: str = option("auto", "How the model writes calls of tools: hermes (Qwen too), llama3_json, "
+                                   "mistral, auto (what its chat template tells), or none: calls only if demanded.")
+    reasoning_parser: str = option("none", "How the model's thoughts are told from its answers, by <think> marks: "
+                                   "deepseek_r1 (it always thinks), qwen3 (if there is such a mark), or none: they are "
+                                   "not.")
     log_level: str = option("info", "How much is logged.")
 
     def __post_init__(self) -> None:
@@ -232,7 +264,10 @@ class ServerOptions:
                 raise UsageError("an API key is empty" if not key else "an API key has white space in it",
                                  hint="A key is one word, of FULLPIPE_API_KEY too. Name none at all, and unset the "
                                       "variable, to let everybody in.")
+        self._refuse_what_has_no_effect()
         _refuse_unless(
+            (not self.root_path or (self.root_path.startswith("/") and not self.root_path.endswith("/")),
+             f"root_path must begin with / and not end with it (got {self.root_path!r})"),
             (0 <= self.port < 65536, f"the port must be below 65536 (got {self.port})"),
             (self.max_waiting >= 0, f"max_waiting must be 0 or more (got {self.max_waiting})"),
             *((getattr(self, name) >= 1, f"{name} must be 1 or more (got {getattr(self, name)})")
@@ -240,7 +275,19 @@ class ServerOptions:
             *((limit is None or limit > 0, f"{name} must be above 0 (got {limit})")
               for name in ("body_timeout", "write_timeout", "request_timeout") for limit in (getattr(self, name),)),
             (self.shutdown_timeout >= 0, f"shutdown_timeout must be 0 or more (got {self.shutdown_timeout})"),
+            (self.tool_call_parser in TOOL_CALL_PARSERS,
+             f"unknown tool_call_parser {self.tool_call_parser!r}; known are {', '.join(TOOL_CALL_PARSERS)}"),
+            (self.reasoning_parser in REASONING_PARSERS,
+             f"unknown reasoning_parser {self.reasoning_parser!r}; known are {', '.join(REASONING_PARSERS)}"),
             (self.log_level in LOG_LEVELS, f"unknown log level {self.log_level!r}; known are {', '.join(LOG_LEVELS)}"))
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for needed, names in (("ssl_certfile", ("ssl_keyfile", "ssl_keyfile_password")),
+                              ("allowed_origins", ("allowed_methods", "allowed_headers", "allow_credentials"))):
+            for one in fields(self):
+                if one.name in names and not getattr(self, needed) and getattr(self, one.name) != one.default:
+                    raise UsageError(f"{one.name} has no effect without {needed}", param=one.name,
+                                     hint=f"Give `{needed}`, too.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

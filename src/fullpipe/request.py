@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fullpipe.errors import PromptError, UsageError
+
+StructuredKind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
 
 def _option(default: Any, help: str) -> Any:
     """A field that the command line offers."""
     return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """What the text must be.
+
+    kind, text: "json", a JSON schema; "json_object" (any object), ""; "regex", a regular expression; "choice", a JSON
+    list of texts of which one is said; "grammar", a context-free grammar in Lark's notation or in GBNF.
+    """
+
+    kind: StructuredKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(StructuredKind):
+            raise UsageError(f"a text cannot be structured by {self.kind!r}", param="structured",
+                             hint=f"Known are {', '.join(get_args(StructuredKind))}.")
+        if not is_text(self.text):
+            raise UsageError("a structure must be text that UTF-8 can spell", param="structured")
+        if bool(self.text) == (self.kind == "json_object"):
+            what = "has no text: it takes any object" if self.text else "needs a text: what it must be"
+            raise UsageError(f"the structure {self.kind} {what}", param="structured")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +47,12 @@ class SamplingParams:
     same answer. Give each request a seed of its own for different samples. At temperature 0 top_k, top_p, min_p
     and seed change nothing, as in vLLM.
 
-    Processors act on the target's logits in the order of transformers: bias, repetition penalty,
-    frequency and presence penalty, temperature, top-k, top-p, min-p. Then the token is
-    `argmax(logits + gumbel(seed, position))`, or the plain argmax at temperature 0.
+    Processors act on the target's logits: masks first (structured, allowed_token_ids, bad_words, min_tokens), and then
+    in the order of transformers: bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
+    min-p. Then the token is `argmax(logits + gumbel(seed, position))`, or the plain argmax at temperature 0.
+
+    Where masks and bias together would leave no token, the structure alone decides, and without one the logits as
+    they are: so a text whose structure is complete ends, whatever min_tokens says.
 
     temperature: 0 (the default here: greedy) or more.
     top_k: keep the k likeliest tokens; 0 or -1 keeps all.
@@ -38,10 +65,19 @@ class SamplingParams:
         ("length"). The server refuses such a request, as vLLM's does.
     stop: strings that end the text; they are not part of it. The text of a special token also ends it at that token.
     stop_token_ids: tokens that end the text, beside the model's own end tokens.
-    skip_special_tokens: leave special tokens out of the text. A token that ends it is never part of it.
+    skip_special_tokens: leave special tokens out of the text. A token that ends it is no part of it in any case.
     ignore_eos: do not stop at the model's end tokens.
+    min_tokens: before there are so many tokens, none is picked that ends the text, and stop strings are not looked for.
+    bad_words: texts that are not said: of the tokens of each, with a space before it and without, the last does not
+        follow the others. They may still be spelled with other tokens, as in vLLM.
+    allowed_token_ids: the only tokens that may be picked; None: all. Without an end token the text ends at max_tokens.
+    structured: what the text must be. When it is that, it ends.
+    bad_word_ids: what bad_words are in tokens, which `fitted` fills in.
     logprobs: report with every token its log-probability and those of so many likeliest ones, 0 to 20; None: nothing.
         Natural logarithms of the softmax of the target's raw logits, before any processor (vLLM's `raw_logprobs`).
+    prompt_logprobs: report the same of every token of the prompt but the first, which nothing stands before. The prompt
+        is then computed anew, whatever others have computed of it.
+    include_stop_str_in_output: the stop string, or the token, that ends the text is part of it.
     accept_typical: 0 is exact. Above it the text is no longer the target's: where the token that it picks was not
         guessed, one that was may stand in its place if its probability, processors applied and noise not, is above
         min(e, sqrt(e) exp(-H)), e this number and H the entropy in nats (Medusa's typical acceptance, arXiv
@@ -63,7 +99,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = _option(False, "Go on past the model's end tokens.")
     skip_special_tokens: bool = _option(True, "Leave special tokens out of the text.")
+    min_tokens: int = _option(0, "Do not end before so many new tokens.")
+    bad_words: tuple[str, ...] = _option((), "Do not say this; may be repeated.")
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    structured: Structured | None = None
     accept_typical: float = _option(0.0, "0: the model's own text. Above 0 (1 at most): LOSSY, a guessed token may "
                                     "stand where the model would have said another; the smaller, the more.")
 
@@ -71,6 +114,10 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
+        object.__setattr__(self, "bad_words", words)
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(self.allowed_token_ids)))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for ok, what in (
             (math.isfinite(self.temperature) and self.temperature >= 0, "temperature must be 0 or more"),
@@ -82,7 +129,13 @@ class SamplingParams:
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty must be in [-2, 2]"),
             (0 <= self.seed < 2**64, "seed must be in [0, 2**64)"),
             (self.max_tokens >= 1, "max_tokens must be 1 or more"),
+            (0 <= self.min_tokens <= self.max_tokens, f"min_tokens must be in [0, max_tokens], here {self.max_tokens}"),
+            (all(word.strip() for word in self.bad_words), "bad_words must not be empty"),
+            (all(map(is_text, self.bad_words)), "bad_words must be text that UTF-8 can spell"),
+            (self.allowed_token_ids != (), "allowed_token_ids must name at least one token"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in [0, 20], or None"),
+            (self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+             "prompt_logprobs must be in [0, 20], or None"),
             (0 <= self.accept_typical <= 1, "accept_typical must be in [0, 1]"),
             (all(self.stop), "stop strings must not be empty"),
             (all(map(is_text, self.stop)), "stop strings must be text that UTF-8 can spell"),
@@ -90,6 +143,9 @@ class SamplingParams:
         ):
             if not ok:
                 raise UsageError(f"{what} (got {self._shown(what.split()[0])})")
+        if self.structured and self.ignore_eos:
+            raise UsageError("a structured text ends with an end token, which ignore_eos would pass over",
+                             hint="Leave out one of the two.", param="ignore_eos")
 
     def _shown(self, name: str) -> object:
         return getattr(self, name, self.stop)
@@ -102,12 +158,17 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """True when the pick is the argmax of the raw logits: no processor, no noise."""
-        return self.temperature == 0 and not self.needs_history and not self.logit_bias
+        return self.temperature == 0 and not self.needs_history and not self.logit_bias and not self.restricted
 
     @property
     def needs_history(self) -> bool:
-        """True when the pick depends on which tokens stand on the path."""
+        """True when penalties depend on which tokens stand on the path."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def restricted(self) -> bool:
+        """True when there are tokens that may not be picked, whatever their logits are."""
+        return bool(self.structured or self.min_tokens or self.bad_word_ids) or self.allowed_token_ids is not None
 
 
 def is_text(text: str) -> bool:
@@ -119,11 +180,12 @@ _MOST = 3.4028234663852886e38  # the largest float32; logits are float32, and a 
 
 
 def fitted(prompt: Sequence[int], params: SamplingParams, *, vocab: int, max_model_len: int,
-           special: Mapping[str, int]) -> SamplingParams:
-    """The parameters, with `max_tokens` cut to what the context still holds, and tokens to stop at for stop strings
-    that are their texts.
+           special: Mapping[str, int], encode: Callable[[str], Sequence[int]] | None = None) -> SamplingParams:
+    """The parameters, with `max_tokens` cut to what the context still holds, tokens to stop at for stop strings
+    that are their texts, and bad words in tokens.
 
-    vocab: number of real tokens. special: the special ones, by their texts. Raises PromptError for a prompt that fills
+    vocab: number of real tokens. special: the special ones, by their texts. encode: makes tokens of text, no special
+    ones around them; without it nothing becomes of bad words. Raises PromptError for a prompt that fills
     the context, and UsageError for tokens that do not exist, for stop strings that can never match, and for a
     logit_bias from which the last stage could pick nothing: there it would end the pipeline.
     """
@@ -144,8 +206,33 @@ def fitted(prompt: Sequence[int], params: SamplingParams, *, vocab: int, max_mod
     if len(bias) >= vocab and all(value < -_MOST for value in bias.values()):
         raise UsageError(f"logit_bias forbids every one of the {vocab} tokens, so there is nothing to pick",
                          hint="Leave at least one token without -inf.")
-    return replace(params, max_tokens=min(params.max_tokens, room),
-                   stop_token_ids=(*params.stop_token_ids, *_special_stops(params, special)))
+    _check_allowed(params, vocab)
+    return replace(params, max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room),
+                   stop_token_ids=(*params.stop_token_ids, *_special_stops(params, special)),
+                   bad_word_ids=tuple(_bad_word_ids(params, encode)) if encode else params.bad_word_ids)
+
+
+def _check_allowed(params: SamplingParams, vocab: int) -> None:
+    allowed, bias = params.allowed_token_ids, params.logit_bias
+    if allowed is None:
+        return
+    if bad := [token for token in allowed if not 0 <= token < vocab]:
+        raise UsageError(f"token {bad[0]} is not in the vocabulary of {vocab} tokens", param="allowed_token_ids",
+                         hint="Leave it out of allowed_token_ids.")
+    if all(bias.get(token, 0.0) < -_MOST for token in allowed):
+        raise UsageError("logit_bias forbids all of allowed_token_ids, so there is nothing to pick",
+                         hint="Leave at least one of them without -inf.", param="allowed_token_ids")
+
+
+def _bad_word_ids(params: SamplingParams, encode: Callable[[str], Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """The tokens of each bad word, and of the same with a space before it where that is another word and not one token
+    more: as vLLM has it."""
+    for word in params.bad_words:
+        plain, spaced = (tuple(encode(space + word.lstrip())) for space in ("", " "))
+        if plain:
+            yield plain
+        if plain and spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+            yield spaced
 
 
 def _special_stops(params: SamplingParams, special: Mapping[str, int]) -> list[int]:
@@ -180,6 +267,11 @@ class Request:
     eos: frozenset[int] = frozenset()
     priority: int = 0
     deadline: float = math.inf
+
+    @property
+    def told_ends(self) -> list[int]:
+        """The end tokens, where what may follow depends on which they are; else none."""
+        return sorted(self.eos) if self.params.min_tokens or self.params.structured else []
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -22,9 +22,10 @@ from typing import Generic, Protocol, TypeVar
 
 from fullpipe.engine import Engine, Listener, RequestStats
 from fullpipe.errors import Overloaded, PipelineError, UsageError
-from fullpipe.events import Emitted, Finished
-from fullpipe.messages import Event
+from fullpipe.events import Emitted, Finished, PromptScored
+from fullpipe.messages import Event, Scored
 from fullpipe.methods import Method
+from fullpipe.models.tokens.matching import check_structure
 from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline, Remade
 from fullpipe.pipeline.guarded import guarded
@@ -43,8 +44,9 @@ class Update:
 
     text: what became certain since the last update. token_ids: what was emitted since then. logprobs: parallel to
     token_ids where they are asked for, else empty, and so are offsets: characters of the text that were certain before
-    the token; margins: parallel to token_ids (as logprobs, they are those of `Emitted`). reason: set on the last update
-    only: "stop", "length", "abort", "deadline" or "error". error, failure: what happened, with the reason
+    the token; margins: parallel to token_ids (as logprobs, they are those of `Emitted`). prompt_logprobs: come with the
+    first token, of every token of the prompt where they are asked for (None: of its first). reason: set on the last
+    update only: "stop", "length", "abort", "deadline" or "error". error, failure: what happened, with the reason
     "error", in one line and as it was raised (others may have the same `failure`).
     """
 
@@ -53,6 +55,7 @@ class Update:
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     margins: list[float | None] = field(default_factory=list)
+    prompt_logprobs: list[Scored | None] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
     failure: BaseException | None = None
@@ -85,6 +88,10 @@ class Words(Protocol):
 
     @property
     def special(self) -> Mapping[str, int]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
 
     def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer: ...
 
@@ -136,7 +143,10 @@ class _Client:
         self.error, self.failure = why, failure
 
     def take(self, event: Emitted) -> bool:
-        """True when a stop string is complete. Of a token that ends the text by itself nothing is to be read."""
+        """True when a stop string is complete. Of a token that ends the text by itself nothing is to be read, unless
+        that is asked for."""
+        if not self.num_tokens:
+            self._check_scored()
         self.num_tokens += 1
         self.fresh.token_ids.append(event.token)
         self.fresh.margins.append(event.margin)
@@ -144,7 +154,16 @@ class _Client:
             self.fresh.logprobs.append(event.logprobs)
             self.fresh.offsets.append(self.reply.length)
         ends = event.token in self.request.eos or event.token in self.request.params.stop_token_ids
-        return not ends and self.reply.push(event.token)
+        return (not ends or self.request.params.include_stop_str_in_output) and self.reply.push(event.token)
+
+    def _check_scored(self) -> None:
+        """Raise PipelineError unless it is known by the first token what was asked of the prompt."""
+        if self.request.params.prompt_logprobs is None:
+            return
+        if len(self.request.prompt) == 1:
+            self.fresh.prompt_logprobs = [None]
+        if not self.fresh.prompt_logprobs:
+            raise PipelineError("the stages did not say how likely the prompt is")
 
     def last(self, reason: str) -> Update:
         """Its last update. Where the rest of the text cannot be made, the reason is another."""
@@ -241,14 +260,18 @@ class Service(Generic[W]):
     def _client(self, asked: Asked, now: float) -> _Client:
         prompt, model = asked.prompt, self.model
         params = fitted(prompt, asked.params, vocab=model.vocab_size, max_model_len=self.max_model_len,
-                        special=model.tokenizer.special)
+                        special=model.tokenizer.special,
+                        encode=(lambda text: model.tokenizer.encode(text)) if asked.params.bad_words else None)
+        if params.structured is not None:
+            check_structure(params.structured, model.tokenizer)
         eos = frozenset() if params.ignore_eos else model.tokenizer.eos_ids
         request = Request(next(self._ids), tuple(prompt), params, eos, asked.priority,
                           math.inf if asked.timeout_s is None else now + asked.timeout_s)
         self.engine.check_fits(request)
         ticket = Ticket(request.id, len(prompt), RequestStats(started=now))
         words = model.tokenizer.stream(prompt, params.skip_special_tokens)
-        return _Client(ticket, request, Reply(words, params.stop), asked.deliver)
+        reply = Reply(words, params.stop, params.min_tokens, params.include_stop_str_in_output)
+        return _Client(ticket, request, reply, asked.deliver)
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits for it any more. Its rows are free within one step of the engine."""
@@ -382,6 +405,8 @@ class Service(Generic[W]):
 
     def _hear(self, event: Event) -> None:
         """The engine's events as they happen: a step that fails has told those before the failure."""
+        if isinstance(event, PromptScored) and event.request in self._clients:
+            self._clients[event.request].fresh.prompt_logprobs = [None, *event.scores]  # it goes with the first token
         if not isinstance(event, (Emitted, Finished)) or (one := self._clients.get(event.request)) is None:
             return
         self._touched[event.request] = one

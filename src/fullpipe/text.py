@@ -19,22 +19,29 @@ class Reply:
 
     stop: strings that end the text; neither they nor what follows is part of it. Text that may be the
     beginning of a stop string is held back until it is known not to be.
+    min_tokens: stop strings that are complete with the first so many tokens do not count.
+    include_stop: the stop string itself is part of it after all.
 
     length: characters that the tokens so far have certainly brought, those that are held back or cut off among them.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), min_tokens: int = 0,
+                 include_stop: bool = False) -> None:
         self._detokenizer = detokenizer
-        self._stop = tuple(stop)
+        self._stop, self._include_stop = tuple(stop), include_stop
+        self._early = min_tokens  # tokens to come with which no stop string counts
         self._ended = False
         self._held = ""  # certain text that may begin a stop string
+        self._passed = 0  # characters of it that came while no stop string counted
         self._fresh: list[str] = []
         self.text = ""
         self.length = 0
 
     def push(self, token: int) -> bool:
         """Take a token in; True when a stop string is complete."""
-        return self._take(self._detokenizer.push(token))
+        ended = self._take(self._detokenizer.push(token))
+        self._early -= self._early > 0
+        return ended
 
     def fresh(self) -> str:
         """The text that became certain since this was last asked."""
@@ -53,16 +60,20 @@ class Reply:
             return True
         self.length += len(text)
         self._held += text
-        ends = [found for stop in self._stop if (found := self._held.find(stop)) >= 0]
+        if self._early:
+            self._passed = len(self._held)
+        ends = [(found, len(stop)) for stop in self._stop
+                if (found := self._held.find(stop, max(0, self._passed - len(stop) + 1))) >= 0]
         if ends:
-            self._give(self._held[: min(ends)])
+            begin, length = min(ends)
+            self._give(self._held[: begin + length if self._include_stop else begin])
             self._held = ""
             self._ended = True
             return True
         keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         self._give(self._held[:cut])
-        self._held = self._held[cut:]
+        self._held, self._passed = self._held[cut:], max(0, self._passed - cut)
         return False
 
     def _give(self, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -11,6 +12,7 @@ from host_reports import MODEL
 from host_reports import host as report
 from imagined import host, imagined
 
+from adapters import write_adapter
 from fullpipe.cluster.hosts import HostEntry
 from fullpipe.cluster.plan import Plan, StagePlan, memory_of
 from fullpipe.cluster.seats import Seats
@@ -65,6 +67,19 @@ def test_stations_are_not_placed_with_files_that_are_others_than_they_were(model
     assert caught.value.hint
     write(model, "one")
     there.wanted.check_unchanged()
+
+
+def test_stages_elsewhere_are_given_the_adapter_whole(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", {"model.layers.0.mlp.up_proj": (96, 64)})
+    there = seats({})
+    wanted = replace(there.wanted, adapter=tmp_path / "adapter")
+    first, second = replace(there, wanted=wanted).hosting(LocalLauncher, print).places
+    assert not first.fetch and not first.paths, "the head has it"
+    (fetch,) = second.fetch
+    assert fetch.path == str(tmp_path / "adapter") and fetch.ranges == fetch.manifest.everything()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(DamagedModel, match="adapter has been changed while this runs"):
+        replace(there, wanted=wanted).hosting(LocalLauncher, print)
 
 
 def test_what_is_placed_later_may_have_other_files(model: Path) -> None:

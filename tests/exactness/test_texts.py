@@ -163,6 +163,12 @@ def test_log_probabilities_know_bytes_and_places(doors: Doors) -> None:
     assert b"".join(map(doors.llm.tokenizer.token_bytes, tokens)).decode() == doors.said.text
 
 
+def test_the_bytes_of_all_tokens_are_those_of_each(doors: Doors) -> None:
+    tokenizer = doors.llm.tokenizer
+    count = tokenizer.vocab_size + 2  # some ids have no token
+    assert tokenizer.bytes_of_all(count) == [tokenizer.token_bytes(token) for token in range(count)]
+
+
 # Special tokens.
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters import shapes_of, write_adapter
 from fullpipe.errors import DamagedModel
 from fullpipe.messages import Failed, Flight, Landed, Opening, Part
 from fullpipe.models.copies import Copy
@@ -152,6 +153,21 @@ def test_a_start_that_was_interrupted_goes_on_where_it_was(far: Far, truth: list
     rest = Watched(far.model, far.manifest)
     assert _tokens(far.pipeline(rest)) == truth
     assert merged(rest.asked) == without(far.ranges, kept)
+
+
+def test_a_stage_gets_the_adapter_that_it_merges(far: Far, truth: list[list[int]], tmp_path: Path) -> None:
+    adapter = tmp_path / "head" / "adapter"
+    write_adapter(adapter, shapes_of(tiny_model("llama", hidden_size=256, intermediate_size=1536)), size=0.2)
+    given = manifest_of(adapter, lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+    specs = [StationSpec(spec.builder, spec.args | {"lora": str(adapter)}) for spec in _specs(far.model)]
+    merged_here = _tokens(InProcessPipeline([build_stage(**spec.args) for spec in specs]))
+    fetch = [Fetch(str(far.model), str(far.folder), far.manifest, far.ranges),
+             Fetch(str(adapter), str(far.folder), given, given.everything())]
+    places = [Place("head", "127.0.0.1"), Place("far", "127.0.0.1", fetch=fetch)]
+    sources = {str(far.model): Source(far.model, far.manifest), str(adapter): Source(adapter, given)}
+    assert _tokens(WorkersPipeline(specs, hosting=Hosting(places, places[0], sources=sources))) == merged_here != truth
+    copied = far.folder / given.digest / "adapter" / "adapter_model.safetensors"
+    assert copied.read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_file_that_changes_meanwhile_is_told(far: Far) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from fullpipe.errors import PipelineError, StationFailed
-from fullpipe.messages import Drafted, Event, Expansion, Failed, Flight, Landed, Leg, Opening, Part, Ready
+from fullpipe.messages import Drafted, Event, Expansion, Failed, Flight, Landed, Leg, Opening, Part, Ready, Scored
 from fullpipe.models.partial import File, Manifest, Source
 from fullpipe.pipeline import fleet
 from fullpipe.pipeline.bell import Socket
@@ -41,7 +41,8 @@ encode = msgspec.msgpack.encode
 
 LANDED: Frame = {"kind": "Answered", "stays": [[0.0, 0.25, 0.5, 0, [-1, 1]]], "landed":
                  {"type": "Landed", "time": 0.0, "flight": 0, "nodes": [1], "tokens": [5], "margins": [1.5],
-                  "others": [[7]], "logprobs": [[[5, -0.1], [7, -2.5]]]}}
+                  "others": [[7]], "logprobs": [[[5, -0.1], [7, -2.5]]],
+                  "prompts": [[0, 1, 2, [[8, -1.5], [9, -0.5]]]]}}
 DRAFTED: Frame = {"kind": "Guessed", "job": 0, "stay": [0.0, 0.0, 0.25, 0.0, [-1, 1]], "taps": 3, "tap_bytes": 99,
                   "expansions": [{"node": 1, "tokens": [5, 6], "logprobs": [-0.5, -1.0], "parents": [-1, 0]}]}
 
@@ -156,7 +157,7 @@ def test_sense_is_understood() -> None:
     assert isinstance(landed, Landed)
     (leg,) = landed.legs
     assert landed == Landed(landed.time, 0, [1], [5], [1.5], [[7]], [[(5, -0.1), (7, -2.5)]],
-                            [Leg("stage 0", leg.start, leg.end, [-1, 1])])
+                            [Leg("stage 0", leg.start, leg.end, [-1, 1])], [Scored(0, 1, 2, [(8, -1.5), (9, -0.5)])])
     assert leg.start <= leg.end <= landed.time
     (drafted,) = _answer_to(DRAFTED)
     assert isinstance(drafted, Drafted)
@@ -228,6 +229,7 @@ CHANGES: list[tuple[Frame, tuple[str, ...], Any]] = [
         "tokens": [[-1], [5.0], ["5"], [None], [[5]], [1 << 31], [5, 6], "5"],
         "margins": [["1"], [1.0, 2.0], None], "others": [[7], [[-7]], [[7], [8]]],
         "logprobs": [[[5, -0.1]], [[[5]]], [[[-5, -0.1]]], [[[5, "-0.1"]]], [[], []], 3, [[[5, float("nan")]]]],
+        "prompts": [3, [[0, 1]], [[1, 1, 2, [[8, -1.5]]]], [[0, "1", 2, [[8, -1.5]]]], [[0, 1, 2, [[-8, -1.5]]]]],
         "type": ["Ready", 3], "verdict": [1],
     }.items() for value in values),
     *((LANDED, ("stays",), value) for value in (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from asked import Asked
 from fake_service import FakeService
 from openai_server import MAX_MODEL_LEN, Serve, Served, byte_tokenizer, fresh, running
 
@@ -38,6 +39,18 @@ def start(tokenizer: Tokenizer) -> Iterator[Serve]:
 @pytest.fixture(scope="session")
 def common(start: Serve) -> Served:
     return start(metrics=lambda: (b"fullpipe_up 1\n", "text/plain; version=0.0.4; charset=utf-8"))
+
+
+@pytest.fixture
+def asking() -> Iterator[Callable[..., Asked]]:
+    """Makes servers whose model has a template of one's choice, for one test."""
+    with ExitStack() as stack:
+        def make(template: str | None, **more: Any) -> Asked:
+            asked = Asked(template, **more)
+            stack.callback(asked.service.close)
+            return asked
+
+        yield make
 
 
 @pytest.fixture

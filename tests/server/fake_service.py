@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fullpipe.engine import RequestStats
 from fullpipe.events import Emitted, Fate
+from fullpipe.messages import ArenaId, Scored
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams
 from fullpipe.service import Deliver, Ticket, Update
@@ -25,6 +26,14 @@ class _Job:
     deliver: Deliver
     tokens: list[int]
     reply: Reply
+    prompt: list[int]
+
+
+def scores_of(prompt: Sequence[int], count: int) -> list[Scored | None]:
+    """What the fake service says of a prompt: every token was the second likeliest."""
+    others = [(other, -0.1 - other) for other in range(count)]
+    return [None, *(Scored(ArenaId(0), position, 2, [(token, -0.25), *others])
+                    for position, token in enumerate(prompt[1:], 1))]
 
 
 class FakeService:
@@ -60,8 +69,9 @@ class FakeService:
             ticket = Ticket(len(self.submitted), len(prompt), RequestStats(started=0.0), cached_tokens=2)
             self.submitted.append((list(prompt), params, priority, timeout_s))
             tokens = list(self.script(prompt, params))
-            reply = Reply(self._tokenizer.stream(prompt, params.skip_special_tokens), params.stop)
-            self._jobs[ticket.id] = _Job(ticket, params, deliver, tokens, reply)
+            reply = Reply(self._tokenizer.stream(prompt, params.skip_special_tokens), params.stop,
+                          include_stop=params.include_stop_str_in_output)
+            self._jobs[ticket.id] = _Job(ticket, params, deliver, tokens, reply, list(prompt))
             self.changed.notify_all()
         return ticket
 
@@ -116,6 +126,8 @@ class FakeService:
         fate: Fate = "last" if full else "hit" if stats.num_emitted % 2 == 0 else "miss"
         stats.on_emit(Emitted(float(stats.num_emitted), job.ticket.id, -1, token, 0, fate))
         update = Update(token_ids=[token])
+        if params.prompt_logprobs is not None and stats.num_emitted == 1:
+            update.prompt_logprobs = scores_of(job.prompt, params.prompt_logprobs)
         if params.logprobs is not None:
             update.offsets = [offset]
             update.logprobs = [[(token, -0.5), *((other, -1.0 - other) for other in range(params.logprobs))]]

@@ -52,31 +52,48 @@ _SAMPLES: dict[str, list[Any]] = {
     "null": [None], "boolean": [True, False], "integer": [0, 1], "fraction": [0.5], "string": ["", "x", "1"],
     "list": [[], ["x"]], "object": [{}, {"x": 1}],
 }
-_INTEGERS = ("n", "max_tokens", "top_k", "seed", "priority", "min_tokens")
+_INTEGERS = ("n", "max_tokens", "top_k", "seed", "priority", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens")
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_NOTHING = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "timeout",
-            "prompt_logprobs")
+_NOTHING = ("timeout",)
 _SHARED: dict[str, str] = {
     **dict.fromkeys(_INTEGERS, "null integer"), **dict.fromkeys(_NUMBERS, "null integer fraction"),
     **dict.fromkeys(_NOTHING, "null"),
     **dict.fromkeys(("ignore_eos", "stream", "echo", "use_beam_search", "skip_special_tokens",
-                     "include_stop_str_in_output"), "null boolean"),
-    **dict.fromkeys(("logit_bias", "stream_options", "response_format"), "null object"),
+                     "include_stop_str_in_output", "add_special_tokens", "return_token_ids",
+                     "return_tokens_as_token_ids", "detokenize"), "null boolean"),
+    **dict.fromkeys(("bad_words", "allowed_token_ids"), "null list"),
+    **dict.fromkeys(("logit_bias", "stream_options", "response_format", "structured_outputs"), "null object"),
+    **dict.fromkeys(("guided_regex", "guided_grammar"), "null string"), "guided_json": "null string object",
+    "guided_choice": "null list",
     **dict.fromkeys(("user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
                      "prompt_cache_options", "prompt_cache_retention"), " ".join(_SAMPLES)),
-    "model": "string", "stop": "null string list", "stop_token_ids": "null list",
+    "model": "null string", "stop": "null string list", "stop_token_ids": "null list",
 }
 TAKES: dict[str, dict[str, str]] = {
     CHAT: {**_SHARED, "messages": "list", "max_completion_tokens": "null integer", "logprobs": "null boolean",
            "top_logprobs": "null integer", "tools": "null list", "functions": "null list", "modalities": "null list",
-           "tool_choice": "null string", "function_call": "null string", "documents": "null list",
-           "parallel_tool_calls": " ".join(_SAMPLES), "chat_template_kwargs": "null object",
-           **dict.fromkeys(("add_generation_prompt", "continue_final_message"), "null boolean"),
+           "tool_choice": "null string object", "function_call": "null string", "documents": "null list",
+           "chat_template_kwargs": "null object",
+           **dict.fromkeys(("add_generation_prompt", "continue_final_message", "parallel_tool_calls",
+                            "include_reasoning"), "null boolean"),
            **dict.fromkeys(("audio", "prediction", "moderation", "reasoning_effort", "verbosity", "web_search_options",
                             "chat_template", "enable_thinking", "thinking"), "null")},
     TEXT: {**_SHARED, "prompt": "string list", "logprobs": "null integer", "best_of": "null integer",
            "suffix": "null string"},
 }
+
+# Of vLLM's that ask for what is not here.
+_OTHERS = {
+    **dict.fromkeys(("length_penalty", "routed_experts_prompt_start"), "null integer fraction"),
+    "spaces_between_special_tokens": "null boolean",
+    **dict.fromkeys(("lora_name", "watermarking", "truncation_side", "logprob_token_ids", "media_io_kwargs",
+                     "mm_processor_kwargs", "prompt_embeds", "request_id", "return_prompt_text", "cache_salt",
+                     "kv_transfer_params", "ec_transfer_params", "vllm_xargs", "repetition_detection",
+                     "thinking_token_budget"), "null"),
+    **dict.fromkeys(("session_id", "stream_interval", "return_token_offsets", "return_mm_kwargs"), " ".join(_SAMPLES)),
+}
+for _fields in TAKES.values():
+    _fields.update(_OTHERS)
 
 _LONG = "x" * MAX_LEN  # tokens: a prompt that leaves no room
 _TOKENS = [[-1], [2**31], ["a"], [1.5], [None], [True], [[1]], [{}], [0, -1], [0, "0"]]
@@ -86,24 +103,37 @@ _BEYOND: dict[str, list[Any]] = {
     "temperature": [-1e-9, -1, -5e-324], "top_p": [0, -0.1, 1.0000001, 2, -1], "min_p": [-0.001, 1.001, 2],
     "top_k": [-2, 2**31, -(10**30)], "presence_penalty": [-2.001, 2.001, 3], "frequency_penalty": [-2.001, 2.001, 3],
     "repetition_penalty": [0, 0.0099, 100.01, -1], "seed": [2**63, -(2**63) - 1, 10**30],
-    "priority": [2**31, -(2**31) - 1, 10**30], "min_tokens": [1, -1],
+    "priority": [2**31, -(2**31) - 1, 10**30], "min_tokens": [-1, MAX_LEN, 10**30],
+    "prompt_logprobs": [-1, 21, 10**30], "truncate_prompt_tokens": [0, -2, MAX_LEN + 1, 10**30],
+    "bad_words": [[""], ["a", ""], [None], [1], ["x"] * 129, ["x" * 1025]], "allowed_token_ids": [[], [999], *_TOKENS],
     "stop": ["", [""], ["a", ""], ["x"] * 17, "x" * 1025, ["x" * 1025], [None], [1], [[]], [{}], [["a"]], ["a", None]],
     "stop_token_ids": [*_TOKENS, [0] * 129],
     "logit_bias": [{"a": 1}, {"": 1}, {"-1": 1}, {"1.5": 1}, {" 1": 1}, {"1 ": 1}, {"1e1": 1}, {"٣": 1},
                    {"1234567890": 1}, {"9999": 1}, {"1": 100.5}, {"1": -100.5}, {"1": None}, {"1": "1"}, {"1": True},
                    {"1": []}, {"1": {}}, {"1": 0, "x": 0}, {str(k): 1 for k in range(1025)}],
     "stream_options": [{}, {"include_usage": True}],  # without stream
-    "response_format": [{}, {"type": None}, {"type": "json_object"}, {"type": "json_schema"}, {"type": 1},
-                        {"type": "text", "x": 1}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}],
-    "echo": [True], "use_beam_search": [True], "include_stop_str_in_output": [True],
+    "response_format": [{}, {"type": None}, {"type": "json_object", "x": 1}, {"type": "json_schema"}, {"type": 1},
+                        {"type": "text", "x": 1}, {"type": "json_schema", "json_schema": {"name": "x"}},
+                        {"type": "json_schema", "json_schema": {"name": 1, "schema": {}}},
+                        {"type": "json_schema", "json_schema": {"schema": "{}"}}, {"type": "structural_tag"}],
+    "structured_outputs": [{}, {"x": 1}, {"json": "no"}, {"json": {}, "regex": "a"}, {"choice": []}, {"regex": ""},
+                           {"json_object": 1}, {"grammar": {}}],
+    "guided_json": ["", "x", "[]", "5", {str(k): 1 for k in range(1025)}], "guided_regex": [""], "guided_grammar": [""],
+    "guided_choice": [[], [""], [1], ["a", None], ["a"] * 1025],
+    "use_beam_search": [True], "detokenize": [False], "return_tokens_as_token_ids": [True],  # without logprobs
     "model": ["", "M", "m ", "gpt-4", "../m"],
 }
 _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
     CHAT: {
         "max_completion_tokens": [0, -1, MAX_LEN - 1, MAX_LEN, 2**31, 10**30], "top_logprobs": [-1, 21, 3],
-        "tools": [[{}], [None], [{"type": "function", "function": {"name": "f"}}]],
+        "tools": [[{}], [None], [{"type": "function", "function": {"name": "f"}}], ["f"], [{"type": "function"}],
+                  [{"type": "retrieval", "function": {"name": "f"}}], [{"type": "function", "function": {"name": ""}}],
+                  [{"type": "function", "function": {"name": "f", "parameters": "{}"}}],
+                  [{"type": "function", "function": {"name": "f"}}] * 2,
+                  [{"type": "function", "function": {"name": f"f{k}"}} for k in range(129)]],
         "functions": [[{}], [{"name": "f"}]],
-        "tool_choice": ["auto", "required", "", "None"], "function_call": ["auto", "", "f"],
+        "tool_choice": ["auto", "required", "", "None", {}, {"type": "function"}, {"type": "allowed_tools"},
+                        {"type": "function", "function": {"name": "f"}}], "function_call": ["auto", "", "f"],
         "continue_final_message": [1, "yes"], "add_generation_prompt": [0, "no"], "documents": [[{"text": "x"}]],
         "chat_template": ["{{ messages }}", ""], "enable_thinking": [True, False],
         "thinking": [{"type": "enabled"}], "reasoning_effort": ["low"], "moderation": [{"model": "x"}],
@@ -115,7 +145,7 @@ _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
                      [{"role": "user", "content": _LONG}], [{"role": "user", "content": "x"}] * 40],
     },
     TEXT: {
-        "logprobs": [-1, 6, 10**30], "best_of": [0, 2, 129, -1], "suffix": ["x", " "],
+        "logprobs": [-1, 21, 10**30], "best_of": [0, 129, -1], "suffix": ["x", " "],
         "prompt": ["", [""], ["a", ""], [[]], [[1], []], [-1], [2**31], [1.5], [True], [None], [{}], [1, "a"],
                    [1, None], [1, True], [1, 1.5], ["a", 1], ["a", None], ["a", ["b"]], [[1], ["a"]], [[1], [-1]],
                    [[1], 1], [[1], None], [["a"]], [[[1]]], [[1.5]], [999], [[1], [999]], _LONG, ["a", _LONG],
@@ -175,8 +205,13 @@ def out_of_range() -> Iterator[Bad]:
             yield with_fields(path, "stream_options", stream=True, stream_options=options)
     for value in (-1, 21):
         yield with_fields(CHAT, "top_logprobs", logprobs=True, top_logprobs=value)
-    for n, best_of in ((2, 1), (2, 3), (1, 128)):
+    for n, best_of in ((2, 1), (3, 2), (128, 127)):
         yield with_fields(TEXT, "best_of", n=n, best_of=best_of)
+    yield with_fields(TEXT, "best_of", best_of=2, stream=True)
+    yield with_fields(TEXT, "best_of", best_of=128, prompt=["a", "b", "c"])
+    for path in BOTH:
+        yield with_fields(path, "prompt_logprobs", prompt_logprobs=0, stream=True)
+        yield with_fields(path, "min_tokens", min_tokens=4, max_tokens=3)
     yield with_fields(TEXT, "n", n=128, prompt=["a", "b", "c"])
 
 
@@ -197,10 +232,9 @@ def messages() -> Iterator[Bad]:
 def missing_and_unknown() -> Iterator[Bad]:
     for path in BOTH:
         said = "messages" if path == CHAT else "prompt"
-        for missing in ("model", said):
-            body = right(path, n=1)
-            del body[missing]
-            yield Bad(path, json.dumps(body).encode(), (missing,))
+        body = right(path, n=1)
+        del body[said]
+        yield Bad(path, json.dumps(body).encode(), (said,))
         for name in ("temprature", "Model", "max_token", "stop_strings", "engine", "n ", " n", "__class__", "0",
                      "a.b", "a[0]", "\x00", "ü🙂", "x" * 300, "model_config", "inputs", "input"):
             yield with_fields(path, name[:100], **{name: 1})
@@ -293,7 +327,7 @@ def roots() -> Iterator[Bad]:
                     json.dumps(whole.decode()).encode(), b"/**/" + whole, b"data: " + whole, whole.replace(b'"', b"'"),
                     whole[:-1] + b",}"):
             yield Bad(path, raw)
-        yield Bad(path, b"{}", ("model",))
+        yield Bad(path, b"{}", ("messages" if path == CHAT else "prompt",))
 
 
 def repeated() -> Iterator[Bad]:

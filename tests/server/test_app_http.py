@@ -26,7 +26,7 @@ from fullpipe.request import SamplingParams
 from fullpipe.server import guard
 from fullpipe.server.answer import Answer, Mailbox
 from fullpipe.server.guard import EventStream, Guard
-from fullpipe.server.protocol import REFUSED
+from fullpipe.server.protocol.tables import REFUSED
 from fullpipe.supervision import Status
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
@@ -214,12 +214,10 @@ def test_pages_elsewhere_are_let_in_only_if_named(narrow: Served, client: httpx.
 # ---- refused fields --------------------------------------------------------------------------------------------------
 
 _WRONG: dict[str, Any] = {
-    "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{}], "function_call": "auto",
-    "response_format": {"type": "json_object"}, "modalities": ["text", "audio"],
-    "min_tokens": 3, "echo": True, "suffix": "end", "best_of": 3, "use_beam_search": True,
-    "include_stop_str_in_output": True, "prompt_logprobs": 1,
+    "functions": [{}], "function_call": "auto", "modalities": ["text", "audio"],
+    "suffix": "end", "use_beam_search": True, "detokenize": False,
 }
-_TEXT_ONLY = {"suffix", "best_of"}
+_TEXT_ONLY = {"suffix"}
 
 
 @pytest.mark.parametrize("field", REFUSED)
@@ -392,9 +390,9 @@ def test_curl(served: Served) -> None:
 
 def test_the_document(start: Serve, client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/health",
-                          "/ready", "/version", "/metrics"}
-    for path in ("/v1/chat/completions", "/v1/completions"):
+    assert set(paths) == {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/models/{name}",
+                          "/health", "/ready", "/version", "/metrics", "/tokenize", "/detokenize"}
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
         responses = paths[path]["post"]["responses"]
         assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
         for status in ("400", "401", "404", "413", "415", "429", "500", "503"):

@@ -18,7 +18,7 @@ from malformed import CHAT, FAMILIES, NOT_JSON, TAKES, TEXT, Bad, right, written
 from one_word import MAX_BODY, MAX_LEN, OneWord, application
 
 from fullpipe.options import ServerOptions
-from fullpipe.server.protocol import ChatRequest, CompletionRequest
+from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,6 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
      "messages[0].content[0]"),
     ("chat", {"messages": [{"role": "user", "content": "x" * MAX_LEN}]}, "messages"),
     ("chat", {"model": "other"}, "model"),
-    ("chat", {"model": None}, "model"),
     ("completions", {"prompt": None}, "prompt"),
     ("completions", {"prompt": ""}, "prompt"),
     ("completions", {"prompt": []}, "prompt"),
@@ -123,9 +122,11 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"prompt": [1.5]}, "prompt"),
     ("completions", {"prompt": {"text": "a"}}, "prompt"),
     ("completions", {"prompt": "x" * MAX_LEN}, "prompt"),
-    ("completions", {"logprobs": 6}, "logprobs"),
+    ("completions", {"logprobs": 21}, "logprobs"),
     ("completions", {"logprobs": True}, "logprobs"),
-    ("completions", {"best_of": 2}, "best_of"),
+    ("completions", {"n": 3, "best_of": 2}, "best_of"),
+    ("completions", {"max_tokens": 0}, "max_tokens"),
+    ("completions", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
 ]  # fmt: skip
 
 UNSUPPORTED: list[tuple[str, str, Any]] = [
@@ -133,17 +134,14 @@ UNSUPPORTED: list[tuple[str, str, Any]] = [
     ("chat", "tool_choice", "auto"),
     ("chat", "functions", [{"name": "f"}]),
     ("chat", "function_call", "auto"),
-    ("chat", "response_format", {"type": "json_object"}),
     ("chat", "modalities", ["text", "audio"]),
     ("chat", "audio", {"voice": "x", "format": "wav"}),
     ("chat", "prediction", {"type": "content", "content": "x"}),
-    ("chat", "guided_json", {}),
-    ("chat", "structured_outputs", {"choice": ["a"]}),
-    ("chat", "min_tokens", 3),
+    ("chat", "structured_outputs", {"structural_tag": "x"}),
     ("chat", "timeout", 5),
     ("chat", "temprature", 1),
     ("completions", "messages", SAYS),
-    ("completions", "echo", True),
+    ("completions", "detokenize", False),
     ("completions", "suffix", "x"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,23 @@ def test_a_door_that_only_looks_locked_is_refused(begun: dict[str, Any], argumen
                                                   variable: str | None) -> None:
     result = serve(*arguments, variable=variable)
     assert result.exit_code == 2 and "API key" in result.stderr and "unset the variable" in result.stderr
+    assert not begun
+
+
+def test_keys_of_a_file_are_beside_those_that_are_given(begun: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("a\nb\n")
+    assert serve("--api-key-file", str(tmp_path / "keys"), "--api-key", "c", variable="own").exit_code == 0
+    assert begun["options"].api_key == ("c", "a", "b")
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["--api-key-file", "nowhere"], "cannot be read"), (["--ssl-certfile", "nowhere"], "cannot be read"),
+    (["--ssl-keyfile", "nowhere"], "has no effect without ssl_certfile"), (["--root-path", "x"], "root_path"),
+])  # fmt: skip
+def test_doors_that_cannot_be_are_refused_before_anything_is_loaded(begun: dict[str, Any], arguments: list[str],
+                                                                    told: str) -> None:
+    result = serve(*arguments)
+    assert result.exit_code == 2 and told in result.stderr.replace("\n", " ")
     assert not begun
 
 

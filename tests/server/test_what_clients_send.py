@@ -20,16 +20,8 @@ from starlette.testclient import TestClient
 from fullpipe.models.tokens.template import ChatTemplate
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.server.app import ServedModel, create_app
-from fullpipe.server.protocol import (
-    IGNORED,
-    REFUSED,
-    ChatRequest,
-    CompletionRequest,
-    Message,
-    Part,
-    StreamOptions,
-    ToolCall,
-)
+from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest, Message, Part, StreamOptions, ToolCall
+from fullpipe.server.protocol.tables import IGNORED, REFUSED
 
 USER: dict[str, Any] = {"role": "user", "content": "hi"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}

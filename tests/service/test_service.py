@@ -38,6 +38,12 @@ class Words:
     eos_ids: frozenset[int] = frozenset()
     special: Mapping[str, int] = {}
 
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def token_bytes(self, token: int) -> bytes:
+        return f"{token} ".encode()
+
     def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> Words:
         return Words()
 

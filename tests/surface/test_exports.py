@@ -33,7 +33,7 @@ PRIVATE = {
 
 
 def test_all_is_what_is_there() -> None:
-    assert sorted(fullpipe.__all__) == ["Chunk", "Completion", "LLM", "SamplingParams", "__version__"]
+    assert sorted(fullpipe.__all__) == ["Chunk", "Completion", "LLM", "SamplingParams", "Structured", "__version__"]
     for name in fullpipe.__all__:
         assert getattr(fullpipe, name) is not None
     with pytest.raises(AttributeError, match="module 'fullpipe' has no attribute 'LLm'"):

@@ -12,8 +12,19 @@ import pytest
 
 from fullpipe import events
 from fullpipe.errors import UsageError
-from fullpipe.events import Admitted, Asked, Attached, Died, Emitted, Finished, Launched, Preempted, Submitted
-from fullpipe.messages import Drafted, Event, Expansion, Failed, Landed, Leg, Ready, Woken
+from fullpipe.events import (
+    Admitted,
+    Asked,
+    Attached,
+    Died,
+    Emitted,
+    Finished,
+    Launched,
+    Preempted,
+    PromptScored,
+    Submitted,
+)
+from fullpipe.messages import Drafted, Event, Expansion, Failed, Landed, Leg, Ready, Scored, Woken
 from fullpipe.trace.recorder import JsonlRecorder, Recorder, read_events
 
 EVENTS: list[Event] = [
@@ -25,7 +36,8 @@ EVENTS: list[Event] = [
     Drafted(0.1 + 0.2, 1, [Expansion(7, [1, 2], [-0.5, -3.25], [-1, 0]), Expansion(8, [], [], [])],
             Leg("draft", 0.1, 0.2, [7, 8])),
     Landed(1e-9, 3, [7], [42], [None], [[41, 43]], [[(42, -0.5)]],
-           [Leg("stage 0", 0.0, 0.5, [7, 8]), Leg("stage 1", 0.5, 1.0, [7])]),
+           [Leg("stage 0", 0.0, 0.5, [7, 8]), Leg("stage 1", 0.5, 1.0, [7])],
+           [Scored(3, 1, 2, [(9, -1.5), (8, -0.5)])]),
     Emitted(2.0, 0, 7, 42, 4, "hit"),
     Emitted(2.0, 0, 9, 43, 5, "miss", 0.75),
     Emitted(2.0, 0, 9, 44, 6, "last", None, logprobs=[(44, -1.5), (45, -2.0)]),
@@ -35,6 +47,7 @@ EVENTS: list[Event] = [
     Attached(2.875),
     Failed(3.0, "stage 3", 'said "no"\nand\u2028died'),
     Finished(4.0, 0, "stop", {"token": 2, "texts": ["a", None]}),
+    PromptScored(1.0, 0, [Scored(3, 1, 2, [(9, -1.5), (8, -0.5)])]),
 ]
 
 

@@ -65,7 +65,7 @@ class Memo:
 
     def __init__(self, slice: DecoderSlice | None, prompt: Sequence[int], tokens: Sequence[int],
                  params: SamplingParams, vocab: int, *, pool: int = POOL) -> None:
-        assert not params.needs_history, "penalties look at the path; recordings have none"
+        assert not (params.needs_history or params.restricted), "they look at the path; recordings have none"
         self._slice, self._params, self._vocab = slice, params, vocab
         self._prompt, self._truth = list(prompt), list(tokens)
         self._parents, self._tokens, self._positions = [-1], [self._prompt[-1]], [len(self._prompt) - 1]

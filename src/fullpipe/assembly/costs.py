@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from msgspec import to_builtins
 
-from fullpipe.assembly.prepare import Prepared, Say, silent
+from fullpipe.assembly.prepare import Prepared, Say, Target, silent
 from fullpipe.cluster.calibrate import measure_machine
 from fullpipe.cluster.kept import KeptCosts, KeptFates
 from fullpipe.cluster.provenance import versions
@@ -47,7 +48,7 @@ def kept_costs(prepared: Prepared) -> KeptCosts:
     kept_in = {} if target.kv_cache_dtype == "auto" else {"kv_cache_dtype": target.kv_cache_dtype}
     return KeptCosts.of(cache.home() / "profiles", {
         "versions": [versions().get(name) for name in ("fullpipe", "torch")],
-        "model": [str(target.path), _fingerprint(target.path)], "draft": ",".join(prepared.drafts),
+        "model": _model(target), "draft": ",".join(prepared.drafts),
         "dtype": target.dtype, "stages": options.stages, "device": target.device, **kept_in,
         "threads": options.threads or (cores() if options.stages is None else 1), "link_ms": options.link_ms})
 
@@ -59,9 +60,14 @@ def kept_fates(prepared: Prepared) -> KeptFates | None:
     target = prepared.target
     folders = [folder for name in prepared.drafts if (folder := module_folder(name))]
     return KeptFates.of(cache.home() / "profiles", {
-        "version": versions().get("fullpipe"), "model": [str(target.path), _fingerprint(target.path)],
+        "version": versions().get("fullpipe"), "model": _model(target),
         "dtype": target.dtype, "draft": to_builtins(prepared.draft),
         "modules": [_fingerprint(folder) for folder in folders]})
+
+
+def _model(target: Target) -> list[Any]:
+    """What tells it from any other: with an adapter it is another model."""
+    return [one for path in (target.path, target.lora) if path for one in (str(path), _fingerprint(path))]
 
 
 def _fingerprint(path: Path) -> list[int]:

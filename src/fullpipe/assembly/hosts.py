@@ -69,7 +69,8 @@ def placing_of(prepared: Prepared, contact: Contact, auto: bool, say: Say = sile
     wanted = Wanted(
         model=options.model.model, draft=",".join(prepared.drafts) or "none", models=models,
         paths=tuple(Path(path) for path in (target.path, *([resolve(guesses)] if guesses else []))),
-        guesser=guesser_of(options.model.model, prepared.drafts), describe=_Described(prepared, contact.head).of,
+        guesser=guesser_of(options.model.model, prepared.drafts, adapter=target.lora), adapter=target.lora,
+        describe=_Described(prepared, contact.head).of,
         dtype=options.model.dtype, quantization=options.model.quantization, device=target.device,
         threads=options.pipeline.threads, kernels=target.device == "cpu")
     placing = Placing(contact, wanted, _pins(prepared, contact, auto), given, say)

@@ -21,6 +21,7 @@ from fullpipe.stations.spec import StationSpec
 
 if TYPE_CHECKING:
     from fullpipe.models.config import ModelConfig
+    from fullpipe.models.files import ModelFiles
     from fullpipe.models.generation import Generation
     from fullpipe.models.tokens.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ def silent(line: str) -> None:
 class Target:
     """The model that is to be served. ends: layers finished after each stage. vocab: number of real tokens. device:
     what stages and draft model compute on, "cpu" or "cuda:N". kv_pool_mib, kv_cache_dtype: see `PipelineOptions`.
-    sharing: stations that share the memory of a machine; 0: all of them do."""
+    sharing: stations that share the memory of a machine; 0: all of them do. lora: the adapter that stages merge."""
 
     path: Path
     config: ModelConfig
@@ -50,6 +51,7 @@ class Target:
     kv_pool_mib: int | None = None
     kv_cache_dtype: str = "auto"
     sharing: int = 0
+    lora: Path | None = None
 
     @property
     def numbers(self) -> str:
@@ -152,7 +154,6 @@ def prepare(options: Options, say: Say = silent) -> Prepared:
     from fullpipe.models.dtypes import pick_dtype, pick_kv_cache_dtype
     from fullpipe.models.generation import sampling_of
     from fullpipe.models.tokens.loading import load_tokenizer, with_template
-    from fullpipe.models.weights import open_model
 
     name, asked, device = options.model.model, options.method, _device(options.pipeline.device)
     names = draft_names(name, options.model.draft)
@@ -168,7 +169,7 @@ def prepare(options: Options, say: Say = silent) -> Prepared:
     if names and not check.needs_draft:
         say(f"warning: the method {asked.method} asks no draft, so {options.model.draft} changes nothing")
     path = resolve(name)
-    files = open_model(path)
+    files = _opened(path, options, say)
     tokenizer = with_template(load_tokenizer(path), options.model.chat_template,
                               options.model.default_chat_template_kwargs, say)
     vocab = min(max(tokenizer.tokens) + 1, files.config.vocab_size)  # rows beyond it are padding
@@ -178,13 +179,29 @@ def prepare(options: Options, say: Say = silent) -> Prepared:
     dtype = pick_dtype(options.model.dtype, device, files, options.model.quantization)
     pick_kv_cache_dtype(options.pipeline.kv_cache_dtype, dtype, device)
     target = Target(path, files.config, tokenizer, dtype, vocab, ends, device, options.pipeline.kv_pool_mib,
-                    options.pipeline.kv_cache_dtype)
+                    options.pipeline.kv_cache_dtype, lora=options.model.adapter[1] if options.model.adapter else None)
     draft = draft_spec(names, target, say)
     length = _length(options.model.max_model_len, files.config.max_positions)
     stages = stage_specs(target, margins=options.model.margins, taps=taps_of(names))
     generation = sampling_of(path, options.model.generation_config)
     return Prepared(replace(options, method=asked), target, tuple(stages), draft, tuple(names), length,
                     generation)
+
+
+def _opened(path: Path, options: Options, say: Say) -> ModelFiles:
+    """The model, with the adapter that is to be merged into it."""
+    from fullpipe.models.lora import open_merged
+    from fullpipe.models.weights import open_model
+
+    if options.model.adapter is None:
+        return open_model(path)
+    files = open_merged(path, options.model.adapter[1])
+    if files.is_quantised and options.pipeline.hosts is not None:
+        raise UsageError(f"{path.name} is quantised, and with a LoRA adapter its matrices become larger than hosts are "
+                         "measured and planned with", param="lora",
+                         hint="Name files of the model whose weights have 16 bits, or leave out `hosts`.")
+    say(files.told())
+    return files
 
 
 def _device(name: str) -> str:
@@ -237,6 +254,8 @@ def stage_specs(target: Target, *, margins: bool, taps: Sequence[int] = ()) -> l
                 **target.placed}
         if mine := [tap for tap in taps if first < tap <= last]:
             args["taps"] = mine
+        if target.lora:
+            args["lora"] = str(target.lora)
         specs.append(StationSpec("fullpipe.stations.target:build_stage", args))
         first = last
     return specs
@@ -270,7 +289,8 @@ def draft_spec(names: Sequence[str], target: Target, say: Say) -> StationSpec | 
     if len(specs) == 1:
         return specs[0]
     if specs[-1].builder == _NGRAM:
-        specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N})
+        beside = specs[0].args.get("model", specs[-1].args["tokenizer"])  # of a model that the station reads anyway
+        specs[-1] = StationSpec(_NGRAM, {"min_n": MIXED_MIN_N, "tokenizer": beside, "vocab": target.vocab})
     return StationSpec("fullpipe.stations.drafts.mix:build_mix", {"drafts": to_builtins(specs)})
 
 
@@ -279,7 +299,7 @@ def _one_draft(name: str, target: Target, say: Say) -> StationSpec:
     from fullpipe.models.tokens.tokenizer import check_same_vocabulary
 
     if name == "ngram":
-        return StationSpec(_NGRAM)
+        return StationSpec(_NGRAM, {"tokenizer": [str(target.path.parent), target.path.name], "vocab": target.vocab})
     if folder := module_folder(name):
         return _module_spec(name, folder, target, say)
     path = resolve(name)
@@ -300,6 +320,8 @@ def _module_spec(name: str, folder: Path, target: Target, say: Say) -> StationSp
     identity = identity_of(target.path, dtype=target.dtype, tokenizer=target.tokenizer)
     for warning in check_fits(config, target.config, identity, target.ends, target.dtype):
         say(f"warning: {warning}")
+    if target.lora:
+        say(f"warning: {name} was trained with the model without its LoRA adapter, so it will be right less often")
     same = config.verifier.quantisation == identity.quantisation
     return StationSpec("fullpipe.stations.drafts.module:build_spd", {
         "module": str(folder), "model": str(target.path), "dtype": target.dtype, "vocab": target.vocab, "parity": same})

@@ -12,6 +12,7 @@ import typer
 from fullpipe.cli import console, options, stopping
 from fullpipe.cli.fetch import fetch_all
 from fullpipe.cli.hosts import print_hosts
+from fullpipe.cli.structured import StructureOptions
 from fullpipe.cli.trace import Traces
 from fullpipe.options import ChatOptions, MethodOptions, ModelOptions, Options, PipelineOptions
 from fullpipe.request import SamplingParams
@@ -28,6 +29,7 @@ def generate(
     model: ModelOptions,
     method: MethodOptions,
     sampling: Annotated[dict[str, Any], options.Said(SamplingParams, "the model's", _FROM_MODEL)],
+    structure: StructureOptions,
     pipeline: PipelineOptions,
     chat: ChatOptions,
     events: Annotated[Path | None, typer.Option("--events", help="Record the events here, a JSON line each.")] = None,
@@ -38,6 +40,8 @@ def generate(
 ) -> None:
     """Answer a prompt; the text streams to standard output as it is committed."""
     asked = options.as_prompt(options.read_prompt(prompt), chat, model)
+    if held := structure.structured():
+        sampling["structured"] = held
     SamplingParams(**sampling)  # what cannot be is told before minutes go into loading
     traces = Traces(trace or (), events, clock="wall-clock time")
     with contextlib.ExitStack() as stack:

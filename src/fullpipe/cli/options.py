@@ -21,7 +21,16 @@ import typer
 from fullpipe.cli.lists import integers
 from fullpipe.errors import PromptError, UsageError
 from fullpipe.methods import METHODS
-from fullpipe.options import DTYPES, KV_CACHE_DTYPES, LOG_LEVELS, QUANTIZATIONS, ChatOptions, ModelOptions
+from fullpipe.options import (
+    DTYPES,
+    KV_CACHE_DTYPES,
+    LOG_LEVELS,
+    QUANTIZATIONS,
+    REASONING_PARSERS,
+    TOOL_CALL_PARSERS,
+    ChatOptions,
+    ModelOptions,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
 _OBJECT = """Write '{"enable_thinking": false}', in single quotes for the shell."""
@@ -33,7 +42,8 @@ def one_of(*names: str) -> type[StrEnum]:
 
 
 _CHOICES = {"method": one_of("auto", *METHODS), "dtype": one_of(*DTYPES), "quantization": one_of(*QUANTIZATIONS),
-            "kv_cache_dtype": one_of(*KV_CACHE_DTYPES), "log_level": one_of(*LOG_LEVELS)}
+            "kv_cache_dtype": one_of(*KV_CACHE_DTYPES), "log_level": one_of(*LOG_LEVELS),
+            "tool_call_parser": one_of(*TOOL_CALL_PARSERS), "reasoning_parser": one_of(*REASONING_PARSERS)}
 
 
 class Only:

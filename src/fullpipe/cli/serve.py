@@ -52,8 +52,13 @@ def serve(
     everything at once.
     """
     run = _server()
+    from fullpipe.server.doors import check_certificate
+
     logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if model.adapter:
+        server = replace(server, served_model_name=(*server.served_model_name, model.adapter[0]))
     server = _with_names_and_keys(server, model.model)
+    check_certificate(server)
     if pipeline.hosts is not None and not console.was_given("stages"):
         pipeline = replace(pipeline, stages=None)  # the plan says how many
     options = Options(model=model, method=method, pipeline=pipeline, engine=engine)
@@ -77,14 +82,15 @@ def _server() -> Callable[[Options, ServerOptions, socket.socket], None]:
 def _with_names_and_keys(server: ServerOptions, model: str) -> ServerOptions:
     """Fill in the names that callers use, and the keys. A variable that is set but empty is an empty key, which is
     refused: whoever set it meant to ask for a key."""
+    from fullpipe.server.doors import keys_in
+
     own = os.environ.get("FULLPIPE_API_KEY")
-    keys = server.api_key or (() if own is None else (own,))
+    given = (*server.api_key, *(keys_in(server.api_key_file) if server.api_key_file is not None else ()))
+    keys = given or (() if own is None else (own,))
     return replace(server, api_key=keys, served_model_name=server.served_model_name or (model,))
 
 
 def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None:
-    import uvicorn
-
     from fullpipe.adapting import adapting
     from fullpipe.assembly import assemble
     from fullpipe.cli.hosts import print_hosts
@@ -103,9 +109,9 @@ def _serve(options: Options, server: ServerOptions, door: socket.socket) -> None
     watching = adapting(service, made)
     try:
         app = _application(service, server, metrics, live, made.prepared.generation)
-        console.print_note(f"{name}: http://{server.host}:{door.getsockname()[1]} (page), /v1 (API), /metrics")
-        _run(uvicorn.Config(app, host=server.host, port=server.port, log_level=server.log_level, log_config=None,
-                            access_log=False, timeout_graceful_shutdown=server.shutdown_timeout), live, door)
+        scheme = "https" if server.ssl_certfile else "http"
+        console.print_note(f"{name}: {scheme}://{server.host}:{door.getsockname()[1]} (page), /v1 (API), /metrics")
+        _run(_config(app, server), live, door)
     finally:
         if watching:
             watching.close()
@@ -146,6 +152,16 @@ def _application(service: Service[Any], server: ServerOptions, metrics: Metrics,
                         sampling=generation.params)
     return create_app(service, model, server, [live.router(write_timeout_s=server.write_timeout)],
                       metrics=lambda: metrics.render(service.status()))
+
+
+def _config(app: Any, server: ServerOptions) -> uvicorn.Config:
+    """Who listens, and how."""
+    import uvicorn
+
+    return uvicorn.Config(app, host=server.host, port=server.port, log_level=server.log_level, log_config=None,
+                          access_log=False, timeout_graceful_shutdown=server.shutdown_timeout,
+                          ssl_certfile=server.ssl_certfile, ssl_keyfile=server.ssl_keyfile,
+                          ssl_keyfile_password=server.ssl_keyfile_password)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -60,7 +60,7 @@ class Seats:
         """What starts the pipeline. launcher: makes who starts processes on the hosts. say: told what takes long.
         Raises DamagedModel for files that are others than they were."""
         self.wanted.check_unchanged()
-        sources = {str(path): Source(path, self.wanted.manifest(path)) for path in self.wanted.paths}
+        sources = {str(path): Source(path, self.wanted.manifest(path)) for path in self.wanted.read}
         return Hosting([self._place(rank, host) for rank, host in enumerate(self._all)], self._where(self.survey.head),
                        launcher, link_s=self._link_s(self._stages), draft_link_s=self._link_s(self._drafts),
                        sources=sources, say=say)
@@ -112,6 +112,9 @@ class Seats:
             elif self._is_read(rank, path):
                 ranges = self._ranges(rank) if rank < len(self.plan.stages) else everything(path)
                 fetch.append(Fetch(str(path), folder, self.wanted.manifest(path), ranges))
+        if (adapter := self.wanted.adapter) and host != self.survey.head and rank < len(self.plan.stages):
+            manifest = self.wanted.manifest(adapter)
+            fetch.append(Fetch(str(adapter), folder, manifest, manifest.everything()))
         return paths, fetch
 
     def _is_read(self, rank: int, path: Path) -> bool:

@@ -26,7 +26,7 @@ class Wanted:
     they lie on the head. guesser: who guesses; None: nobody. describe: the stations of a plan, with the head's paths.
     dtype, quantization, device: see options. threads: of a station; None: as many as its host has cores. kernels:
     whether stages compute with the native ones. manifests: what is known of the models' files, by path; the first that
-    was seen counts.
+    was seen counts. adapter: where the LoRA adapter lies on the head that stages merge; None: they merge none.
     """
 
     model: str
@@ -41,6 +41,12 @@ class Wanted:
     threads: int | None = None
     kernels: bool = True
     manifests: dict[Path, Manifest] = field(default_factory=dict)
+    adapter: Path | None = None
+
+    @property
+    def read(self) -> tuple[Path, ...]:
+        """Everything that stations read."""
+        return (*self.paths, self.adapter) if self.adapter else self.paths
 
     def manifest(self, path: Path) -> Manifest:
         """What a model consists of. Hosts are measured with it and given parts of it, so it stays what it was."""
@@ -51,7 +57,7 @@ class Wanted:
     def check_unchanged(self) -> None:
         """Raises DamagedModel where files are others than they were: no text is to be begun with one model and ended
         with another."""
-        for path in self.paths:
+        for path in self.read:
             if cache.manifest(path) != self.manifest(path):
                 raise DamagedModel(f"{path} has been changed while this runs",
                                    hint="Start again to run with what is there now, or put back what was there.")

@@ -14,9 +14,10 @@ from fullpipe.engine.flights import Flights
 from fullpipe.engine.jobs import Jobs
 from fullpipe.engine.memory import Memory
 from fullpipe.engine.scheduler import Scheduler
+from fullpipe.engine.scores import gathered
 from fullpipe.engine.stats import Stats
 from fullpipe.errors import PipelineError, StationFailed, UsageError
-from fullpipe.events import Admitted, Asked, Died, Emitted, Fate, Finished, Preempted
+from fullpipe.events import Admitted, Asked, Died, Emitted, Fate, Finished, Preempted, PromptScored
 from fullpipe.messages import Drafted, Event, Failed, Landed, Ready
 from fullpipe.methods.base import Load, Method
 from fullpipe.options import EngineOptions
@@ -120,6 +121,8 @@ class Loop:
                 raise StationFailed(event.station, event.reason, hint=event.hint or _AFTER_FAILURE)
 
     def _on_landed(self, event: Landed) -> None:
+        for request, scores in gathered(event, self._scheduler.running.values()):
+            self._tell(PromptScored(self._now, request, scores))
         if event.logprobs:
             self._logprobs.update((node, said) for node, said in zip(event.nodes, event.logprobs)
                                   if said and node in self._flights.launched)

@@ -56,8 +56,9 @@ class Scheduler:
 
     def _let_in(self, sequence: Sequence) -> bool:
         memory, running = self.memory, self.running.values()
-        source = memory.source(sequence, running) if memory.shares else None
-        if memory.shares and memory.soon_shared(sequence, source, running):
+        shares = memory.shares and not sequence.scored  # for that every row of its prompt must be computed
+        source = memory.source(sequence, running) if shares else None
+        if shares and memory.soon_shared(sequence, source, running):
             return False
         if (room := memory.take(sequence, source)) is None:
             return False

@@ -13,7 +13,6 @@ speculative step says of a token is then what a plain step says, in bfloat16 too
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
@@ -22,24 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fullpipe.models.attention import Attention, padded
-from fullpipe.models.config import ModelConfig
 from fullpipe.models.files import ModelFiles
 from fullpipe.models.linear import can_pack
 from fullpipe.models.loading import Layer, Loader
 from fullpipe.models.pool import MOST_SLOTS, KVPool
-from fullpipe.models.rope import Rope
 from fullpipe.models.step import Step
-
-
-@dataclass(slots=True)
-class _Turn:
-    """Rotation of a step's rows, for query, key and value heads alike: [rows, heads + 2 * kv_heads, head_dim].
-
-    sine: negative in the first half of a head.
-    """
-
-    cosine: Tensor
-    sine: Tensor
+from fullpipe.models.turning import Turn, Turner, turned
 
 
 class DecoderSlice:
@@ -60,7 +47,7 @@ class DecoderSlice:
         self.dtype = dtype
         self.slots = slots
         self.packed = can_pack(dtype) if packed is None else packed
-        self._turner = _Turner(self.config, dtype)
+        self._turner = Turner(self.config, dtype)
         self._eps = torch.tensor(self.config.rms_eps, dtype=torch.float32)
         loader = Loader(files, dtype, self.packed)
         with loader:
@@ -123,21 +110,21 @@ class DecoderSlice:
             start += scores.shape[1]
         return out
 
-    def _run(self, layer: Layer, cache: Tensor, hidden: Tensor, turn: _Turn, slots: Tensor,
+    def _run(self, layer: Layer, cache: Tensor, hidden: Tensor, turn: Turn, slots: Tensor,
              attention: Attention) -> Tensor:
         normed = self._normed(hidden, layer.attention_norm)
         hidden = hidden + self._attention(layer, cache, normed, turn, slots, attention)
         gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
         return hidden + layer.down(F.silu(gate).mul_(up))
 
-    def _attention(self, layer: Layer, cache: Tensor, x: Tensor, turn: _Turn, slots: Tensor,
+    def _attention(self, layer: Layer, cache: Tensor, x: Tensor, turn: Turn, slots: Tensor,
                    attention: Attention) -> Tensor:
         heads = self.config.heads
         qkv = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
         if layer.qk_norm is not None:
             queries_keys = qkv[:, : len(layer.qk_norm)]
             queries_keys.copy_(self._normed(queries_keys, layer.qk_norm))
-        qkv = _turned(qkv, turn)
+        qkv = turned(qkv, turn)
         cache.index_copy_(0, slots, qkv[: len(slots), heads:])
         return layer.out(attention(cache, qkv[:, :heads]).flatten(1))
 
@@ -150,31 +137,3 @@ class DecoderSlice:
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
         return (wide * scale).mul_(weight).to(x.dtype)
-
-
-def _turned(qkv: Tensor, turn: _Turn) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2)."""
-    return torch.addcmul(qkv * turn.cosine, torch.roll(qkv, qkv.shape[-1] // 2, -1), turn.sine)
-
-
-class _Turner:
-    """Makes the `_Turn` of a step."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self._rope: Rope = config.rope
-        self._frequencies = torch.tensor(config.rope.inv_freq, dtype=torch.float32)
-        self._turning, self._still = config.heads + config.kv_heads, config.kv_heads
-        self._dtype = dtype
-
-    def __call__(self, positions: Tensor, rows: int) -> _Turn:
-        angles = F.pad(positions, (0, rows - len(positions))).float()[:, None] * self._frequencies
-        cosine, sine = angles.cos() * self._rope.attention_factor, angles.sin() * self._rope.attention_factor
-        return _Turn(self._spread(torch.cat((cosine, cosine), -1), 1.0),
-                     self._spread(torch.cat((-sine, sine), -1), 0.0))
-
-    def _spread(self, table: Tensor, still: float) -> Tensor:
-        """[rows, head_dim] -> [rows, heads + 2 * kv_heads, head_dim], `still` for the value heads."""
-        rows, size = table.shape
-        out = torch.full((rows, self._turning + self._still, size), still, dtype=self._dtype)
-        out[:, : self._turning] = table[:, None]
-        return out

@@ -21,13 +21,16 @@ from msgspec import Meta, Struct
 from fullpipe.errors import DamagedModel, UsageError
 from fullpipe.models.gguf_parts import gguf_parts
 from fullpipe.models.ranges import CHUNK, Range, merged
-from fullpipe.models.shards import CONFIG, INDEX, shard_files
+from fullpipe.models.shards import ADAPTER, ADAPTER_WEIGHTS, CONFIG, INDEX, shard_files
 
 if TYPE_CHECKING:
     from fullpipe.models.files import ModelFiles, Place
 
 # What lies in the folder of a draft module beside its weights.
 _FIXTURE = "parity_fixture.safetensors"
+# What a tokenizer is read from, by stations that hold texts to a structure.
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json")
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
@@ -83,16 +86,20 @@ def manifest_of(path: Path, sha256: Callable[[Path], str]) -> Manifest:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a stage may read of a model or a draft module, by their absolute names, in a fixed order. A stage
-    needs no tokenizer.
+    """The files that a stage may read of a model, a LoRA adapter or a draft module, by their absolute names, in a fixed
+    order.
 
     Raises `ModelNotFound` or `DamagedModel` where there are none, or one is missing.
     """
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         return gguf_parts(path)
-    beside = [path / name for name in (CONFIG, INDEX, _FIXTURE)]
-    return list(dict.fromkeys([*(file for file in beside if file.is_file()), *shard_files(path)]))
+    adapter = [path / name for name in (ADAPTER, ADAPTER_WEIGHTS)]
+    if all(file.is_file() for file in adapter) and not any(path.glob("model*.safetensors")):
+        return adapter
+    before, behind = ([path / name for name in names if (path / name).is_file()]
+                      for names in ((CONFIG, INDEX, _FIXTURE), _TOKENIZER))
+    return list(dict.fromkeys([*before, *shard_files(path), *behind]))
 
 
 def opening(files: ModelFiles) -> list[Range]:
@@ -101,9 +108,17 @@ def opening(files: ModelFiles) -> list[Range]:
 
 
 def needed(files: ModelFiles, first: int, last: int, *, has_embedding: bool, has_head: bool) -> list[Range]:
-    """What `open_model` and `load_slice` read for these layers of a model, whatever the dtype and the device."""
+    """What `open_model` and `load_slice` read for these layers of a model, whatever the dtype and the device, and with
+    the head what the tokenizer is read from."""
     names = files.names_of(first, last, has_embedding=has_embedding, has_head=has_head)
-    return _ranges(files, [*files.opening(), *map(files.place, names)])
+    read = _ranges(files, [*files.opening(), *map(files.place, names)])
+    return merged([*read, *_tokenizer(files)]) if has_head else read
+
+
+def _tokenizer(files: ModelFiles) -> list[Range]:
+    """All of its files in a folder; in a GGUF file it stands in the header."""
+    return [Range(number, 0, size) for number, file in enumerate(files_of(files.path))
+            if file.name in _TOKENIZER and (size := file.stat().st_size)]
 
 
 def _ranges(files: ModelFiles, places: Iterable[Place]) -> list[Range]:

@@ -145,7 +145,7 @@ def _adapter(folder: Path) -> Strange | None:
         return None
     base = _keys(folder / "adapter_config.json").get("base_model_name_or_path") or "another model"
     return Strange(f"a LoRA adapter for {base}, not a model",
-                   "Merge it into its model and name the new folder: with peft, "
+                   "Name its model, and this folder as `lora`. Or merge it and name the new folder: with peft, "
                    "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new_folder).")
 
 

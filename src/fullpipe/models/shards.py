@@ -10,6 +10,7 @@ from fullpipe.errors import DamagedModel
 from fullpipe.models.recognise import damaged, fetch_again, no_model_in
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def shard_files(folder: Path) -> list[Path]:

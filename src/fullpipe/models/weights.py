@@ -53,8 +53,8 @@ class SafetensorsFiles(ModelFiles):
             raise strange
         files = shard_files(folder)
         self.config = read_hf(read_json(folder / CONFIG))
-        self._entries: dict[str, tuple[_Shard, _Entry]] = {}
-        self._shards = [_Shard(file) for file in files]
+        self._entries: dict[str, tuple[Shard, Entry]] = {}
+        self._shards = [Shard(file) for file in files]
         for shard in self._shards:
             self._entries |= {name: (shard, entry) for name, entry in shard.entries.items()}
         self._check_shapes()
@@ -74,7 +74,7 @@ class SafetensorsFiles(ModelFiles):
         return [*(Place(file, 0, file.stat().st_size) for file in small),
                 *(Place(shard.path, 0, shard.header_bytes) for shard in self._shards)]
 
-    def _entry(self, name: str) -> tuple[_Shard, _Entry]:
+    def _entry(self, name: str) -> tuple[Shard, Entry]:
         if name not in self._entries:
             raise self._damaged(name, "it is missing")
         return self._entries[name]
@@ -99,7 +99,7 @@ class SafetensorsFiles(ModelFiles):
         return self.raw_rows(name, first, rows).flatten().view(self._entry(name)[1].dtype)
 
 
-class _Entry:
+class Entry:
     """Where a tensor lies in its file."""
 
     __slots__ = ("dtype", "offset", "shape")
@@ -108,7 +108,7 @@ class _Entry:
         self.dtype, self.shape, self.offset = dtype, shape, offset
 
 
-class _Shard:
+class Shard:
     """One safetensors file: a JSON header that lists tensors, then their bytes."""
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class _Shard:
     def __del__(self) -> None:
         os.close(self.file)
 
-    def _read_entries(self) -> dict[str, _Entry]:
+    def _read_entries(self) -> dict[str, Entry]:
         size = os.fstat(self.file).st_size
         length = int.from_bytes(os.pread(self.file, 8, 0), "little")
         try:
@@ -132,7 +132,7 @@ class _Shard:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(self.path, f"the header of {self.path} is damaged: {error}") from error
 
-    def _entry(self, name: str, value: Mapping[str, Any], base: int, file_size: int) -> _Entry:
+    def _entry(self, name: str, value: Mapping[str, Any], base: int, file_size: int) -> Entry:
         dtype = _SAFETENSORS_DTYPES.get(value["dtype"])
         if dtype is None:
             raise UnsupportedModel(f"tensor {name} of {self.path} has the type {value['dtype']}, which cannot be read",
@@ -145,4 +145,4 @@ class _Shard:
         if base + end > file_size:
             raise damaged(self.path, f"{self.path} is cut short: tensor {name} ends at byte {base + end}, the file at "
                                      f"{file_size}")
-        return _Entry(dtype, shape, base + begin)
+        return Entry(dtype, shape, base + begin)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fullpipe.messages import ArenaId, Opening, Part
+from fullpipe.messages import ArenaId, Opening, Part, Scored
 from fullpipe.request import Request
 from fullpipe.sequences.blocks import Kept, Room, SlotAllocator
 from fullpipe.sequences.tree import Advance, Node, State, TokenTree
@@ -35,6 +35,7 @@ class Sequence:
     tokens, path_slots: the committed path by position, prompt and root included (the root's slot joins
     when it gets one). cached: prompt positions taken over from another request. finished: why it ended, once it has.
     lent: slots that the draft may fill on its own, until its answer comes or a node has no other left.
+    scores: what the stages have said of the prompt, by position, until all of it has been told.
     """
 
     request: Request
@@ -50,6 +51,7 @@ class Sequence:
     lent: list[int] = field(default_factory=list)
     stages: Channel = field(default_factory=Channel)
     draft: Channel = field(default_factory=Channel)
+    scores: dict[int, Scored] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens, self.waiting_since = list(self.request.prompt), self.arrived
@@ -81,6 +83,11 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     @property
+    def scored(self) -> bool:
+        """Whether somebody still waits to be told how likely its prompt is."""
+        return self.request.params.prompt_logprobs is not None and len(self.tokens) == self.num_prompt
+
+    @property
     def left(self) -> int:
         """Tokens that the answer may still have."""
         return self.num_prompt + self.request.params.max_tokens - len(self.tokens)
@@ -103,8 +110,9 @@ class Sequence:
     def opening(self, channel: Channel, drafts: bool) -> Opening:
         """Make the opening that tells a channel of the sequence."""
         channel.opened = True
+        scored = list(self.request.prompt) if self.scored and channel is self.stages else []
         return Opening(self.arena, self.num_prompt, self.request.params, self.path_slots[: channel.commits],
-                       self.request.id, drafts)
+                       self.request.id, drafts, self.request.told_ends, scored)
 
     def committed_rows(self, channel: Channel, limit: int) -> Part:
         """Make a part of up to `limit` committed tokens before the root that the channel has not computed."""

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from starlette.types import Receive
 
+from fullpipe.messages import Scored
 from fullpipe.request import SamplingParams
 from fullpipe.service import Service, Ticket, Update
 
@@ -26,35 +27,45 @@ class ClientGone(Exception):
 class Choice:
     """Stands for one text that was asked for.
 
-    prompt: which of the request's prompts it answers. num_tokens: how many came so far.
-    reason: why it ended; None while it runs."""
+    prompt: which of the request's prompts it answers; tokens: of that. num_tokens: how many came so far;
+    reasoning_tokens: those of them that are thoughts. reason: why it ended; None while it runs. silent: nothing is to
+    be said behind the prompt; a token is made all the same, and dropped."""
 
     index: int
     prompt: int
     ticket: Ticket
     num_tokens: int = 0
+    reasoning_tokens: int = 0
     reason: str | None = None
     error: str = ""
+    tokens: Sequence[int] = ()
+    silent: bool = False
 
 
 @dataclass(slots=True)
 class News:
-    """Tells what is new of one choice: several updates are one if the reader was slower than the engine."""
+    """Tells what is new of one choice: several updates are one if the reader was slower than the engine.
+
+    scores: of the prompt, where they are asked for, with the first tokens."""
 
     choice: Choice
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    scores: list[Scored | None] = field(default_factory=list)
 
     def add(self, update: Update) -> None:
-        self.text += update.text
-        self.token_ids += update.token_ids
-        self.logprobs += update.logprobs
-        self.offsets += update.offsets
-        self.choice.num_tokens += len(update.token_ids)
+        self.scores += update.prompt_logprobs
+        if not self.choice.silent:
+            self.text += update.text
+            self.token_ids += update.token_ids
+            self.logprobs += update.logprobs
+            self.offsets += update.offsets
+            self.choice.num_tokens += len(update.token_ids)
         if update.reason is not None:
-            self.choice.reason, self.choice.error = update.reason, update.error or ""
+            full = self.choice.silent and update.reason == "stop"
+            self.choice.reason, self.choice.error = "length" if full else update.reason, update.error or ""
 
 
 class Mailbox(Generic[T]):
@@ -108,14 +119,14 @@ class Answer:
         self._watch = asyncio.create_task(self._watch_connection(receive))
 
     def submit(self, prompt: int, tokens: Sequence[int], params: SamplingParams, *, priority: int,
-               timeout_s: float | None) -> None:
-        """Ask for one more choice. Raises what `Service.submit` raises, and `ClientGone`."""
+               timeout_s: float | None, silent: bool = False) -> None:
+        """Ask for one more choice. silent: see `Choice`. Raises what `Service.submit` raises, and `ClientGone`."""
         if self._gone:
             raise ClientGone
         index = len(self.choices)
         deliver = partial(self._deliver, index)
         ticket = self._service.submit(tokens, params, deliver, priority=priority, timeout_s=timeout_s)
-        self.choices.append(Choice(index, prompt, ticket))
+        self.choices.append(Choice(index, prompt, ticket, tokens=tokens, silent=silent))
 
     @property
     def done(self) -> bool:

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import anyio.to_thread
@@ -26,33 +27,39 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from fullpipe.errors import FullpipeError, MessageError, PromptError, UnsupportedModel, UsageError
+from fullpipe.errors import FullpipeError, MessageError, MissingExtra, PromptError, UnsupportedModel, UsageError
+from fullpipe.models.tokens.matching import check_structure
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
 from fullpipe.server.answer import Answer, ClientGone, News
+from fullpipe.server.besides import check_least, for_chat, for_text, kept, spelling
+from fullpipe.server.forms import Form, Forms
 from fullpipe.server.guard import EventStream, Guard, Keyring, log, needs_key, request_id
 from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, failure, problem_of, retry_after, told
-from fullpipe.server.protocol import (
-    IGNORED,
+from fullpipe.server.protocol.answers import (
     ChatCompletion,
-    ChatRequest,
-    CompletionRequest,
     Health,
     ModelCard,
     ModelList,
-    Options,
     Readiness,
     TextCompletion,
     Version,
 )
+from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest, Options
+from fullpipe.server.protocol.tables import IGNORED, REFUSED
 from fullpipe.server.replies import VERSION, ChatReplies, Replies, TextReplies, usage_of
+from fullpipe.server.responses.answers import ResponseObject
+from fullpipe.server.responses.asking import Turns, as_chat
+from fullpipe.server.responses.protocol import ResponsesRequest
+from fullpipe.server.responses.replies import ResponseReplies, echo
+from fullpipe.server.responses.tables import REFUSED as REFUSED_IN_RESPONSES
+from fullpipe.server.tokens import Tokens, refusals
 from fullpipe.service import Service
 
 Metrics = Callable[[], tuple[bytes, str]]
 """What Prometheus reads, and its content type."""
 
-_DONE = "data: [DONE]\n\n"
 _TOKENISERS = 4  # threads at most: the stages need the cores
 _MOST_SAID = 200  # ignored fields that a log tells of; names of variables are the callers' own
 _COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of max_tokens for completions; a chat's is what room there is
@@ -86,22 +93,28 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
     """
     options = options or ServerOptions()
     app = FastAPI(title="Fullpipe", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.root_path = options.root_path  # and not the server's, which would put it before paths that have it already
     for kind in (HTTPException, RequestValidationError, FullpipeError):
         app.add_exception_handler(kind, _answer_with_problem)
     app.state.keyring = Keyring(options.api_key)
-    app.include_router(_openai_routes(_Asking(service, model, options), options))
+    asking = _Asking(service, model, options)
+    for prefix in ("/v1", ""):  # some clients have an address without it
+        app.include_router(_openai_routes(asking, options, prefix))
+    app.include_router(_token_routes(asking, options))
     app.include_router(_house_routes(service, metrics))
     for router in extras:
         app.include_router(router)
     app.add_middleware(Guard, options=options)
     if options.allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["*"],
-                           allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])
+        app.add_middleware(CORSMiddleware, allow_origins=list(options.allowed_origins),
+                           allow_methods=list(options.allowed_methods), allow_headers=list(options.allowed_headers),
+                           allow_credentials=options.allow_credentials, expose_headers=["x-request-id", "retry-after"])
     return app
 
 
 def _answer_with_problem(request: Request, error: Exception) -> Response:
-    problem = problem_of(error)
+    to_responses = request.scope["path"].endswith("/responses")
+    problem = problem_of(error, REFUSED_IN_RESPONSES if to_responses else REFUSED)
     if problem.status_code >= 500:
         log.warning("%s %s", request_id(request.scope), error)
     return problem.response()
@@ -121,12 +134,17 @@ _ASKING = _CLOSED | _refusals(
     s413="The body is too large", s415="The body is not JSON", s500="The request failed",
     s503="The service takes no requests now", s4XX="Any other refusal",
 )
-_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or with `stream` its chunks as server-sent events, each the JSON of one chunk "
-                         "or error, and `[DONE]` behind the last",
-          "content": {"text/event-stream": {"itemSchema": {
-              "type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}}},
-}
+
+
+def _streamed(each: str) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: the answer may be a stream. each: what its events are."""
+    return {200: {"description": f"The answer, or with `stream` its parts as server-sent events, {each}",
+                  "content": {"text/event-stream": {"itemSchema": {
+                      "type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}}}}
+
+
+_STREAM = _streamed("each the JSON of one chunk or error, and `[DONE]` behind the last")
+_EVENTS = _streamed("each with its type, and the JSON of it; the last is completed, incomplete or failed")
 
 
 class _GuardedRoute(APIRoute):
@@ -156,10 +174,12 @@ class _JsonRequest(Request):
             raise Problem(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
-def _openai_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
+def _openai_routes(asking: _Asking, options: ServerOptions, prefix: str) -> APIRouter:
+    """The routes below `/v1`, which the document tells of, or another prefix."""
     # The route looks at keys; the dependency only says in the document that there is one.
     key = [Depends(HTTPBearer(auto_error=False))] if options.api_key else []
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=key, route_class=_GuardedRoute)
+    router = APIRouter(prefix=prefix, tags=["OpenAI"], dependencies=key, route_class=_GuardedRoute,
+                       include_in_schema=prefix == "/v1")
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_ASKING | _STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -168,6 +188,18 @@ def _openai_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
     @router.post("/completions", response_model=TextCompletion, responses=_ASKING | _STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await asking.complete(body, request)
+
+    @router.post("/responses", response_model=ResponseObject, responses=_ASKING | _EVENTS)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        return await asking.respond(body, request)
+
+    @router.get("/responses/{id}", include_in_schema=False)
+    @router.delete("/responses/{id}", include_in_schema=False)
+    @router.get("/responses/{id}/input_items", include_in_schema=False)
+    @router.post("/responses/{id}/cancel", include_in_schema=False)
+    async def one_response(id: str) -> Response:
+        raise Problem(404, f"there is no response {id[:80]!r}: this server stores none", param="response_id",
+                      code="response_not_found")
 
     @router.get("/models", responses=_CLOSED)
     async def models() -> ModelList:
@@ -180,6 +212,13 @@ def _openai_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
     return router
 
 
+def _token_routes(asking: _Asking, options: ServerOptions) -> APIRouter:
+    key = [Depends(HTTPBearer(auto_error=False))] if options.api_key else []
+    router = APIRouter(tags=["vLLM"], dependencies=key, route_class=_GuardedRoute)
+    tokens = Tokens(asking.model.tokenizer, asking.model.max_model_len, asking.known, asking._tokenise)
+    return refusals(tokens.add_routes(router, _ASKING))
+
+
 def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
     router = APIRouter(tags=["House"])
 
@@ -187,6 +226,8 @@ def _house_routes(service: Service[Any], metrics: Metrics | None) -> APIRouter:
     async def health() -> Health:
         """Answers as long as the process does."""
         return Health()
+
+    router.add_api_route("/ping", health, methods=["GET", "POST"], include_in_schema=False)  # SageMaker's name for it
 
     @router.get("/ready", response_model=Readiness, responses=_refusals(s503="Not ready; Retry-After says when to ask"))
     async def ready() -> Response:
@@ -224,30 +265,52 @@ class _Asking:
         self.model = model
         self._service = service
         self._options = options
+        self._forms = Forms(model.tokenizer, options)
         self._limiter: CapacityLimiter | None = None  # belongs to the loop, so it is made there
         self._said: set[str] = set()
 
-    def known(self, name: str) -> str:
+    def known(self, name: str | None) -> str:
+        """The model that is asked: the one that there is, where none is named."""
+        if name is None:
+            return self.model.names[0]
         if name not in self.model.names:
             raise Problem(404, f"there is no model {name[:80]!r}; this server has {', '.join(self.model.names)}",
                           param="model", code="model_not_found")
         return name
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
+    async def chat(self, body: ChatRequest, request: Request,
+                   told_as: Callable[[Replies], Replies] = lambda replies: replies) -> Response:
+        """told_as: what makes the answer of a chat's; by default it is one."""
         model = self.known(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-        replies = ChatReplies(request_id(request.scope), int(time.time()), model, self.model.tokenizer,
-                              bool(body.logprobs))
+        form = self._forms.of_chat(body)
+        replies = for_chat(body, ChatReplies(request_id(request.scope), int(time.time()), model,
+                                             spelling(body, self.model.tokenizer), bool(body.logprobs), form),
+                           self.model.tokenizer)
         return await self._answer(
-            body, request, replies, [lambda: self._chat_tokens(body, request)], "messages",
+            body, request, told_as(replies), [lambda: self._chat_tokens(body, request, form)], "messages", form,
             default=self.model.max_model_len, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
 
-    def _chat_tokens(self, body: ChatRequest, request: Request) -> list[int]:
+    async def respond(self, body: ResponsesRequest, request: Request) -> Response:
+        """As a chat. What it is refused for is told in the words of the request."""
+        told = echo(body, self.known(body.model), self.model.sampling)
+        for path in body.ignored():
+            self._say_once(request, path, body.no_effect[path])
+        turns, template = Turns.of(body), self.model.tokenizer.template
+        try:
+            chat = as_chat(body, turns, lambda name: template is not None and template.reads(name))
+            return await self.chat(chat, request, partial(ResponseReplies, request_id(request.scope), told))
+        except (Problem, FullpipeError) as error:
+            raise turns.blamed(problem_of(error)) from error
+
+    def _chat_tokens(self, body: ChatRequest, request: Request, form: Form) -> list[int]:
         tokenizer, variables = self.model.tokenizer, body.chat_template_kwargs or {}
         tokens = tokenizer.chat([message.plain() for message in body.messages],
                                 add_generation_prompt=body.add_generation_prompt, chat_template_kwargs=variables,
-                                continue_final_message=bool(body.continue_final_message))
+                                continue_final_message=bool(body.continue_final_message), tools=form.tools,
+                                add_special=bool(body.add_special_tokens))
+        form.follow(tokens)
         assert tokenizer.template is not None, "it has just been rendered"
         for name in variables:
             if not tokenizer.template.reads(name):
@@ -257,17 +320,18 @@ class _Asking:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         model = self.known(body.model)
-        if body.best_of not in (None, body.n or 1):
-            raise Problem(400, "'best_of' is not supported: all that is made is returned, so it must be n",
-                          param="best_of", code="unsupported_parameter")
-        replies = TextReplies(request_id(request.scope), int(time.time()), model, self.model.tokenizer,
-                              body.logprobs is not None)
-        return await self._answer(body, request, replies, [self._encoder(prompt) for prompt in body.prompts()],
-                                  "prompt", default=_COMPLETION_TOKENS, logprobs=body.logprobs)
+        replies = for_text(body, TextReplies(request_id(request.scope), int(time.time()), model,
+                                             spelling(body, self.model.tokenizer), body.logprobs is not None),
+                           self.model.tokenizer)
+        encoders = [self._encoder(prompt, body.add_special_tokens is not False) for prompt in body.prompts()]
+        chooses = body.texts() > (body.n or 1)  # by log-probabilities
+        return await self._answer(body, request, replies, encoders, "prompt", self._forms.of_text(body),
+                                  default=_COMPLETION_TOKENS,
+                                  logprobs=0 if chooses and body.logprobs is None else body.logprobs)
 
-    def _encoder(self, prompt: str | list[int]) -> Callable[[], list[int]]:
+    def _encoder(self, prompt: str | list[int], add_special: bool) -> Callable[[], list[int]]:
         if isinstance(prompt, str):
-            return lambda: self.model.tokenizer.encode(prompt, add_special=True)
+            return lambda: self.model.tokenizer.encode(prompt, add_special=add_special)
         return lambda: self._check_tokens(prompt, "prompt")
 
     def _check_tokens(self, ids: Iterable[int | str], field: str) -> list[int]:
@@ -277,30 +341,35 @@ class _Asking:
         return tokens
 
     async def _answer(self, body: Options, request: Request, replies: Replies,
-                      encoders: Sequence[Callable[[], list[int]]], field: str, *, default: int,
+                      encoders: Sequence[Callable[[], list[int]]], field: str, form: Form, *, default: int,
                       logprobs: int | None) -> Response:
         """field: what a fault of a prompt is blamed on. default: new tokens at most where the body names no number."""
-        for path in body.ignored():
-            self._say_once(request, path, IGNORED[path])
-        n = body.n or 1
+        for path, why in (*((path, IGNORED[path]) for path in body.ignored()), *form.unheeded):
+            self._say_once(request, path, why)
+        n, name = body.texts(), "n" if body.texts() == (body.n or 1) else "best_of"
         most = min(self._options.max_choices, self._service.capacity)
         if n * len(encoders) > most:
-            raise Problem(400, f"n: {n * len(encoders)} texts are asked for; one request may ask for {most}", param="n")
+            raise Problem(400, f"{name}: {n * len(encoders)} texts are asked for; one request may ask for {most}",
+                          param=name)
         if body.stream_options is not None and not body.stream:
             raise Problem(400, "stream_options needs stream to be true", param="stream_options")
         answer = Answer(self._service, request.receive)
         try:
-            prompts = await self._tokenise(encoders, field)
+            prompts = [kept(body, tokens, self.model.max_model_len) for tokens in
+                       await self._tokenise(encoders, field)]
+            await self._look_at(form)
             self._check_tokens(body.logit_bias or (), "logit_bias")
+            self._check_tokens(body.allowed_token_ids or (), "allowed_token_ids")
             limits = [self._limit(len(tokens), body, field, default) for tokens in prompts]
+            check_least(body, limits)
             seed = _base_seed(body, self.model.sampling)
             for number, (tokens, limit) in enumerate(zip(prompts, limits)):
                 for i in range(n):
-                    self._submit(answer, number, tokens, field, body, limit, logprobs, (seed + i) % 2**64)
+                    self._submit(answer, number, tokens, field, body, form, limit, logprobs, (seed + i) % 2**64)
             log.debug("%s tickets %s", request_id(request.scope), [choice.ticket.id for choice in answer.choices])
             if body.stream:
                 first = _checked(await answer.news())
-                events = _to_their_end(self._events(body, answer, replies, first, request_id(request.scope)),
+                events = _to_their_end(self._events(body, answer, replies, first, request_id(request.scope)), replies,
                                        request_id(request.scope))
                 return EventStream(events, self._options.write_timeout, answer.close)
             while not answer.done:
@@ -323,6 +392,13 @@ class _Asking:
             raise Problem(400, told(error), param=error.where) from error
         except (UsageError, UnsupportedModel) as error:  # the latter: a chat template that is none
             raise Problem(400, f"{field}: {told(error)}", param=field) from error
+
+    async def _look_at(self, form: Form) -> None:
+        """Have a structure looked at in a thread, where it may take long. The service, which says what is wrong with
+        it, is quick then."""
+        if (structured := form.changes.get("structured")) is not None:
+            with contextlib.suppress(UsageError, MissingExtra):
+                await anyio.to_thread.run_sync(check_structure, structured, self.model.tokenizer, limiter=self._limiter)
 
     def _say_once(self, request: Request, field: str, why: str) -> None:
         """Log that a field has no effect, the first time that anybody sends it."""
@@ -349,14 +425,18 @@ class _Asking:
                           param=name, code=TOO_LONG)
         return asked
 
-    def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, limit: int,
+    def _submit(self, answer: Answer, number: int, tokens: list[int], field: str, body: Options, form: Form, limit: int,
                 logprobs: int | None, seed: int) -> None:
         try:
-            params = _params(body, self.model.sampling, seed=seed, max_tokens=limit, logprobs=logprobs)
+            params = _params(body, self.model.sampling, form, seed=seed, max_tokens=max(limit, 1), logprobs=logprobs)
             answer.submit(number, tokens, params, priority=body.priority or 0,
-                          timeout_s=self._options.request_timeout)
+                          timeout_s=self._options.request_timeout, silent=limit == 0)
         except PromptError as error:
             raise Problem(400, f"{field}: {told(error)}", param=field, code=TOO_LONG) from error
+        except (UsageError, MissingExtra) as error:
+            if (problem := form.problem_of(error)) is None:
+                raise
+            raise problem from error
 
     async def _events(self, body: Options, answer: Answer, replies: Replies, news: list[News],
                       id: str) -> AsyncGenerator[bytes, None]:
@@ -366,10 +446,10 @@ class _Asking:
         always = at_end and options is not None and bool(options.continuous_usage_stats)
         while True:
             usage = usage_of(answer.choices) if always else None
-            lines = [_event(chunk) for one in news for chunk in replies.chunks(one, usage)]
+            lines = [replies.event(chunk) for one in news for chunk in replies.chunks(one, usage)]
             if (problem := _failure(news)) is not None:
                 log.warning("%s %s", id, problem.error.message)
-                yield "".join([*lines, f"data: {problem.event()}\n\n", _DONE]).encode()
+                yield "".join([*lines, replies.broken(problem)]).encode()
                 return
             if answer.done:
                 break
@@ -381,11 +461,12 @@ class _Asking:
                 log.info("%s closed by the caller", id)
                 return
         if at_end:
-            lines.append(_event(replies.last(usage_of(answer.choices))))
-        yield "".join([*lines, _DONE]).encode()
+            lines.append(replies.event(replies.last(usage_of(answer.choices))))
+        yield "".join([*lines, replies.end]).encode()
 
 
-async def _to_their_end(events: AsyncGenerator[bytes, None], id: str) -> AsyncGenerator[bytes, None]:
+async def _to_their_end(events: AsyncGenerator[bytes, None], replies: Replies,
+                        id: str) -> AsyncGenerator[bytes, None]:
     """The events, and where they break off by a mistake of ours an error as the last: a connection that only closes
     looks to some clients like the end of the answer."""
     try:
@@ -394,15 +475,11 @@ async def _to_their_end(events: AsyncGenerator[bytes, None], id: str) -> AsyncGe
                 yield piece
     except Exception as error:
         log.exception("%s failed", id)
-        yield f"data: {problem_of(error).event()}\n\n{_DONE}".encode()
+        yield replies.broken(problem_of(error)).encode()
 
 
 def _json(model: BaseModel) -> Response:
     return Response(model.model_dump_json(), media_type="application/json")
-
-
-def _event(chunk: BaseModel) -> str:
-    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
 def _failure(batch: list[News]) -> Problem | None:
@@ -427,15 +504,19 @@ def _temperature(body: Options, defaults: Mapping[str, Any]) -> float:
     return float(defaults.get("temperature", 1.0) if body.temperature is None else body.temperature)
 
 
-def _params(body: Options, defaults: Mapping[str, Any], *, seed: int, max_tokens: int,
+def _params(body: Options, defaults: Mapping[str, Any], form: Form, *, seed: int, max_tokens: int,
             logprobs: int | None) -> SamplingParams:
     """What the request says; else the model's defaults; else OpenAI's: temperature 1, no filters, no penalties."""
     named = {name: value for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-                                      "repetition_penalty", "ignore_eos", "skip_special_tokens")
+                                      "repetition_penalty", "ignore_eos", "skip_special_tokens", "min_tokens",
+                                      "include_stop_str_in_output")
              if (value := getattr(body, name)) is not None}
     named = dict(defaults) | named | {"temperature": _temperature(body, defaults), "max_tokens": max_tokens}
+    named |= form.changes
     return SamplingParams(
         seed=seed,
         logprobs=logprobs, logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-        stop_token_ids=tuple(body.stop_token_ids or ()), **named)
+        stop_token_ids=tuple(body.stop_token_ids or ()), prompt_logprobs=body.scored(),
+        bad_words=tuple(body.bad_words or ()),
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids), **named)

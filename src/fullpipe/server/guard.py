@@ -25,7 +25,7 @@ log = logging.getLogger("fullpipe.server")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _DRAIN_BYTES, _DRAIN_S = 64 * 2**20, 5.0
 _DRAINS = 32  # refused requests that are read on at a time: it is a courtesy, and costs what the others need
-_PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
+_PROBES = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
 
 
 def request_id(scope: Scope) -> str:
@@ -86,7 +86,7 @@ class Guard:
         return None
 
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
-        counts = scope["path"] not in _PROBES
+        counts = scope["path"].removeprefix(scope.get("root_path", "")) not in _PROBES
         problem = self._refusal(counts, headers)
         if problem is not None:
             if headers.get("expect", "").lower() != "100-continue":  # reading would ask for what is refused

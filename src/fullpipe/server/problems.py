@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, Overloaded, PromptError, Unavailable, UsageError, without
-from fullpipe.server.protocol import REFUSED, ChatRequest, CompletionRequest
+from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest
+from fullpipe.server.protocol.tables import REFUSED
 
 log = logging.getLogger("fullpipe.server")
 
@@ -57,15 +58,15 @@ class Problem(HTTPException):
         return JSONResponse({"error": self.error.model_dump(), **more}, self.status_code, headers=self.headers)
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: Exception, refused: Mapping[str, str] = REFUSED) -> Problem:
     """How an exception is told to the caller. What is no mistake of the caller and no state of the service is a 500
-    that does not show its inside."""
+    that does not show its inside. refused: fields of the request that are not taken, and why."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, StarletteHTTPException):
         return Problem(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, RequestValidationError):
-        return _invalid(error.errors(), error.body)
+        return _invalid(error.errors(), error.body, refused)
     if isinstance(error, Unavailable):
         return _unavailable(error)
     if isinstance(error, UsageError):
@@ -111,7 +112,7 @@ def _type_of(status: int) -> str:
     return {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
 
 
-def _invalid(errors: Sequence[Any], body: Any) -> Problem:
+def _invalid(errors: Sequence[Any], body: Any, refused: Mapping[str, str]) -> Problem:
     """The first thing that is wrong with a body; of the branches of a union, the one that came furthest."""
     first = errors[0]
     where = _path(first, body)
@@ -119,9 +120,9 @@ def _invalid(errors: Sequence[Any], body: Any) -> Problem:
         path = _path(other, body)
         if path[: len(where)] == where and len(path) > len(where):
             first, where = other, path
-    if where and where[0] in REFUSED:
+    if where and where[0] in refused:
         field = str(where[0])
-        return Problem(400, f"{field!r} is not supported: {REFUSED[field]}", param=field, code="unsupported_parameter")
+        return Problem(400, f"{field!r} is not supported: {refused[field]}", param=field, code="unsupported_parameter")
     param = _spelled(where) if where else None
     return Problem(400, _message(first, where, param), param=param,
                    code="unknown_parameter" if first["type"] == "extra_forbidden" else None)

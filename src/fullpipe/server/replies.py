@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -9,10 +10,11 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from fullpipe.engine import RequestStats
-from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.server.answer import Choice, News
-from fullpipe.server.protocol import (
-    AnswerMessage,
+from fullpipe.server.forms import Form
+from fullpipe.server.lines import Lines
+from fullpipe.server.problems import Problem
+from fullpipe.server.protocol.answers import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -30,6 +32,7 @@ from fullpipe.server.protocol import (
     TokenLogprob,
     Usage,
 )
+from fullpipe.server.voices import Voice, deltas
 
 VERSION = version("fullpipe")
 FINGERPRINT = f"fullpipe-{VERSION}"
@@ -38,8 +41,26 @@ _LEAST = -9999.0  # what OpenAI says in place of minus infinity, for which JSON 
 Told = Sequence[Sequence[tuple[int, float]]]
 
 
+class Spelling(Protocol):
+    """Says what tokens are called."""
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
 class Replies(Protocol):
-    """Makes answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`."""
+    """Makes answers of one kind. `chunks` of all news of a choice, or `add` of all of them and then `full`.
+
+    end: what stands behind the last chunk of a stream."""
+
+    end: str
+
+    def event(self, chunk: BaseModel) -> str:
+        """A chunk as it goes over the wire."""
+        ...
+
+    def broken(self, problem: Problem) -> str:
+        """What ends a stream in place of the rest, as it goes over the wire."""
+        ...
 
     def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
         """usage: put on every chunk, if given."""
@@ -54,42 +75,52 @@ class Replies(Protocol):
     def full(self, choices: Sequence[Choice], usage: Usage) -> BaseModel: ...
 
 
-class ChatReplies:
-    """Makes the answers of chats. logprobs: whether the request asks for them."""
+class ChatReplies(Lines):
+    """Makes the answers of chats. logprobs: whether the request asks for them. form: of the answers."""
 
-    def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
+    def __init__(self, id: str, created: int, model: str, tokenizer: Spelling, logprobs: bool,
+                 form: Form | None = None) -> None:
         self._head: dict[str, Any] = {"id": f"chatcmpl-{id}", "created": created, "model": model,
                                       "system_fingerprint": FINGERPRINT}
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._texts: dict[int, list[str]] = {}
+        self._form = form or Form()
+        self._voices: dict[int, Voice] = {}
         self._told: dict[int, list[ChosenLogprob]] = {}
 
     def chunks(self, news: News, usage: Usage | None) -> Iterator[BaseModel]:
+        """Log-probabilities stand on the first chunk of the news whose tokens they are of."""
         index = news.choice.index
-        if index not in self._texts:
-            self._texts[index] = []
+        if index not in self._voices:
             yield self._chunk(index, Delta(role="assistant", content=""), usage)
-        if news.text or (self._logprobs and news.logprobs):
-            told = ChatLogprobs(content=self._chosen(news.logprobs)) if self._logprobs else None
-            yield self._chunk(index, Delta(content=news.text), usage, logprobs=told)
+        voice = self._voice(index)
+        told = ChatLogprobs(content=self._chosen(news.logprobs)) if self._logprobs else None
+        said = [*deltas(voice.hear(news))]
+        for delta in said or ([Delta(content="")] if told and told.content else []):
+            yield self._chunk(index, delta, usage, logprobs=told)
+            told = None
         if (reason := finish_reason(news.choice)) is not None:
-            yield self._chunk(index, Delta(), usage, finish_reason=reason)
+            yield self._chunk(index, Delta(), usage, finish_reason=voice.ending(reason))
 
     def last(self, usage: Usage) -> BaseModel:
         return ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=usage)
 
     def add(self, news: News) -> None:
-        self._texts.setdefault(news.choice.index, []).append(news.text)
+        self._voice(news.choice.index).hear(news)
         self._told.setdefault(news.choice.index, []).extend(self._chosen(news.logprobs))
 
     def full(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
         return ChatCompletion(**self._head, usage=usage, choices=[
-            ChatChoice(index=choice.index, message=AnswerMessage(content="".join(self._texts[choice.index])),
+            ChatChoice(index=choice.index, message=self._voices[choice.index].message(),
                        logprobs=ChatLogprobs(content=self._told[choice.index]) if self._logprobs else None,
-                       finish_reason=_finished(choice))
+                       finish_reason=self._voices[choice.index].ending(_finished(choice)))
             for choice in choices
         ])
+
+    def _voice(self, index: int) -> Voice:
+        if index not in self._voices:
+            self._voices[index] = Voice(self._form)
+        return self._voices[index]
 
     def _chunk(self, index: int, delta: Delta, usage: Usage | None, *, logprobs: ChatLogprobs | None = None,
                finish_reason: FinishReason | None = None) -> ChatChunk:
@@ -108,10 +139,10 @@ class ChatReplies:
         return {"token": spell(spelled), "logprob": max(logprob, _LEAST), "bytes": list(spelled)}
 
 
-class TextReplies:
+class TextReplies(Lines):
     """Makes the answers of text completions. logprobs: whether the request asks for them."""
 
-    def __init__(self, id: str, created: int, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
+    def __init__(self, id: str, created: int, model: str, tokenizer: Spelling, logprobs: bool) -> None:
         self._head: dict[str, Any] = {"id": f"cmpl-{id}", "object": "text_completion", "created": created,
                                       "model": model, "system_fingerprint": FINGERPRINT}
         self._tokenizer = tokenizer
@@ -152,6 +183,10 @@ class TextReplies:
         lists.text_offset += news.offsets
         for picked, *others in news.logprobs:
             lists.tokens.append(self._spell(picked[0]))
+            if math.isnan(picked[1]):  # nothing is known of it
+                lists.token_logprobs.append(None)
+                lists.top_logprobs.append(None)
+                continue
             lists.token_logprobs.append(max(picked[1], _LEAST))
             lists.top_logprobs.append({self._spell(token): max(value, _LEAST) for token, value in (*others, picked)})
         return lists
@@ -194,8 +229,9 @@ def usage_of(choices: Sequence[Choice]) -> Usage:
     return Usage(
         prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion,
         prompt_tokens_details=PromptDetails(cached_tokens=sum(ticket.cached_tokens for ticket in first.values())),
-        completion_tokens_details=CompletionDetails(accepted_prediction_tokens=speculation.hits,
-                                                    rejected_prediction_tokens=speculation.wasted_rows),
+        completion_tokens_details=CompletionDetails(
+            accepted_prediction_tokens=speculation.hits, rejected_prediction_tokens=speculation.wasted_rows,
+            reasoning_tokens=sum(choice.reasoning_tokens for choice in choices)),
         speculation=speculation,
     )
 

@@ -38,6 +38,7 @@ _DEEP = 9.75  # how far below the best a score may lie to be looked at whatever 
 assert _DEEP > QUIET - FAINT
 _BLOCK = 64  # tokens of which the maximum is taken
 _LOOKS = (1 << 13, 1 << 17)  # how many tokens top-p sorts where those within `_DEEP` do not suffice
+_IMPOSSIBLE = np.finfo(np.float32).min  # every logit of a token that may be picked is at least this
 _COLDEST = 1e-30  # below it, dividing by the temperature would overflow; no two logits are so close
 
 
@@ -107,7 +108,8 @@ class Sampled:
         logits = self._logits if all_rows else self._logits[self._at]
         best, heats = self._best[self._at], self._heats[self._at]
         lows = self._lows(logits, best, heats)
-        owners, tokens = np.divmod(np.flatnonzero(logits >= _cuts(lows, best, heats)[:, None]), self._vocab)
+        cuts = np.maximum(_cuts(lows, best, heats), _IMPOSSIBLE)  # with a mask few are left, and top-k has room for all
+        owners, tokens = np.divmod(np.flatnonzero(logits >= cuts[:, None]), self._vocab)
         scores = (logits[owners, tokens] - best[owners]) / heats[owners]
         inside = scores >= lows[owners]
         owners, tokens, scores = owners[inside], tokens[inside], scores[inside]
@@ -147,7 +149,7 @@ class Sampled:
     def _floor(self, at: int, likeliest: Floats) -> np.float32:
         params, floor = self._rows[at].params, np.float32(-math.inf)
         if count := self._top_k(params):
-            floor = np.partition(likeliest, -count)[-count]
+            floor = likeliest.min() if count >= len(likeliest) else np.partition(likeliest, -count)[-count]
             likeliest = likeliest[likeliest >= floor]
         if params.top_p < 1:
             floor = max(floor, self._nucleus(at, likeliest, is_all=count > 0))
@@ -197,14 +199,15 @@ def gap_below(scores: Floats, token: int) -> float:
 
 
 def best_of(scores: Floats, count: int) -> tuple[list[int], list[float]]:
-    """The `count` highest places and what stands there, best first, of equals the lowest place."""
+    """The `count` highest places and what stands there, best first, of equals the lowest place; fewer where all others
+    have minus infinity."""
     count = min(count, len(scores))
     return highest_from(scores, _bounds(scores[None], [count])[0], count) if count else ([], [])
 
 
 def highest_from(scores: Floats, least: np.float32, count: int) -> tuple[list[int], list[float]]:
-    """Of the places with `least` or more the `count` highest, ordered likewise."""
-    places = np.flatnonzero(scores >= least)
+    """Of the places with `least` or more the `count` highest, ordered likewise; never those with minus infinity."""
+    places = np.flatnonzero(scores >= np.maximum(least, _IMPOSSIBLE))
     places = places[np.argsort(-scores[places], kind="stable")[:count]]
     return places.tolist(), scores[places].tolist()
 

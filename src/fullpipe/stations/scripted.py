@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullpipe.errors import UsageError
-from fullpipe.messages import Expansion, Flight, Landed, Part
+from fullpipe.messages import ArenaId, Expansion, Flight, Landed, Part, Scored
 from fullpipe.stations.base import Tapped
 from fullpipe.stations.table import SlotTable, Tables
 
@@ -93,7 +93,20 @@ class ScriptedStage:
             for row in (row for row in range(len(part)) if part.wants[row]):
                 landed.nodes.append(part.nodes[row])
                 landed.tokens.append(self._answer(table, part, row))
+            landed.prompts += self._scores(table, part) if table.scored else []
         return landed
+
+    def _scores(self, table: SlotTable, part: Part) -> list[Scored]:
+        return [scripted_score(part.arena, following, table.scored[following], self._answer(table, part, row),
+                               table.params.prompt_logprobs or 0)
+                for row, position in enumerate(part.positions) if (following := position + 1) < table.prompt_len]
+
+
+def scripted_score(arena: ArenaId, position: int, token: int, likeliest: int, count: int) -> Scored:
+    """What scripted stages say of a prompt's token: the further it is from the one that the truth says, the less likely
+    it was; of those above that the nearest come first."""
+    told = [(token, -0.5 - abs(token - likeliest)), *((likeliest + k, -0.5 - k) for k in range(count))]
+    return Scored(arena, position, 1 + abs(token - likeliest), told)
 
 
 def tap_features(flight: Flight, layers: Sequence[int]) -> NDArray[np.float32]:

@@ -41,7 +41,7 @@ class SlotTable:
 
     def __init__(self, opening: Opening, slots: Slots) -> None:
         self.params, self.request = opening.params, opening.request
-        self.prompt_len = opening.prompt_len
+        self.prompt_len, self.ends, self.scored = opening.prompt_len, tuple(opening.ends), opening.scored
         self._slots = slots
         self._order = np.asarray(opening.path, np.int32)  # committed slots by position, and room behind them
         self.num_committed = len(opening.path)

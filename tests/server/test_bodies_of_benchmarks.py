@@ -10,7 +10,6 @@ import httpx
 import pytest
 from openai_server import Served
 
-from fullpipe.server.protocol.tables import REFUSED
 from fullpipe_lab.sse import check_chunks
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -19,11 +18,6 @@ _ALWAYS = {"include_usage": True, "continuous_usage_stats": True}
 _PARTS = [{"type": "text", "text": "Hello there"}]
 _TOOL = {"type": "function", "function": {"name": "lookup", "description": "Looks it up.", "parameters": {
     "type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}}}
-
-
-def _needs(field: str, *values: Any) -> Any:
-    """A body that holds a field which this server may still refuse."""
-    return pytest.param(*values, marks=pytest.mark.skipif(field in REFUSED, reason=f"{field} is refused"))
 
 
 # vllm/benchmarks/lib/endpoint_request_func.py: openai, openai-chat; and what its options for sampling add.
@@ -49,9 +43,9 @@ GUIDELLM = [
     (CHAT, {"model": "tiny", "max_completion_tokens": 8, "messages": [
         {"role": "user", "content": _PARTS}, {"role": "assistant", "content": "Hi."},
         {"role": "user", "content": _PARTS}]}),
-    _needs("tools", CHAT, {"model": "tiny", "stream": True, "stream_options": _ALWAYS, "tools": [_TOOL],
-                           "tool_choice": "none", "max_completion_tokens": 8,
-                           "messages": [{"role": "user", "content": _PARTS}]}),
+    (CHAT, {"model": "tiny", "stream": True, "stream_options": _ALWAYS, "tools": [_TOOL],
+            "tool_choice": "none", "max_completion_tokens": 8,
+            "messages": [{"role": "user", "content": _PARTS}]}),
 ]
 # genai_perf/inputs/converters/openai_*_converter.py, with --extra-inputs for a fixed length; and AIPerf, its successor.
 GENAI_PERF = [
@@ -59,10 +53,10 @@ GENAI_PERF = [
             "max_tokens": 8}),
     (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "Hello there"}]}),
     (TEXT, {"model": "tiny", "prompt": ["Hello there"], "stream": True, "max_tokens": 8, "ignore_eos": True}),
-    _needs("min_tokens", CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "Hello there"}],
-                                "stream": True, "max_tokens": 8, "min_tokens": 8, "ignore_eos": True}),
-    _needs("min_tokens", TEXT, {"model": "tiny", "prompt": ["Hello there"], "max_tokens": 8, "min_tokens": 8,
-                                "ignore_eos": True}),
+    (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "Hello there"}],
+            "stream": True, "max_tokens": 8, "min_tokens": 8, "ignore_eos": True}),
+    (TEXT, {"model": "tiny", "prompt": ["Hello there"], "max_tokens": 8, "min_tokens": 8,
+            "ignore_eos": True}),
     (CHAT, {"model": "tiny", "messages": [{"role": "user", "name": "", "content": "Hello there"}], "stream": True,
             "max_completion_tokens": 8, "stream_options": _USAGE}),
 ]

@@ -106,11 +106,9 @@ def _kind_of_content(value: Any) -> str | None:
     return "text" if isinstance(value, str) else "parts" if isinstance(value, list) else None
 
 
-Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Part], Field(fail_fast=True), Tag("parts")],
-    Discriminator(_kind_of_content, custom_error_type="content_type",
-                  custom_error_message="must be a string or a list of parts"),
-]
+BY_KIND = Discriminator(_kind_of_content, custom_error_type="content_type",
+                        custom_error_message="must be a string or a list of parts")
+Content = Annotated[Annotated[str, Tag("text")] | Annotated[list[Part], Field(fail_fast=True), Tag("parts")], BY_KIND]
 
 
 class FunctionCall(Wire):

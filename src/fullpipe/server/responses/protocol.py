@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from fullpipe.server.protocol.requests import Ignored, NoneListed, Nothing
+from fullpipe.server.protocol.requests import BY_KIND, Ignored, NoneListed, Nothing
 from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 from fullpipe.server.responses.tables import IGNORED
 
@@ -46,15 +46,7 @@ class Part(_Sent):
         return self.model_dump(include={"type", "text", "refusal"}, exclude_none=True)
 
 
-def _kind_of_content(value: Any) -> str | None:
-    return "text" if isinstance(value, str) else "parts" if isinstance(value, list) else None
-
-
-Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Part], Field(fail_fast=True), Tag("parts")],
-    Discriminator(_kind_of_content, custom_error_type="content_type",
-                  custom_error_message="must be a string or a list of parts"),
-]
+Content = Annotated[Annotated[str, Tag("text")] | Annotated[list[Part], Field(fail_fast=True), Tag("parts")], BY_KIND]
 
 
 class MessageItem(_Sent):

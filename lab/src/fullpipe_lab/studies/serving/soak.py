@@ -135,7 +135,7 @@ def bad_requests() -> list[Bad]:
             body(messages=[{"role": "user", "content": None}]), body(temperature=-1), body(temperature="hot"),
             body(top_p=0), body(n=0), body(n=10**9), body(max_tokens=0), body(max_tokens=-5), body(stop=[""]),
             body(stop=["x"] * 17), body(logit_bias={"x": 1}), body(logit_bias={"1": 1000}), body(top_logprobs=3),
-            body(tools=[{"type": "function"}]), body(response_format={"type": "json_object"}), body(wish="rain"),
+            body(tools=[{"type": "function"}]), body(response_format={"type": "rhyme"}), body(wish="rain"),
             body(stream_options={"include_usage": True}), body(seed=2**70),
             body(messages=[{"role": "user", "content": "word " * 6000}]))),
         *(Bad("POST", text, content) for content in (

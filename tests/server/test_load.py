@@ -274,12 +274,13 @@ def written(folder: Path, *texts: str) -> Path:
 def test_the_verb_takes_each_level_in_turn(fake: Fake, tmp_path: Path) -> None:
     out = tmp_path / "new" / "load.json"
     done = command("--url", fake.url, "--prompts", written(tmp_path, "a", "b"), "--concurrency", "1,2",
-                   "--num-prompts", 3, "--max-tokens", 7, "--json", out)
+                   "--num-prompts", 3, "--max-tokens", 7, "--extra-body", '{"top_p": 0.5}', "--json", out)
     assert done.exit_code == 0, done.output
     value = json.loads(out.read_text())
     results = [LoadResult.from_dict(one) for one in value["results"]]
     assert [(one.concurrency, len(one.samples), one.max_tokens) for one in results] == [(1, 3, 7), (2, 3, 7)]
     assert value["commit"] and value["machine"]["cores"]
+    assert all(body["top_p"] == 0.5 for body in fake.bodies) and results[0].extra == {"top_p": 0.5}
     asked = [body["messages"][0]["content"] for body in fake.bodies]
     assert asked[:3] == ["[warm.0] a", "[1 at once.0] a", "[1 at once.1] b"] and len(set(asked)) == 7
     assert "1 at once" in done.output and "2 at once" in done.output
@@ -296,6 +297,7 @@ def test_the_verb_ends_with_1_when_a_request_failed(fake: Fake, tmp_path: Path) 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--concurrency", "1", "--rate", "2"], "by concurrency or by rate"),
     (["--concurrency", "0"], "--concurrency takes whole numbers"),
+    (["--extra-body", "[1]"], "--extra-body takes a JSON object"),
     (["--rate", "0"], "the rate above 0"),
     (["--url", "nowhere"], "no server's address"),
 ])

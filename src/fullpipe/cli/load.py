@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -47,6 +48,8 @@ def load(
                                            "that no server finds what it has computed before.")] = True,
     completions: Annotated[bool, typer.Option("--completions", help="Ask /v1/completions with plain text in place of "
                                               "/v1/chat/completions.")] = False,
+    extra_body: Annotated[str, typer.Option("--extra-body", metavar="JSON", help="More fields of every request, for "
+                                            "example response_format.", show_default=False)] = "{}",
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Requests before the first that counts.")] = 1,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that one answer may take.")] = 600.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every sample and the "
@@ -62,7 +65,7 @@ def load(
 
     require_httpx()
     levels = [Traffic(at_once, per_second, sampling.max_tokens, sampling.temperature, sampling.seed,
-                      sampling.ignore_eos, "completions" if completions else "chat", timeout)
+                      sampling.ignore_eos, "completions" if completions else "chat", timeout, _fields(extra_body))
               for at_once, per_second in _levels(concurrency, rate)]
     chosen = take(choose(prompts, limit), num_prompts)
     server = Server(url, model or served_model(url, api_key), api_key)
@@ -77,6 +80,14 @@ def load(
     _show(results, json_file, api_key)
     if any(sample.error for result in results for sample in result.samples):
         raise typer.Exit(1)
+
+
+def _fields(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        if isinstance(fields := json.loads(text), dict):
+            return fields
+    raise UsageError(f"--extra-body takes a JSON object, not {text!r}",
+                     hint='For example --extra-body \'{"top_p": 0.9}\'.')
 
 
 def _levels(concurrency: str | None, rate: str | None) -> list[tuple[int | None, float | None]]:

@@ -15,8 +15,8 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice, pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -45,7 +45,7 @@ class Traffic:
     concurrency: so many are under way at any time until all are answered (closed loop). rate: requests per second that
     arrive at random, as a Poisson process drawn from `seed`, whether answers come or not (open loop). seed: of the
     sampling, too. ignore_eos: go on to max_tokens past the model's own end; for servers that know the field.
-    limit_s: seconds that one answer may take.
+    limit_s: seconds that one answer may take. extra: more fields of each request, over those that are made here.
     """
 
     concurrency: int | None = None
@@ -56,6 +56,7 @@ class Traffic:
     ignore_eos: bool = False
     endpoint: Endpoint = "chat"
     limit_s: float = 600.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
@@ -68,7 +69,7 @@ class Traffic:
     def options(self) -> dict[str, Any]:
         """The request's fields beside model and prompt."""
         return {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
-                **({"ignore_eos": True} if self.ignore_eos else {})}
+                **({"ignore_eos": True} if self.ignore_eos else {}), **self.extra}
 
     def arrivals(self, count: int) -> list[float]:
         """Seconds at which requests of the open loop are due, since its beginning; the first at once."""
@@ -178,6 +179,7 @@ class LoadResult(_Part):
     temperature: float
     seed: int
     ignore_eos: bool
+    extra: dict[str, Any] = Field(default_factory=dict)
     asked: Count
     interrupted: bool
     client_cpu_s: Seconds
@@ -249,7 +251,7 @@ def run_load(server: Server, prompts: Sequence[FilePrompt], traffic: Traffic,
         return LoadResult(
             url=server.url, model=server.model, endpoint=traffic.endpoint, concurrency=traffic.concurrency,
             rate=traffic.rate, max_tokens=traffic.max_tokens, temperature=traffic.temperature, seed=traffic.seed,
-            ignore_eos=traffic.ignore_eos, asked=len(prompts), interrupted=interrupted,
+            ignore_eos=traffic.ignore_eos, extra=dict(traffic.extra), asked=len(prompts), interrupted=interrupted,
             client_cpu_s=time.process_time() - cpu, samples=sorted(run.samples, key=lambda one: one.index))
 
     try:

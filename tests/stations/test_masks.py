@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fullpipe.request import SamplingParams
-from fullpipe.stations.masks import forbidden, leading
+from fullpipe.stations.bits import Bits, bits_of, bools_of, mask, mask_slowly
+from fullpipe.stations.masks import leading, may_follow
 from fullpipe.stations.sampling import RowContext, pick, process, rank, tell_logprobs, typical
 from fullpipe.stations.structure import Place
 
@@ -27,8 +27,8 @@ class Fixed:
     def __init__(self, allowed: Sequence[int] | None) -> None:
         self.allowed = allowed
 
-    def forbidden(self, place: Place) -> NDArray[np.bool_] | None:
-        return None if self.allowed is None else np.array([token not in self.allowed for token in range(64)])
+    def may_follow(self, place: Place) -> Bits | None:
+        return None if self.allowed is None else bits_of(np.array([token in self.allowed for token in range(64)]))
 
 
 def place(output: Sequence[int]) -> Place:
@@ -63,8 +63,9 @@ def test_masks_are_those_of_a_loop_over_the_vocabulary(seed: int) -> None:
     params, output = some_params(dice), dice.choices(range(6), k=dice.randrange(7))
     expected = [slowly(params, output, token) for token in range(VOCAB)]
     for vocab in (VOCAB, 10):  # a draft's head may be smaller
-        mask = forbidden(params, ENDS, place(output), vocab)
-        assert (np.zeros(vocab) if mask is None else mask).tolist() == expected[:vocab]
+        bits = may_follow(params, ENDS, place(output), vocab)
+        found = np.ones(vocab) if bits is None else bools_of(bits)[:vocab]
+        assert [not may for may in found] == expected[:vocab]
     chain = dice.choices(range(6), k=5)
     count = next((at for at, token in enumerate(chain) if slowly(params, output + chain[:at], token)), 5)
     assert leading(params, ENDS, place(output), chain) == count
@@ -148,6 +149,18 @@ def test_a_mask_for_fewer_tokens_forbids_the_rest() -> None:
     logits = torch.zeros(1, 80)
     logits[0, 70] = 9.0
     assert pick(logits, [row(SamplingParams(min_tokens=1), (), Fixed([8, 12]))])[0] == [8]
+
+
+@pytest.mark.parametrize(("size", "known"), [(0, 8), (1, 8), (8, 8), (33, 40), (64, 40), (1000, 1000), (151, 160)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_kernel_masks_as_numpy_does(size: int, known: int, share: float) -> None:
+    dice = np.random.default_rng(size + known)
+    given = torch.from_numpy(dice.normal(size=size).astype(np.float32))
+    given[dice.random(size) < 0.1] = math.nan
+    given[dice.random(size) < 0.1] = -math.inf
+    bits, ours, theirs = bits_of(dice.random(known) < share), torch.full((size,), 5.0), torch.full((size,), 6.0)
+    assert mask(given, bits, ours) == mask_slowly(given, bits, theirs)
+    assert ours.numpy().tobytes() == theirs.numpy().tobytes()
 
 
 def test_properties_of_params() -> None:

@@ -22,6 +22,7 @@ from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.tokens.matching import MOST_TEXT, Guide, check_structure
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams, Structured
+from fullpipe.stations.bits import bools_of
 from fullpipe.stations.structure import Place, Structures, Walk
 from fullpipe.stations.table import Slots, SlotTable
 
@@ -51,7 +52,12 @@ def place(path: Sequence[int], sure: int = 0) -> Place:
 
 def fresh(guide: Guide, asked: Structured, path: Sequence[int]) -> NDArray[np.bool_] | None:
     """What may follow by a matcher that knows nothing else: a mask, or None after an impossible path."""
-    return Walk(guide, asked).forbidden(place(path))
+    return forbidden(Walk(guide, asked), place(path))
+
+
+def forbidden(walk: Walk, where: Place) -> NDArray[np.bool_] | None:
+    bits = walk.may_follow(where)
+    return None if bits is None else ~bools_of(bits)[:SIZE]
 
 
 def some_path(guide: Guide, asked: Structured, dice: random.Random, most: int) -> list[int]:
@@ -78,7 +84,7 @@ def test_a_walk_says_what_a_new_matcher_says(guide: Guide, kind: str) -> None:
             path = trunk[: dice.randrange(sure, len(trunk) + 1)]
             sure = min(sure, len(path))
             path = path + [dice.randrange(SIZE) for _ in range(dice.choice([0, 0, 1, 2]))]
-            ours, theirs = walk.forbidden(place(path, sure)), fresh(guide, asked, path)
+            ours, theirs = forbidden(walk, place(path, sure)), fresh(guide, asked, path)
             assert (ours is None) == (theirs is None), path
             assert ours is None or theirs is None or np.array_equal(ours, theirs), path
 
@@ -89,7 +95,7 @@ def test_a_text_that_keeps_to_the_masks_is_what_was_asked_for(guide: Guide, toke
     for _ in range(12):
         walk, path = Walk(guide, asked), list[int]()
         while len(path) < 400:
-            mask = walk.forbidden(place(path, len(path)))
+            mask = forbidden(walk, place(path, len(path)))
             assert mask is not None and not mask.all()
             token = dice.choice(np.flatnonzero(~mask).tolist())
             if token in (END, STOP):
@@ -109,7 +115,7 @@ def test_a_text_that_keeps_to_the_masks_is_what_was_asked_for(guide: Guide, toke
 def test_all_end_tokens_may_follow_together(guide: Guide, tokenizer: Tokenizer) -> None:
     walk, text = Walk(guide, Structured("choice", '["abc", "abcd"]')), tokenizer.encode("abc")
     for path, ends in ((text[:0], False), (text, True), (tokenizer.encode("abcd"), True)):
-        mask = walk.forbidden(place(path))
+        mask = forbidden(walk, place(path))
         assert mask is not None and [bool(mask[END]), bool(mask[STOP])] == [not ends] * 2
     assert mask is not None and (~mask).sum() == 2, "nothing else may follow what is complete"
 
@@ -118,8 +124,8 @@ def test_nothing_follows_an_impossible_path(guide: Guide, tokenizer: Tokenizer) 
     walk = Walk(guide, Structured("choice", '["abc", "abcd"]'))
     for path in (tokenizer.encode("xy"), [*tokenizer.encode("abc"), END], [*tokenizer.encode("abcd"), END, END],
                  tokenizer.encode("abcd") + tokenizer.encode("abcd")):
-        assert walk.forbidden(place(path)) is None and walk.allowed(place(path), [97]) == 0
-    assert walk.forbidden(place(tokenizer.encode("abc"))) is not None, "and it goes on elsewhere"
+        assert forbidden(walk, place(path)) is None and walk.allowed(place(path), [97]) == 0
+    assert forbidden(walk, place(tokenizer.encode("abc"))) is not None, "and it goes on elsewhere"
 
 
 def test_a_chain_is_allowed_up_to_what_is_forbidden(guide: Guide, tokenizer: Tokenizer) -> None:
@@ -128,14 +134,14 @@ def test_a_chain_is_allowed_up_to_what_is_forbidden(guide: Guide, tokenizer: Tok
     assert walk.allowed(place([]), encode("abcd")) == len(encode("abcd"))
     assert walk.allowed(place(encode("ab")), [END]) == 0
     assert walk.allowed(place(encode("abcdabcd")), encode("a")) == 0
-    mask, again = walk.forbidden(place(encode("ab"))), fresh(guide, Structured("regex", "[a-d]{3,8}"), encode("ab"))
+    mask, again = forbidden(walk, place(encode("ab"))), fresh(guide, Structured("regex", "[a-d]{3,8}"), encode("ab"))
     assert mask is not None and again is not None and np.array_equal(mask, again), "asking changes nothing"
 
 
 def test_a_matcher_that_fails_lets_the_text_end(guide: Guide, caplog: pytest.LogCaptureFixture) -> None:
     walk = Walk(guide, Structured("grammar", "start: no_such_rule"))
     for _ in range(2):
-        mask = walk.forbidden(place([]))
+        mask = forbidden(walk, place([]))
         assert mask is not None and np.flatnonzero(~mask).tolist() == sorted([END, STOP])
     assert len(caplog.records) == 1
 

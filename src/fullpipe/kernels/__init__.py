@@ -167,6 +167,11 @@ class Kernels:
         """
         return int(self._library.fp_words_from(seed, position, vocab, least, room, tokens, words))
 
+    def masked(self, given: int, size: int, may_follow: int, known: int, out: int) -> bool:
+        """Copy logits, -inf where a token may not follow; whether anything else is left. given, out: float32 [size].
+        may_follow: a bit for each of `known` tokens, a multiple of 8; others may not."""
+        return bool(self._library.fp_masked(given, size, may_follow, known, out))
+
     def release(self, model: Model) -> None:
         """Give back what `run` took."""
         self._library.fp_release(byref(model))
@@ -196,6 +201,7 @@ _FUNCTIONS = (
     ("fp_logits", c_int, (_WEIGHT, c_void_p, c_float, c_void_p, c_int, c_void_p, c_int)),
     ("fp_words_of", None, (c_uint64, c_uint64, c_void_p, c_int64, c_void_p)),
     ("fp_words_from", c_int64, (c_uint64, c_uint64, c_int64, c_uint64, c_int64, c_void_p, c_void_p)),
+    ("fp_masked", c_int, (c_void_p, c_int64, c_void_p, c_int64, c_void_p)),
     ("fp_release", None, (POINTER(Model),)),
     ("fp_read", c_int32, (c_void_p, c_int64)),
     ("fp_spin", c_double, (c_int64, c_int)),

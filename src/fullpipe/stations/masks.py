@@ -1,28 +1,25 @@
 """Some tokens may not follow a path, whatever their logits are: allowed ids, bad words, ends that come too early. Pure
-functions of the path. What a structure forbids is `structure.Walk`'s. No torch."""
+functions of the path. What a structure lets follow is `structure.Walk`'s."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fullpipe.request import SamplingParams
+from fullpipe.stations.bits import Bits, put
 from fullpipe.stations.structure import Place
 
 
-def forbidden(params: SamplingParams, ends: Collection[int], place: Place, vocab: int) -> NDArray[np.bool_] | None:
-    """Which tokens may not follow: bool [vocab]; None: all may. ends: the model's end tokens."""
+def may_follow(params: SamplingParams, ends: Collection[int], place: Place, vocab: int) -> Bits | None:
+    """Which of `vocab` tokens may follow; None: all. ends: the model's end tokens."""
     alone = [*_singled_out(params, ends, place)]
     if params.allowed_token_ids is None and not alone:
         return None
-    if params.allowed_token_ids is None:
-        found = np.zeros(vocab, np.bool_)
-    else:
-        found = np.ones(vocab, np.bool_)
-        found[_within(params.allowed_token_ids, vocab)] = False
-    found[_within(alone, vocab)] = True
+    found = np.full(-(-vocab // 8), 0 if params.allowed_token_ids is not None else 255, np.uint8)
+    put(found, params.allowed_token_ids or (), True)
+    put(found, alone, False)
     return found
 
 
@@ -50,7 +47,3 @@ def _singled_out(params: SamplingParams, ends: Collection[int], place: Place) ->
         if start >= 0 and tuple(before[start:]) == word[:-1]:
             yield word[-1]
 
-
-def _within(tokens: Collection[int], vocab: int) -> NDArray[np.int64]:
-    ids = np.fromiter(tokens, np.int64, len(tokens))
-    return ids[ids < vocab]

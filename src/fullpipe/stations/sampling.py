@@ -34,14 +34,14 @@ from torch import Tensor
 
 from fullpipe.errors import ModelError
 from fullpipe.request import SamplingParams
+from fullpipe.stations.bits import Bits, both, mask
 from fullpipe.stations.candidates import Floats, Ids, Sampled, best_of, gap_below, highest_from
-from fullpipe.stations.masks import forbidden
+from fullpipe.stations.masks import may_follow
 from fullpipe.stations.structure import Place, Walk
 
 History = Callable[[], tuple[Ids, Ids]]
 
 MOST_TYPICAL = 8  # tokens besides the pick that a lossy request may let pass at one place
-_HUGE = 3.4e38  # twice as much is no float32
 _IMPOSSIBLE = -9999.0  # what OpenAI says in place of minus infinity, for which JSON has no word
 
 
@@ -213,12 +213,11 @@ def _total(weights: Tensor, row: RowContext) -> Tensor | float:
 def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Floats, Ids, Sampled, list[int]]:
     """Logits with masks, bias and penalties, [rows, vocab]; their best tokens; how rows with a temperature go on; and
     which rows have lost every token to masks."""
-    edited = logits.float()
-    touched = [at for at, row in enumerate(rows)
-               if row.params.needs_history or row.params.logit_bias or row.params.restricted]
-    if touched:
-        edited = edited.clone()
-    lost = [at for at in touched if not _edit(edited[at], logits[at], rows[at])]
+    given = logits.float()
+    edited, lost = given, list[int]()
+    if any(row.params.needs_history or row.params.logit_bias or row.params.restricted for row in rows):
+        edited = torch.empty(given.shape, dtype=torch.float32)
+        lost = [at for at, row in enumerate(rows) if not _edit(edited[at], given[at], row)]
     scores = edited.numpy()
     tokens = scores.argmax(1)
     best = scores[np.arange(len(rows)), tokens]
@@ -238,42 +237,40 @@ def _check(best: Floats, rows: Sequence[RowContext]) -> None:
 
 
 def _edit(scores: Tensor, given: Tensor, row: RowContext) -> bool:
-    """Masks, bias and penalties, in place. given: the logits.
+    """Put the logits into scores, with masks, bias and penalties.
 
     Where they leave nothing the structure alone counts; where that leaves nothing either, or the path is none that the
-    structure allows, the scores stay as they were and the answer is False. Nobody will commit such a path, but its rows
+    structure allows, the scores are the logits and the answer is False. Nobody will commit such a path, but its rows
     may be in flight, and the stage must answer for them.
     """
     if not row.params.restricted:
-        _penalise(scores, row)
+        _penalise(scores.copy_(given), row)
         return True
     assert row.place is not None, "masks need the row's place"
     must = None
-    if row.walk is not None and (must := row.walk.forbidden(row.place)) is None:
+    if row.walk is not None and (must := row.walk.may_follow(row.place)) is None:
+        scores.copy_(given)
         return False
-    _mask(scores, must)
-    _mask(scores, forbidden(row.params, row.ends, row.place, len(scores)))
+    left = _mask(scores, given, both(must, may_follow(row.params, row.ends, row.place, len(scores))))
     _penalise(scores, row)
-    if _has_any(scores):
+    if left and not (row.params.logit_bias and _is_empty(scores)):
         return True
-    _mask(scores.copy_(given), must)
-    if must is not None and _has_any(scores):
+    if must is not None and _mask(scores, given, must):
         return True
     scores.copy_(given)
     return False
 
 
-def _mask(scores: Tensor, mask: NDArray[np.bool_] | None) -> None:
-    """A vocabulary may be larger than that of the mask: what lies beyond it is forbidden."""
-    if mask is not None:
-        barred = torch.from_numpy(mask[: len(scores)]).float().mul_(_HUGE)
-        scores[: len(mask)].sub_(barred).sub_(barred)  # -inf, in a third of what filling takes
-        scores[len(mask) :] = -math.inf
+def _mask(scores: Tensor, given: Tensor, bits: Bits | None) -> bool:
+    """Put the logits of what may follow; whether anything is. NaN counts: whoever looks for the best token will say
+    so."""
+    if bits is not None:
+        return mask(given, bits, scores)
+    return not _is_empty(scores.copy_(given))
 
 
-def _has_any(scores: Tensor) -> bool:
-    """NaN counts: whoever looks for the best token will say so."""
-    return float(scores.amax()) != -math.inf
+def _is_empty(scores: Tensor) -> bool:
+    return float(scores.amax()) == -math.inf
 
 
 def _penalise(scores: Tensor, row: RowContext) -> None:

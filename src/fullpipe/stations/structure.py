@@ -1,4 +1,4 @@
-"""A matcher follows a request's paths at a station, and says what its structure lets come next. No torch.
+"""A matcher follows a request's paths at a station, and says what its structure lets come next.
 
 What may follow a path is a function of the path: a matcher goes back to where two paths part and on from there, and
 says what a new one would say. It is llguidance's; `models/tokens/matching.py` makes it.
@@ -14,12 +14,12 @@ from typing import NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fullpipe.errors import FullpipeError, UsageError
 from fullpipe.messages import Part
 from fullpipe.models.tokens.matching import Guide
 from fullpipe.request import Structured
+from fullpipe.stations.bits import Bits, has_any, put
 from fullpipe.stations.table import SlotTable
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,6 @@ class Walk:
 
     def __init__(self, guide: Guide, structured: Structured) -> None:
         self._guide, self._structured = guide, structured
-        self._ends = np.array(sorted(guide.ends), np.int64)
         self._told = False
         self._begin()
 
@@ -74,19 +73,16 @@ class Walk:
         self._said: list[int] = []
         self._sure = 0
 
-    def forbidden(self, place: Place) -> NDArray[np.bool_] | None:
-        """Which tokens may not follow, bool [vocab or more]; None where the path itself is none that may be."""
+    def may_follow(self, place: Place) -> Bits | None:
+        """Which tokens may follow; None where the path itself is none that may be."""
         there = self._go(place)
-        bits = self._matcher.compute_bitmask() if there else b""
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.uint8).copy() if there else None
         if self._failed():
-            forbidden = np.ones(self._guide.size, np.bool_)
-            forbidden[self._ends] = False
-            return forbidden
-        if not there:
-            return None
-        forbidden = np.unpackbits(~np.frombuffer(bits, np.uint8), bitorder="little").view(np.bool_)
-        forbidden[self._ends] = forbidden[self._ends].all()
-        return forbidden
+            found = np.zeros(-(-self._guide.size // 8), np.uint8)
+            put(found, self._guide.ends, True)
+        elif found is not None and has_any(found, self._guide.ends):
+            put(found, self._guide.ends, True)
+        return found
 
     def allowed(self, place: Place, tokens: Sequence[int]) -> int:
         """How many of these tokens may follow, one behind the other. End tokens are not looked at."""

@@ -90,7 +90,7 @@ def _measure(servers: dict[str, Running], given: argparse.Namespace) -> list[dic
             if failures := load.summary().failures:
                 raise FullpipeError(f"{name} failed at {level} at once: {failures}", hint=f"See {given.log}.")
             say(f"round {round_ + 1}, {level} at once: {name} {_tbt_ms(load):.1f} ms between tokens")
-            samples.append({"asked": name, "round": round_, "level": level, **load.to_dict()})
+            samples.append({"who": name, "round": round_, "level": level, "load": load.to_dict()})
     return samples
 
 
@@ -113,7 +113,7 @@ def row(samples: list[dict[str, Any]], level: int, name: str, than: str) -> dict
     ones, others = _answers(samples, level, name), _answers(samples, level, than)
     both = [key for key in ones if key in others]
     ratios = [ones[key][0] / others[key][0] for key in both]
-    return {"level": level, "asked": name, "than": than,
+    return {"level": level, "who": name, "than": than,
             "tbt_ms": round(1e3 * statistics.median(one for one, _ in ones.values()), 2),
             "than_tbt_ms": round(1e3 * statistics.median(one for one, _ in others.values()), 2),
             "ratio": round(statistics.median(ratios), 3), "answers": len(both),
@@ -123,9 +123,8 @@ def row(samples: list[dict[str, Any]], level: int, name: str, than: str) -> dict
 def _answers(samples: list[dict[str, Any]], level: int, name: str) -> dict[tuple[int, int], tuple[float, str]]:
     """By round and place: seconds between tokens, and the text."""
     return {(one["round"], answer.index): (answer.tbt_s, answer.text)
-            for one in samples if (one["asked"], one["level"]) == (name, level)
-            for answer in LoadResult.from_dict({key: value for key, value in one.items()
-                                                if key not in ("asked", "round", "level")}).whole if answer.tbt_s}
+            for one in samples if (one["who"], one["level"]) == (name, level)
+            for answer in LoadResult.from_dict(one["load"]).whole if answer.tbt_s}
 
 
 if __name__ == "__main__":

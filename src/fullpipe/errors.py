@@ -77,6 +77,10 @@ class PromptError(UsageError):
     pass
 
 
+class StructureError(UsageError):
+    """The structure of a text cannot be followed to its end."""
+
+
 class MessageError(UsageError):
     """A conversation, or what is asked of its template, cannot be. `where`: as in "messages[0].content"."""
 

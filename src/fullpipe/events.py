@@ -93,7 +93,7 @@ class Died(Event):
 
 
 class Finished(Event):
-    """A request is over: "stop", "length", "abort", "deadline" or "error"."""
+    """A request is over: "stop", "length", "abort", "deadline" or "error". detail: "why", of an error of its own."""
 
     request: int
     reason: str

@@ -24,7 +24,7 @@ from fullpipe.adapting import adapting
 from fullpipe.assembly import Assembly, Prepared, assemble
 from fullpipe.costs import Machine
 from fullpipe.engine import Engine, Listener
-from fullpipe.errors import FullpipeError, PipelineError, PromptError, StationFailed, UsageError
+from fullpipe.errors import FullpipeError, PipelineError, PromptError, StationFailed, StructureError, UsageError
 from fullpipe.models.tokens.messages import is_message
 from fullpipe.options import EngineOptions, Options
 from fullpipe.pipeline.base import Pipeline
@@ -117,11 +117,13 @@ class _Answer:
         return bool(self.news) and self.news[-1].reason is not None
 
     def check(self) -> None:
-        """Raise an exception of its own where the request ended by a failure: StationFailed if a station failed, else
-        PipelineError."""
+        """Raise an exception of its own where the request ended by a failure: StationFailed if a station failed,
+        StructureError where its structure could not be followed to the end, else PipelineError."""
         if not self.over or self.news[-1].reason != "error":
             return
         text, failure = self.news[-1].error or "it failed", self.news[-1].failure
+        if isinstance(failure, StructureError):
+            raise failure
         hint = failure.hint if isinstance(failure, FullpipeError) else None
         if isinstance(failure, StationFailed) and text.startswith(begins := f"{failure.station} failed: "):
             raise StationFailed(failure.station, text.removeprefix(begins), hint=hint) from failure

@@ -21,11 +21,11 @@ from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 from fullpipe.engine import Engine, Listener, RequestStats
-from fullpipe.errors import Overloaded, PipelineError, UsageError
+from fullpipe.errors import Overloaded, PipelineError, StructureError, UsageError
 from fullpipe.events import Emitted, Finished, PromptScored
 from fullpipe.messages import Event, Scored
 from fullpipe.methods import Method
-from fullpipe.models.tokens.matching import check_structure
+from fullpipe.models.tokens.checking import check_structure
 from fullpipe.options import EngineOptions
 from fullpipe.pipeline.base import Pipeline, Remade
 from fullpipe.pipeline.guarded import guarded
@@ -36,6 +36,8 @@ from fullpipe.supervision import Observer, Recovery, Status, what_failed
 from fullpipe.text import Detokenizer, Reply
 
 log = logging.getLogger(__name__)
+
+_SIMPLER = "Ask for a simpler one: patterns with long repetitions of much that overlaps are the costliest."
 
 
 @dataclass(slots=True)
@@ -412,6 +414,8 @@ class Service(Generic[W]):
         self._touched[event.request] = one
         if isinstance(event, Finished):
             one.reason = event.reason
+            if why := event.detail.get("why"):
+                one.fail(why, StructureError(why, param="structured", hint=_SIMPLER))
             return
         try:
             ends = "stop" if one.take(event) else None

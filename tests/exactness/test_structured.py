@@ -18,12 +18,13 @@ import structured
 import tiny
 from driving import TellingEngine
 from fullpipe.cluster.partition import cut
-from fullpipe.errors import UsageError
+from fullpipe.errors import StructureError, UsageError
 from fullpipe.events import Emitted
 from fullpipe.llm import LLM
 from fullpipe.messages import ArenaId, Expansion, Flight, Opening, Part
 from fullpipe.methods import METHODS, make_method, options_of
 from fullpipe.models.decoder import DecoderSlice
+from fullpipe.models.tokens import matching
 from fullpipe.models.tokens.loading import load_tokenizer
 from fullpipe.models.tokens.matching import Guide
 from fullpipe.models.weights import open_model
@@ -31,11 +32,11 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams, Structured
 from fullpipe.sequences.sequence import Sequence as Running
 from fullpipe.stations.base import DraftLike
+from fullpipe.stations.bits import bools_of
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.model import DraftModel
 from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe.stations.sampling import RowContext, pick
-from fullpipe.stations.bits import bools_of
 from fullpipe.stations.structure import Place, Structures, Walk
 from fullpipe.stations.target import ModelStage
 
@@ -271,6 +272,21 @@ def test_a_user_gets_the_structure_that_he_asks_for(folders: dict[str, Path], st
     assert chosen.text in ("abc", "truest") and chosen.finish_reason == "stop"
     with LLM(folders["target"], method="pp", draft="none", dtype="float32", threads=1) as llm:
         assert llm.generate("say", asked)[0].token_ids == said.token_ids
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_a_text_that_cannot_be_followed_to_its_end_is_an_error_and_no_other_one_is(
+        folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, draft: str) -> None:
+    monkeypatch.setitem(matching._LIMITS, "max_lexer_states", 25)
+    costly = SamplingParams(max_tokens=200, temperature=1.0, structured=Structured("regex", "[a-m].{25}[n-z]"))
+    with LLM(folders["target"], draft=draft, dtype="float32", threads=1) as llm:
+        expected = llm.generate("say", SamplingParams(max_tokens=40))[0]
+        other = llm.stream("say", SamplingParams(max_tokens=40))
+        said = [*next(other).token_ids]
+        for _ in range(2):
+            with pytest.raises(StructureError, match="too complex to follow"):
+                llm.generate("say", costly)
+        assert [*said, *(token for chunk in other for token in chunk.token_ids)] == expected.token_ids
 
 
 def test_bad_words_and_the_least_number_of_tokens(folders: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -18,12 +19,13 @@ import structured
 from fullpipe.errors import MissingExtra, UsageError
 from fullpipe.messages import ArenaId, Opening, Part
 from fullpipe.models.tokens import matching
+from fullpipe.models.tokens.checking import MOST_TEXT, check_structure
 from fullpipe.models.tokens.loading import load_tokenizer
-from fullpipe.models.tokens.matching import MOST_TEXT, Guide, check_structure
+from fullpipe.models.tokens.matching import Guide
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.request import SamplingParams, Structured
 from fullpipe.stations.bits import bools_of
-from fullpipe.stations.structure import Place, Structures, Walk
+from fullpipe.stations.structure import CannotFollow, Place, Structures, Walk
 from fullpipe.stations.table import Slots, SlotTable
 
 pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
@@ -138,12 +140,60 @@ def test_a_chain_is_allowed_up_to_what_is_forbidden(guide: Guide, tokenizer: Tok
     assert mask is not None and again is not None and np.array_equal(mask, again), "asking changes nothing"
 
 
-def test_a_matcher_that_fails_lets_the_text_end(guide: Guide, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_structure_that_is_none_cannot_be_followed(guide: Guide, caplog: pytest.LogCaptureFixture) -> None:
     walk = Walk(guide, Structured("grammar", "start: no_such_rule"))
     for _ in range(2):
-        mask = forbidden(walk, place([]))
-        assert mask is not None and np.flatnonzero(~mask).tolist() == sorted([END, STOP])
+        with pytest.raises(CannotFollow):
+            walk.may_follow(place([]))
     assert len(caplog.records) == 1
+
+
+COSTLY = Structured("json", json.dumps({"type": "object", "required": ["a"], "additionalProperties": False,
+                                        "properties": {"a": {"type": "string", "pattern": "[a-m].{25}[n-z]"}}}))
+"""Its texts need many states, and other paths many more."""
+
+
+def followed(guide: Guide, asked: Structured, dice: random.Random, *, branches: int = 0) -> tuple[list[int], bool]:
+    """A text as a target makes it, with looks at other paths in between; and whether it could not go on."""
+    walk, path = Walk(guide, asked), list[int]()
+    aside = random.Random(1)
+    while len(path) < 200:
+        try:
+            mask = forbidden(walk, place(path, len(path)))
+        except CannotFollow:
+            return path, True
+        assert mask is not None, "of a committed path something is always said"
+        free = [token for token in np.flatnonzero(~mask).tolist() if token not in (END, STOP)]
+        for _ in range(branches):
+            other = [*path, *aside.choices(free or [END], k=1)]
+            with contextlib.suppress(CannotFollow):
+                walk.may_follow(place(other, len(path)))
+        if not free:
+            break
+        path.append(dice.choice(free))
+    return path, False
+
+
+def test_where_limits_are_reached_a_text_has_no_end_and_no_other_one_suffers(
+        guide: Guide, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matching._LIMITS, "max_lexer_states", 120)
+    alone = [followed(guide, COSTLY, random.Random(seed)) for seed in range(4)]
+    assert {stuck for _, stuck in alone} == {True}
+    again = [followed(Guide(tokenizer, SIZE, tokenizer.eos_ids), COSTLY, random.Random(seed)) for seed in range(4)]
+    assert again == alone, "what was asked before changes nothing"
+    begun = list[int]()
+    monkeypatch.setattr(Walk, "_begin", lambda walk, begin=Walk._begin: (begun.append(1), begin(walk)))
+    branched = [followed(guide, COSTLY, random.Random(seed), branches=4) for seed in range(4)]
+    assert branched == alone and len(begun) > 5 * 4, "nor do other paths, for which new matchers begin"
+
+
+def test_a_committed_text_that_the_structure_does_not_know_is_an_error(guide: Guide, tokenizer: Tokenizer) -> None:
+    walk, wrong = Walk(guide, Structured("choice", '["abc", "abcd"]')), tokenizer.encode("xy")
+    assert walk.may_follow(place(wrong, 0)) is None, "in flight it may be"
+    with pytest.raises(CannotFollow):
+        walk.may_follow(place(wrong, len(wrong)))
+    over = [*tokenizer.encode("abc"), END, *tokenizer.encode("more")]
+    assert walk.may_follow(place(over, len(over))) is None, "behind the end of a structure the text is free"
 
 
 def test_a_place_behind_another() -> None:
@@ -174,11 +224,13 @@ def opened(asked: Structured | None, ends: list[int]) -> SlotTable:
 
 def test_a_station_without_a_tokenizer(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     table = opened(structured.JSON, [END])
-    with pytest.raises(UsageError, match="knows no tokenizer"):
-        Structures().walk(table)
+    hopeless = Structures().walk(table)
+    assert hopeless is not None
+    with pytest.raises(CannotFollow):
+        hopeless.may_follow(place([]))
     for draft in (Structures(strict=False), Structures(tmp_path / "nothing", strict=False)):
         assert draft.walk(table) is None and draft.walk(opened(structured.JSON, [END])) is None
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2, "told once"
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING", "WARNING"], "told once"
     assert Structures().walk(opened(None, [])) is None
 
 
@@ -215,13 +267,31 @@ def test_structures_that_can_be(asked: Structured, tokenizer: Tokenizer) -> None
     (Structured("grammar", "start: nobody"), "grammar cannot be followed: .*nobody"),
     (Structured("grammar", "start: <|nobody|>"), "grammar cannot be followed: .*nobody"),
     (Structured("grammar", 'start: "<x>" nobody'), "grammar cannot be followed: .*nobody"),
-    (Structured("regex", "a" * (MOST_TEXT + 1)), "1,048,576 at most"),
+    (Structured("regex", "a" * (MOST_TEXT + 1)), "262,144 at most"),
 ])
 def test_structures_that_cannot_be(asked: Structured, said: str, tokenizer: Tokenizer) -> None:
     for _ in range(2):  # a fault is remembered
         with pytest.raises(UsageError, match=said) as raised:
             check_structure(asked, tokenizer)
         assert raised.value.param == "structured" and len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    (Structured("grammar", "\n".join(["start: r0", *(f"r{at}: r{at + 1}" for at in range(6000)), 'r6000: "a"'])),
+     "nested too deep"),
+    (Structured("json", '{"type": "integer", "multipleOf": 1000003}'), "takes more than"),
+    (Structured("json", json.dumps({"allOf": [{"type": "string", "pattern": f".*{word}.{{3,9}}"} for word in (
+        "ab", "bc", "cd", "de", "ef", "fg", "gh", "hi", "ij", "jk", "kl", "lm", "mn", "no", "op")]})),
+     "cannot be followed"),
+    (Structured("json", json.dumps({"$ref": "#/$defs/d0", "$defs": {
+        f"d{at}": {"properties": {"a": {"$ref": f"#/$defs/d{at + 1}"}}} for at in range(4000)} | {"d4000": {}}})),
+     "nested too deep"),
+])
+def test_structures_that_would_take_a_process_down(asked: Structured, said: str, tokenizer: Tokenizer) -> None:
+    """The next one is looked at as if nothing had happened."""
+    with pytest.raises(UsageError, match=said):
+        check_structure(asked, tokenizer)
+    check_structure(structured.JSON, tokenizer)
 
 
 class Endless:
@@ -246,11 +316,8 @@ def test_a_model_that_never_ends() -> None:
 
 @pytest.fixture
 def without_llguidance(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    matching._fault.cache_clear()
-    matching._names_tokens.cache_clear()
     monkeypatch.setitem(sys.modules, "llguidance", None)
     yield
-    matching._fault.cache_clear()
 
 
 @pytest.mark.usefixtures("without_llguidance")

@@ -84,7 +84,7 @@ class Flights:
         for id, token, passing in zip(event.nodes, event.tokens, others):
             if entry := self.launched.pop(id, None):
                 sequence, node = entry
-                sequence.tree.land(node, token, passing)
+                sequence.tree.land(node, None if id in event.stuck else token, passing)
                 touched[sequence.request.id] = sequence
         return list(touched.values())
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Listener = Callable[[Event], None]
 
+_STUCK = "the structure that the text is held to became too complex to follow"
 _AFTER_FAILURE = "What was emitted is kept. Start again; if the station was only slow, allow it a longer time-out."
 
 
@@ -134,6 +135,9 @@ class Loop:
         """Apply the commit rule for as long as the root has landed."""
         while sequence.finished is None:
             root = sequence.tree.root
+            if sequence.tree.is_stuck:
+                self._finish(sequence, "error", why=_STUCK)
+                return
             step = sequence.advance()
             if step is None:
                 return
@@ -166,13 +170,13 @@ class Loop:
         for sequence in self._scheduler.overdue(self.pipeline.now()):
             self._finish(sequence, "deadline")
 
-    def _finish(self, sequence: Sequence, reason: str) -> None:
+    def _finish(self, sequence: Sequence, reason: str, **detail: str) -> None:
         sequence.finished = reason
         if sequence.request.id in self._scheduler.running:
             self._drop(sequence, sequence.tree.clear())
             self._close(sequence)
         self._scheduler.remove(sequence, keep=not self.broken)
-        self._tell(Finished(self._now, sequence.request.id, reason))
+        self._tell(Finished(self._now, sequence.request.id, reason, {**detail}))
         self.stats.forget(sequence.request.id)
 
     def _drop(self, sequence: Sequence, dead: list[Node]) -> None:

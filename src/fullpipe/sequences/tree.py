@@ -48,7 +48,8 @@ class Node:
     answered: it replied; waiting: it still owes an answer, the first or a refreshed one. in_draft: the draft station
     has computed this node. asked_at, launched_at: the tree's `num_flights` when that last happened, -1: never.
     due: when the node should land, in seconds of the pipeline's clock, as far as the method foresees it.
-    next_token: what truly follows, once landed. others: what may follow instead, best first (lossy requests only).
+    next_token: what truly follows, once landed (None then: nobody can say). others: what may follow instead, best first
+    (lossy requests only).
     said: the draft's answers in its own words; foretold: those about earlier nodes that go on beyond this one, and as
     which of their guesses it stands there (of the root only). The tree does not read them (`calibration`).
     """
@@ -382,13 +383,18 @@ class TokenTree:
         node.launched_at = self.num_flights
         self.flying[node.id] = node
 
-    def land(self, node: Node, next_token: int, others: Sequence[int] = ()) -> None:
-        """The last stage said what truly follows, and (lossy requests only) what else it lets pass, best first. A dead
-        node's landing changes nothing."""
+    def land(self, node: Node, next_token: int | None, others: Sequence[int] = ()) -> None:
+        """The last stage said what truly follows (None: it cannot say), and (lossy requests only) what else it lets
+        pass, best first. A dead node's landing changes nothing."""
         if node.state is _IN_FLIGHT:
             node.state = _LANDED
             node.next_token, node.others = next_token, others
             del self.flying[node.id]
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nobody can say what follows the root."""
+        return self.root.state is _LANDED and self.root.next_token is None
 
     def advance(self) -> Advance | None:
         """The commit rule, once: None unless the root has landed.

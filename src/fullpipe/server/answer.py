@@ -28,7 +28,8 @@ class Choice:
     """Stands for one text that was asked for.
 
     prompt: which of the request's prompts it answers; tokens: of that. num_tokens: how many came so far;
-    reasoning_tokens: those of them that are thoughts. reason: why it ended; None while it runs. silent: nothing is to
+    reasoning_tokens: those of them that are thoughts. reason: why it ended; None while it runs. error, failure: those
+    of its `Update`. silent: nothing is to
     be said behind the prompt; a token is made all the same, and dropped."""
 
     index: int
@@ -38,6 +39,7 @@ class Choice:
     reasoning_tokens: int = 0
     reason: str | None = None
     error: str = ""
+    failure: BaseException | None = None
     tokens: Sequence[int] = ()
     silent: bool = False
 
@@ -66,6 +68,7 @@ class News:
         if update.reason is not None:
             full = self.choice.silent and update.reason == "stop"
             self.choice.reason, self.choice.error = "length" if full else update.reason, update.error or ""
+            self.choice.failure = update.failure
 
 
 class Mailbox(Generic[T]):

@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, MessageError, MissingExtra, PromptError, UnsupportedModel, UsageError
-from fullpipe.models.tokens.matching import check_structure
+from fullpipe.models.tokens.checking import check_structure
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
@@ -266,7 +266,8 @@ class _Asking:
         self._service = service
         self._options = options
         self._forms = Forms(model.tokenizer, options)
-        self._limiter: CapacityLimiter | None = None  # belongs to the loop, so it is made there
+        self._limiter: CapacityLimiter | None = None  # they belong to the loop, so they are made there
+        self._looking: CapacityLimiter | None = None
         self._said: set[str] = set()
 
     def known(self, name: str | None) -> str:
@@ -394,11 +395,12 @@ class _Asking:
             raise Problem(400, f"{field}: {told(error)}", param=field) from error
 
     async def _look_at(self, form: Form) -> None:
-        """Have a structure looked at in a thread, where it may take long. The service, which says what is wrong with
-        it, is quick then."""
+        """Have a structure looked at in a thread, where it may take long: they are looked at one after another. The
+        service, which says what is wrong with it, is quick then."""
+        self._looking = self._looking or CapacityLimiter(1)
         if (structured := form.changes.get("structured")) is not None:
             with contextlib.suppress(UsageError, MissingExtra):
-                await anyio.to_thread.run_sync(check_structure, structured, self.model.tokenizer, limiter=self._limiter)
+                await anyio.to_thread.run_sync(check_structure, structured, self.model.tokenizer, limiter=self._looking)
 
     def _say_once(self, request: Request, field: str, why: str) -> None:
         """Log that a field has no effect, the first time that anybody sends it."""
@@ -483,7 +485,7 @@ def _json(model: BaseModel) -> Response:
 
 
 def _failure(batch: list[News]) -> Problem | None:
-    problems = (failure(news.choice.reason, news.choice.error) for news in batch)
+    problems = (failure(news.choice.reason, news.choice.error, news.choice.failure) for news in batch)
     return next((problem for problem in problems if problem is not None), None)
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
-from fullpipe.errors import FullpipeError, Overloaded, PromptError, Unavailable, UsageError, without
+from fullpipe.errors import FullpipeError, Overloaded, PromptError, StructureError, Unavailable, UsageError, without
 from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest
 from fullpipe.server.protocol.tables import REFUSED
 
@@ -75,9 +75,11 @@ def problem_of(error: Exception, refused: Mapping[str, str] = REFUSED) -> Proble
     return Problem(500, "the server failed on this request", code="internal_error")
 
 
-def failure(reason: str | None, error: str) -> Problem | None:
+def failure(reason: str | None, error: str, cause: BaseException | None) -> Problem | None:
     """What is told in place of an answer that ended so; None if it is one, or still runs. A server that is told to end
     cuts off what is left ("abort"): another may answer."""
+    if reason == "error" and isinstance(cause, StructureError):
+        return Problem(400, told(cause), code="structure_error")
     if reason == "error":
         return Problem(500, f"the request failed: {error or 'the engine gave no reason'}", code="engine_error")
     if reason == "abort":

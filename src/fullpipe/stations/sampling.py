@@ -29,7 +29,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fullpipe.errors import ModelError
@@ -37,7 +36,7 @@ from fullpipe.request import SamplingParams
 from fullpipe.stations.bits import Bits, both, mask
 from fullpipe.stations.candidates import Floats, Ids, Sampled, best_of, gap_below, highest_from
 from fullpipe.stations.masks import may_follow
-from fullpipe.stations.structure import Place, Walk
+from fullpipe.stations.structure import CannotFollow, Follower, Place
 
 History = Callable[[], tuple[Ids, Ids]]
 
@@ -65,7 +64,7 @@ class RowContext:
     history: History = _no_history
     place: Place | None = None
     ends: Sequence[int] = ()
-    walk: Walk | None = None
+    walk: Follower | None = None
 
 
 def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None) -> Tensor:
@@ -86,8 +85,8 @@ def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = N
 
 @np.errstate(over="ignore")  # margins may be infinite
 def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None,
-         margins: bool = False) -> tuple[list[int], list[float | None]]:
-    """The token that follows each row; of equals the lowest id.
+         margins: bool = False) -> tuple[list[int | None], list[float | None]]:
+    """The token that follows each row; of equals the lowest id. None: the row's structure cannot be followed further.
 
     logits, limit: as in `process`.
     margins: also say by how much each picked token's processed, noisy logit stands above the second best
@@ -95,7 +94,7 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
 
     Raises `ModelError` where no token can be picked, as with logits that are NaN.
     """
-    scores, tokens, sampled, _ = _prepared(logits[:, :limit], rows)
+    scores, tokens, sampled, lost = _prepared(logits[:, :limit], rows)
     gaps = [gap_below(own, token) for own, token in zip(scores, tokens.tolist())] if margins else []
     for at, band in sampled.bands().items():
         best = sampled.best_two(at, band)
@@ -104,10 +103,11 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
             gaps[at] = gap_below(process(logits[at : at + 1], rows[at : at + 1], limit=limit)[0].numpy(), best.token)
         elif margins:
             gaps[at] = float(best.first - best.second)
-    return tokens.tolist(), [gap if math.isfinite(gap) else None for gap in gaps]
+    picked = [None if lost.get(at) else token for at, token in enumerate(tokens.tolist())]
+    return picked, [gap if math.isfinite(gap) else None for gap in gaps]
 
 
-def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
+def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int | None], *,
             limit: int | None = None, most: int = MOST_TYPICAL) -> list[list[int]]:
     """What else a lossy request lets pass: for each row up to `most` tokens, likeliest first, without the picked one;
     none for a row whose request is exact, and an empty list when all are.
@@ -139,7 +139,7 @@ def _typical(scores: Tensor, epsilon: float, most: int) -> list[int]:
     return highest_from(probabilities.numpy(), np.nextafter(least, np.float32(2)), most)[0]
 
 
-def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int], *,
+def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int | None], *,
                   limit: int | None = None) -> list[list[tuple[int, float]]]:
     """For each row whose request asks (`SamplingParams.logprobs`): the picked token and behind it the likeliest ones,
     best first, of equals the lowest id, each with its log-probability. An empty list for the others, and for all rows
@@ -149,7 +149,7 @@ def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[i
     """
     if all(row.params.logprobs is None for row in rows):
         return []
-    return [[] if row.params.logprobs is None else _told(given, token, row.params.logprobs)
+    return [[] if row.params.logprobs is None or token is None else _told(given, token, row.params.logprobs)
             for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
 
 
@@ -210,14 +210,20 @@ def _total(weights: Tensor, row: RowContext) -> Tensor | float:
 # ---- what comes before the noise -------------------------------------------------------------------------
 
 
-def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Floats, Ids, Sampled, list[int]]:
+def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Floats, Ids, Sampled, dict[int, bool]]:
     """Logits with masks, bias and penalties, [rows, vocab]; their best tokens; how rows with a temperature go on; and
-    which rows have lost every token to masks."""
+    which rows have lost every token to masks: whether because their structure cannot be followed."""
     given = logits.float()
-    edited, lost = given, list[int]()
+    edited, lost = given, dict[int, bool]()
     if any(row.params.needs_history or row.params.logit_bias or row.params.restricted for row in rows):
         edited = torch.empty(given.shape, dtype=torch.float32)
-        lost = [at for at, row in enumerate(rows) if not _edit(edited[at], given[at], row)]
+        for at, row in enumerate(rows):
+            try:
+                if not _edit(edited[at], given[at], row):
+                    lost[at] = False
+            except CannotFollow:
+                edited[at].copy_(given[at])
+                lost[at] = True
     scores = edited.numpy()
     tokens = scores.argmax(1)
     best = scores[np.arange(len(rows)), tokens]
@@ -241,7 +247,7 @@ def _edit(scores: Tensor, given: Tensor, row: RowContext) -> bool:
 
     Where they leave nothing the structure alone counts; where that leaves nothing either, or the path is none that the
     structure allows, the scores are the logits and the answer is False. Nobody will commit such a path, but its rows
-    may be in flight, and the stage must answer for them.
+    may be in flight, and the stage must answer for them. Raises CannotFollow.
     """
     if not row.params.restricted:
         _penalise(scores.copy_(given), row)

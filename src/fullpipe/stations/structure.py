@@ -7,6 +7,7 @@ says what a new one would say. It is llguidance's; `models/tokens/matching.py` m
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -56,11 +57,16 @@ class Place(NamedTuple):
         return Place(self.length + len(tokens), self.sure, tail)
 
 
+class CannotFollow(Exception):
+    """A structure cannot be followed here any further."""
+
+
 class Walk:
     """Is where one request's matcher stands. The tokens of the answer that it has taken are kept, and of how many of
     them it is sure that they are committed.
 
-    A matcher that fails (a grammar may become too complex) lets the text end; the next path begins anew.
+    llguidance bounds the work that a matcher may take, over all the paths that it has been on. Where it gives up, a new
+    one goes the path in question alone, and what that says counts.
     """
 
     def __init__(self, guide: Guide, structured: Structured) -> None:
@@ -74,13 +80,15 @@ class Walk:
         self._sure = 0
 
     def may_follow(self, place: Place) -> Bits | None:
-        """Which tokens may follow; None where the path itself is none that may be."""
-        there = self._go(place)
-        found = np.frombuffer(self._matcher.compute_bitmask(), np.uint8).copy() if there else None
-        if self._failed():
-            found = np.zeros(-(-self._guide.size // 8), np.uint8)
-            put(found, self._guide.ends, True)
-        elif found is not None and has_any(found, self._guide.ends):
+        """Which tokens may follow; None where the path itself is none that may be. Raises CannotFollow, of a path on
+        which nothing can be said, and of a committed one that the structure does not know."""
+        found = self._following(place)
+        if found is None and self._is_lost(place):
+            self._begin()
+            found = self._following(place)
+            if found is None and self._is_lost(place):
+                raise self._given_up()
+        if found is not None and has_any(found, self._guide.ends):
             put(found, self._guide.ends, True)
         return found
 
@@ -91,10 +99,32 @@ class Walk:
         words = [*tokens]
         end = next((at for at, token in enumerate(words) if token in self._guide.ends), len(words))
         count = int(self._matcher.validate_tokens(words[:end])) if end else 0
-        return 0 if self._failed() else count
+        return 0 if self._matcher.is_error() else count
+
+    def _following(self, place: Place) -> Bits | None:
+        """None where the matcher does not come to the end of the path, or fails there."""
+        if not self._go(place):
+            return None
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.uint8).copy()
+        return None if self._matcher.is_error() else found
+
+    def _is_lost(self, place: Place) -> bool:
+        """Whether the matcher has failed, or knows no way along a text that is committed and not over."""
+        over = self._matcher.is_stopped() or not self._guide.ends.isdisjoint(place.last(place.length))
+        return self._matcher.is_error() or (place.sure == place.length and not over)
+
+    def _given_up(self) -> CannotFollow:
+        why = self._matcher.get_error()[:200] or "it does not allow what was said"
+        if not self._told:
+            log.warning("a structured text cannot go on: %s", why)
+        self._told = True
+        self._begin()
+        return CannotFollow(why)
 
     def _go(self, place: Place) -> bool:
         """Whether the matcher stands where the path ends now."""
+        if self._matcher.is_error():
+            self._begin()
         known = min(self._sure, place.sure)  # both paths begin with so many committed tokens
         wanted, here = place.last(place.length - known), self._said[known:]
         same = next((at for at, (ours, theirs) in enumerate(zip(here, wanted)) if ours != theirs),
@@ -113,16 +143,6 @@ class Walk:
         elif count:
             del self._said[-count:]
 
-    def _failed(self) -> bool:
-        """Whether the matcher has; then there is a new one."""
-        if not self._matcher.is_error():
-            return False
-        if not self._told:
-            log.warning("a structured text ends before it is complete: %s", self._matcher.get_error()[:200])
-        self._told = True
-        self._begin()
-        return True
-
     def _on(self, tokens: Sequence[int]) -> bool:
         for token in tokens:
             # What follows the end of a text is none of it. A matcher that has stopped would fail for good.
@@ -132,39 +152,56 @@ class Walk:
         return True
 
 
+class Hopeless:
+    """Stands for a walk where nobody can follow a structure, at a stage, which must."""
+
+    def may_follow(self, place: Place) -> Bits | None:
+        raise CannotFollow
+
+    def allowed(self, place: Place, tokens: Sequence[int]) -> int:
+        return 0
+
+
+Follower = Walk | Hopeless
+
+
 class Structures:
     """Knows the walks of a station's requests.
 
     model: whose tokenizer reads texts; it is loaded with the first request that has a structure, or when nobody has
-    loaded it in this process yet. None: there is none. vocab: number of real tokens. strict: a structure that cannot be
-    followed is an error; a draft goes on without, and guesses worse.
+    loaded it in this process yet. None: there is none. vocab: number of real tokens. strict: a text whose structure
+    cannot be followed here does not go on; a draft goes on without, and guesses worse.
     """
 
     def __init__(self, model: Path | None = None, vocab: int | None = None, *, strict: bool = True) -> None:
         self._model, self._vocab, self._strict = model, vocab, strict
-        self._walks: WeakKeyDictionary[SlotTable, Walk | None] = WeakKeyDictionary()
+        self._walks: WeakKeyDictionary[SlotTable, Follower | None] = WeakKeyDictionary()
         self._given_up = False
 
-    def walk(self, table: SlotTable) -> Walk | None:
+    def walk(self, table: SlotTable) -> Follower | None:
         """That of a request; None where it has no structure, or is not followed here."""
-        if table.params.structured is None or self._given_up:
+        if table.params.structured is None or (self._given_up and not self._strict):
             return None
         if table not in self._walks:
             self._walks[table] = self._made(table, table.params.structured)
         return self._walks[table]
 
-    def _made(self, table: SlotTable, structured: Structured) -> Walk | None:
+    def _made(self, table: SlotTable, structured: Structured) -> Follower | None:
         try:
             if self._model is None:
-                raise UsageError("a structured text is asked for, and this station knows no tokenizer",
-                                 hint="Build it with its model.")
-            return Walk(_guide(self._model, self._vocab, table.ends), structured)
-        except (FullpipeError, OSError) as error:
-            if self._strict:
-                raise
-            log.warning("guesses are held to no structure here: %s", error)
+                raise UsageError("this station knows no tokenizer", hint="Build it with its model.")
+            with _loading:
+                guide = _guide(self._model, self._vocab, table.ends)
+            return Walk(guide, structured)
+        except (FullpipeError, OSError, ValueError) as error:
+            if not self._given_up:
+                log.log(logging.ERROR if self._strict else logging.WARNING,
+                        "no text is held to a structure here: %s", error)
             self._given_up = True
-            return None
+            return Hopeless() if self._strict else None
+
+
+_loading = threading.Lock()  # several pipelines of one process may run in threads of their own
 
 
 @lru_cache(maxsize=4)

@@ -109,7 +109,9 @@ class ModelStage:
         tokens, margins = pick(logits, rows, limit=self._vocab, margins=self._margins)
         others = typical(logits, rows, tokens, limit=self._vocab)
         told = tell_logprobs(logits, rows, tokens, limit=self._vocab)
-        return Landed(0.0, flight.id, [row.node for row in wanted], tokens, margins, others, told, prompts=prompts)
+        nodes = [row.node for row in wanted]
+        return Landed(0.0, flight.id, nodes, [token or 0 for token in tokens], margins, others, told, prompts=prompts,
+                      stuck=[node for node, token in zip(nodes, tokens) if token is None])
 
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,

@@ -1,14 +1,11 @@
 """Matchers follow a text token by token and say what its structure lets come next. They are llguidance's. No torch.
 
-`check_structure` is for a front door: it says what is wrong with a structure before anybody computes. `Guide` makes
-matchers for one tokenizer, at the stations.
+`Guide` makes matchers for one tokenizer, at the stations. What a front door asks before is in `checking.py`.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -16,11 +13,9 @@ from typing import Any, Protocol
 from fullpipe.errors import MissingExtra, UsageError
 from fullpipe.request import Structured
 
-MOST_TEXT = 1 << 20
-"""Bytes that a structure may have."""
+NO_END = "Use a model whose files name one (eos_token_id)."
 
-_KEPT = 32  # structures of which a station keeps what was made of them
-_TOLD = 300  # characters of what llguidance says
+_LIMITS: dict[str, Any] = {"verbose_errors": False}  # the others are llguidance's own
 _NO_TEXT = b"\xff"  # begins no text in UTF-8; llguidance marks special tokens with it
 _LEAD = "\x02"  # before a text, so that a tokenizer that puts a space before texts puts it elsewhere
 
@@ -52,21 +47,18 @@ class Guide:
         self.size = _size(tokenizer) if vocab is None else vocab
         self.ends = frozenset(token for token in ends if token < self.size)
         if not self.ends:
-            raise UsageError("a structured text needs an end token", param="structured", hint=_NO_END)
-        self._tokens = _library().LLTokenizer(_Vocabulary(tokenizer, self.size, self.ends))
-        self._made: OrderedDict[Structured, Any] = OrderedDict()
-        self._lock = threading.Lock()  # several pipelines of one process may run in threads of their own
+            raise UsageError("a structured text needs an end token", param="structured", hint=NO_END)
+        # In two steps: each keeps the interpreter's lock, and so a station's sign of life, for as long as it takes.
+        bare = library().LLTokenizer(_Vocabulary(tokenizer, self.size, self.ends), slices=[])
+        self._tokens = bare.with_slices(bare.general_slices())
 
     def matcher(self, structured: Structured) -> Any:
-        """A matcher at the beginning of a text. One that cannot be made says so (`is_error`), and lets a text end."""
-        with self._lock:
-            made = self._made.pop(structured, None)
-            if made is None or made.is_error():
-                made = _matcher(self._tokens, _grammar(structured))
-            self._made[structured] = made
-            if len(self._made) > _KEPT:
-                self._made.popitem(last=False)
-            return made.deep_copy()
+        """A matcher at the beginning of a text. One that cannot be made says so (`is_error`).
+
+        It is made anew: copies of one would have their lexer in common, and its limits, so one text would end where
+        another has used them up.
+        """
+        return matcher(self._tokens, grammar(structured))
 
 
 class _Vocabulary:
@@ -133,99 +125,28 @@ def _size(tokenizer: Spelled) -> int:
 # ---- structures ------------------------------------------------------------------------------------------------------
 
 
-_NO_END = "Use a model whose files name one (eos_token_id)."
+def matcher(tokens: Any, grammar: str) -> Any:
+    found = library()
+    return found.LLMatcher(tokens, grammar, log_level=0, limits=found.LLParserLimits(**_LIMITS))
 
 
-def check_structure(structured: Structured, tokenizer: Spelled) -> None:
-    """Raise UsageError for a structure that no text could be held to, MissingExtra without llguidance.
-
-    From any thread. It may take a second for a large one, and is quick for one that was checked before.
-    """
-    if not tokenizer.eos_ids:
-        raise UsageError("this model has no end token, so a structured text would never end", param="structured",
-                         hint=_NO_END)
-    if len(structured.text.encode()) > MOST_TEXT:
-        raise UsageError(f"the structure has {len(structured.text.encode()):,} bytes, {MOST_TEXT:,} at most are taken",
-                         hint="Make it smaller.", param="structured")
-    fault = _fault(structured)
-    if fault is None and _names_tokens(structured):
-        fault = _told(_own_guide(tokenizer).matcher(structured))
-    if fault is not None:
-        raise UsageError(f"the {_NAMES[structured.kind]} cannot be followed: {fault}", param="structured",
-                         hint="What is understood: https://github.com/guidance-ai/llguidance/tree/main/docs")
-
-
-_NAMES = {"json": "JSON schema", "json_object": "structure", "regex": "regular expression", "choice": "choice",
-          "grammar": "grammar"}
-
-
-@lru_cache(maxsize=64)
-def _fault(structured: Structured) -> str | None:
-    """What is wrong with a structure, whatever the tokenizer; None: nothing, or that cannot be said without it."""
-    library = _library()
-    try:
-        grammar = _grammar(structured)
-    except ValueError as error:
-        return _short(str(error))
-    if _names_tokens(structured):
-        return None
-    matcher = _matcher(library.LLTokenizer("byte"), grammar)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
-    return _told(matcher)
-
-
-@lru_cache(maxsize=64)
-def _names_tokens(structured: Structured) -> bool:
-    """Whether it is a grammar that is sound but for tokens of the model that it names."""
-    if structured.kind != "grammar" or "<" not in structured.text:
-        return False
-    failed, told = _library().LLMatcher.validate_grammar_with_warnings(_grammar(structured))
-    return not failed and any("no tokenizer" in line for line in told)
-
-
-def _told(matcher: Any) -> str | None:
-    return _short(matcher.get_error()) if matcher.is_error() else None
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _TOLD else f"{text[:_TOLD]}..."
-
-
-_guides: OrderedDict[int, tuple[Spelled, Guide]] = OrderedDict()
-
-
-def _own_guide(tokenizer: Spelled) -> Guide:
-    """One for the tokenizer of a front door, of which a process has one or two."""
-    if id(tokenizer) not in _guides:
-        _guides[id(tokenizer)] = tokenizer, Guide(tokenizer, None, tokenizer.eos_ids)
-        if len(_guides) > 2:
-            _guides.popitem(last=False)
-    return _guides[id(tokenizer)][1]
-
-
-def _matcher(tokens: Any, grammar: str) -> Any:
-    library = _library()
-    return library.LLMatcher(tokens, grammar, log_level=0, limits=library.LLParserLimits(verbose_errors=False))
-
-
-def _grammar(structured: Structured) -> str:
+@lru_cache(maxsize=32)
+def grammar(structured: Structured) -> str:
     """A structure in llguidance's words. Raises ValueError for what is none."""
-    library, text = _library(), structured.text
+    words, text = library(), structured.text
     match structured.kind:
         case "json" | "json_object":
             schema = '{"type": "object"}' if structured.kind == "json_object" else text
             if not isinstance(_json(schema), dict):
                 raise ValueError("it is not a JSON object")
-            return str(library.LLMatcher.grammar_from_json_schema(schema))
+            return str(words.LLMatcher.grammar_from_json_schema(schema))
         case "choice":
             choices = _json(text)
             if not isinstance(choices, list) or not choices or not all(isinstance(one, str) for one in choices):
                 raise ValueError("it is not a JSON list of texts, one at least")
         case "regex":
-            return str(library.LLMatcher.grammar_from_regex(text))
-    return str(library.grammar_from(structured.kind, text))
+            return str(words.LLMatcher.grammar_from_regex(text))
+    return str(words.grammar_from(structured.kind, text))
 
 
 def _json(text: str) -> Any:
@@ -235,7 +156,8 @@ def _json(text: str) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def _library() -> Any:
+def library() -> Any:
+    """llguidance. Raises MissingExtra."""
     try:
         import llguidance
     except ImportError:

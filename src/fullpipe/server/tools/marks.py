@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from fullpipe.server.tools.events import Event, Reader
 
@@ -15,10 +16,7 @@ class Marks:
     """
 
     def __init__(self, *marks: str) -> None:
-        kept = [mark for mark in marks if not any(other != mark and other in mark for other in marks)]
-        self._pattern = re.compile("|".join(map(re.escape, kept)) or r"(?!)")
-        self._heads = {mark[:length] for mark in kept for length in range(1, len(mark))}
-        self._longest = max(map(len, self._heads), default=0)
+        self._pattern, self._heads, self._longest = _found_by(frozenset(marks))
         self._held = ""
 
     def split(self, text: str) -> tuple[str, str, str]:
@@ -39,6 +37,22 @@ class Marks:
         """Length of the longest end of the text with which a mark may begin."""
         lengths = range(min(self._longest, len(text)), 0, -1)
         return next((length for length in lengths if text[-length:] in self._heads), 0)
+
+
+@lru_cache(maxsize=32)
+def _found_by(marks: frozenset[str]) -> tuple[re.Pattern[str], frozenset[str], int]:
+    """A pattern of the marks that are looked for, the beginnings of these, and the longest beginning's length. A
+    tokenizer may have thousands of marks, and every answer looks for them."""
+    lengths = {len(mark) for mark in marks}
+    kept = sorted(mark for mark in marks if marks.isdisjoint(_parts(mark, lengths)))
+    heads = frozenset(mark[:length] for mark in kept for length in range(1, len(mark)))
+    return re.compile("|".join(map(re.escape, kept)) or r"(?!)"), heads, max(map(len, heads), default=0)
+
+
+def _parts(mark: str, lengths: Iterable[int]) -> Iterator[str]:
+    """What is in it and of such a length, but for itself."""
+    return (mark[begin : begin + length] for length in lengths if length < len(mark)
+            for begin in range(len(mark) - length + 1))
 
 
 class Without:

@@ -17,7 +17,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 from openai_server import Served
 
-from fullpipe.errors import Overloaded, Unavailable, UsageError
+from fullpipe.errors import Overloaded, StructureError, Unavailable, UsageError
 from fullpipe.server.metrics import REASONS
 from fullpipe.server.problems import failure
 from fullpipe.server.replies import ChatReplies, finish_reason
@@ -146,6 +146,13 @@ def test_an_end_of_the_server_is_worth_another_try(served: Served, client: httpx
 def test_every_end_that_the_engine_knows_is_told_as_an_answer_or_an_error(reason: str) -> None:
     choice: Any = SimpleNamespace(reason=reason)
     assert (finish_reason(choice) is None) == (failure(reason, "") is not None)
+
+
+def test_a_structure_that_cannot_be_followed_is_the_callers_to_change() -> None:
+    problem = failure("error", "x", StructureError("too complex to follow", hint="Ask for a simpler one."))
+    assert problem is not None
+    assert (problem.status_code, problem.error.code) == (400, "structure_error")
+    assert problem.error.message == "too complex to follow. Ask for a simpler one."
 
 
 def test_what_runs_has_neither() -> None:

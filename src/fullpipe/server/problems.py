@@ -75,7 +75,7 @@ def problem_of(error: Exception, refused: Mapping[str, str] = REFUSED) -> Proble
     return Problem(500, "the server failed on this request", code="internal_error")
 
 
-def failure(reason: str | None, error: str, cause: BaseException | None) -> Problem | None:
+def failure(reason: str | None, error: str, cause: BaseException | None = None) -> Problem | None:
     """What is told in place of an answer that ended so; None if it is one, or still runs. A server that is told to end
     cuts off what is left ("abort"): another may answer."""
     if reason == "error" and isinstance(cause, StructureError):

@@ -65,8 +65,14 @@ def check_structure(structured: Structured, tokenizer: Spelled) -> None:
 
 
 def _tokens_of(tokenizer: Spelled) -> Tokens:
-    size = 1 + max([*tokenizer.special.values(), *tokenizer.eos_ids, *getattr(tokenizer, "tokens", ())])
-    return Tokens(size, tuple(tokenizer.special.items()), tuple(sorted(tokenizer.eos_ids)))
+    """Those of the tokenizer that was asked about last are remembered: a process has one, as a rule."""
+    if not _last or _last[0][0] is not tokenizer:
+        size = 1 + max([*tokenizer.special.values(), *tokenizer.eos_ids, *getattr(tokenizer, "tokens", ())])
+        _last[:] = [(tokenizer, Tokens(size, tuple(tokenizer.special.items()), tuple(sorted(tokenizer.eos_ids))))]
+    return _last[0][1]
+
+
+_last: list[tuple[Spelled, Tokens]] = []
 
 
 def _short(text: str) -> str:

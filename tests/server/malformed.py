@@ -54,7 +54,7 @@ _SAMPLES: dict[str, list[Any]] = {
 }
 _INTEGERS = ("n", "max_tokens", "top_k", "seed", "priority", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens")
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_NOTHING = ("timeout",)
+_NOTHING = ("timeout", "guided_whitespace_pattern", "guided_decoding_backend")
 _SHARED: dict[str, str] = {
     **dict.fromkeys(_INTEGERS, "null integer"), **dict.fromkeys(_NUMBERS, "null integer fraction"),
     **dict.fromkeys(_NOTHING, "null"),
@@ -103,7 +103,7 @@ _BEYOND: dict[str, list[Any]] = {
     "temperature": [-1e-9, -1, -5e-324], "top_p": [0, -0.1, 1.0000001, 2, -1], "min_p": [-0.001, 1.001, 2],
     "top_k": [-2, 2**31, -(10**30)], "presence_penalty": [-2.001, 2.001, 3], "frequency_penalty": [-2.001, 2.001, 3],
     "repetition_penalty": [0, 0.0099, 100.01, -1], "seed": [2**63, -(2**63) - 1, 10**30],
-    "priority": [2**31, -(2**31) - 1, 10**30], "min_tokens": [-1, MAX_LEN, 10**30],
+    "priority": [11, -11, 2**31, -(2**31) - 1, 10**30], "min_tokens": [-1, MAX_LEN, 10**30],
     "prompt_logprobs": [-1, 21, 10**30], "truncate_prompt_tokens": [0, -2, MAX_LEN + 1, 10**30],
     "bad_words": [[""], ["a", ""], [None], [1], ["x"] * 129, ["x" * 1025]], "allowed_token_ids": [[], [999], *_TOKENS],
     "stop": ["", [""], ["a", ""], ["x"] * 17, "x" * 1025, ["x" * 1025], [None], [1], [[]], [{}], [["a"]], ["a", None]],

@@ -129,6 +129,25 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
 ]  # fmt: skip
 
+SAID: list[tuple[str, dict[str, Any], str]] = [
+    ("chat", {"stop": ["x"] * 17}, "stop: must have at most 16 entries"),
+    ("chat", {"stop": 5}, "stop: must be a string or a list"),
+    ("chat", {"stop": [5]}, "stop[0]: must be a string"),
+    ("chat", {"stop": ""}, "stop: must not be empty"),
+    ("chat", {"priority": 11}, "priority: must be from -10, served first, to 10"),
+    ("chat", {"messages": []}, "messages: must not be empty"),
+    ("chat", {"messages": ["hi"]}, "messages[0]: must be an object"),
+    ("chat", {"stream": "yes"}, "stream: must be true or false"),
+    ("chat", {"temperature": -1}, "temperature: must be greater than or equal to 0"),
+    ("chat", {"logit_bias": {"a": 1}}, "logit_bias.a: is no id of a token; names here are whole numbers, as in "
+                                       '{"50256": -100}'),
+    ("chat", {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+     "tools[0].function.name: must be of letters, digits and _ . : / -, 256 at most"),
+    ("chat", {"response_format": {"type": "xml"}},
+     "response_format: there is no type 'xml' here; it must be one of 'text', 'json_object', 'json_schema'"),
+    ("completions", {"bad_words": ["a"] * 129}, "bad_words: must have at most 128 entries"),
+]
+
 UNSUPPORTED: list[tuple[str, str, Any]] = [
     ("chat", "tools", [{"type": "function", "function": {"name": "f"}}]),
     ("chat", "tool_choice", "auto"),
@@ -164,6 +183,11 @@ def test_a_bad_field_is_named(client: httpx.Client, service: OneWord, kind: str,
     assert error["param"].startswith(param)
     assert response.status_code == (404 if fields.get("model") else 400)
     assert len(service.asked) == before
+
+
+@pytest.mark.parametrize(("kind", "fields", "said"), SAID, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_is_said_in_words(client: httpx.Client, kind: str, fields: dict[str, Any], said: str) -> None:
+    assert refusal(post(client, kind, fields))["message"] == said
 
 
 @pytest.mark.parametrize(("kind", "field", "value"), UNSUPPORTED, ids=lambda value: str(value)[:40])

@@ -74,25 +74,47 @@ def test_none_is_asked_for(asked: Asked, fields: dict[str, Any]) -> None:
      "guided_regex"),
     ({"structured_outputs": {}}, "structured_outputs", "says nothing"),
     ({"structured_outputs": {"json_object": False}}, "structured_outputs", "says nothing"),
-    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "unknown field"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported: use"),
+    ({"structured_outputs": {"json": {}, "disable_fallback": True}}, "structured_outputs.disable_fallback",
+     "'structured_outputs.disable_fallback' is not supported: there is one backend"),
+    ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "not supported: between the parts"),
+    ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend", "not supported: there is one"),
+    ({"response_format": {"type": "structural_tag", "format": {}}}, "response_format",
+     "'response_format.structural_tag' is not supported: use"),
+    ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format", "belongs under \"json_schema\""),
+    ({"response_format": {"type": "json_schema", "json_schema": {"type": "object"}}}, "response_format.json_schema",
+     "belongs under \"schema\""),
+    ({"response_format": {**schema_format(), "junk": 1}}, "response_format.junk", "unknown field"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "junk": 1}}},
+     "response_format.json_schema.junk", "unknown field"),
     ({"guided_json": "no schema"}, "guided_json", "is not JSON"), ({"guided_json": "[1]"}, "guided_json", "an object"),
-    ({"guided_json": 5}, "guided_json", "valid string"),
+    ({"guided_json": 5}, "guided_json", "must be a string or an object"),
     ({"structured_outputs": {"json": "x"}}, "structured_outputs.json", "is not JSON"),
-    ({"guided_choice": []}, "guided_choice", "at least 1"), ({"guided_choice": "a"}, "guided_choice", "valid list"),
-    ({"guided_regex": ""}, "guided_regex", "at least 1"), ({"guided_grammar": {}}, "guided_grammar", "valid string"),
+    ({"guided_choice": []}, "guided_choice", "must not be empty"),
+    ({"guided_choice": "a"}, "guided_choice", "must be a list"),
+    ({"guided_regex": ""}, "guided_regex", "must not be empty"),
+    ({"guided_grammar": {}}, "guided_grammar", "must be a string"),
     ({"response_format": {"type": "xml"}}, "response_format", "'xml'"),
     ({"response_format": {}}, "response_format", "type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema",
      "missing"),
     ({"response_format": schema_format(schema_=1)}, "response_format.json_schema.schema_", "unknown field"),
-    ({"response_format": schema_format(strict="yes")}, "response_format.json_schema.strict", "boolean"),
+    ({"response_format": schema_format(strict="yes")}, "response_format.json_schema.strict", "must be true or false"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": [], "x": 1}}},
      "response_format.json_schema", ""),
 ])
 def test_a_form_that_cannot_be_asked_for(asked: Asked, path: str, fields: dict[str, Any], param: str, why: str) -> None:
     error = asked.refusal(path, **fields)
     assert str(error["param"]).startswith(param) and why in error["message"]
+
+
+@pytest.mark.parametrize("off", [None, False])
+def test_what_others_say_of_a_structure_may_ask_for_nothing(asked: Asked, off: bool | None) -> None:
+    nothing = dict.fromkeys(("disable_any_whitespace", "whitespace_pattern", "structural_tag", "disable_fallback",
+                             "disable_additional_properties"), off)
+    asked.message(structured_outputs={"regex": "a", **nothing}, guided_decoding_backend=None)
+    assert asked.params.structured is not None
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from fullpipe.errors import FullpipeError, Overloaded, PromptError, Unavailable, UsageError, without
 from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest
 from fullpipe.server.protocol.tables import REFUSED
+from fullpipe.server.wording import fault_said, kind_said
 
 log = logging.getLogger("fullpipe.server")
 
@@ -113,33 +114,65 @@ def _type_of(status: int) -> str:
 
 
 def _invalid(errors: Sequence[Any], body: Any, refused: Mapping[str, str]) -> Problem:
-    """The first thing that is wrong with a body; of the branches of a union, the one that came furthest."""
+    """The first thing that is wrong with a body; of the branches of a union, the one that came furthest, and of two that
+    came as far the one that is for a value of this kind."""
     first = errors[0]
     where = _path(first, body)
     for other in errors[1:]:
         path = _path(other, body)
-        if path[: len(where)] == where and len(path) > len(where):
+        better = _is_of_wrong_kind(first) and not _is_of_wrong_kind(other)
+        if path[: len(where)] == where and (len(path) > len(where) or better):
             first, where = other, path
-    if where and where[0] in refused:
-        field = str(where[0])
-        return Problem(400, f"{field!r} is not supported: {refused[field]}", param=field, code="unsupported_parameter")
+    if (name := _refused(first, where, refused)) is not None:
+        param = name if where[:1] == [name] else _spelled(where)
+        return Problem(400, f"{name!r} is not supported: {refused[name]}", param=param, code="unsupported_parameter")
     param = _spelled(where) if where else None
-    return Problem(400, _message(first, where, param), param=param,
+    kinds = [said for error in errors if _path(error, body) == where and (said := kind_said(error))]
+    return Problem(400, _message(first, where, param, kinds), param=param,
                    code="unknown_parameter" if first["type"] == "extra_forbidden" else None)
 
 
+def _is_of_wrong_kind(error: Mapping[str, Any]) -> bool:
+    """Whether a value is of the wrong kind altogether."""
+    return kind_said(error) is not None
+
+
+def _refused(error: Mapping[str, Any], path: Sequence[str | int], refused: Mapping[str, str]) -> str | None:
+    """Which of the refused fields is at fault, if one is: a field of the request, one inside another, or a type."""
+    tag = [str(error["ctx"]["tag"])] if error["type"] == "union_tag_invalid" else []
+    return next((name for name in map(_dotted, (path[:1], path, [*path, *tag])) if name in refused), None)
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    return ".".join(step for step in path if isinstance(step, str))
+
+
 def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
-    """Where in the body the fault is. pydantic puts the names of union branches in between: what the body does not
-    have is one of those, except at the very end, where it is a field that is missing."""
+    """Where in the body the fault is. pydantic puts the names of union branches in between. What the body does not have
+    is one of those, except at the very end, where it is a field that is missing; and a name may be both, a field and
+    the type that chooses the branch: it is a type where the end does not fit otherwise."""
+    path, fits = _walked(error, body, types=False)
+    if not fits:
+        other, fits = _walked(error, body, types=True)
+        path = other if fits else path
+    return path
+
+
+def _walked(error: Mapping[str, Any], body: Any, *, types: bool) -> tuple[list[str | int], bool]:
+    """The path, and whether the last step is in it. types: a step that is the type of where it stands is no field."""
     path: list[str | int] = []
-    steps = list(error["loc"])[1:]
+    steps, fits = list(error["loc"])[1:], True
     for number, step in enumerate(steps):
+        last = number == len(steps) - 1
+        fits = _has(body, step) if error["type"] != "missing" or not last else not _has(body, step)
+        if types and isinstance(body, dict) and body.get("type") == step and not last:
+            continue
         if _has(body, step):
             path.append(step)
             body = body[step]
-        elif error["type"] == "missing" and number == len(steps) - 1:
+        elif error["type"] == "missing" and last:
             path.append(step)
-    return path
+    return path, fits
 
 
 def _has(value: Any, step: str | int) -> bool:
@@ -155,11 +188,13 @@ def _spelled(path: Sequence[str | int]) -> str:
     return text if len(text) <= 2 * _SHOWN else text[: 2 * _SHOWN] + "..."
 
 
-def _message(error: Mapping[str, Any], path: Sequence[str | int], param: str | None) -> str:
+def _message(error: Mapping[str, Any], path: Sequence[str | int], param: str | None, kinds: Sequence[str]) -> str:
+    """kinds: what the value might have been."""
     if error["type"] == "extra_forbidden":
         return f"unknown field {param!r}"
     if error["type"] == "missing":
         return f"the field {param!r} is missing" if param else "the body is empty; a JSON object is needed"
     if path and path[-1] == "type" and isinstance(error.get("input"), str) and "content" in path:
         return f"{param}: parts of type {error['input'][:_SHOWN]!r} are not supported; only text is"
-    return f"{param or 'the body'}: {error['msg']}"
+    said = f"must be {' or '.join(dict.fromkeys(kinds))}" if _is_of_wrong_kind(error) else fault_said(error)
+    return f"{param or 'the body'}: {said}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, measured
+from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 
 MAX_TOOLS = 128
 MAX_CHOICE_TEXTS = 1024
@@ -15,6 +16,7 @@ Object = Annotated[dict[str, Any], Field(max_length=MAX_ENTRIES), BeforeValidato
 Pattern = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]],
                   Field(min_length=1, max_length=MAX_CHOICE_TEXTS, fail_fast=True)]
+_Off = Annotated[Literal[False], BeforeValidator(boolean)]
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,256}$")]
 
 
@@ -28,6 +30,9 @@ class JsonFormat(Wire):
     type: Literal["json_object"]
 
 
+_RIGHT = '{"type": "json_schema", "json_schema": {"name": "answer", "schema": {...}}}'
+
+
 class JsonSchema(Wire):
     """Says of which schema. Whether `strict` or not, the text keeps to it."""
 
@@ -36,10 +41,27 @@ class JsonSchema(Wire):
     schema_: Object = Field(alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_schema(cls, data: Any) -> Any:
+        """What is a schema itself stands one place too high."""
+        if isinstance(data, dict) and "schema" not in data and data.keys() & {"type", "properties", "$ref", "anyOf"}:
+            raise PydanticCustomError("schema_place", "the schema belongs under \"schema\" in it, as in {right}",
+                                      {"right": _RIGHT})
+        return data
+
 
 class SchemaFormat(Wire):
     type: Literal["json_schema"]
     json_schema: JsonSchema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_schema_beside(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "schema" in data and "json_schema" not in data:
+            raise PydanticCustomError("schema_place", "the schema belongs under \"json_schema\", as in {right}",
+                                      {"right": _RIGHT})
+        return data
 
 
 Format = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
@@ -53,6 +75,12 @@ class StructuredOutputs(Wire):
     choice: Texts | None = None
     grammar: Pattern | None = None
     json_object: bool | None = None
+    # not supported
+    disable_any_whitespace: _Off | None = None
+    disable_fallback: _Off | None = None
+    disable_additional_properties: _Off | None = None
+    whitespace_pattern: _Off | None = None
+    structural_tag: _Off | None = None
 
 
 class Function(Wire):

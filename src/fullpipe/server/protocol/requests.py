@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from fullpipe.server.protocol.extras import MOST_LOGPROBS, Extras
 from fullpipe.server.protocol.extras import Token as _Token
@@ -14,6 +15,7 @@ from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 
 MAX_STOPS = 16
+MOST_PRIORITY = 10  # and the least is as far below 0
 MAX_CHOICES = 128
 
 _Off = Annotated[Literal[False], BeforeValidator(boolean)]
@@ -26,6 +28,17 @@ _Bias = Annotated[
     Field(max_length=MAX_ENTRIES, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
     BeforeValidator(measured),
 ]
+
+
+def _ranked(priority: int) -> int:
+    if abs(priority) > MOST_PRIORITY:
+        raise PydanticCustomError("priority", "must be from {least}, served first, to {most}",
+                                  {"least": -MOST_PRIORITY, "most": MOST_PRIORITY})
+    return priority
+
+
+_Priority = Annotated[int, AfterValidator(_ranked),
+                      Field(json_schema_extra={"minimum": -MOST_PRIORITY, "maximum": MOST_PRIORITY})]
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -62,7 +75,7 @@ class Options(Extras, Others):
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    priority: _Priority | None = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -80,6 +93,8 @@ class Options(Extras, Others):
     # not supported
     timeout: Nothing = None
     use_beam_search: _Off | None = None
+    guided_whitespace_pattern: Nothing = None
+    guided_decoding_backend: Nothing = None
 
     def asked_tokens(self) -> tuple[str, int | None]:
         """How many new tokens the caller asks for at most, and under which field's name; None: no number."""

@@ -24,7 +24,7 @@ REFUSED = {
 }
 
 # Fields that change no text, by their path, and why they have no effect here. A server says so once in its log.
-_NO_BOOKS = "it is for books that this server does not keep"
+_NO_BOOKS = "it is for billing and monitoring, which this server does not do"
 _OWN_CACHE = "the server shares what requests have in common by itself"
 IGNORED = {
     "user": _NO_BOOKS,
@@ -69,6 +69,21 @@ REFUSED |= {
     "vllm_xargs": "there are no extensions of vLLM's here",
     "repetition_detection": "use repetition_penalty or frequency_penalty",
     "thinking_token_budget": "max_tokens bounds thoughts and answer together",
+}
+# What else a structure may be asked with; `structured_outputs` stands in every kind of request.
+_ONE_BACKEND = "there is one backend, and nothing to fall back on"
+_ANY_BLANKS = "between the parts of JSON the model sets white space as it likes; ask in the prompt for compact JSON"
+REFUSED_OF_STRUCTURES = {
+    "structured_outputs.disable_any_whitespace": _ANY_BLANKS,
+    "structured_outputs.whitespace_pattern": _ANY_BLANKS,
+    "structured_outputs.structural_tag": "use grammar, or tools, whose calls keep to a schema where they are demanded",
+    "structured_outputs.disable_fallback": _ONE_BACKEND,
+    "structured_outputs.disable_additional_properties": "say additionalProperties: false in the schema",
+}
+REFUSED |= REFUSED_OF_STRUCTURES | {
+    "guided_whitespace_pattern": _ANY_BLANKS,
+    "guided_decoding_backend": _ONE_BACKEND,
+    "response_format.structural_tag": REFUSED_OF_STRUCTURES["structured_outputs.structural_tag"],
 }
 IGNORED |= {
     "session_id": _NO_BOOKS,

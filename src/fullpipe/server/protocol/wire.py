@@ -49,5 +49,5 @@ def measured(value: Any) -> Any:
 def boolean(value: Any) -> Any:
     """A literal of pydantic's takes 0 for False and 1 for True."""
     if not isinstance(value, bool):
-        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+        raise PydanticCustomError("bool_type", "must be true or false")
     return value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fullpipe.server.protocol.tables import REFUSED_OF_STRUCTURES
+
 _STORES_NOTHING = "this server stores nothing; send the whole conversation as input"
 
-REFUSED = {
+REFUSED = REFUSED_OF_STRUCTURES | {
     "previous_response_id": _STORES_NOTHING,
     "previous_response": "send what it has as items of the input",
     "previous_input_messages": "send them as items of the input",
@@ -23,7 +25,7 @@ REFUSED = {
 }
 """Fields that are not taken, and why. Their harmless values are in the models of `protocol`."""
 
-_NO_BOOKS = "it is for books that this server does not keep"
+_NO_BOOKS = "it is for billing and monitoring, which this server does not do"
 _OWN_CACHE = "the server shares what requests have in common by itself"
 _NO_TEXT = "it is no text"
 IGNORED = {

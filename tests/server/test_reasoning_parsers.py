@@ -57,13 +57,20 @@ def test_a_prompt_may_have_opened_the_thoughts_or_closed_them(prompt: str, opene
     assert Thinking(tokenizer, always=True).opened(tokenizer.encode(prompt)) is opened
 
 
-@pytest.mark.parametrize(("tokens", "thinking", "number"), [
+NAMES = {7: " ", 8: "<think>", 9: "</think>", 10: "", 11: "</th", 12: "ink>", 13: "a</think>b", 14: "<th"}
+
+
+@pytest.mark.parametrize(("tokens", "begins", "number"), [
     ([1, 2, 3, 9, 4], True, 3), ([8, 1, 2, 9, 4, 8, 5, 9], False, 2), ([1, 2], False, 0),
-    ([8, 1], True, 1), ([9], True, 0),
-    ([1, 8, 2, 9], False, 0),
+    ([8, 1], True, 1), ([9], True, 0), ([1, 8, 2, 9], False, 0), ([], True, 0),
+    ([1, 2, 3], True, 3), ([7, 8, 1, 9, 2], False, 1), ([7, 7, 8, 1, 2], True, 2), ([7, 1], True, 2),
+    ([1, 11, 12, 2], True, 1), ([1, 11, 2, 9], True, 3), ([1, 11], True, 2), ([14, 12, 1, 9], False, 1),
+    ([14], True, 1), ([14], False, 0), ([1, 13, 2], True, 2), ([1, 10, 2], True, 3),
 ])
-def test_tokens_of_thoughts_are_those_between_the_marks(tokens: list[int], thinking: bool, number: int) -> None:
-    assert ThoughtTokens(8, 9, thinking).count(tokens) == number
-    single = ThoughtTokens(8, 9, thinking)
-    assert sum(single.count([token]) for token in tokens) == number
-    assert ThoughtTokens(None, None, thinking).count(tokens) == 0
+def test_tokens_of_thoughts_are_those_that_are_read_as_thoughts(tokens: list[int], begins: bool, number: int) -> None:
+    def counter() -> ThoughtTokens:
+        return ThoughtTokens(lambda token: NAMES.get(token, "x"), begins)
+
+    assert counter().count(tokens, ended=True) == number
+    single = counter()
+    assert sum(single.count([token]) for token in tokens) + single.count([], ended=True) == number

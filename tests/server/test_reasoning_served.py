@@ -61,12 +61,20 @@ def test_thoughts_are_left_out_if_asked(asking: Asking) -> None:
 
 
 @pytest.mark.parametrize("special", [MARKS, []])
-def test_their_tokens_are_counted_where_the_marks_are_tokens(asking: Asking, special: list[str]) -> None:
+def test_their_tokens_are_counted(asking: Asking, special: list[str]) -> None:
     asked = thinking(asking, special=special)
-    asked.say("<think>Hm.</think>Noon.")
+    asked.say("\n<think>Hm.</think>Noon.")
     usage = asked.chat()["usage"]
-    assert usage["completion_tokens_details"]["reasoning_tokens"] == (3 if special else 0)
-    assert usage["completion_tokens"] == (3 + 2 + 5 if special else 23)
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 3
+    assert usage["completion_tokens"] == (1 + 3 + 2 + 5 if special else 24)
+
+
+@pytest.mark.parametrize("special", [MARKS, []])
+def test_an_answer_that_is_all_thoughts_is_counted_as_a_whole(asking: Asking, special: list[str]) -> None:
+    asked = thinking(asking, parser="deepseek_r1", special=special)
+    asked.say("Hm, hm.")
+    usage = asked.chat()["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == usage["completion_tokens"] == 7
 
 
 def test_marks_that_are_special_tokens_are_seen_and_other_special_tokens_are_not(asking: Asking) -> None:

@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullpipe.server.tools.events import Argued, Called, Event, Notes, Reader, Said, Words, call_id, short_call_id
+from fullpipe.server.tools.events import (
+    Argued,
+    Called,
+    Event,
+    Notes,
+    Reader,
+    Said,
+    Words,
+    call_id,
+    joined,
+    short_call_id,
+)
 from fullpipe.server.tools.hermes import HermesParser
 from fullpipe.server.tools.llama3 import Llama3Parser
 from fullpipe.server.tools.made import NamedCall, RequiredCalls
@@ -316,3 +327,11 @@ def test_ids_are_such_as_clients_and_templates_take() -> None:
 ])
 def test_the_template_tells_how_a_model_calls(parser: str, template: str, style: str | None) -> None:
     assert style_of(parser, template) is (STYLES[style] if style else None)
+
+
+def test_pieces_that_become_known_together_are_one() -> None:
+    reader = HermesParser(numbered(), OFFERED)
+    events = [event for char in F for event in reader.push(char)]
+    assert not events and joined(reader.finish()) == [Called(0, "id0", "f"), Argued(0, '{"a": 1}')]
+    apart = [Argued(0, "a"), Called(1, "i", "f"), Argued(1, "b"), Said("c"), Argued(1, "d")]
+    assert joined(apart) == apart and joined([]) == []

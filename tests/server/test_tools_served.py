@@ -252,7 +252,7 @@ def test_a_parser_can_be_named(asking: Asking) -> None:
     ({"tools": [CLOCK], "tool_choice": "sometimes"}, "tool_choice", "'none', 'auto' or 'required'"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
     ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
-    ({"tools": [tool("a b")]}, "tools[0].function.name", "pattern"),
+    ({"tools": [tool("a b")]}, "tools[0].function.name", "must be of letters"),
     ({"tools": [tool("f", verbose=True)]}, "tools[0].function.verbose", "unknown field"),
     ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format", "no other form"),
     ({"tools": [CLOCK], "tool_choice": "required", "guided_regex": "a"}, "guided_regex", "no other form"),

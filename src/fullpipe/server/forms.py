@@ -83,7 +83,7 @@ class Form:
 
     def thoughts(self) -> ThoughtTokens | None:
         """Counts the tokens of one choice that are thoughts; None: there are none."""
-        return ThoughtTokens(*self.thinking.marks, self.thinks) if self.thinking else None
+        return ThoughtTokens(self.thinking.shown, self.thinks) if self.thinking else None
 
     def problem_of(self, error: FullpipeError) -> Problem | None:
         """What the caller is told where the structure that he asks for cannot be made; None: it is not about that."""

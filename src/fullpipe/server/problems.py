@@ -114,8 +114,8 @@ def _type_of(status: int) -> str:
 
 
 def _invalid(errors: Sequence[Any], body: Any, refused: Mapping[str, str]) -> Problem:
-    """The first thing that is wrong with a body; of the branches of a union, the one that came furthest, and of two that
-    came as far the one that is for a value of this kind."""
+    """The first thing that is wrong with a body; of the branches of a union, the one that came furthest, and of two
+    that came as far the one that is for a value of this kind."""
     first = errors[0]
     where = _path(first, body)
     for other in errors[1:]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from fullpipe.models.tokens.tokenizer import Tokenizer
@@ -40,11 +40,10 @@ class Thinking:
     def special(self) -> Collection[str]:
         return self.tokenizer.special
 
-    @property
-    def marks(self) -> tuple[int | None, int | None]:
-        """The tokens that are the marks, where there are such."""
-        begin, end = (self.tokenizer.backend.token_to_id(mark) for mark in MARKS)
-        return begin, end
+    def shown(self, token: int) -> str:
+        """What a reader sees of a token, a character for each byte: of special tokens the marks alone."""
+        text = self.tokenizer.token_bytes(token).decode("latin-1")
+        return "" if text in self.special and text not in MARKS else text
 
 
 class Thoughtful:
@@ -98,27 +97,58 @@ class Thoughtful:
         return [Thought(text)] if text and self._told else []
 
 
-@dataclass(slots=True)
 class ThoughtTokens:
-    """Counts the tokens of thoughts by the tokens that are their marks. A model without such tokens has none counted.
+    """Counts the tokens of thoughts: those of which something is read as thought, and special ones among them. A mark's
+    own are none.
 
-    begin, end: the marks' ids. thinking: whether the answer begins with thoughts.
+    shown: what a reader sees of a token. begins: the answer begins with thoughts, whether a mark says so or not.
     """
 
-    begin: int | None
-    end: int | None
-    thinking: bool
+    def __init__(self, shown: Callable[[int], str], begins: bool) -> None:
+        self._shown, self._begins = shown, begins
+        self._text = ""  # the answer's end, as far as it is not decided upon
+        self._places: list[tuple[int, int]] = []  # where the tokens in it begin and end
+        self._thinking = self._over = False
 
-    def count(self, tokens: Iterable[int]) -> int:
-        """Of these, which come next."""
-        number = 0
+    def count(self, tokens: Iterable[int], *, ended: bool = False) -> int:
+        """How many more are thoughts, with these, which come next; what may be a mark is counted when that is known.
+        ended: there are no more."""
+        if self._over:
+            return 0
         for token in tokens:
-            if self.end is None:
-                break
-            if token == self.begin:
-                self.thinking, self.begin = True, None
-            elif token == self.end or not self.thinking:
-                self.end = None  # what comes now is no thought
-            else:
-                number += 1
+            begin = len(self._text)
+            self._text += self._shown(token)
+            self._places.append((begin, len(self._text)))
+        if not self._thinking and not self._start(ended):
+            return 0
+        return self._thoughts(ended)
+
+    def _start(self, ended: bool) -> bool:
+        """Whether thoughts have begun; what is before them is dropped."""
+        words = self._text.lstrip()
+        if not words.startswith(BEGIN):
+            if BEGIN.startswith(words) and not ended:
+                return False
+            self._thinking, self._over = self._begins, not self._begins
+            return self._begins
+        self._thinking = True
+        self._drop(len(self._text) - len(words) + len(BEGIN))
+        return True
+
+    def _thoughts(self, ended: bool) -> int:
+        """How many of the tokens in hand are, up to the mark that ends them or what may be the beginning of one."""
+        place = self._text.find(END)
+        self._over = place >= 0
+        if self._over:
+            return sum(begin < place for begin, _ in self._places)
+        held = next((size for size in range(len(END) - 1, 0, -1) if self._text.endswith(END[:size])), 0)
+        sure = len(self._text) - (0 if ended else held)
+        number = sum(end <= sure for _, end in self._places)
+        self._drop(self._places[number - 1][1] if number else 0)
         return number
+
+    def _drop(self, size: int) -> None:
+        """So much of the text is behind us, and the tokens that end there."""
+        self._text = self._text[size:]
+        self._places = [(max(begin - size, 0), end - size) for begin, end in self._places
+                        if end > size]

@@ -16,7 +16,7 @@ from fullpipe.server.protocol.answers import (
     FinishReason,
     FunctionDelta,
 )
-from fullpipe.server.tools.events import Argued, Called, Event, Said, Thought
+from fullpipe.server.tools.events import Argued, Called, Event, Said, Thought, joined
 
 
 class Voice:
@@ -31,11 +31,13 @@ class Voice:
 
     def hear(self, news: News) -> list[Event]:
         """What the choice says by these news; all there is if they are its last."""
+        ended = news.choice.reason is not None
         if self._thoughts:
-            news.choice.reasoning_tokens += self._thoughts.count(news.token_ids)
+            news.choice.reasoning_tokens += self._thoughts.count(news.token_ids, ended=ended)
         events = self._reader.push(news.text)
-        if news.choice.reason is not None:
+        if ended:
             events += self._reader.finish()
+        events = joined(events)
         self._keep(events)
         return events
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 
@@ -41,6 +42,17 @@ class Argued:
 
 
 Event = Said | Thought | Called | Argued
+
+
+def joined(events: Sequence[Event]) -> list[Event]:
+    """The same, with pieces of one call's arguments that come together as one: what was held back is one piece then,
+    however it was read."""
+    found: list[Event] = []
+    for index, group in groupby(events, lambda event: event.index if isinstance(event, Argued) else None):
+        together = list(group)
+        text = "".join(event.text for event in together if isinstance(event, Argued))
+        found += together if index is None else [Argued(index, text)]
+    return found
 
 
 class Reader(Protocol):

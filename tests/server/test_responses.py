@@ -295,7 +295,7 @@ def test_what_vllm_has_besides_is_taken(served: Served, client: httpx.Client) ->
 # ---- what is not taken -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", REFUSED)
+@pytest.mark.parametrize("field", [field for field in REFUSED if "." not in field])
 def test_what_is_not_supported_is_refused_by_name(served: Served, client: httpx.Client, field: str) -> None:
     wrong: dict[str, Any] = {"background": True, "truncation": "auto"}
     error = refused(client, 400, **{field: wrong.get(field, [{"any": "thing"}])})
@@ -313,8 +313,6 @@ def test_what_is_not_supported_is_refused_by_name(served: Served, client: httpx.
      "input[0].content[0].type", "only text is"),
     ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text", "must be a text"),
     ({"instructions": "x", "input": [{"role": "user", "content": []}]}, "input[0].content", "must be a text"),
-    ({"input": [USER, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]}, "input[1].arguments",
-     "must be JSON"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "text"}]}]}, "input[0].output",
      "must be a text"),
     ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input[0].encrypted_content", ""),

@@ -39,13 +39,13 @@ _SAMPLING = """use_beam_search top_k min_p repetition_penalty watermarking lengt
 _MORE = """structured_outputs structured_outputs.disable_any_whitespace structured_outputs.whitespace_pattern
     structured_outputs.structural_tag structured_outputs.disable_fallback
     structured_outputs.disable_additional_properties priority request_id session_id return_tokens_as_token_ids
-    return_token_ids routed_experts_prompt_start return_token_offsets return_mm_kwargs cache_salt kv_transfer_params ec_transfer_params
-    vllm_xargs repetition_detection thinking_token_budget stream_interval"""
+    return_token_ids routed_experts_prompt_start return_token_offsets return_mm_kwargs cache_salt kv_transfer_params
+    ec_transfer_params vllm_xargs repetition_detection thinking_token_budget stream_interval"""
 _CHAT = f"""messages model frequency_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n
     presence_penalty response_format response_format.structural_tag seed stop stream stream_options temperature
-    top_p tools tool_choice reasoning_effort include_reasoning parallel_tool_calls user {_SAMPLING} echo add_generation_prompt
-    continue_final_message add_special_tokens documents chat_template chat_template_kwargs media_io_kwargs
-    mm_processor_kwargs return_prompt_text {_MORE}"""
+    top_p tools tool_choice reasoning_effort include_reasoning parallel_tool_calls user {_SAMPLING} echo
+    add_generation_prompt continue_final_message add_special_tokens documents chat_template chat_template_kwargs
+    media_io_kwargs mm_processor_kwargs return_prompt_text {_MORE}"""
 _COMPLETIONS = f"""model prompt echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop
     stream stream_options suffix temperature top_p user {_SAMPLING} prompt_embeds add_special_tokens response_format
     response_format.structural_tag {_MORE}"""

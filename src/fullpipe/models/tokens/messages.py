@@ -1,9 +1,9 @@
 """A conversation, however a client wrote it down, in the one form that chat templates are given.
 
 Clients send text, parts or null, replay answers with tool calls and reasoning, and use fields that OpenAI has given up.
-Here that becomes: `content` is a text or a list of text parts, never null; the arguments of a tool call are an object;
-a function call is a tool call. What templates have no word for is refused, with the place where it stands. Fields that
-nobody here knows are left: a template may read them.
+Here that becomes: `content` is a text or a list of text parts, never null; the arguments of a tool call are an object,
+or `CutOff`; a function call is a tool call. What templates have no word for is refused, with the place where it stands.
+Fields that nobody here knows are left: a template may read them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 """Parts that are text, and the field it stands in."""
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing; templates and servers call it as they like
+
+
+class CutOff(str):
+    """Is the arguments of a call that are no JSON: an answer was cut off in them, and came back as it was. Templates
+    show it as it stands, which is what the model said (`template.ChatTemplate`)."""
+
+    __slots__ = ()
 
 
 def conversation(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -105,14 +112,14 @@ def _function(where: str, function: Any) -> dict[str, Any]:
     plain = _mapping(where, function)
     if not isinstance(plain.get("name"), str):
         raise MessageError(f"{where}.name", "must be a text")
-    return {**plain, "arguments": _arguments(f"{where}.arguments", plain.get("arguments"))}
+    return {**plain, "arguments": _arguments(plain.get("arguments"))}
 
 
-def _arguments(where: str, arguments: Any) -> Any:
+def _arguments(arguments: Any) -> Any:
     """Clients send JSON in a string; templates write JSON themselves."""
     if not isinstance(arguments, str):
         return arguments or {}
     try:
         return json.loads(arguments) if arguments.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise MessageError(where, f"must be JSON ({error})") from None
+    except (ValueError, RecursionError):
+        return CutOff(arguments)

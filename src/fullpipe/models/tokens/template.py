@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fullpipe.errors import MessageError, UnsupportedModel, UsageError
-from fullpipe.models.tokens.messages import conversation, text_of
+from fullpipe.models.tokens.messages import CutOff, conversation, text_of
 
 _OWN_FILE = "Give it another one: `chat_template=FILE`."
 _MARK = "THE-FINAL-MESSAGE-ENDS-HERE "  # its space is how one sees whether the template strips messages
@@ -116,6 +116,20 @@ class ChatTemplate:
     # ---- rendering ---------------------------------------------------------------------------------------
 
     def _said(self, turns: list[dict[str, Any]], told: Mapping[str, Any]) -> str:
+        """A call that was cut off is told as it stands. Where the template goes through its arguments, and fails on a
+        text, they are an empty object: a server must be able to read its own answers."""
+        calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+        given = [call["arguments"] for call in calls]
+        try:
+            return self._with_arguments(turns, told)
+        except UsageError:
+            if not any(isinstance(one, CutOff) for one in given):
+                raise
+        for call, arguments in zip(calls, given):
+            call["arguments"] = {} if isinstance(arguments, CutOff) else arguments
+        return self._with_arguments(turns, told)
+
+    def _with_arguments(self, turns: list[dict[str, Any]], told: Mapping[str, Any]) -> str:
         """Arguments of tool calls are objects, as transformers wants them, unless the template takes them for text."""
         calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
         try:
@@ -126,7 +140,7 @@ class ChatTemplate:
             if not calls or not isinstance(error.__cause__, TypeError):
                 raise
         for call in calls:
-            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+            call["arguments"] = _to_json(call["arguments"])
         return self._rendered(turns, told)
 
     def _rendered(self, turns: list[dict[str, Any]], told: Mapping[str, Any]) -> str:
@@ -237,7 +251,9 @@ def _spelled_by_python(arguments: Any, text: str) -> bool:
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
              separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    """Unlike jinja's own filter it escapes nothing for HTML."""
+    """Unlike jinja's own filter it escapes nothing for HTML. What is no JSON any more stays as it is."""
+    if isinstance(value, CutOff):
+        return str(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -42,6 +42,9 @@ def option(default: Any, help: str, *flags: str, metavar: str | None = None) -> 
     return field(default=default, metadata={"help": help, "flags": flags, "metavar": metavar})
 
 
+_ORIGIN = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+
+
 def _refuse_unless(*checks: tuple[bool, str]) -> None:
     for ok, what in checks:
         if not ok:
@@ -220,6 +223,9 @@ class EngineOptions:
                             ("spare_slots", 0), ("block_size", 1)):
             value = getattr(self, name)
             _refuse_unless((value is None or value >= least, f"{name} must be {least} or more (got {value})"))
+        if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.block_size:
+            raise UsageError(f"{self.kv_cache_tokens} cache slots are less than a block of {self.block_size}",
+                             hint="Give more `kv_cache_tokens`.", param="kv_cache_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +271,7 @@ class ServerOptions:
                                  hint="A key is one word, of FULLPIPE_API_KEY too. Name none at all, and unset the "
                                       "variable, to let everybody in.")
         self._refuse_what_has_no_effect()
+        self._check_names()
         _refuse_unless(
             (not self.root_path or (self.root_path.startswith("/") and not self.root_path.endswith("/")),
              f"root_path must begin with / and not end with it (got {self.root_path!r})"),
@@ -280,6 +287,16 @@ class ServerOptions:
             (self.reasoning_parser in REASONING_PARSERS,
              f"unknown reasoning_parser {self.reasoning_parser!r}; known are {', '.join(REASONING_PARSERS)}"),
             (self.log_level in LOG_LEVELS, f"unknown log level {self.log_level!r}; known are {', '.join(LOG_LEVELS)}"))
+
+    def _check_names(self) -> None:
+        if not all(name.strip() for name in self.served_model_name):
+            raise UsageError("a served model's name is empty", param="served_model_name",
+                             hint="Leave `served_model_name` out to use the model's own.")
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise UsageError(f"{origin[:80]!r} is no origin of a web page", param="allowed_origins",
+                                 hint="An origin is http:// or https:// with a host, and a port if it has one, as in "
+                                      "https://example.org:8443; * is any.")
 
     def _refuse_what_has_no_effect(self) -> None:
         for needed, names in (("ssl_certfile", ("ssl_keyfile", "ssl_keyfile_password")),

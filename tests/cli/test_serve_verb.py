@@ -121,6 +121,10 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(models: Models) 
 @pytest.mark.parametrize(("options", "says"), [
     (["--max-num-seqs", "0"], "max_num_seqs must be 1 or more"),
     (["--log-level", "loud"], "--log-level"),
+    (["--served-model-name", ""], "a served model's name is empty"),
+    (["--allowed-origins", "foo"], "'foo' is no origin"),
+    (["--allowed-origins", "https://a.b/c"], "is no origin"),
+    (["--kv-cache-tokens", "5"], "5 cache slots are less than a block of 256"),
     (["--port", "70000"], "the port must be below 65536"),
     (["--max-model-len", "5000", "--kv-cache-tokens", "4096"], "not 5000"),
     (["--method", "pp", "--prefill-share", "2"], "the method pp has no prefill_share"),

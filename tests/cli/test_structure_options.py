@@ -37,6 +37,22 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         StructureOptions(json_schema=str(file)).structured()
 
 
+@pytest.mark.parametrize(("options", "said"), [
+    ({"json_schema": "/nope.json"}, "/nope.json is not there, and is no JSON either"),
+    ({"json_schema": '{"type": '}, "is not JSON"), ({"grammar": "/nope.lark"}, "is no grammar either"),
+])
+def test_what_is_neither_a_file_nor_a_text(options: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        StructureOptions(**options).structured()
+
+
+def test_a_broken_schema_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    (file := tmp_path / "schema.json").write_text("{")
+    for schema in (str(file), "/nope.json"):
+        refused = run("generate", "hi", "-m", "/no/such/model", "--json-schema", schema)
+        assert refused.exit_code == 2 and "--json-schema" in refused.stderr and "model" not in refused.stderr
+
+
 def test_the_answer_is_what_was_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     folder = structured.save(tmp_path / "model")

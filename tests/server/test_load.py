@@ -294,6 +294,12 @@ def test_the_verb_ends_with_1_when_a_request_failed(fake: Fake, tmp_path: Path) 
     assert [body["messages"][0]["content"] for body in fake.bodies] == ["a", "refuse"]
 
 
+def test_a_warming_up_that_fails_ends_it_with_its_reason(fake: Fake, tmp_path: Path) -> None:
+    done = command("--url", fake.url, "--prompts", written(tmp_path, "refuse", "a"), "--num-prompts", 5)
+    assert done.exit_code == 1 and "warming up failed: status 429: the queue is full" in done.output
+    assert len(fake.bodies) == 1
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--concurrency", "1", "--rate", "2"], "by concurrency or by rate"),
     (["--concurrency", "0"], "--concurrency takes whole numbers"),

@@ -15,7 +15,7 @@ import typer
 from fullpipe.cli import console
 from fullpipe.cli.lists import decimals, integers
 from fullpipe.cli.options import Only
-from fullpipe.errors import CacheError, UsageError
+from fullpipe.errors import CacheError, FullpipeError, UsageError
 from fullpipe.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -106,7 +106,10 @@ def _measure(server: Server, prompts: list[FilePrompt], levels: list[Traffic], w
 
     if warmup:
         first = replace(levels[0], concurrency=1, rate=None)
-        _run(server, take(prompts, warmup), first, "warm" if distinct else None, "warming up")
+        warm = _run(server, take(prompts, warmup), first, "warm" if distinct else None, "warming up").samples
+        if warm and all(sample.error for sample in warm):
+            raise FullpipeError(f"warming up failed: {warm[0].error}: {warm[0].detail}",
+                                hint="No load was put on the server. --warmup 0 does so all the same.")
     for level in levels:
         try:
             results.append(_run(server, prompts, level, _name(level) if distinct else None, _name(level)))

@@ -10,6 +10,8 @@ from fullpipe.errors import UsageError
 from fullpipe.options import option
 from fullpipe.request import Structured
 
+_SHOWN = 60  # characters of what was given that a message repeats
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructureOptions:
@@ -23,17 +25,44 @@ class StructureOptions:
                                  metavar="FILE_OR_TEXT")
 
     def structured(self) -> Structured | None:
-        """What was asked for, if anything. Raises UsageError for several, and for files that cannot be read."""
+        """What was asked for, if anything. Raises UsageError for several, for files that cannot be read, and for what
+        can be neither a file nor a text."""
         given = [made for made in (
-            None if self.json_schema is None else Structured("json", _read(self.json_schema)),
+            None if self.json_schema is None else Structured("json", _schema(self.json_schema)),
             None if self.regex is None else Structured("regex", self.regex),
             Structured("choice", json.dumps(self.choice)) if self.choice else None,
-            None if self.grammar is None else Structured("grammar", _read(self.grammar)),
+            None if self.grammar is None else Structured("grammar", _grammar(self.grammar)),
         ) if made is not None]
         if len(given) > 1:
             raise UsageError("an answer has one structure",
                              hint="Give one of --json-schema, --regex, --choice and --grammar.")
         return given[0] if given else None
+
+
+def _schema(given: str) -> str:
+    text = _read(given)
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        shown = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
+        if text != given:
+            raise UsageError(f"--json-schema: {shown} is not JSON ({error})", hint="Name a file with a JSON schema.") \
+                from None
+        if given.lstrip()[:1] in ("{", "["):
+            raise UsageError(f"--json-schema: {shown} is not JSON ({error})",
+                             hint="Put it into single quotes for the shell, or into a file.") from None
+        raise UsageError(f"--json-schema: {shown} is not there, and is no JSON either",
+                         hint="Name a file with a JSON schema, or give its text in single quotes.") from None
+    return text
+
+
+def _grammar(given: str) -> str:
+    """Every rule, in either notation, has a colon."""
+    text = _read(given)
+    if text == given and ":" not in given:
+        raise UsageError(f"--grammar: {given[:_SHOWN]} is not there, and is no grammar either",
+                         hint="Name a file with a grammar in Lark's notation or GBNF, or give its text.")
+    return text
 
 
 def _read(text: str) -> str:

@@ -121,7 +121,7 @@ _BEYOND: dict[str, list[Any]] = {
     "guided_json": ["", "x", "[]", "5", {str(k): 1 for k in range(1025)}], "guided_regex": [""], "guided_grammar": [""],
     "guided_choice": [[], [""], [1], ["a", None], ["a"] * 1025],
     "use_beam_search": [True], "detokenize": [False], "return_tokens_as_token_ids": [True],  # without logprobs
-    "model": ["", "M", "m ", "gpt-4", "../m"],
+    "model": ["M", "m ", "gpt-4", "../m"],
 }
 _BEYOND_OF: dict[str, dict[str, list[Any]]] = {
     CHAT: {

@@ -145,6 +145,18 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
      "tools[0].function.name: must be of letters, digits and _ . : / -, 256 at most"),
     ("chat", {"response_format": {"type": "xml"}},
      "response_format: there is no type 'xml' here; it must be one of 'text', 'json_object', 'json_schema'"),
+    ("chat", {"temprature": 1}, "unknown field 'temprature'; did you mean 'temperature'?"),
+    ("chat", {"prompt": "x"}, "unknown field 'prompt'; a chat's prompt stands in messages; a text is asked at "
+                              "/v1/completions"),
+    ("chat", {"colour": 1}, "unknown field 'colour'"),
+    ("chat", {"tools": [{"type": "function", "name": "f"}]},
+     "tools[0]: its name and parameters belong under \"function\", as in "
+     '{"type": "function", "function": {"name": "f", "parameters": {...}}}'),
+    ("chat", {"guided_json": '{"enum": ["\\ud800"]}'},
+     "guided_json: a structure must be text that UTF-8 can spell"),
+    ("completions", {"messages": SAYS}, "unknown field 'messages'; a chat is asked at /v1/chat/completions"),
+    ("completions", {"max_completion_tokens": 5},
+     "unknown field 'max_completion_tokens'; it is called max_tokens here"),
     ("completions", {"bad_words": ["a"] * 129}, "bad_words: must have at most 128 entries"),
 ]
 
@@ -243,7 +255,7 @@ def test_another_content_type(client: httpx.Client, kind: str | None) -> None:
     headers = {} if kind is None else {"content-type": kind}
     response = client.post("/chat/completions", content=json.dumps(body_of("chat", {})), headers=headers)
     assert response.status_code == 415
-    refusal(response)
+    assert "`Content-Type: application/json`" in refusal(response)["message"]
 
 
 @pytest.mark.parametrize(("root_path", "path"),
@@ -295,7 +307,29 @@ def test_unknown_paths_and_methods(client: httpx.Client, method: str, path: str,
     refusal(response)
 
 
+@pytest.mark.parametrize(("method", "path", "says"), [
+    ("GET", "/v1/nothing", "This server has "), ("POST", "/v1/v1/chat/completions", "/v1 stands twice"),
+    ("POST", "/v1/chat/completions/", "leave out the slash at the end, as in /v1/chat/completions"),
+    ("GET", "/v1/models/", "leave out the slash at the end, as in /v1/models"),
+    ("POST", "/v1/messages", "ask /v1/chat/completions"), ("POST", "/v1/load_lora_adapter", "when the server starts"),
+    ("POST", "/v1/chat/completion", "did you mean /v1/chat/completions?"),
+    ("GET", "/v1/model", "did you mean /v1/models?"),
+])
+def test_a_path_that_is_not_here_leads_to_what_is(port: int, method: str, path: str, says: str) -> None:
+    response = httpx.request(method, f"http://127.0.0.1:{port}{path}", trust_env=False)
+    error = refusal(response)
+    assert response.status_code == 404 and says in error["message"] and "/v1/chat/completions" in error["message"]
+
+
+def test_a_method_that_is_not_taken_leads_to_those_that_are(client: httpx.Client) -> None:
+    response = client.get("/chat/completions")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert refusal(response)["message"] == "/v1/chat/completions takes POST, and no GET"
+    assert client.patch("/responses/x").headers["allow"] == "DELETE, GET"
+
+
 @pytest.mark.parametrize("fields", [
+    {"tools": [], "tool_choice": "auto", "model": ""}, {"tools": [], "tool_choice": "none"},
     {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "service_tier": "auto"},
     {"functions": None, "audio": None, "logit_bias": {}, "stop": [], "parallel_tool_calls": None},
     {"user": "u", "metadata": {"a": "b"}, "store": True, "stop": None, "seed": -1, "temperature": 1, "top_k": -1},

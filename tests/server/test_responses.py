@@ -304,7 +304,15 @@ def test_what_is_not_supported_is_refused_by_name(served: Served, client: httpx.
 
 
 @pytest.mark.parametrize(("fields", "param", "why"), [
-    ({"colour": 1}, "colour", "unknown field"), ({"input": None}, "input", "string or a list"),
+    ({"colour": 1}, "colour", "unknown field"),
+    ({"max_tokens": 1}, "max_tokens", "it is called max_output_tokens here"),
+    ({"messages": [USER]}, "messages", "it is called input here"), ({"temprature": 1}, "temprature", "'temperature'?"),
+    ({"response_format": {"type": "text"}}, "response_format", "say it in text.format"),
+    ({"guided_json": {}}, "guided_json", "say it in structured_outputs"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0]", "stands beside \"type\" here"),
+    ({"text": {"format": {"type": "json_schema", "json_schema": {"schema": {}}}}}, "text.format", "beside type here"),
+    ({"structured_outputs": {"json": {}, "disable_fallback": True}}, "structured_outputs.disable_fallback",
+     "there is one backend"), ({"input": None}, "input", "string or a list"),
     ({"input": []}, "input", ""), ({"input": [5]}, "input[0]", "role or a type"),
     ({"input": [USER, {"role": "tool", "content": "x"}]}, "input[1].role", ""),
     ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0]", "'web_search_call' are not supported"),

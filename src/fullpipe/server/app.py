@@ -36,6 +36,7 @@ from fullpipe.server.answer import Answer, ClientGone, News
 from fullpipe.server.besides import check_least, for_chat, for_text, kept, spelling
 from fullpipe.server.forms import Form, Forms
 from fullpipe.server.guard import EventStream, Guard, Keyring, log, needs_key, request_id
+from fullpipe.server.places import CHAT, COMPLETIONS, Door, no_such_method, no_such_path
 from fullpipe.server.problems import TOO_LONG, ErrorBody, Problem, failure, problem_of, retry_after, told
 from fullpipe.server.protocol.answers import (
     ChatCompletion,
@@ -47,19 +48,23 @@ from fullpipe.server.protocol.answers import (
     Version,
 )
 from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest, Options
-from fullpipe.server.protocol.tables import IGNORED, REFUSED
+from fullpipe.server.protocol.tables import IGNORED
 from fullpipe.server.replies import VERSION, ChatReplies, Replies, TextReplies, usage_of
 from fullpipe.server.responses.answers import ResponseObject
 from fullpipe.server.responses.asking import Turns, as_chat
 from fullpipe.server.responses.protocol import ResponsesRequest
 from fullpipe.server.responses.replies import ResponseReplies, echo
-from fullpipe.server.responses.tables import REFUSED as REFUSED_IN_RESPONSES
-from fullpipe.server.tokens import Tokens, refusals
+from fullpipe.server.responses.tables import ELSEWHERE, REFUSED
+from fullpipe.server.tokens import DetokenizeRequest, TokenizeRequest, Tokens, refusals
 from fullpipe.service import Service
 
 Metrics = Callable[[], tuple[bytes, str]]
 """What Prometheus reads, and its content type."""
 
+# What is asked where, by the ends of paths.
+_DOORS = {"/chat/completions": CHAT, "/completions": COMPLETIONS,
+          "/responses": Door(ResponsesRequest, REFUSED, ELSEWHERE),
+          "/tokenize": Door(TokenizeRequest), "/detokenize": Door(DetokenizeRequest)}
 _TOKENISERS = 4  # threads at most: the stages need the cores
 _MOST_SAID = 200  # ignored fields that a log tells of; names of variables are the callers' own
 _COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of max_tokens for completions; a chat's is what room there is
@@ -98,12 +103,11 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
         app.add_exception_handler(kind, _answer_with_problem)
     app.state.keyring = Keyring(options.api_key)
     asking = _Asking(service, model, options)
-    for prefix in ("/v1", ""):  # some clients have an address without it
-        app.include_router(_openai_routes(asking, options, prefix))
-    app.include_router(_token_routes(asking, options))
-    app.include_router(_house_routes(service, metrics))
-    for router in extras:
+    routers = [_openai_routes(asking, options, prefix) for prefix in ("/v1", "")]  # some clients have an address so
+    routers += [_token_routes(asking, options), _house_routes(service, metrics), *extras]
+    for router in routers:
         app.include_router(router)
+    app.state.places = [route for router in routers for route in router.routes]
     app.add_middleware(Guard, options=options)
     if options.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(options.allowed_origins),
@@ -113,11 +117,23 @@ def create_app(service: Service[Any], model: ServedModel, options: ServerOptions
 
 
 def _answer_with_problem(request: Request, error: Exception) -> Response:
-    to_responses = request.scope["path"].endswith("/responses")
-    problem = problem_of(error, REFUSED_IN_RESPONSES if to_responses else REFUSED)
+    if isinstance(error, HTTPException) and not isinstance(error, Problem):
+        error = _nowhere(request, error)
+    door = next((door for end, door in _DOORS.items() if request.scope["path"].endswith(end)), CHAT)
+    problem = problem_of(error, door)
     if problem.status_code >= 500:
         log.warning("%s %s", request_id(request.scope), error)
     return problem.response()
+
+
+def _nowhere(request: Request, error: HTTPException) -> HTTPException:
+    """What the router says of a path or a method that is not here, in words that lead on."""
+    if error.status_code == 404:
+        return Problem(404, no_such_path(request), code="not_found")
+    if error.status_code == 405:
+        said, allowed = no_such_method(request)
+        return Problem(405, said, code="method_not_allowed", headers={"Allow": allowed})
+    return error
 
 
 # ---- routes ----------------------------------------------------------------------------------------------------------
@@ -158,7 +174,8 @@ class _GuardedRoute(APIRoute):
             needs_key(request)
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if self.body_field is not None and kind != "application/json":
-                raise Problem(415, f"the content type must be application/json (got {kind[:60]!r})")
+                raise Problem(415, f"the content type must be application/json (got {kind[:60]!r}); send the header "
+                                   "`Content-Type: application/json`")
             return await handle(_JsonRequest(request.scope, request.receive))
 
         return guarded
@@ -206,7 +223,9 @@ def _openai_routes(asking: _Asking, options: ServerOptions, prefix: str) -> APIR
         return ModelList(data=[asking.model.card(name) for name in asking.model.names])
 
     @router.get("/models/{name:path}", responses=_CLOSED | _refusals(s404="Unknown model", s4XX="Any other refusal"))
-    async def one_model(name: str) -> ModelCard:
+    async def one_model(name: str, request: Request) -> ModelCard:
+        if not name:
+            raise Problem(404, no_such_path(request), code="not_found")
         return asking.model.card(asking.known(name))
 
     return router
@@ -271,7 +290,7 @@ class _Asking:
 
     def known(self, name: str | None) -> str:
         """The model that is asked: the one that there is, where none is named."""
-        if name is None:
+        if not name:
             return self.model.names[0]
         if name not in self.model.names:
             raise Problem(404, f"there is no model {name[:80]!r}; this server has {', '.join(self.model.names)}",

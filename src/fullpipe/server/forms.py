@@ -104,7 +104,11 @@ class Forms:
 
     def of_text(self, body: Options) -> Form:
         """Of a completion. Raises `Problem`, as `of_chat`."""
-        asked = asked_structure(body)
+        try:
+            asked = asked_structure(body)
+        except UsageError as error:  # a schema that was given as text may spell what is no text
+            field = next((name for name, value in _structures(body).items() if value is not None), "response_format")
+            raise Problem(400, f"{field}: {told(error)}", param=field) from error
         return Form() if asked is None else Form(changes={"structured": asked[1]}, asker=asked[0])
 
     def of_chat(self, body: ChatRequest) -> Form:
@@ -175,6 +179,16 @@ class Forms:
         return style_of(self._options.tool_call_parser, template.source if template else "")
 
 
+def _structures(body: Options) -> dict[str, Any]:
+    """What asks for a structure in a text or in texts, by the field's name."""
+    asks = body.structured_outputs
+    inner = {} if asks is None else {"json": asks.json_, "regex": asks.regex, "choice": asks.choice,
+                                     "grammar": asks.grammar}
+    return {"guided_json": body.guided_json, "guided_regex": body.guided_regex, "guided_choice": body.guided_choice,
+            "guided_grammar": body.guided_grammar,
+            **{f"structured_outputs.{name}": value for name, value in inner.items()}}
+
+
 def _notes(body: ChatRequest, new_id: Callable[[], str]) -> Notes:
     return Notes(new_id, 1 if body.parallel_tool_calls is False else None)
 
@@ -189,6 +203,8 @@ def _choice(body: ChatRequest) -> str | Tool:
         raise Problem(400, f"{where}: another tool has the name {names[twice]!r} too", param=where)
     if choice is None:
         return "auto" if tools else "none"
+    if choice == "auto" and body.tools == []:
+        return "none"
     if choice != "none" and not tools:
         raise Problem(400, "tool_choice: there are no tools to choose; give them in tools", param="tool_choice")
     if isinstance(choice, NamedTool):

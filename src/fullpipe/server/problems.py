@@ -14,15 +14,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, Overloaded, PromptError, Unavailable, UsageError, without
-from fullpipe.server.protocol.requests import ChatRequest, CompletionRequest
-from fullpipe.server.protocol.tables import REFUSED
+from fullpipe.server.places import CHAT, COMPLETIONS, Door
 from fullpipe.server.wording import fault_said, kind_said
 
 log = logging.getLogger("fullpipe.server")
 
 TOO_LONG = "context_length_exceeded"
 _ENDING_S = 1.0  # until a server that is started anew, or its neighbour, may answer
-_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - REFUSED.keys()
+_FIELDS = {*CHAT.takes.model_fields, *COMPLETIONS.takes.model_fields} - CHAT.refused.keys()
 _SHOWN = 60  # characters of a caller's own value that a message repeats
 
 
@@ -59,15 +58,15 @@ class Problem(HTTPException):
         return JSONResponse({"error": self.error.model_dump(), **more}, self.status_code, headers=self.headers)
 
 
-def problem_of(error: Exception, refused: Mapping[str, str] = REFUSED) -> Problem:
+def problem_of(error: Exception, door: Door = CHAT) -> Problem:
     """How an exception is told to the caller. What is no mistake of the caller and no state of the service is a 500
-    that does not show its inside. refused: fields of the request that are not taken, and why."""
+    that does not show its inside. door: what the request may hold."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, StarletteHTTPException):
         return Problem(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, RequestValidationError):
-        return _invalid(error.errors(), error.body, refused)
+        return _invalid(error.errors(), error.body, door)
     if isinstance(error, Unavailable):
         return _unavailable(error)
     if isinstance(error, UsageError):
@@ -113,7 +112,7 @@ def _type_of(status: int) -> str:
     return {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
 
 
-def _invalid(errors: Sequence[Any], body: Any, refused: Mapping[str, str]) -> Problem:
+def _invalid(errors: Sequence[Any], body: Any, door: Door) -> Problem:
     """The first thing that is wrong with a body; of the branches of a union, the one that came furthest, and of two
     that came as far the one that is for a value of this kind."""
     first = errors[0]
@@ -123,13 +122,16 @@ def _invalid(errors: Sequence[Any], body: Any, refused: Mapping[str, str]) -> Pr
         better = _is_of_wrong_kind(first) and not _is_of_wrong_kind(other)
         if path[: len(where)] == where and (len(path) > len(where) or better):
             first, where = other, path
-    if (name := _refused(first, where, refused)) is not None:
+    if (name := _refused(first, where, door.refused)) is not None:
         param = name if where[:1] == [name] else _spelled(where)
-        return Problem(400, f"{name!r} is not supported: {refused[name]}", param=param, code="unsupported_parameter")
+        return Problem(400, f"{name!r} is not supported: {door.refused[name]}", param=param,
+                       code="unsupported_parameter")
     param = _spelled(where) if where else None
     kinds = [said for error in errors if _path(error, body) == where and (said := kind_said(error))]
-    return Problem(400, _message(first, where, param, kinds), param=param,
-                   code="unknown_parameter" if first["type"] == "extra_forbidden" else None)
+    if first["type"] != "extra_forbidden":
+        return Problem(400, _message(first, where, param, kinds), param=param)
+    hint = door.hint(str(where[0])) if len(where) == 1 else None
+    return Problem(400, f"unknown field {param!r}{f'; {hint}' if hint else ''}", param=param, code="unknown_parameter")
 
 
 def _is_of_wrong_kind(error: Mapping[str, Any]) -> bool:
@@ -190,8 +192,6 @@ def _spelled(path: Sequence[str | int]) -> str:
 
 def _message(error: Mapping[str, Any], path: Sequence[str | int], param: str | None, kinds: Sequence[str]) -> str:
     """kinds: what the value might have been."""
-    if error["type"] == "extra_forbidden":
-        return f"unknown field {param!r}"
     if error["type"] == "missing":
         return f"the field {param!r} is missing" if param else "the body is empty; a JSON object is needed"
     if path and path[-1] == "type" and isinstance(error.get("input"), str) and "content" in path:

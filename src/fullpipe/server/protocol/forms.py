@@ -96,6 +96,15 @@ class Tool(Wire):
     type: Literal["function"]
     function: Function
 
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_a_function(cls, data: Any) -> Any:
+        """What is a function itself stands one place too high, as the Responses API has it."""
+        if isinstance(data, dict) and "name" in data and "function" not in data:
+            raise PydanticCustomError("tool_form", "its name and parameters belong under \"function\", as in {form}",
+                                      {"form": '{"type": "function", "function": {"name": "f", "parameters": {...}}}'})
+        return data
+
     def plain(self) -> dict[str, Any]:
         """As chat templates are told of it, without what is only for the server."""
         said = {"name": self.function.name, "description": self.function.description,

@@ -169,6 +169,9 @@ def _format(body: ResponsesRequest) -> dict[str, Any] | None:
     form = body.text.format if body.text else None
     if form is None or form.get("type") != "json_schema":
         return form
+    if "json_schema" in form and "schema" not in form:
+        raise Problem(400, "text.format: what stands in json_schema in a chat stands beside type here, as in "
+                           '{"type": "json_schema", "name": "answer", "schema": {...}}', param="text.format")
     return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
 
 

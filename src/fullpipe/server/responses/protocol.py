@@ -174,6 +174,10 @@ def _function(value: Any) -> Any:
     if isinstance(kind, str) and kind != "function":
         raise PydanticCustomError("tool_type", "tools of type {kind} are not supported; only functions are",
                                   {"kind": repr(kind[:_SHOWN])})
+    if isinstance(value, dict) and "function" in value and "name" not in value:
+        raise PydanticCustomError("tool_form", "what stands under \"function\" in a chat stands beside \"type\" "
+                                  "here, as in {form}",
+                                  {"form": '{"type": "function", "name": "f", "parameters": {...}}'})
     return value
 
 

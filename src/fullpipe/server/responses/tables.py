@@ -25,6 +25,20 @@ REFUSED = REFUSED_OF_STRUCTURES | {
 }
 """Fields that are not taken, and why. Their harmless values are in the models of `protocol`."""
 
+_STRUCTURES = "say it in structured_outputs, under json, regex, choice or grammar"
+ELSEWHERE = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens"), "it is called max_output_tokens here"),
+    **dict.fromkeys(("messages", "prompt"), "it is called input here"), "system": "it is called instructions here",
+    "response_format": "say it in text.format, where what stands in json_schema stands beside type",
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _STRUCTURES),
+    "functions": "it is called tools here", "function_call": "it is called tool_choice here",
+    "reasoning_effort": "say it in reasoning.effort",
+    "logprobs": "set top_logprobs, or have message.output_text.logprobs in include",
+    "n": "a response is one text", "echo": "texts are asked at /v1/completions",
+    "min_tokens": "it is taken at /v1/chat/completions", "bad_words": "it is taken at /v1/chat/completions",
+}
+"""What to use in place of fields that other kinds of request have."""
+
 _NO_BOOKS = "it is for billing and monitoring, which this server does not do"
 _OWN_CACHE = "the server shares what requests have in common by itself"
 _NO_TEXT = "it is no text"

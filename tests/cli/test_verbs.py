@@ -67,6 +67,20 @@ def test_what_cannot_be_parsed_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert result.stdout == "" and "Usage:" in result.stderr
 
 
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("serve", "some-model"), "the model is named by -m, as in -m some-model"),
+    (("generate", "two", "words"), "put a text of several words into quotes"),
+    (("serve", "--tensor-parallel-size", "2"), "their number is --stages"),
+    (("serve", "--pipeline-parallel-size=2"), "their number is --stages"),
+    (("serve", "-m", "x", "--enable-auto-tool-choice"), "may always call tools"),
+    (("serve", "--gpu-memory-utilization", "0.9"), "--kv-pool-mib"),
+    (("generate", "x", "--tool-call-parser", "hermes"), "an option of fullpipe serve"),
+])
+def test_what_other_servers_take_leads_to_what_is_here(arguments: tuple[str, ...], says: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and says in " ".join(result.output.split())
+
+
 def test_models_lists_the_catalogue(home: Path) -> None:
     result = run("models")
     lines = result.stdout.splitlines()

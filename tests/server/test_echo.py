@@ -165,6 +165,16 @@ def test_prompt_logprobs_are_as_vllm_has_them(served: Served, client: httpx.Clie
     assert choice["text"] == "né!" and choice["logprobs"] is None and "token_ids" not in choice
 
 
+@pytest.mark.parametrize(("logprobs", "prompt_logprobs"), [(2, 0), (0, 2)])
+def test_who_asks_for_both_is_told_of_each_as_many_as_it_asks_for(served: Served, client: httpx.Client, logprobs: int,
+                                                                  prompt_logprobs: int) -> None:
+    (both,) = answer(client, "ab", echo=True, logprobs=logprobs, prompt_logprobs=prompt_logprobs)["choices"]
+    assert params_of(served).prompt_logprobs == 2
+    (echoed,) = answer(client, "ab", echo=True, logprobs=logprobs)["choices"]
+    (scored,) = answer(client, "ab", prompt_logprobs=prompt_logprobs)["choices"]
+    assert both["logprobs"] == echoed["logprobs"] and both["prompt_logprobs"] == scored["prompt_logprobs"]
+
+
 def test_a_chat_has_them_beside_its_choices(served: Served, client: httpx.Client) -> None:
     whole = answer(client, path=CHAT, prompt_logprobs=0, n=2)
     prompt = served.service.submitted[0][0]

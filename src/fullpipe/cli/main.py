@@ -25,6 +25,7 @@ from fullpipe.cli import (
     train,
     verify,
 )
+from fullpipe.cli.foreign import Command
 from fullpipe.cli.verb import verb
 from fullpipe.threads import share_the_machine
 
@@ -63,6 +64,6 @@ def _root(
 
 
 for _function in _VERBS:
-    app.command()(verb(_function))
+    app.command(cls=Command)(verb(_function))
 app.add_typer(train.app, name="train")
 app.add_typer(convert.app, name="convert")

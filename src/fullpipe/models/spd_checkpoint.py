@@ -356,7 +356,8 @@ def _invalid(error: ValidationError, where: str) -> DamagedModel | UnsupportedMo
         return UnsupportedModel(f"{where} has keys that this Fullpipe does not know: {', '.join(unknown)}",
                                 hint="They may change what the module computes. Remove them if they do not.")
     first = errors[0]
-    return DamagedModel(f"{where} is wrong at {_dotted(first['loc'])}: {first['msg']}", hint=_MAKE_AGAIN)
+    said = first["msg"].removeprefix("Value error, ")
+    return DamagedModel(f"{where} is wrong at {_dotted(first['loc'])}: {said}", hint=_MAKE_AGAIN)
 
 
 def _dotted(place: Iterable[int | str]) -> str:

@@ -50,8 +50,7 @@ def for_text(body: CompletionRequest, replies: Replies, tokenizer: Tokenizer) ->
 def _with_more(body: Options, replies: Replies, tokenizer: Tokenizer, *, at_top: bool) -> Replies:
     if not body.return_token_ids and body.prompt_logprobs is None:
         return replies
-    return More(replies, tokenizer, at_top=at_top, ids=bool(body.return_token_ids),
-                scores=body.prompt_logprobs is not None)
+    return More(replies, tokenizer, at_top=at_top, ids=bool(body.return_token_ids), scores=body.prompt_logprobs)
 
 
 def spelling(body: Options, tokenizer: Tokenizer) -> Spelling:
@@ -168,10 +167,11 @@ class Echoed(_Around):
 class More(_Around):
     """Tells ids of tokens, and log-probabilities of prompts.
 
-    at_top: what is of the prompt stands beside the choices, else in each. ids, scores: which of the two is told.
+    at_top: what is of the prompt stands beside the choices, else in each. ids: they are told. scores: how many of the
+    likeliest tokens are told beside each of the prompt's; None: nothing is told of those.
     """
 
-    def __init__(self, replies: Replies, tokenizer: Spelling, *, at_top: bool, ids: bool, scores: bool) -> None:
+    def __init__(self, replies: Replies, tokenizer: Spelling, *, at_top: bool, ids: bool, scores: int | None) -> None:
         super().__init__(replies)
         self._tokenizer, self._at_top, self._ids, self._scores = tokenizer, at_top, ids, scores
         self._begun: set[int] = set()  # choices
@@ -192,7 +192,7 @@ class More(_Around):
 
     def add(self, news: News) -> None:
         self._made[news.choice.index] += news.token_ids
-        if news.scores and self._scores:
+        if news.scores and self._scores is not None:
             self._told.setdefault(news.choice.prompt, [self._shown(score) for score in news.scores])
         super().add(news)
 
@@ -203,7 +203,7 @@ class More(_Around):
             if self._ids:
                 told.token_ids = self._made[choice.index]
                 holder.prompt_token_ids = list(choice.tokens)
-            if self._scores:
+            if self._scores is not None:
                 holder.prompt_logprobs = self._told.get(choice.prompt)
         return answer  # type: ignore[no-any-return]
 
@@ -211,9 +211,9 @@ class More(_Around):
         return answer if self._at_top else choice
 
     def _shown(self, score: Scored | None) -> dict[int, PromptLogprob] | None:
-        if score is None:
+        if score is None or self._scores is None:
             return None
-        (own, value), *others = score.told
+        (own, value), *others = score.told[: 1 + self._scores]
         shown = {own: self._one(own, value, score.rank)}
         for rank, (token, value) in enumerate(others, 1):
             shown.setdefault(token, self._one(token, value, rank))

@@ -229,7 +229,8 @@ class CompletionRequest(Options):
     suffix: Literal[""] | None = None
 
     def scored(self) -> int | None:
-        return self.logprobs if self.prompt_logprobs is None and self.echo else self.prompt_logprobs
+        wanted = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((number for number in wanted if number is not None), default=None)
 
     def texts(self) -> int:
         return self.best_of or super().texts()

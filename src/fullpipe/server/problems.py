@@ -123,9 +123,8 @@ def _invalid(errors: Sequence[Any], body: Any, door: Door) -> Problem:
         if path[: len(where)] == where and (len(path) > len(where) or better):
             first, where = other, path
     if (name := _refused(first, where, door.refused)) is not None:
-        param = name if where[:1] == [name] else _spelled(where)
-        return Problem(400, f"{name!r} is not supported: {door.refused[name]}", param=param,
-                       code="unsupported_parameter")
+        return Problem(400, f"{name!r} is not supported: {door.refused[name]}", code="unsupported_parameter",
+                       param=name if where[:1] == [name] else _spelled(where))
     param = _spelled(where) if where else None
     kinds = [said for error in errors if _path(error, body) == where and (said := kind_said(error))]
     if first["type"] != "extra_forbidden":

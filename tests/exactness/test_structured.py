@@ -31,11 +31,11 @@ from fullpipe.pipeline.inprocess import InProcessPipeline
 from fullpipe.request import Request, SamplingParams, Structured
 from fullpipe.sequences.sequence import Sequence as Running
 from fullpipe.stations.base import DraftLike
-from fullpipe.stations.bits import bools_of
 from fullpipe.stations.drafts.mix import Mix
 from fullpipe.stations.drafts.model import DraftModel
 from fullpipe.stations.drafts.ngram import NgramDraft
 from fullpipe.stations.sampling import RowContext, pick
+from fullpipe.stations.bits import bools_of
 from fullpipe.stations.structure import Place, Structures, Walk
 from fullpipe.stations.target import ModelStage
 

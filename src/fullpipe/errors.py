@@ -3,6 +3,7 @@
     FullpipeError
     ├── UsageError (also ValueError)      something asked for cannot be done as asked
     │   ├── PromptError                   empty, or longer than the context
+    │   ├── StructureError                a text that cannot be held to its structure to the end
     │   ├── MessageError                  a message that no chat template could say
     │   └── DraftMismatch                 the draft does not fit the target
     ├── ModelError                        a model that cannot be used

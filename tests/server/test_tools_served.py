@@ -80,6 +80,14 @@ def test_a_stream_tells_of_a_call_first_and_then_its_arguments_piece_by_piece(as
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
 
 
+def test_a_call_that_was_held_back_is_streamed_in_one_piece(asked: Asked) -> None:
+    asked.say('{"name": "weather", "arguments": {"city": "Bern"}}')
+    chunks = asked.openai.chat.completions.create(model="m", messages=[USER], tools=TOOLS,  # type: ignore
+                                                  stream=True)
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [call.function.arguments for call in calls if call.function] == ["", '{"city": "Bern"}']
+
+
 @pytest.mark.parametrize("text", [
     f"I look.\n{CALL}{CLOCK_CALL}", CALL, "No call.", "<tool_call>{no", f"{CLOCK_CALL} And so on.", "",
     '```json\n{"name": "weather", "arguments": {"city": "Zürich 🙂"}}\n```',

@@ -29,6 +29,7 @@ PRIVATE = {
     ("fullpipe.pipeline.wire", "NonsenseError"),  # caught by whoever reads a frame, and becomes a Failed event
     ("fullpipe.server.answer", "ClientGone"),  # nobody is left to see it
     ("fullpipe.server.problems", "Problem"),  # becomes an HTTP answer
+    ("fullpipe.stations.structure", "CannotFollow"),  # caught by whoever picks, and becomes a stuck row
 }
 
 

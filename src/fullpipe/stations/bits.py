@@ -1,16 +1,15 @@
-"""Which tokens may follow a path, a bit for each: eight tokens in a byte, the lowest bit first."""
+"""Which tokens may follow a path, a bit for each: eight tokens in a byte, the lowest bit first. No torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fullpipe.kernels import load as load_kernels
 
+Floats = NDArray[np.float32]
 Bits = NDArray[np.uint8]
 """uint8 [tokens / 8, rounded up]. Tokens that it has no bit for may not follow."""
 
@@ -43,20 +42,19 @@ def both(one: Bits | None, other: Bits | None) -> Bits | None:
     return one[:count] & other[:count]
 
 
-def mask(given: Tensor, bits: Bits, out: Tensor) -> bool:
+def mask(given: Floats, bits: Bits, out: Floats) -> bool:
     """Put logits into `out`, -inf for tokens that may not follow; whether anything is left.
 
-    given, out: float32 [vocab] in the host's memory, each in one piece.
+    given, out: float32 [vocab], each in one piece.
     """
     if (kernels := load_kernels()) is None:
         return mask_slowly(given, bits, out)
-    return kernels.masked(given.data_ptr(), len(given), bits.ctypes.data, 8 * len(bits), out.data_ptr())
+    return kernels.masked(given.ctypes.data, len(given), bits.ctypes.data, 8 * len(bits), out.ctypes.data)
 
 
-def mask_slowly(given: Tensor, bits: Bits, out: Tensor) -> bool:
+def mask_slowly(given: Floats, bits: Bits, out: Floats) -> bool:
     """What `mask` does, where the kernels were not built."""
     known = min(len(given), 8 * len(bits))
-    scores = out.numpy()
-    scores[:known] = np.where(bools_of(bits)[:known], given.numpy()[:known], np.float32(-np.inf))
-    scores[known:] = -math.inf
-    return bool((scores != -math.inf).any())
+    out[:known] = np.where(bools_of(bits)[:known], given[:known], np.float32(-np.inf))
+    out[known:] = -np.inf
+    return bool((out != -np.inf).any())

@@ -271,7 +271,7 @@ def _mask(scores: Tensor, given: Tensor, bits: Bits | None) -> bool:
     """Put the logits of what may follow; whether anything is. NaN counts: whoever looks for the best token will say
     so."""
     if bits is not None:
-        return mask(given, bits, scores)
+        return mask(given.numpy(), bits, scores.numpy())
     return not _is_empty(scores.copy_(given))
 
 

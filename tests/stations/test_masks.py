@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fullpipe.errors import ModelError
 from fullpipe.request import SamplingParams
 from fullpipe.stations.bits import Bits, bits_of, bools_of, mask, mask_slowly
 from fullpipe.stations.masks import leading, may_follow
@@ -169,3 +170,17 @@ def test_properties_of_params() -> None:
     for params in (SamplingParams(min_tokens=1), SamplingParams(allowed_token_ids=(1,)),
                    SamplingParams(bad_word_ids=((1, 2),))):
         assert params.restricted and not params.plain_greedy and not params.needs_history
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_token_is_taken_without_masked_logits_where_it_may_follow(seed: int) -> None:
+    """Rows of all kinds beside each other: each is picked as it is with margins, for which nothing is cut short."""
+    dice = random.Random(seed)
+    kinds = [SamplingParams(), SamplingParams(min_tokens=1), SamplingParams(min_tokens=1, temperature=1.0, seed=5),
+             SamplingParams(min_tokens=1, logit_bias={4: 3.0}), SamplingParams(allowed_token_ids=(*range(0, 40, 2),))]
+    rows = [row(dice.choice(kinds), [6], Fixed(dice.sample(range(VOCAB), dice.choice([1, 20, 39])))) for _ in range(9)]
+    logits = normal(seed, 9)
+    assert pick(logits, rows) == (pick(logits, rows, margins=True)[0], [])
+    logits[3, 7] = math.nan
+    with pytest.raises(ModelError, match="no token can be picked"):
+        pick(logits[3:4], rows[3:4])

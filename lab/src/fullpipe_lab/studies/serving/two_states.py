@@ -1,7 +1,7 @@
 """Two states of our server side by side, and requests with a structure beside the same ones without.
 
     python -m fullpipe_lab.studies.serving.two_states --before CHECKOUT [--model MODEL] [--draft DRAFT] [--levels 1 8]
-        [--rounds 4] [--max-tokens 64] [--log FILE] [--write NAME]
+        [--prompts N] [--rounds 4] [--max-tokens 64] [--log FILE] [--write NAME]
 
 CHECKOUT is a folder with another commit, its kernels built. Both servers run all the time, on two stages with the
 weights as they are stored, and one is asked while the other waits; who begins changes from round to round. `now` and
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="qwen2.5-coder-1.5b")
     parser.add_argument("--draft", default="auto", help="as `fullpipe serve` takes it")
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 8], help="requests at once")
+    parser.add_argument("--prompts", type=int, help="of each level; default: two for each request, eight at least")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--log", type=Path, default=Path("two-states.log"), help="what the servers say")
@@ -95,7 +96,7 @@ def _measure(servers: dict[str, Running], given: argparse.Namespace) -> list[dic
 
 
 def _load(server: Running, name: str, level: int, tag: str, given: argparse.Namespace) -> LoadResult:
-    prompts = distinct(take(bundled(), max(8, 2 * level)), tag)
+    prompts = distinct(take(bundled(), given.prompts or max(8, 2 * level)), tag)
     traffic = Traffic(level, max_tokens=given.max_tokens, extra=ASKED[name])
     return run_load(Server(server.url, MODEL_NAME), prompts, traffic)
 

@@ -192,7 +192,7 @@ class Landed(Event):
     request asks for them (`SamplingParams.logprobs`), (token, log-probability) of the picked token and behind it of the
     likeliest ones; an empty list for the other rows; empty when no request of the flight asks. prompts: of prompt rows
     (parallel to nothing), where a request asks what follows them. stuck: those of the nodes after which the structure
-    that the text is held to cannot be followed; what is said of them in the lists means nothing.
+    that the text is held to cannot be followed, each with why; what is said of them in the lists means nothing.
     """
 
     flight: int
@@ -203,7 +203,7 @@ class Landed(Event):
     logprobs: list[list[tuple[Token, Logprob]]] = field(default_factory=list)
     legs: list[Leg] = field(default_factory=list)
     prompts: list[Scored] = field(default_factory=list)
-    stuck: list[int] = field(default_factory=list)
+    stuck: list[tuple[int, str]] = field(default_factory=list)
 
 
 class Drafted(Event):

@@ -42,7 +42,7 @@ def option(default: Any, help: str, *flags: str, metavar: str | None = None) -> 
     return field(default=default, metadata={"help": help, "flags": flags, "metavar": metavar})
 
 
-_ORIGIN = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")  # of apps too
 
 
 def _refuse_unless(*checks: tuple[bool, str]) -> None:
@@ -293,7 +293,7 @@ class ServerOptions:
             raise UsageError("a served model's name is empty", param="served_model_name",
                              hint="Leave `served_model_name` out to use the model's own.")
         for origin in self.allowed_origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
                 raise UsageError(f"{origin[:80]!r} is no origin of a web page", param="allowed_origins",
                                  hint="An origin is http:// or https:// with a host, and a port if it has one, as in "
                                       "https://example.org:8443; * is any.")

@@ -37,8 +37,6 @@ from fullpipe.text import Detokenizer, Reply
 
 log = logging.getLogger(__name__)
 
-_SIMPLER = "Ask for a simpler one: patterns with long repetitions of much that overlaps are the costliest."
-
 
 @dataclass(slots=True)
 class Update:
@@ -415,7 +413,7 @@ class Service(Generic[W]):
         if isinstance(event, Finished):
             one.reason = event.reason
             if why := event.detail.get("why"):
-                one.fail(why, StructureError(why, param="structured", hint=_SIMPLER))
+                one.fail(why, StructureError(why, param="structured"))
             return
         try:
             ends = "stop" if one.take(event) else None

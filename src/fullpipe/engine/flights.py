@@ -80,11 +80,15 @@ class Flights:
         """Take in what the last stage says; the sequences of whose nodes it speaks."""
         self.under_way.discard(event.flight)
         touched: dict[int, Sequence] = {}
+        stuck = dict(event.stuck)
         others: Many[Many[int]] = event.others or [()] * len(event.nodes)
         for id, token, passing in zip(event.nodes, event.tokens, others):
             if entry := self.launched.pop(id, None):
                 sequence, node = entry
-                sequence.tree.land(node, None if id in event.stuck else token, passing)
+                if id in stuck:
+                    sequence.tree.strand(node, stuck[id])
+                else:
+                    sequence.tree.land(node, token, passing)
                 touched[sequence.request.id] = sequence
         return list(touched.values())
 

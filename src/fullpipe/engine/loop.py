@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Listener = Callable[[Event], None]
 
-_STUCK = "the structure that the text is held to became too complex to follow"
+_STUCK = "the text cannot be held to its structure any further"
 _AFTER_FAILURE = "What was emitted is kept. Start again; if the station was only slow, allow it a longer time-out."
 
 
@@ -135,8 +135,8 @@ class Loop:
         """Apply the commit rule for as long as the root has landed."""
         while sequence.finished is None:
             root = sequence.tree.root
-            if sequence.tree.is_stuck:
-                self._finish(sequence, "error", why=_STUCK)
+            if (why := sequence.tree.stuck) is not None:
+                self._finish(sequence, "error", why=f"{_STUCK}: {why}")
                 return
             step = sequence.advance()
             if step is None:

@@ -48,7 +48,7 @@ def check_answered(frame: Answered, due: Expected | None, stages: int) -> Expect
     told = {len(landed.margins), len(landed.others), len(landed.logprobs)}
     if len(landed.tokens) != len(landed.nodes) or not told <= {0, len(landed.nodes)}:
         raise NonsenseError(f"flight {due.id} with lists of different lengths")
-    if not {*landed.nodes}.issuperset(landed.stuck):
+    if not {*landed.nodes}.issuperset(node for node, _ in landed.stuck):
         raise NonsenseError(f"flight {due.id} is stuck after nodes that it does not answer for")
     if not due.prompts.issuperset(score.arena for score in landed.prompts):
         raise NonsenseError(f"flight {due.id} answered for prompts that it does not carry")

@@ -122,6 +122,7 @@ class TokenTree:
         self._unlaunched: list[_Entry] = []
         self._unasked: list[_Entry] = []
         self.flying: dict[int, Node] = {}  # live nodes that are launched and have not landed
+        self._stranded: dict[int, str] = {}
         self.num_live = 0
         self.num_advances = 0  # tokens committed since the prompt
         self.num_flights = 0  # that carried nodes of this tree; with each, all that flies has moved a stage on
@@ -391,13 +392,20 @@ class TokenTree:
             node.next_token, node.others = next_token, others
             del self.flying[node.id]
 
+    def strand(self, node: Node, why: str) -> None:
+        """The last stage said why it cannot say what follows."""
+        if node.state is _IN_FLIGHT:
+            self.land(node, None)
+            self._stranded[node.id] = why
+
     @property
-    def is_stuck(self) -> bool:
-        """Whether nobody can say what follows the root."""
-        return self.root.state is _LANDED and self.root.next_token is None
+    def stuck(self) -> str | None:
+        """Why nobody can say what follows the root; None: somebody can, or it has not landed."""
+        root = self.root
+        return self._stranded[root.id] if root.state is _LANDED and root.next_token is None else None
 
     def advance(self) -> Advance | None:
-        """The commit rule, once: None unless the root has landed.
+        """The commit rule, once: None unless the root has landed. It is not asked where the tree is `stuck`.
 
         Its next token y is committed. If the root has a child carrying y, that child is the root and its
         siblings' subtrees die; else everything but the root dies and a new node y becomes the root.

@@ -29,8 +29,7 @@ class Choice:
 
     prompt: which of the request's prompts it answers; tokens: of that. num_tokens: how many came so far;
     reasoning_tokens: those of them that are thoughts. reason: why it ended; None while it runs. error, failure: those
-    of its `Update`. silent: nothing is to
-    be said behind the prompt; a token is made all the same, and dropped."""
+    of its `Update`. silent: nothing is to be said behind the prompt; a token is made all the same, and dropped."""
 
     index: int
     prompt: int

@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, MessageError, MissingExtra, PromptError, UnsupportedModel, UsageError
-from fullpipe.models.tokens.checking import check_structure
+from fullpipe.models.tokens.checking import check_structure, is_known
 from fullpipe.models.tokens.tokenizer import Tokenizer
 from fullpipe.options import ServerOptions
 from fullpipe.request import SamplingParams
@@ -132,7 +132,7 @@ def _nowhere(request: Request, error: HTTPException) -> HTTPException:
         return Problem(404, no_such_path(request), code="not_found")
     if error.status_code == 405:
         said, allowed = no_such_method(request)
-        return Problem(405, said, code="method_not_allowed", headers={"Allow": allowed})
+        return Problem(405, said, code="method_not_allowed", headers={"Allow": allowed}) if allowed else error
     return error
 
 
@@ -417,7 +417,8 @@ class _Asking:
         """Have a structure looked at in a thread, where it may take long: they are looked at one after another. The
         service, which says what is wrong with it, is quick then."""
         self._looking = self._looking or CapacityLimiter(1)
-        if (structured := form.changes.get("structured")) is not None:
+        structured = form.changes.get("structured")
+        if structured is not None and not is_known(structured, self.model.tokenizer):
             with contextlib.suppress(UsageError, MissingExtra):
                 await anyio.to_thread.run_sync(check_structure, structured, self.model.tokenizer, limiter=self._looking)
 

@@ -42,8 +42,9 @@ class Thinking:
 
     def shown(self, token: int) -> str:
         """What a reader sees of a token, a character for each byte: of special tokens the marks alone."""
-        text = self.tokenizer.token_bytes(token).decode("latin-1")
-        return "" if text in self.special and text not in MARKS else text
+        spelled = self.tokenizer.token_bytes(token)
+        name = spelled.decode(errors="replace")
+        return "" if name in self.special and name not in MARKS else spelled.decode("latin-1")
 
 
 class Thoughtful:

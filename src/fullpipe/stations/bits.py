@@ -47,6 +47,7 @@ def mask(given: Floats, bits: Bits, out: Floats) -> bool:
 
     given, out: float32 [vocab], each in one piece.
     """
+    assert given.dtype == out.dtype == np.float32 and given.flags.c_contiguous and out.flags.c_contiguous
     if (kernels := load_kernels()) is None:
         return mask_slowly(given, bits, out)
     return kernels.masked(given.ctypes.data, len(given), bits.ctypes.data, 8 * len(bits), out.ctypes.data)

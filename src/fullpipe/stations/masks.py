@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from fullpipe.request import SamplingParams
-from fullpipe.stations.bits import Bits, put
+from fullpipe.stations.bits import Bits, bits_of, put
 from fullpipe.stations.structure import Place
 
 
@@ -17,8 +17,13 @@ def may_follow(params: SamplingParams, ends: Collection[int], place: Place, voca
     alone = [*_singled_out(params, ends, place)]
     if params.allowed_token_ids is None and not alone:
         return None
-    found = np.full(-(-vocab // 8), 0 if params.allowed_token_ids is not None else 255, np.uint8)
-    put(found, params.allowed_token_ids or (), True)
+    if params.allowed_token_ids is None:
+        found = np.full(-(-vocab // 8), 255, np.uint8)
+    else:  # there may be many
+        ids = np.array(params.allowed_token_ids, np.int64)
+        allowed = np.zeros(vocab, np.bool_)
+        allowed[ids[ids < vocab]] = True
+        found = bits_of(allowed)
     put(found, alone, False)
     return found
 
@@ -46,4 +51,3 @@ def _singled_out(params: SamplingParams, ends: Collection[int], place: Place) ->
         start = len(before) - len(word) + 1
         if start >= 0 and tuple(before[start:]) == word[:-1]:
             yield word[-1]
-

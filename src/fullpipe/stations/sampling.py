@@ -39,6 +39,8 @@ from fullpipe.stations.masks import may_follow
 from fullpipe.stations.structure import CannotFollow, Follower, Place
 
 History = Callable[[], tuple[Ids, Ids]]
+Picked = int | CannotFollow
+Lost = dict[int, CannotFollow | None]
 
 MOST_TYPICAL = 8  # tokens besides the pick that a lossy request may let pass at one place
 _IMPOSSIBLE = -9999.0  # what OpenAI says in place of minus infinity, for which JSON has no word
@@ -84,8 +86,9 @@ def process(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = N
 
 
 def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None,
-         margins: bool = False) -> tuple[list[int | None], list[float | None]]:
-    """The token that follows each row; of equals the lowest id. None: the row's structure cannot be followed further.
+         margins: bool = False) -> tuple[list[Picked], list[float | None]]:
+    """The token that follows each row, of equals the lowest id; or why none can be said, where the row's structure
+    cannot be followed any further.
 
     logits, limit: as in `process`.
     margins: also say by how much each picked token's processed, noisy logit stands above the second best
@@ -103,36 +106,41 @@ def pick(logits: Tensor, rows: Sequence[RowContext], *, limit: int | None = None
     return [known[at] for at in range(len(rows))], []
 
 
-def _best_anyway(logits: Tensor, rows: Sequence[RowContext]) -> dict[int, int | None]:
+def _best_anyway(logits: Tensor, rows: Sequence[RowContext]) -> dict[int, Picked]:
     """Rows for which nothing is done but masking, and the best token may follow: they need no masked logits, which take
     several times as long as the search for the best."""
     plain = [at for at, row in enumerate(rows) if row.params.restricted and row.params.temperature == 0
              and not row.params.needs_history and not row.params.logit_bias]
-    found: dict[int, int | None] = {}
+    found: dict[int, Picked] = {}
     for at in plain:
         scores = logits[at].float().numpy()
         token = int(scores.argmax())
-        if np.isfinite(scores[token]) and _may_follow(rows[at], token, len(scores)):
-            found[at] = token
+        try:
+            if np.isfinite(scores[token]) and _may_follow(rows[at], token, len(scores)):
+                found[at] = token
+        except CannotFollow as error:
+            found[at] = error
     return found
 
 
 def _may_follow(row: RowContext, token: int, vocab: int) -> bool:
-    """Whether it certainly may."""
+    """Whether it certainly may. Raises CannotFollow."""
+    known, bits = _bits(row, vocab)
+    return known and (bits is None or has_any(bits, (token,)))
+
+
+def _bits(row: RowContext, vocab: int) -> tuple[bool, Bits | None]:
+    """Whether the row's path is one that may be, and what may follow it (None: everything). Raises CannotFollow."""
     assert row.place is not None, "masks need the row's place"
     must = None
-    try:
-        if row.walk is not None and (must := row.walk.may_follow(row.place)) is None:
-            return False
-    except CannotFollow:
-        return False
-    bits = both(must, may_follow(row.params, row.ends, row.place, vocab))
-    return bits is None or has_any(bits, (token,))
+    if row.walk is not None and (must := row.walk.may_follow(row.place)) is None:
+        return False, None
+    return True, both(must, may_follow(row.params, row.ends, row.place, vocab))
 
 
 @np.errstate(over="ignore")  # margins may be infinite
 def _pick(logits: Tensor, rows: Sequence[RowContext], limit: int | None,
-          margins: bool) -> tuple[list[int | None], list[float | None]]:
+          margins: bool) -> tuple[list[Picked], list[float | None]]:
     scores, tokens, sampled, lost = _prepared(logits[:, :limit], rows)
     gaps = [gap_below(own, token) for own, token in zip(scores, tokens.tolist())] if margins else []
     for at, band in sampled.bands().items():
@@ -142,11 +150,11 @@ def _pick(logits: Tensor, rows: Sequence[RowContext], limit: int | None,
             gaps[at] = gap_below(process(logits[at : at + 1], rows[at : at + 1], limit=limit)[0].numpy(), best.token)
         elif margins:
             gaps[at] = float(best.first - best.second)
-    picked = [None if lost.get(at) else token for at, token in enumerate(tokens.tolist())]
+    picked: list[Picked] = [lost.get(at) or token for at, token in enumerate(tokens.tolist())]
     return picked, [gap if math.isfinite(gap) else None for gap in gaps]
 
 
-def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int | None], *,
+def typical(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[Picked], *,
             limit: int | None = None, most: int = MOST_TYPICAL) -> list[list[int]]:
     """What else a lossy request lets pass: for each row up to `most` tokens, likeliest first, without the picked one;
     none for a row whose request is exact, and an empty list when all are.
@@ -178,7 +186,7 @@ def _typical(scores: Tensor, epsilon: float, most: int) -> list[int]:
     return highest_from(probabilities.numpy(), np.nextafter(least, np.float32(2)), most)[0]
 
 
-def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[int | None], *,
+def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[Picked], *,
                   limit: int | None = None) -> list[list[tuple[int, float]]]:
     """For each row whose request asks (`SamplingParams.logprobs`): the picked token and behind it the likeliest ones,
     best first, of equals the lowest id, each with its log-probability. An empty list for the others, and for all rows
@@ -188,8 +196,8 @@ def tell_logprobs(logits: Tensor, rows: Sequence[RowContext], picked: Sequence[i
     """
     if all(row.params.logprobs is None for row in rows):
         return []
-    return [[] if row.params.logprobs is None or token is None else _told(given, token, row.params.logprobs)
-            for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
+    return [[] if (count := row.params.logprobs) is None or isinstance(token, CannotFollow) else
+            _told(given, token, count) for given, row, token in zip(logits[:, :limit], rows, picked, strict=True)]
 
 
 def _told(given: Tensor, picked: int, count: int) -> list[tuple[int, float]]:
@@ -249,20 +257,21 @@ def _total(weights: Tensor, row: RowContext) -> Tensor | float:
 # ---- what comes before the noise -------------------------------------------------------------------------
 
 
-def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Floats, Ids, Sampled, dict[int, bool]]:
+def _prepared(logits: Tensor, rows: Sequence[RowContext]) -> tuple[Floats, Ids, Sampled, Lost]:
     """Logits with masks, bias and penalties, [rows, vocab]; their best tokens; how rows with a temperature go on; and
-    which rows have lost every token to masks: whether because their structure cannot be followed."""
+    which rows have lost every token to masks: why, where their structure cannot be followed."""
     given = logits.float()
-    edited, lost = given, dict[int, bool]()
+    edited: Tensor = given
+    lost: Lost = {}
     if any(row.params.needs_history or row.params.logit_bias or row.params.restricted for row in rows):
         edited = torch.empty(given.shape, dtype=torch.float32)
         for at, row in enumerate(rows):
             try:
                 if not _edit(edited[at], given[at], row):
-                    lost[at] = False
-            except CannotFollow:
+                    lost[at] = None
+            except CannotFollow as error:
                 edited[at].copy_(given[at])
-                lost[at] = True
+                lost[at] = error
     scores = edited.numpy()
     tokens = scores.argmax(1)
     best = scores[np.arange(len(rows)), tokens]

@@ -58,7 +58,7 @@ class Place(NamedTuple):
 
 
 class CannotFollow(Exception):
-    """A structure cannot be followed here any further."""
+    """A structure cannot be followed here any further. Its text says why, for who asked."""
 
 
 class Walk:
@@ -71,7 +71,7 @@ class Walk:
 
     def __init__(self, guide: Guide, structured: Structured) -> None:
         self._guide, self._structured = guide, structured
-        self._told = False
+        self._given_up: dict[tuple[int, ...], CannotFollow] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -79,15 +79,21 @@ class Walk:
         self._said: list[int] = []
         self._sure = 0
 
+    def _again(self, place: Place) -> None:
+        """Raise what was found out before of this path, if it was given up: finding out takes long."""
+        if self._given_up and (known := self._given_up.get(tuple(place.last(place.length)))):
+            raise known
+
     def may_follow(self, place: Place) -> Bits | None:
         """Which tokens may follow; None where the path itself is none that may be. Raises CannotFollow, of a path on
         which nothing can be said, and of a committed one that the structure does not know."""
+        self._again(place)
         found = self._following(place)
         if found is None and self._is_lost(place):
             self._begin()
             found = self._following(place)
             if found is None and self._is_lost(place):
-                raise self._given_up()
+                raise self._give_up(place)
         if found is not None and has_any(found, self._guide.ends):
             put(found, self._guide.ends, True)
         return found
@@ -113,13 +119,13 @@ class Walk:
         over = self._matcher.is_stopped() or not self._guide.ends.isdisjoint(place.last(place.length))
         return self._matcher.is_error() or (place.sure == place.length and not over)
 
-    def _given_up(self) -> CannotFollow:
-        why = self._matcher.get_error()[:200] or "it does not allow what was said"
-        if not self._told:
+    def _give_up(self, place: Place) -> CannotFollow:
+        """The next path begins anew (`_go`)."""
+        why = " ".join(self._matcher.get_error().split("\n")[0].split())[:200] or "it does not allow what was said"
+        if not self._given_up:
             log.warning("a structured text cannot go on: %s", why)
-        self._told = True
-        self._begin()
-        return CannotFollow(why)
+        given_up = self._given_up[tuple(place.last(place.length))] = CannotFollow(_TOO_COMPLEX.format(why))
+        return given_up
 
     def _go(self, place: Place) -> bool:
         """Whether the matcher stands where the path ends now."""
@@ -152,11 +158,18 @@ class Walk:
         return True
 
 
+_TOO_COMPLEX = ("it became too complex ({}); ask for a simpler one: patterns with long repetitions of much that "
+                "overlaps are the costliest")
+
+
 class Hopeless:
     """Stands for a walk where nobody can follow a structure, at a stage, which must."""
 
+    def __init__(self, why: str) -> None:
+        self._why = why
+
     def may_follow(self, place: Place) -> Bits | None:
-        raise CannotFollow
+        raise CannotFollow(self._why)
 
     def allowed(self, place: Place, tokens: Sequence[int]) -> int:
         return 0
@@ -176,29 +189,33 @@ class Structures:
     def __init__(self, model: Path | None = None, vocab: int | None = None, *, strict: bool = True) -> None:
         self._model, self._vocab, self._strict = model, vocab, strict
         self._walks: WeakKeyDictionary[SlotTable, Follower | None] = WeakKeyDictionary()
-        self._given_up = False
+        self._missing: str | None = None  # without which no text can be held to any structure here
 
     def walk(self, table: SlotTable) -> Follower | None:
         """That of a request; None where it has no structure, or is not followed here."""
-        if table.params.structured is None or (self._given_up and not self._strict):
+        if table.params.structured is None:
             return None
         if table not in self._walks:
             self._walks[table] = self._made(table, table.params.structured)
         return self._walks[table]
 
     def _made(self, table: SlotTable, structured: Structured) -> Follower | None:
+        why = self._missing
         try:
-            if self._model is None:
-                raise UsageError("this station knows no tokenizer", hint="Build it with its model.")
-            with _loading:
-                guide = _guide(self._model, self._vocab, table.ends)
-            return Walk(guide, structured)
-        except (FullpipeError, OSError, ValueError) as error:
-            if not self._given_up:
-                log.log(logging.ERROR if self._strict else logging.WARNING,
-                        "no text is held to a structure here: %s", error)
-            self._given_up = True
-            return Hopeless() if self._strict else None
+            if why is None:
+                return Walk(self._guide(table), structured)
+        except (FullpipeError, OSError) as error:
+            why = self._missing = f"a station cannot follow structures: {error}".replace("\n", " ")
+            log.log(logging.ERROR if self._strict else logging.WARNING, why)
+        except ValueError as error:
+            why = str(error)
+        return Hopeless(why) if self._strict else None
+
+    def _guide(self, table: SlotTable) -> Guide:
+        if self._model is None:
+            raise UsageError("this station knows no tokenizer", hint="Build it with its model.")
+        with _loading:
+            return _guide(self._model, self._vocab, table.ends)
 
 
 _loading = threading.Lock()  # several pipelines of one process may run in threads of their own

@@ -22,7 +22,7 @@ from fullpipe.stations.base import Tapped
 from fullpipe.stations.sampling import pick, tell_logprobs, typical
 from fullpipe.stations.scores import score_prompts
 from fullpipe.stations.step import step_of
-from fullpipe.stations.structure import Structures
+from fullpipe.stations.structure import CannotFollow, Structures
 from fullpipe.stations.table import Tables
 from fullpipe.stations.wanted import Wanted
 
@@ -110,8 +110,9 @@ class ModelStage:
         others = typical(logits, rows, tokens, limit=self._vocab)
         told = tell_logprobs(logits, rows, tokens, limit=self._vocab)
         nodes = [row.node for row in wanted]
-        return Landed(0.0, flight.id, nodes, [token or 0 for token in tokens], margins, others, told, prompts=prompts,
-                      stuck=[node for node, token in zip(nodes, tokens) if token is None])
+        stuck = [(node, str(token)) for node, token in zip(nodes, tokens) if isinstance(token, CannotFollow)]
+        return Landed(0.0, flight.id, nodes, [0 if isinstance(token, CannotFollow) else token for token in tokens],
+                      margins, others, told, prompts=prompts, stuck=stuck)
 
 
 def build_stage(*, model: str, first: int, last: int, is_first: bool, is_last: bool, dtype: str,

@@ -199,9 +199,10 @@ def _lives(stream: list[Event]) -> dict[int, Life]:
                 for expansion in event.expansions:
                     guesses[expansion.node].append(_Guess(expansion, -1, event.job, event.time))
             case Landed():
+                stuck = dict(event.stuck)
                 for id, token in zip(event.nodes, event.tokens):
                     if found := lives.get(id):
-                        found.landed, found.next_token = event.time, token
+                        found.landed, found.next_token = event.time, None if id in stuck else token
             case Emitted() if not event.hit:
                 missed[event.request, event.position] = event.node
             case Died():

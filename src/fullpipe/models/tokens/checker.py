@@ -77,8 +77,11 @@ def _answered(line: bytes) -> bytes:
     """What is wrong, found out in a thread, for a thread has the stack that it is given."""
     said: list[str | None] = ["it could not be looked at"]
 
+    asked = msgspec.json.decode(line, type=Question)
+    _tokenizer(asked.tokens)
+
     def look() -> None:
-        said[0] = fault_of(msgspec.json.decode(line, type=Question))
+        said[0] = fault_of(asked)
 
     thread = threading.Thread(target=look)
     signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # the system ends the process when it is over
@@ -90,8 +93,12 @@ def _answered(line: bytes) -> bytes:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     library()
     _confine()
+    sys.stdout.buffer.write(b"null\n")  # ready
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         sys.stdout.buffer.write(_answered(line))
         sys.stdout.buffer.flush()

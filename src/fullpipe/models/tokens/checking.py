@@ -6,6 +6,8 @@ The answer comes from a process of its own (`checker.py`), which a structure may
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from collections import OrderedDict
 
 import msgspec
 
-from fullpipe.errors import UsageError
+from fullpipe.errors import PipelineError, UsageError
 from fullpipe.models.tokens.matching import NO_END, Spelled, library
 from fullpipe.request import Structured, StructuredKind
 
@@ -25,8 +27,9 @@ LIMIT_S = 0.5
 """Processor time that looking at a structure may take; preparing it takes as long at a station."""
 
 _TOLD = 300  # characters of what llguidance says
-_KEPT = 64  # structures of which it is remembered what is wrong with them
+_KEPT = 256  # structures of which it is remembered what is wrong with them
 _PATIENCE_S = 20.0  # on a machine that is busy with other things
+_START_S = 60.0
 _NAMES = {"json": "JSON schema", "json_object": "structure", "regex": "regular expression", "choice": "choice",
           "grammar": "grammar"}
 _UNDERSTOOD = "What is understood: https://github.com/guidance-ai/llguidance/tree/main/docs"
@@ -48,9 +51,9 @@ class Question(msgspec.Struct, frozen=True):
 
 def check_structure(structured: Structured, tokenizer: Spelled) -> None:
     """Raise UsageError for a structure that no text could be held to, or not without taking too long; MissingExtra
-    without llguidance.
+    without llguidance; PipelineError where nobody can look at it.
 
-    From any thread. It may take a second, and is quick for one that was checked before.
+    From any thread. It may take a second, and is quick for one that `is_known`.
     """
     if not tokenizer.eos_ids:
         raise UsageError("this model has no end token, so a structured text would never end", param="structured",
@@ -59,17 +62,29 @@ def check_structure(structured: Structured, tokenizer: Spelled) -> None:
         raise UsageError(f"the structure has {size:,} bytes, {MOST_TEXT:,} at most are taken", hint="Make it smaller.",
                          param="structured")
     library()
-    if (fault := _looker.fault(Question(_tokens_of(tokenizer), structured.kind, structured.text))) is not None:
+    if (fault := _looker.fault(_question(structured, tokenizer))) is not None:
         raise UsageError(f"the {_NAMES[structured.kind]} cannot be followed: {_short(fault)}", param="structured",
                          hint=_UNDERSTOOD)
 
 
+def is_known(structured: Structured, tokenizer: Spelled) -> bool:
+    """Whether it was checked before, so that it is quick."""
+    return _looker.knows(_question(structured, tokenizer))
+
+
+def _question(structured: Structured, tokenizer: Spelled) -> Question:
+    return Question(_tokens_of(tokenizer), structured.kind, structured.text)
+
+
 def _tokens_of(tokenizer: Spelled) -> Tokens:
     """Those of the tokenizer that was asked about last are remembered: a process has one, as a rule."""
-    if not _last or _last[0][0] is not tokenizer:
-        size = 1 + max([*tokenizer.special.values(), *tokenizer.eos_ids, *getattr(tokenizer, "tokens", ())])
-        _last[:] = [(tokenizer, Tokens(size, tuple(tokenizer.special.items()), tuple(sorted(tokenizer.eos_ids))))]
-    return _last[0][1]
+    for known, tokens in _last:
+        if known is tokenizer:
+            return tokens
+    size = 1 + max([*tokenizer.special.values(), *tokenizer.eos_ids, *getattr(tokenizer, "tokens", ())])
+    tokens = Tokens(size, tuple(tokenizer.special.items()), tuple(sorted(tokenizer.eos_ids)))
+    _last[:] = [(tokenizer, tokens)]
+    return tokens
 
 
 _last: list[tuple[Spelled, Tokens]] = []
@@ -80,60 +95,133 @@ def _short(text: str) -> str:
     return text if len(text) <= _TOLD else f"{text[:_TOLD]}..."
 
 
+# ---- the other process -----------------------------------------------------------------------------------------------
+
+
+class _Child:
+    """Is the process that looks. Raises PipelineError where there can be none."""
+
+    def __init__(self) -> None:
+        try:
+            self._process = subprocess.Popen([sys.executable, "-P", "-m", "fullpipe.models.tokens.checker"],
+                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except OSError as error:
+            raise PipelineError(f"no process can be started to look at structures: {error}", hint=_TRY_AGAIN) from error
+        if self._answer(b"", _START_S) is None:
+            code, said = self.end()
+            last = said.decode(errors="replace").strip().rpartition("\n")[2]
+            raise PipelineError(f"the process that looks at structures does not start: {last or f'code {code}'}",
+                                hint=_TRY_AGAIN)
+
+    def ask(self, question: Question) -> bytes | None:
+        """A line of JSON; None: it has died. Raises TimeoutError where it was killed for taking too long."""
+        return self._answer(msgspec.json.encode(question) + b"\n", _PATIENCE_S)
+
+    def end(self) -> tuple[int, bytes]:
+        """Kill it, if it lives; its code, and what it said of errors."""
+        self._process.kill()
+        _, said = self._process.communicate()
+        return self._process.returncode, said
+
+    def how_it_died(self) -> int:
+        """Its code; it has died by itself."""
+        self._process.communicate()
+        return self._process.returncode
+
+    def _answer(self, line: bytes, patience_s: float) -> bytes | None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(patience_s, give_up)
+        timer.start()
+        answer = b""
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+                answer = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if answer.endswith(b"\n"):
+            return answer
+        if late.is_set():
+            raise TimeoutError
+        return None
+
+
 class _Looker:
     """Has structures looked at, one after another, by a process that is started when it is wanted and not there."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()  # of what is known; nobody waits long for it
+        self._turn = threading.Lock()  # of the process
+        self._child: _Child | None = None
         self._known: OrderedDict[Question, str | None] = OrderedDict()
 
-    def fault(self, question: Question) -> str | None:
+    def knows(self, question: Question) -> bool:
         with self._lock:
-            if question not in self._known:
-                self._known[question] = self._ask(question)
-            self._known.move_to_end(question)
-            if len(self._known) > _KEPT:
-                self._known.popitem(last=False)
-            return self._known[question]
+            return question in self._known
 
-    def _ask(self, question: Question) -> str | None:
-        process = self._running()
-        assert process.stdin is not None and process.stdout is not None
-        patience = threading.Timer(_PATIENCE_S, process.kill)
-        patience.start()
+    def fault(self, question: Question) -> str | None:
+        """What is wrong; None: nothing. Raises PipelineError where it cannot be found out."""
+        with self._lock:
+            if question in self._known:
+                self._known.move_to_end(question)
+                return self._known[question]
+        with self._turn:
+            with self._lock:
+                if question in self._known:  # somebody else has asked meanwhile
+                    return self._known[question]
+            fault = self._ask(question)
+            with self._lock:
+                self._known[question] = fault
+                if len(self._known) > _KEPT:
+                    self._known.popitem(last=False)
+        return fault
+
+    def _ask(self, question: Question, *, again: bool = False) -> str | None:
+        child = self._child = self._child or _Child()
         try:
-            process.stdin.write(msgspec.json.encode(question) + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        finally:
-            patience.cancel()
-        return msgspec.json.decode(line, type=str | None) if line.endswith(b"\n") else self._how_it_died(process)
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen([sys.executable, "-m", "fullpipe.models.tokens.checker"],
-                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        return self._process
+            line = child.ask(question)
+        except TimeoutError:
+            self._child = None
+            child.end()
+            raise PipelineError(f"nobody could look at the structure within {_PATIENCE_S:g} s",
+                                hint=_TRY_AGAIN) from None
+        except BaseException:  # Ctrl-C: its answer would be taken for the next one's
+            self._child = None
+            child.end()
+            raise
+        if line is not None:
+            return msgspec.json.decode(line, type=str | None)
+        self._child, code = None, child.how_it_died()
+        if code == -signal.SIGPROF:
+            return f"preparing it takes more than {LIMIT_S:g} s"
+        if not again:  # it may have died of something else
+            return self._ask(question, again=True)
+        return "it is nested too deep, or takes too much memory"
 
     def close(self) -> None:
         """End the process, if there is one."""
-        with self._lock:
-            if self._process is not None:
-                self._process.communicate()
-                self._process = None
-
-    def _how_it_died(self, process: subprocess.Popen[bytes]) -> str:
-        process.communicate()  # closes the pipes
-        code, self._process = process.returncode, None
-        if code == -signal.SIGPROF:
-            return f"preparing it takes more than {LIMIT_S:g} s"
-        if code == -signal.SIGKILL:
-            return f"preparing it takes more than {_PATIENCE_S:g} s here"
-        return "it is nested too deep, or takes too much memory"
+        child, self._child = self._child, None
+        if child is not None:
+            child.end()
 
 
+_TRY_AGAIN = "Try again; if the machine is short of memory or processes, make room."
 _looker = _Looker()
-atexit.register(_looker.close)
+
+
+def _begin_anew() -> None:
+    """A forked process has no child of its own; that of the other one answers the other one."""
+    global _looker
+    _looker = _Looker()
+
+
+atexit.register(lambda: _looker.close())
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)

@@ -198,7 +198,8 @@ class _Piped:
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        """A process whose pipes are closed has ended, even if the system has not finished with its threads."""
+        return not self._ended and self._process.poll() is None
 
     def begin(self, request: bytes) -> Future[bytes]:
         number, answer = next(self._numbers), Future[bytes]()
@@ -213,6 +214,7 @@ class _Piped:
         try:
             write(self._process.stdin, number, request)
         except (OSError, ValueError):  # it has ended, or is being closed
+            self._ended = True
             self._give_up()
 
     def _take_answers(self) -> None:

@@ -15,14 +15,13 @@ from starlette.responses import JSONResponse
 
 from fullpipe.errors import FullpipeError, Overloaded, PromptError, StructureError, Unavailable, UsageError, without
 from fullpipe.server.places import CHAT, COMPLETIONS, Door
-from fullpipe.server.wording import fault_said, kind_said
+from fullpipe.server.wording import SHOWN, fault_said, kind_said
 
 log = logging.getLogger("fullpipe.server")
 
 TOO_LONG = "context_length_exceeded"
 _ENDING_S = 1.0  # until a server that is started anew, or its neighbour, may answer
 _FIELDS = {*CHAT.takes.model_fields, *COMPLETIONS.takes.model_fields} - CHAT.refused.keys()
-_SHOWN = 60  # characters of a caller's own value that a message repeats
 
 
 class Error(BaseModel):
@@ -188,7 +187,7 @@ def _spelled(path: Sequence[str | int]) -> str:
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text if len(text) <= 2 * _SHOWN else text[: 2 * _SHOWN] + "..."
+    return text if len(text) <= 2 * SHOWN else text[: 2 * SHOWN] + "..."
 
 
 def _message(error: Mapping[str, Any], path: Sequence[str | int], param: str | None, kinds: Sequence[str]) -> str:
@@ -196,6 +195,6 @@ def _message(error: Mapping[str, Any], path: Sequence[str | int], param: str | N
     if error["type"] == "missing":
         return f"the field {param!r} is missing" if param else "the body is empty; a JSON object is needed"
     if path and path[-1] == "type" and isinstance(error.get("input"), str) and "content" in path:
-        return f"{param}: parts of type {error['input'][:_SHOWN]!r} are not supported; only text is"
+        return f"{param}: parts of type {error['input'][:SHOWN]!r} are not supported; only text is"
     said = f"must be {' or '.join(dict.fromkeys(kinds))}" if _is_of_wrong_kind(error) else fault_said(error)
     return f"{param or 'the body'}: {said}"

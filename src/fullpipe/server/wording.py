@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_SHOWN = 60  # characters of a caller's own value that a message repeats
+SHOWN = 60
+"""Characters of a caller's own value that a message repeats."""
+
 _KINDS = {
     "string_type": "a string", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
     "model_attributes_type": "an object", "bool_type": "true or false", "int_type": "a whole number",
@@ -38,7 +40,7 @@ def fault_said(error: Mapping[str, Any]) -> str:
     if kind == "string_pattern_mismatch":
         return _PATTERNS.get(context["pattern"], f"must match the pattern {context['pattern']}")
     if kind == "union_tag_invalid":
-        return f"there is no type {str(context['tag'])[:_SHOWN]!r} here; it must be one of {context['expected_tags']}"
+        return f"there is no type {str(context['tag'])[:SHOWN]!r} here; it must be one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
         return "must be an object that says its type, as text, under \"type\""
     said = re.sub(r"^(Input|Value|List|String) should ", "must ", str(error["msg"]))

@@ -125,17 +125,18 @@ def _best_anyway(logits: Tensor, rows: Sequence[RowContext]) -> dict[int, Picked
 
 def _may_follow(row: RowContext, token: int, vocab: int) -> bool:
     """Whether it certainly may. Raises CannotFollow."""
-    known, bits = _bits(row, vocab)
+    known, _, bits = _bits(row, vocab)
     return known and (bits is None or has_any(bits, (token,)))
 
 
-def _bits(row: RowContext, vocab: int) -> tuple[bool, Bits | None]:
-    """Whether the row's path is one that may be, and what may follow it (None: everything). Raises CannotFollow."""
+def _bits(row: RowContext, vocab: int) -> tuple[bool, Bits | None, Bits | None]:
+    """Whether the row's path is one that may be; what its structure lets follow, and what may follow by all that is
+    asked (None: everything). Raises CannotFollow."""
     assert row.place is not None, "masks need the row's place"
     must = None
     if row.walk is not None and (must := row.walk.may_follow(row.place)) is None:
-        return False, None
-    return True, both(must, may_follow(row.params, row.ends, row.place, vocab))
+        return False, None, None
+    return True, must, both(must, may_follow(row.params, row.ends, row.place, vocab))
 
 
 @np.errstate(over="ignore")  # margins may be infinite
@@ -300,12 +301,11 @@ def _edit(scores: Tensor, given: Tensor, row: RowContext) -> bool:
     if not row.params.restricted:
         _penalise(scores.copy_(given), row)
         return True
-    assert row.place is not None, "masks need the row's place"
-    must = None
-    if row.walk is not None and (must := row.walk.may_follow(row.place)) is None:
+    known, must, bits = _bits(row, len(scores))
+    if not known:
         scores.copy_(given)
         return False
-    left = _mask(scores, given, both(must, may_follow(row.params, row.ends, row.place, len(scores))))
+    left = _mask(scores, given, bits)
     _penalise(scores, row)
     if left and not (row.params.logit_bias and _is_empty(scores)):
         return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,22 +51,22 @@ def test_a_process_that_somebody_killed_is_replaced_and_nothing_is_blamed(looker
     assert looker.fault(GOOD) is None
 
 
-def test_one_that_hangs_is_given_up_and_not_remembered(looker: _Looker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_hangs_is_given_up_and_not_remembered(looker: _Looker) -> None:
     looker.fault(BAD)
-    monkeypatch.setattr(checking, "_PATIENCE_S", 0.2)
+    looker.patience_s = 0.2
     hanging = child_of(looker)
     hanging.send_signal(signal.SIGSTOP)
     with pytest.raises(PipelineError, match="nobody could look at the structure"):
         looker.fault(GOOD)
     assert not hanging.is_running() and not looker.knows(GOOD)
-    monkeypatch.setattr(checking, "_PATIENCE_S", 20.0)
+    looker.patience_s = 20.0
     assert looker.fault(GOOD) is None
 
 
 def test_an_interrupted_question_has_no_part_in_the_next_one(looker: _Looker, monkeypatch: pytest.MonkeyPatch) -> None:
     looker.fault(NAMED)
 
-    def interrupted(question: Question) -> bytes:
+    def interrupted(question: Question, patience_s: float) -> bytes:
         raise KeyboardInterrupt
 
     assert looker._child is not None
@@ -77,13 +76,12 @@ def test_an_interrupted_question_has_no_part_in_the_next_one(looker: _Looker, mo
     assert looker.fault(GOOD) is None and looker.fault(BAD) is not None
 
 
-def test_one_that_does_not_start_is_no_fault_of_a_structure(looker: _Looker, monkeypatch: pytest.MonkeyPatch,
-                                                            tmp_path: Path) -> None:
+def test_one_that_does_not_start_is_no_fault_of_a_structure(looker: _Looker, tmp_path: Path) -> None:
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho 'no module' >&2\nexit 1\n")
     script.chmod(0o755)
     for executable, said in ((str(script), "does not start: no module"), (str(tmp_path / "none"), "can be started")):
-        monkeypatch.setattr(sys, "executable", executable)
+        looker.python = executable
         with pytest.raises(PipelineError, match=said):
             looker.fault(GOOD)
     assert not looker.knows(GOOD)

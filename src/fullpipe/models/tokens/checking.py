@@ -101,9 +101,9 @@ def _short(text: str) -> str:
 class _Child:
     """Is the process that looks. Raises PipelineError where there can be none."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str) -> None:
         try:
-            self._process = subprocess.Popen([sys.executable, "-P", "-m", "fullpipe.models.tokens.checker"],
+            self._process = subprocess.Popen([python, "-P", "-m", "fullpipe.models.tokens.checker"],
                                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as error:
             raise PipelineError(f"no process can be started to look at structures: {error}", hint=_TRY_AGAIN) from error
@@ -113,9 +113,9 @@ class _Child:
             raise PipelineError(f"the process that looks at structures does not start: {last or f'code {code}'}",
                                 hint=_TRY_AGAIN)
 
-    def ask(self, question: Question) -> bytes | None:
-        """A line of JSON; None: it has died. Raises TimeoutError where it was killed for taking too long."""
-        return self._answer(msgspec.json.encode(question) + b"\n", _PATIENCE_S)
+    def ask(self, question: Question, patience_s: float) -> bytes | None:
+        """A line of JSON; None: it has died. Raises TimeoutError where it was killed for taking longer than that."""
+        return self._answer(msgspec.json.encode(question) + b"\n", patience_s)
 
     def end(self) -> tuple[int, bytes]:
         """Kill it, if it lives; its code, and what it said of errors."""
@@ -154,9 +154,13 @@ class _Child:
 
 
 class _Looker:
-    """Has structures looked at, one after another, by a process that is started when it is wanted and not there."""
+    """Has structures looked at, one after another, by a process that is started when it is wanted and not there.
 
-    def __init__(self) -> None:
+    python: that runs it. patience_s: for an answer.
+    """
+
+    def __init__(self, python: str = sys.executable, patience_s: float = _PATIENCE_S) -> None:
+        self.python, self.patience_s = python, patience_s
         self._lock = threading.Lock()  # of what is known; nobody waits long for it
         self._turn = threading.Lock()  # of the process
         self._child: _Child | None = None
@@ -184,13 +188,13 @@ class _Looker:
         return fault
 
     def _ask(self, question: Question, *, again: bool = False) -> str | None:
-        child = self._child = self._child or _Child()
+        child = self._child = self._child or _Child(self.python)
         try:
-            line = child.ask(question)
+            line = child.ask(question, self.patience_s)
         except TimeoutError:
             self._child = None
             child.end()
-            raise PipelineError(f"nobody could look at the structure within {_PATIENCE_S:g} s",
+            raise PipelineError(f"nobody could look at the structure within {self.patience_s:g} s",
                                 hint=_TRY_AGAIN) from None
         except BaseException:  # Ctrl-C: its answer would be taken for the next one's
             self._child = None

@@ -14,9 +14,9 @@ from pydantic_core import PydanticCustomError
 from fullpipe.server.protocol.requests import BY_KIND, Ignored, NoneListed, Nothing
 from fullpipe.server.protocol.wire import MAX_ENTRIES, Wire, boolean, measured
 from fullpipe.server.responses.tables import IGNORED
+from fullpipe.server.wording import SHOWN
 
 LOGPROBS = "message.output_text.logprobs"
-_SHOWN = 60  # characters of a caller's own value that a message repeats
 
 Status = Literal["in_progress", "completed", "incomplete"]
 _Off = Annotated[Literal[False], BeforeValidator(boolean)]
@@ -123,7 +123,7 @@ def _known_item(value: Any) -> Any:
         raise PydanticCustomError("item_type", "must be an object with a role or a type")
     if kind not in _ITEMS:
         raise PydanticCustomError("item_type", "items of type {kind} are not supported; known are {known}",
-                                  {"kind": repr(kind[:_SHOWN]), "known": ", ".join(_ITEMS)})
+                                  {"kind": repr(kind[:SHOWN]), "known": ", ".join(_ITEMS)})
     return value
 
 
@@ -173,7 +173,7 @@ def _function(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind != "function":
         raise PydanticCustomError("tool_type", "tools of type {kind} are not supported; only functions are",
-                                  {"kind": repr(kind[:_SHOWN])})
+                                  {"kind": repr(kind[:SHOWN])})
     if isinstance(value, dict) and "function" in value and "name" not in value:
         raise PydanticCustomError("tool_form", "what stands under \"function\" in a chat stands beside \"type\" "
                                   "here, as in {form}",
